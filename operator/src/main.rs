@@ -1,0 +1,3 @@
+//! `expertmesh`: the operator and the command line.
+
+fn main() {}

@@ -1,0 +1,13 @@
+//! ExpertMesh's wire: the generated messages and services, and conversions that check what arrives.
+
+/// The messages and services of package `expertmesh.v1`.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod v1 {
+    tonic::include_proto!("expertmesh.v1");
+}
+
+mod invalid;
+// pub mod expert;
+pub mod placement;
+
+pub use invalid::Invalid;

@@ -1,0 +1,1 @@
+//! What the tests share: starting processes, reading goldens, speaking HTTP.

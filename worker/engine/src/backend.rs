@@ -1,0 +1,125 @@
+//! The seam between the layer loop and a device.
+//!
+//! Operations enqueue; only [`Backend::download`] waits. A layer is two calls, [`Backend::attend`] (which yields
+//! the rows to dispatch) and [`Backend::combine`] (which takes the answers), so that the rows of a layer can
+//! travel while the shared expert and the resident experts are computed.
+
+use crate::config::ModelConfig;
+
+/// Positions per block of the latent cache.
+pub const BLOCK_TOKENS: usize = 64;
+
+/// One step: rows of several sequences, ragged. The rows are those of the spans, one after another.
+#[derive(Debug, Clone, Default)]
+pub struct Step {
+    pub spans: Vec<Span>,
+}
+
+/// Consecutive positions of one sequence: a chunk of its prompt, or its next token.
+#[derive(Debug, Clone)]
+pub struct Span {
+    pub tokens: Vec<u32>,
+    /// The position of `tokens[0]`; everything before it is in the cache.
+    pub start: usize,
+    /// The sequence's block table: position p lives in `blocks[p / BLOCK_TOKENS]`.
+    pub blocks: Vec<u32>,
+    /// Whether the logits of the span's last row are wanted.
+    pub logits: bool,
+}
+
+impl Step {
+    pub fn rows(&self) -> usize {
+        self.spans.iter().map(|span| span.tokens.len()).sum()
+    }
+}
+
+/// The gate's choice for every row of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Routes {
+    pub top_k: usize,
+    /// (rows, top_k), ascending within a row.
+    pub experts: Vec<u32>,
+    /// (rows, top_k), normalised and scaled.
+    pub weights: Vec<f32>,
+}
+
+/// Rows of one matrix that go through one expert.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertGroup {
+    pub expert: u32,
+    /// Indices into the input matrix.
+    pub rows: Vec<u32>,
+}
+
+/// What a layer's first half leaves to do.
+pub enum Attended<Rows> {
+    /// A dense layer: complete.
+    Dense,
+    /// A mixture-of-experts layer: its normed rows (rows, hidden) and where they go.
+    Moe { normed: Rows, routes: Routes },
+}
+
+/// An expert that was asked to compute and is not resident.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("expert {expert} of layer {layer} is not resident")]
+pub struct NotResident {
+    pub layer: usize,
+    pub expert: u32,
+}
+
+/// A device that holds a model and computes its layers. Shared by the thread that runs sequences and the one that
+/// serves peers, so that computing takes `&self`.
+pub trait Backend: Send + Sync + 'static {
+    /// A matrix of rows on the device.
+    type Rows: Send;
+    /// The paged latent cache, all layers.
+    type Kv: Send;
+
+    fn config(&self) -> &ModelConfig;
+
+    /// A cache of `blocks` blocks of [`BLOCK_TOKENS`] positions.
+    fn allocate_kv(&self, blocks: usize) -> Self::Kv;
+
+    /// The embeddings of the step's tokens: (rows, hidden).
+    fn embed(&self, step: &Step) -> Self::Rows;
+
+    /// Attention over the cache, residual added to `hidden`, then norm and gate. Writes the step's latents to `kv`.
+    /// A dense layer also runs its feed-forward part.
+    fn attend(&self, layer: usize, step: &Step, hidden: &mut Self::Rows, kv: &mut Self::Kv) -> Attended<Self::Rows>;
+
+    /// The shared expert of every row: (rows, hidden).
+    fn shared(&self, layer: usize, normed: &Self::Rows) -> Self::Rows;
+
+    /// Experts of their groups' rows: (Σ rows of groups, hidden), in the groups' order, unweighted. A row's
+    /// result depends on nothing else that is in `inputs`.
+    fn experts(&self, layer: usize, inputs: &Self::Rows, groups: &[ExpertGroup]) -> Result<Self::Rows, NotResident>;
+
+    /// `hidden + (shared + Σ wₑ·yₑ)`, e ascending; `answers` is (rows · top_k, hidden) in the order of `routes`.
+    fn combine(&self, layer: usize, hidden: &mut Self::Rows, shared: &Self::Rows, routes: &Routes, answers: &Self::Rows);
+
+    /// The last norm and the head for every span that wants logits: (spans, vocabulary).
+    fn logits(&self, step: &Step, hidden: &Self::Rows) -> Self::Rows;
+
+    /// A zeroed matrix of `rows` rows of the model's hidden size.
+    fn zeros(&self, rows: usize) -> Self::Rows;
+
+    /// The chosen rows, in the order of `which`.
+    fn select(&self, rows: &Self::Rows, which: &[u32]) -> Self::Rows;
+
+    /// Copies row i of `from` to row `at[i]` of `into`.
+    fn scatter(&self, from: &Self::Rows, at: &[u32], into: &mut Self::Rows);
+
+    /// From host memory: (n, hidden).
+    fn upload(&self, rows: &[f32]) -> Self::Rows;
+
+    /// To host memory, row-major. Waits for what was enqueued.
+    fn download(&self, rows: &Self::Rows) -> Vec<f32>;
+
+    /// Reads, checks and packs an expert and makes it resident. Returns its bytes. Resident already: does nothing.
+    fn load(&self, layer: usize, expert: u32) -> Result<u64, crate::EngineError>;
+
+    /// Drops an expert; a computation that uses it now finishes first.
+    fn evict(&self, layer: usize, expert: u32);
+
+    fn is_resident(&self, layer: usize, expert: u32) -> bool;
+}

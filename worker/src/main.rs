@@ -1,0 +1,44 @@
+//! `expertmesh-worker`: one process of a deployment, or a model on the command line.
+
+mod frontend;
+mod generate;
+mod mesh;
+mod metrics;
+mod probes;
+mod process;
+mod serve;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Serves mixture-of-experts models: workers, their frontend, and a model on the command line.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run sequences, and serve experts to the other workers of a deployment.
+    Serve(serve::Args),
+    /// Speak the OpenAI API in front of a deployment's workers.
+    Frontend(frontend::Args),
+    /// Generate in one process with all experts.
+    Generate(generate::Args),
+    /// Compare a model with what its golden.safetensors recorded.
+    Verify(verify::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(args) => serve::run(args),
+        Command::Frontend(args) => frontend::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
+    };
+    process::exit_code(result)
+}

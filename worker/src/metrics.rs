@@ -1,0 +1,1 @@
+//! Every metric of the worker and of the frontend, declared once.

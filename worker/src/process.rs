@@ -1,0 +1,98 @@
+//! What every process of a deployment does alike: logging, announcing its addresses, ending.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+use std::{fs, io};
+
+use tracing_subscriber::EnvFilter;
+
+/// Where Kubernetes reads a container's last words; another file where `EXPERTMESH_TERMINATION_LOG` names one.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+
+/// A failure that ends the process: `reason` is stable and machine-readable (a condition's reason).
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}: {message}")]
+pub(crate) struct Fatal {
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+}
+
+impl Fatal {
+    pub(crate) fn new(reason: &'static str, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}
+
+impl From<expertmesh_engine::EngineError> for Fatal {
+    fn from(error: expertmesh_engine::EngineError) -> Self {
+        Self::new(error.reason(), error.to_string())
+    }
+}
+
+/// Logs to stderr; `RUST_LOG` sets the level.
+pub(crate) fn log() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let ansi = io::IsTerminal::is_terminal(&io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(io::stderr).init();
+}
+
+/// Success, or the one line that says what is wrong: on stderr and, as `Reason: message`, in the termination log.
+pub(crate) fn exit_code(result: Result<ExitCode, Fatal>) -> ExitCode {
+    let fatal = match result {
+        Ok(code) => return code,
+        Err(fatal) => fatal,
+    };
+    eprintln!("expertmesh-worker: {}", fatal.message);
+    let log = std::env::var("EXPERTMESH_TERMINATION_LOG").ok();
+    let path = Path::new(log.as_deref().unwrap_or(TERMINATION_LOG));
+    if log.is_some() || path.exists() {
+        if let Err(error) = fs::write(path, fatal.to_string()) {
+            eprintln!("expertmesh-worker: cannot write {}: {error}", path.display());
+        }
+    }
+    ExitCode::FAILURE
+}
+
+/// Nanoseconds since 1970: the identity of this process among those that had its name.
+pub(crate) fn incarnation() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
+/// The addresses that a process listens on, once it does.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub(crate) struct Addresses {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) http: Option<SocketAddr>,
+    pub(crate) grpc: Option<SocketAddr>,
+    pub(crate) metrics: Option<SocketAddr>,
+}
+
+/// Writes the addresses as JSON, whole or not at all, for whoever started this process with port 0.
+pub(crate) fn announce(path: &Path, addresses: Addresses) -> Result<(), Fatal> {
+    let write = || -> io::Result<()> {
+        let partial = path.with_extension("partial");
+        fs::write(&partial, serde_json::to_vec(&addresses)?)?;
+        fs::rename(partial, path)
+    };
+    write().map_err(|error| Fatal::new("AnnounceFailed", format!("--announce {}: {error}", path.display())))
+}
+
+/// Binds, or says which flag could not be.
+pub(crate) async fn bind(flag: &str, address: SocketAddr) -> Result<tokio::net::TcpListener, Fatal> {
+    let listener = tokio::net::TcpListener::bind(address).await;
+    listener.map_err(|error| Fatal::new("AddressUnavailable", format!("{flag} {address}: {error}")))
+}
+
+/// Resolves at SIGTERM or SIGINT.
+pub(crate) async fn asked_to_stop() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}

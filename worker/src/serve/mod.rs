@@ -1,0 +1,10 @@
+use std::process::ExitCode;
+
+use crate::process::Fatal;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: Args) -> Result<ExitCode, Fatal> {
+    Err(Fatal::new("Unbuilt", "not built yet"))
+}
