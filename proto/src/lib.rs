@@ -7,7 +7,7 @@ pub mod v1 {
 }
 
 mod invalid;
-// pub mod expert;
+pub mod expert;
 pub mod placement;
 
 pub use invalid::Invalid;
