@@ -7,6 +7,8 @@ mod metrics;
 mod probes;
 mod process;
 mod serve;
+mod template;
+mod tokenizer;
 mod verify;
 
 use std::process::ExitCode;

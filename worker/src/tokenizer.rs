@@ -1,0 +1,211 @@
+//! Text to token ids and back, as the model's tokenizer.json says.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::process::Fatal;
+
+/// Special tokens that are part of the text all the same: they delimit what a model thinks.
+const KEPT: [&str; 2] = ["<think>", "</think>"];
+
+/// Tokens that a stream holds back at most. A UTF-8 character has at most four bytes, so at most four
+/// tokens share one; longer than this, the bytes are no text.
+const LONGEST_WINDOW: usize = 16;
+
+/// A model's tokenizer; clones share it.
+#[derive(Clone)]
+pub(crate) struct Tokenizer(Arc<Inner>);
+
+struct Inner {
+    tokenizer: tokenizers::Tokenizer,
+    /// Special tokens without [`KEPT`].
+    skipped: HashSet<u32>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the text cannot be tokenized: {0}")]
+pub(crate) struct TokenizerError(String);
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model's directory.
+    pub(crate) fn load(model: &Path) -> Result<Self, Fatal> {
+        let file = model.join("tokenizer.json");
+        let bytes = std::fs::read(&file).map_err(|error| {
+            let reason = if error.kind() == std::io::ErrorKind::NotFound {
+                "ModelNotFound"
+            } else {
+                "InvalidTokenizer"
+            };
+            Fatal::new(reason, format!("{}: {error}", file.display()))
+        })?;
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|error| Fatal::new("InvalidTokenizer", format!("{}: {error}", file.display())))?;
+        tokenizer.with_padding(None);
+        if let Err(error) = tokenizer.with_truncation(None) {
+            return Err(Fatal::new("InvalidTokenizer", format!("{}: {error}", file.display())));
+        }
+        let added = tokenizer.get_added_tokens_decoder();
+        let skipped =
+            |token: &tokenizers::AddedToken| token.special && !KEPT.contains(&token.content.as_str());
+        let skipped = added.iter().filter(|(_, token)| skipped(token)).map(|(&id, _)| id).collect();
+        Ok(Self(Arc::new(Inner { tokenizer, skipped })))
+    }
+
+    /// Adds no special tokens; those that the text spells are recognised.
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self.0.tokenizer.encode_fast(text, false);
+        encoding
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| TokenizerError(error.to_string()))
+    }
+
+    /// The text of whole tokens, without special ones but `<think>` and `</think>`. Bytes that are no
+    /// UTF-8 become U+FFFD, ids that are no token nothing.
+    pub(crate) fn decode(&self, ids: &[u32]) -> String {
+        let kept: Vec<u32> = ids.iter().copied().filter(|id| !self.0.skipped.contains(id)).collect();
+        self.0.tokenizer.decode(&kept, false).unwrap_or_default()
+    }
+
+    /// The id of a token spelled exactly so.
+    pub(crate) fn id(&self, token: &str) -> Option<u32> {
+        self.0.tokenizer.token_to_id(token)
+    }
+
+    /// Ids start at 0 and end below this.
+    pub(crate) fn id_bound(&self) -> u32 {
+        let vocab = self.0.tokenizer.get_vocab(true);
+        vocab.values().max().map_or(0, |&id| id.saturating_add(1))
+    }
+
+    /// Decodes as tokens come.
+    pub(crate) fn stream(&self) -> TokenStream {
+        TokenStream { tokenizer: self.clone(), window: Vec::new(), context: 0, sent: 0 }
+    }
+}
+
+/// Text as tokens come: never half a character, and the pieces put together are the text of all of them.
+pub(crate) struct TokenStream {
+    tokenizer: Tokenizer,
+    /// The tokens sent last, for a decoder that looks at what stands before, then those that wait.
+    window: Vec<u32>,
+    /// How many of the window's tokens are sent in full.
+    context: usize,
+    /// Bytes of the window's text that are sent.
+    sent: usize,
+}
+
+impl TokenStream {
+    /// The text that this token completes, if any.
+    pub(crate) fn push(&mut self, id: u32) -> Option<String> {
+        if self.tokenizer.0.skipped.contains(&id) {
+            return None;
+        }
+        self.window.push(id);
+        let text = self.tokenizer.decode(&self.window);
+        // An unfinished character decodes as one U+FFFD at the very end; all before it is final.
+        let settled = text.strip_suffix(char::REPLACEMENT_CHARACTER);
+        match settled {
+            Some(settled) if self.window.len() - self.context < LONGEST_WINDOW => self.send_from(settled),
+            _ => {
+                let piece = self.send_from(&text);
+                self.window.drain(..self.context);
+                self.context = self.window.len();
+                self.sent = self.tokenizer.decode(&self.window).len();
+                piece
+            }
+        }
+    }
+
+    /// What waited for the rest of its character, now that nothing follows.
+    pub(crate) fn finish(&mut self) -> Option<String> {
+        let text = self.tokenizer.decode(&self.window);
+        let piece = self.send_from(&text);
+        self.window.clear();
+        self.context = 0;
+        self.sent = 0;
+        piece
+    }
+
+    fn send_from(&mut self, text: &str) -> Option<String> {
+        let piece = text.get(self.sent..).filter(|piece| !piece.is_empty())?;
+        self.sent = text.len();
+        Some(piece.to_string())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn tiny_r1() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-r1")
+    }
+
+    fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+        let mut stream = tokenizer.stream();
+        let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
+        text.extend(stream.finish());
+        text
+    }
+
+    #[test]
+    fn special_tokens_in_the_text_are_recognised_and_skipped_on_the_way_back() {
+        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+        let ids = tokenizer
+            .encode("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\nHm</think>\n\nYes")
+            .unwrap();
+        assert_eq!(ids[..2], [0, 2]);
+        assert_eq!(tokenizer.decode(&ids), "Hi<think>\nHm</think>\n\nYes");
+        assert_eq!(streamed(&tokenizer, &ids), "Hi<think>\nHm</think>\n\nYes");
+    }
+
+    #[test]
+    fn a_stream_never_sends_half_a_character() {
+        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+        let text = "naïve 🦀🦀 日本語 — ok";
+        let ids = tokenizer.encode(text).unwrap();
+        let mut stream = tokenizer.stream();
+        for &id in &ids {
+            let piece = stream.push(id);
+            assert!(piece.is_none_or(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)));
+        }
+        assert_eq!(stream.finish(), None);
+        assert_eq!(streamed(&tokenizer, &ids), text);
+    }
+
+    #[test]
+    fn a_missing_or_broken_tokenizer_is_named() {
+        let missing = Tokenizer::load(Path::new("/nowhere")).err().unwrap();
+        assert_eq!(missing.reason, "ModelNotFound");
+        assert!(missing.message.starts_with("/nowhere/tokenizer.json: "), "{}", missing.message);
+        let broken = std::env::temp_dir().join(format!("expertmesh-tokenizer-{}", std::process::id()));
+        std::fs::create_dir_all(&broken).unwrap();
+        std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
+        assert_eq!(Tokenizer::load(&broken).err().unwrap().reason, "InvalidTokenizer");
+        std::fs::remove_dir_all(&broken).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn streamed_pieces_are_the_whole_text(text in "\\PC{0,40}") {
+            let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+            let ids = tokenizer.encode(&text).unwrap();
+            prop_assert_eq!(streamed(&tokenizer, &ids), tokenizer.decode(&ids));
+        }
+
+        #[test]
+        fn any_ids_stream_and_the_window_stays_bounded(ids in proptest::collection::vec(0u32..2000, 0..200)) {
+            let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+            let mut stream = tokenizer.stream();
+            for &id in &ids {
+                stream.push(id);
+                prop_assert!(stream.window.len() <= 2 * LONGEST_WINDOW);
+            }
+        }
+    }
+}
