@@ -1,0 +1,280 @@
+//! The ModelDeployment: its fields, the rules that the API server and `up` and `plan` check alike, its status.
+//!
+//! `expertmesh crd` prints the CustomResourceDefinition that follows from this file.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{LocalObjectReference, Toleration};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::{CustomResource, KubeSchema};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Serialize};
+
+/// Serves a mixture-of-experts model from workers that share its experts.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[kube(
+    group = "expertmesh.dev",
+    version = "v1alpha1",
+    kind = "ModelDeployment",
+    doc = "Serves a mixture-of-experts model from workers that share its experts.",
+    shortname = "mdep",
+    namespaced,
+    cel,
+    derive = "PartialEq",
+    status = "ModelDeploymentStatus",
+    scale(
+        spec_replicas_path = ".spec.workers.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    printcolumn(name = "Model", type_ = "string", json_path = ".spec.model.uri"),
+    printcolumn(name = "Workers", type_ = "string", json_path = ".status.workers", description = "ready/wanted"),
+    printcolumn(
+        name = "Ready",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].status",
+        description = "whether requests are answered"
+    ),
+    printcolumn(
+        name = "Experts",
+        type_ = "string",
+        json_path = ".status.experts",
+        description = "experts of which every layer is resident on a live worker"
+    ),
+    printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
+    printcolumn(
+        name = "Why",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].reason",
+        priority = 1
+    ),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    validation = Rule::new("self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")
+        .message(Message::Expression("'metadata.name (' + self.metadata.name + ') must be at most 40 of a-z, 0-9 and -, start with a letter and end with a letter or digit'".into()))
+)]
+#[x_kube(
+    validation = Rule::new("self.experts.minReplicas <= self.workers.replicas").message(Message::Expression(
+        "'spec.experts.minReplicas (' + string(self.experts.minReplicas) + ') must not be above spec.workers.replicas (' + string(self.workers.replicas) + ')'".into()
+    ))
+)]
+pub(crate) struct ModelDeploymentSpec {
+    pub(crate) model: Model,
+    #[serde(default)]
+    pub(crate) workers: Workers,
+    #[serde(default)]
+    pub(crate) experts: Experts,
+    #[serde(default)]
+    pub(crate) frontend: Frontend,
+    #[serde(default)]
+    pub(crate) serving: Serving,
+    /// Changes nothing while true: no scaling, no placement. What runs goes on serving.
+    #[serde(default)]
+    pub(crate) paused: bool,
+}
+
+/// Which model, and where it lies.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Model {
+    /// `file://` and an absolute path: a folder of the image, or of the disk under `expertmesh up`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^file:///[^/]') && !self.contains('/../') && !self.endsWith('/..')").message(Message::Expression(
+        "'spec.model.uri (' + self + ') must be file:// and an absolute path without .., such as file:///models/tiny-r1'".into()
+    )))]
+    pub(crate) uri: String,
+}
+
+/// The processes that hold the model and run sequences.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Workers {
+    /// How many: the only desired size. `kubectl scale` and autoscalers set it through the scale subresource.
+    #[serde(default = "one")]
+    #[x_kube(validation = Rule::new("self >= 1 && self <= 1024").message(Message::Expression(
+        "'spec.workers.replicas (' + string(self) + ') must be from 1 to 1024'".into()
+    )))]
+    pub(crate) replicas: i32,
+    #[serde(flatten)]
+    pub(crate) pod: PodFields,
+}
+
+/// How experts are spread over the workers.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Experts {
+    /// On how many workers every expert is resident.
+    #[serde(default = "one")]
+    #[x_kube(validation = Rule::new("self >= 1").message(Message::Expression(
+        "'spec.experts.minReplicas (' + string(self) + ') must be at least 1'".into()
+    )))]
+    pub(crate) min_replicas: i32,
+}
+
+/// The processes that speak the OpenAI API.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Frontend {
+    #[serde(default = "one")]
+    #[x_kube(validation = Rule::new("self >= 1 && self <= 256").message(Message::Expression(
+        "'spec.frontend.replicas (' + string(self) + ') must be from 1 to 256'".into()
+    )))]
+    pub(crate) replicas: i32,
+    #[serde(flatten)]
+    pub(crate) pod: PodFields,
+}
+
+/// What a pod of workers or frontends gets beside what the operator decides. Processes ignore it.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PodFields {
+    /// Instead of the image that the operator was installed with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 1024))]
+    pub(crate) image: Option<String>,
+    #[serde(default, skip_serializing_if = "Resources::is_empty")]
+    pub(crate) resources: Resources,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) node_selector: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tolerations: Vec<Toleration>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) priority_class_name: Option<String>,
+    /// Added to the pod's labels; the operator's own win.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) pod_labels: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) pod_annotations: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) image_pull_secrets: Vec<LocalObjectReference>,
+}
+
+/// A container's requests and limits.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Resources {
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "quantities")]
+    pub(crate) requests: BTreeMap<String, Quantity>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(schema_with = "quantities")]
+    pub(crate) limits: BTreeMap<String, Quantity>,
+}
+
+impl Resources {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.requests.is_empty() && self.limits.is_empty()
+    }
+}
+
+/// How requests are served.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Serving {
+    /// The longest sequence, prompt and answer together. Without it: the model's own limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new("self >= 1").message(Message::Expression(
+        "'spec.serving.maxContextTokens (' + string(self) + ') must be at least 1'".into()
+    )))]
+    pub(crate) max_context_tokens: Option<i32>,
+    /// How long a process that leaves may go on with what it runs, such as 90s or 5m.
+    #[serde(default = "five_minutes")]
+    #[schemars(length(max = 32))]
+    #[x_kube(validation = Rule::new("self.matches('^([0-9]+(ms|s|m|h))+$') && duration(self) >= duration('1s') && duration(self) <= duration('24h')").message(Message::Expression(
+        "'spec.serving.drainTimeout (' + self + ') must be a duration from 1s to 24h, such as 90s or 5m'".into()
+    )))]
+    pub(crate) drain_timeout: String,
+}
+
+/// What the operator last saw.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct ModelDeploymentStatus {
+    /// The generation of the spec that the rest of the status speaks of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) observed_generation: Option<i64>,
+    #[schemars(schema_with = "conditions")]
+    pub(crate) conditions: Vec<Condition>,
+    /// Where the OpenAI API is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) url: Option<String>,
+    /// Workers that exist (the scale subresource reads it).
+    pub(crate) replicas: i32,
+    /// Selects the workers' pods, whatever their revision (the scale subresource reads it).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) selector: Option<String>,
+    pub(crate) ready_workers: i32,
+    /// Ready workers of those wanted, such as 4/4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) workers: Option<String>,
+    /// Experts of which every layer is resident on a live worker, of all, such as 32/32.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) experts: Option<String>,
+    /// The revision that serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) revision: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) placement: Option<PlacementStatus>,
+}
+
+/// The placement last written.
+#[derive(JsonSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PlacementStatus {
+    pub(crate) epoch: i64,
+    pub(crate) hash: String,
+    /// The most expert copies on one worker, over the mean, such as 1.00.
+    pub(crate) imbalance: String,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Self { replicas: one(), pod: PodFields::default() }
+    }
+}
+
+impl Default for Experts {
+    fn default() -> Self {
+        Self { min_replicas: one() }
+    }
+}
+
+impl Default for Frontend {
+    fn default() -> Self {
+        Self { replicas: one(), pod: PodFields::default() }
+    }
+}
+
+impl Default for Serving {
+    fn default() -> Self {
+        Self { max_context_tokens: None, drain_timeout: five_minutes() }
+    }
+}
+
+fn one() -> i32 {
+    1
+}
+
+fn five_minutes() -> String {
+    "300s".into()
+}
+
+/// Amounts by resource: whole numbers or strings, as everywhere in Kubernetes.
+fn quantities(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "object",
+        "additionalProperties": {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "pattern": "^[+-]?([0-9]+|[0-9]+\\.[0-9]*|\\.[0-9]+)(([KMGTPE]i)|[numkMGTPE]|([eE][+-]?[0-9]+))?$",
+            "x-kubernetes-int-or-string": true
+        }
+    })
+}
+
+/// One condition of each type, so that several writers can each own theirs.
+fn conditions(generator: &mut SchemaGenerator) -> Schema {
+    let mut schema = <Vec<Condition>>::json_schema(generator);
+    schema.insert("x-kubernetes-list-type".into(), "map".into());
+    schema.insert("x-kubernetes-list-map-keys".into(), serde_json::json!(["type"]));
+    schema
+}

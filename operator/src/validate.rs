@@ -1,0 +1,75 @@
+//! From what a user wrote to a deployment that is known to be right.
+//!
+//! The rules are those of the CustomResourceDefinition, run here: `up`, `plan` and the operator refuse what the API
+//! server refuses, with its words.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::api::{ModelDeployment, PodFields};
+use crate::decide::Desired;
+
+/// A ModelDeployment that keeps every rule, with its defaults applied. Only [`ValidatedDeployment::new`] makes one.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ValidatedDeployment {
+    /// DNS-1035, at most 40 characters; also the name that clients give the model.
+    pub(crate) name: String,
+    /// Absolute, without `..`: in the image, or below `--root` under `up`.
+    pub(crate) model_path: PathBuf,
+    pub(crate) desired: Desired,
+    pub(crate) frontends: u32,
+    pub(crate) max_context_tokens: Option<u32>,
+    pub(crate) worker_pod: PodFields,
+    pub(crate) frontend_pod: PodFields,
+    _checked: (),
+}
+
+/// What is wrong with a deployment, by field.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ValidationError {
+    #[error("{0}")]
+    Rule(String),
+    #[error("metadata.name: missing")]
+    Nameless,
+}
+
+impl ValidationError {
+    /// Stable: a condition's and an Event's reason, and a metric's label.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Rule(_) | Self::Nameless => "InvalidSpec",
+        }
+    }
+}
+
+impl ValidatedDeployment {
+    pub(crate) fn new(object: &ModelDeployment) -> Result<Self, ValidationError> {
+        let name = object.metadata.name.clone().ok_or(ValidationError::Nameless)?;
+        object.validate_cel().map_err(|errors| {
+            let messages: Vec<_> = errors.iter().map(|error| error.message.clone()).collect();
+            ValidationError::Rule(messages.join("; "))
+        })?;
+        let spec = &object.spec;
+        let desired = Desired {
+            workers: spec.workers.replicas.unsigned_abs(),
+            min_replicas: spec.experts.min_replicas.unsigned_abs(),
+            drain_timeout: duration("spec.serving.drainTimeout", &spec.serving.drain_timeout)?,
+            paused: spec.paused,
+        };
+        Ok(Self {
+            name,
+            model_path: PathBuf::from(spec.model.uri.trim_start_matches("file://")),
+            desired,
+            frontends: spec.frontend.replicas.unsigned_abs(),
+            max_context_tokens: spec.serving.max_context_tokens.map(i32::unsigned_abs),
+            worker_pod: spec.workers.pod.clone(),
+            frontend_pod: spec.frontend.pod.clone(),
+            _checked: (),
+        })
+    }
+}
+
+fn duration(field: &str, text: &str) -> Result<Duration, ValidationError> {
+    let parsed = text.parse::<kube::core::Duration>();
+    parsed.map(Duration::from).map_err(|error| ValidationError::Rule(format!("{field} ({text}): {error}")))
+}
