@@ -1,0 +1,60 @@
+# Everything is built with the release profile, so that nothing is compiled twice.
+CARGO = cargo
+CRD = deploy/crds/modeldeployments.yaml
+CRD_IN_CHART = charts/expertmesh/files/modeldeployments.yaml
+
+export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
+
+.PHONY: help up test build setup fmt lint generated check-generated cluster cluster-load cluster-down image audit
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+up: ## build, and serve deploy/samples/tiny-r1.yaml by processes of this machine; Ctrl-C ends it
+	$(CARGO) build --release -p expertmesh-operator -p expertmesh-worker
+	target/release/expertmesh up deploy/samples/tiny-r1.yaml --root tests
+
+test: setup lint check-generated ## every check and every test; names at its end what it had to skip
+	tests/orphans.sh
+	$(CARGO) test --release --workspace --no-run
+	@if grep -q '^kubernetes:' target/skip; then with=; else with=tests/cluster/with.sh; helm lint --strict --quiet charts/expertmesh; fi && \
+	 EXPERTMESH_SKIP=$$(cut -d: -f1 target/skip | paste -sd,) $$with $(CARGO) test --release --workspace
+	@sed 's/^\([a-z]*\): /SKIPPED: the tests with \1, since /' target/skip
+
+build: ## all binaries, in target/release
+	$(CARGO) build --release --workspace
+
+setup: ## fetch what the tests need beside Rust, and say what cannot be had
+	@tests/setup.sh
+
+fmt: ## format all Rust
+	$(CARGO) fmt --all
+
+lint: ## formatting, clippy and rustdoc, warnings being errors
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps --quiet
+
+generated: build ## write the generated files anew: the CRD and the chart's copy of it
+	target/release/expertmesh crd >$(CRD)
+	cp $(CRD) $(CRD_IN_CHART)
+
+check-generated: build
+	@target/release/expertmesh crd | cmp - $(CRD) && cmp $(CRD) $(CRD_IN_CHART) || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
+
+cluster: ## a three-node Kubernetes on this machine; prints the line that makes it this shell's
+	@tests/cluster/build.sh
+	@tests/cluster/up.sh
+
+cluster-load: image ## the project's image into the cluster's nodes
+	@tests/cluster/load.sh target/image/expertmesh.tar
+
+cluster-down: ## take the cluster away; its binaries stay
+	@tests/cluster/down.sh
+
+image: build ## the image expertmesh.dev/expertmesh:dev, as target/image/expertmesh.tar
+	@deploy/image.sh
+
+audit: ## dependencies: bans, licences, sources
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --root target/tools cargo-deny
+	$(CARGO) deny check bans licenses sources

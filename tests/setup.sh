@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# setup.sh: what the tests need beside Rust. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
+# Python client; the test cluster's binaries through the Go module proxy). What stays missing it names in one line, with the tests that
+# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, promtool, openai.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+TOOLS=target/tools # promtool and prometheus, without the service that their package would start
+VENV=target/venv
+SKIP=target/skip
+LOG=target/setup.log
+
+main() {
+  exec 3>&2 # for what takes minutes and says so
+  mkdir -p target
+  : >$SKIP && : >$LOG
+  fatal_if_missing cargo cc
+  set_up promtool
+  set_up openai
+  set_up kubernetes
+  [ -s $SKIP ] || return 0
+  echo "setup: tests will be skipped: $(sed 's/: /, since /' $SKIP | paste -sd ';' | sed 's/;/; /g')" >&2
+}
+
+fatal_if_missing() {
+  local tool
+  for tool in "$@"; do command -v "$tool" >/dev/null || { echo "setup: $tool is missing, and nothing can be built without it" >&2 && exit 1; }; done
+}
+
+# set_up GROUP: has_GROUP says whether all is there; get_GROUP fetches it, or says why not.
+set_up() {
+  "has_$1" && return
+  local why
+  echo "setup: fetching what the tests with $1 need" >&2
+  why=$("get_$1" 2>>$LOG) && "has_$1" && return
+  echo "$1: ${why:-fetching it failed (see $LOG)}" >>$SKIP
+}
+
+has_promtool() { [ -x $TOOLS/bin/promtool ] || command -v promtool >/dev/null; }
+get_promtool() {
+  command -v apt-get >/dev/null || { echo "promtool is not installed" && return 1; }
+  mkdir -p $TOOLS/tmp
+  (cd $TOOLS/tmp && apt_download prometheus && dpkg-deb --extract prometheus_*.deb . && mkdir -p ../bin && mv usr/bin/prom* ../bin/) >&2
+  local result=$?
+  rm -rf $TOOLS/tmp
+  return $result
+}
+
+has_openai() { cmp -s tests/requirements.txt $VENV/installed.txt; }
+get_openai() {
+  command -v python3 >/dev/null || { echo "python3 is not installed" && return 1; }
+  rm -rf $VENV
+  {
+    python3 -m venv $VENV || { apt_install python3-venv && python3 -m venv --clear $VENV; }
+    $VENV/bin/pip install --quiet --requirement tests/requirements.txt && cp tests/requirements.txt $VENV/installed.txt
+  } >&2
+}
+
+PACKAGES="containerd runc containernetworking-plugins nftables iproute2 util-linux buildah openssl gcc libc6-dev"
+has_kubernetes() {
+  if [ -n "${KUBECONFIG:-}" ]; then # somebody's cluster
+    command -v kubectl >/dev/null && command -v helm >/dev/null
+  else
+    [ "$(id -u)" = 0 ] && has_node_tools && tests/cluster/build.sh --check
+  fi
+}
+has_node_tools() {
+  local tool
+  for tool in containerd ctr runc nft ip unshare nsenter flock buildah openssl gcc; do command -v $tool >/dev/null || return 1; done
+  [ -x /usr/lib/cni/bridge ] && [ -x /usr/lib/cni/host-local ] && [ -e "$(gcc -print-file-name=libc.a)" ]
+}
+has_go() { command -v go >/dev/null; }
+get_kubernetes() {
+  [ -z "${KUBECONFIG:-}" ] || { echo "KUBECONFIG is set, but kubectl or helm is not installed" && return 1; }
+  [ "$(id -u)" = 0 ] || { echo "a cluster on this machine needs root (or set KUBECONFIG)" && return 1; }
+  has_go || { echo "go is not installed" && return 1; }
+  # shellcheck disable=SC2086 # words
+  has_node_tools || apt_install $PACKAGES >&2 || { echo "one of these is not installed: $PACKAGES" && return 1; }
+  tests/cluster/build.sh 2>&3 || { echo "the build of its binaries failed" && return 1; }
+}
+
+apt_update() { [ -n "${APT_UPDATED:-}" ] || { apt-get -q update && APT_UPDATED=1; }; }
+apt_download() { apt-get -o APT::Sandbox::User=root -q download "$@" || { apt_update && apt-get -o APT::Sandbox::User=root -q download "$@"; }; }
+
+# No service of theirs is started: /usr/sbin/policy-rc.d is how Debian is told.
+apt_install() {
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+  local policy=/usr/sbin/policy-rc.d ours=
+  [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && ours=yes; }
+  apt_update && DEBIAN_FRONTEND=noninteractive apt-get -q install --yes --no-install-recommends "$@"
+  local result=$?
+  [ -z "$ours" ] || rm $policy
+  return $result
+}
+
+main
