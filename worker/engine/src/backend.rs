@@ -85,17 +85,35 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Attention over the cache, residual added to `hidden`, then norm and gate. Writes the step's latents to `kv`.
     /// A dense layer also runs its feed-forward part.
-    fn attend(&self, layer: usize, step: &Step, hidden: &mut Self::Rows, kv: &mut Self::Kv) -> Attended<Self::Rows>;
+    fn attend(
+        &self,
+        layer: usize,
+        step: &Step,
+        hidden: &mut Self::Rows,
+        kv: &mut Self::Kv,
+    ) -> Attended<Self::Rows>;
 
     /// The shared expert of every row: (rows, hidden).
     fn shared(&self, layer: usize, normed: &Self::Rows) -> Self::Rows;
 
     /// Experts of their groups' rows: (Σ rows of groups, hidden), in the groups' order, unweighted. A row's
     /// result depends on nothing else that is in `inputs`.
-    fn experts(&self, layer: usize, inputs: &Self::Rows, groups: &[ExpertGroup]) -> Result<Self::Rows, NotResident>;
+    fn experts(
+        &self,
+        layer: usize,
+        inputs: &Self::Rows,
+        groups: &[ExpertGroup],
+    ) -> Result<Self::Rows, NotResident>;
 
     /// `hidden + (shared + Σ wₑ·yₑ)`, e ascending; `answers` is (rows · top_k, hidden) in the order of `routes`.
-    fn combine(&self, layer: usize, hidden: &mut Self::Rows, shared: &Self::Rows, routes: &Routes, answers: &Self::Rows);
+    fn combine(
+        &self,
+        layer: usize,
+        hidden: &mut Self::Rows,
+        shared: &Self::Rows,
+        routes: &Routes,
+        answers: &Self::Rows,
+    );
 
     /// The last norm and the head for every span that wants logits: (spans, vocabulary).
     fn logits(&self, step: &Step, hidden: &Self::Rows) -> Self::Rows;

@@ -1,3 +1,29 @@
-//! ExpertMesh's engine: checkpoints, the forward pass, the paged latent cache. It knows no network.
+//! ExpertMesh's engine: checkpoints, the forward pass, the paged latent cache, sampling. It knows no network.
+//!
+//! [`forward`] is the whole of a step; [`Backend`] is what a device does for it and [`Exchange`] is how the rows of
+//! a mixture-of-experts layer reach the experts that are elsewhere. [`CpuBackend`] computes the reference numerics.
 
-// pub mod backend;
+mod backend;
+mod checkpoint;
+mod config;
+mod cpu;
+mod error;
+mod fingerprint;
+mod forward;
+mod gate;
+mod generation;
+mod kv;
+mod norm;
+mod rope;
+mod sample;
+
+pub use backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Routes, Span, Step};
+pub use checkpoint::SafetensorsFile;
+pub use config::ModelConfig;
+pub use cpu::CpuBackend;
+pub use error::EngineError;
+pub use fingerprint::ModelFingerprint;
+pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
+pub use generation::{GenerationConfig, SamplingOverrides};
+pub use kv::{BlockAllocator, OutOfBlocks};
+pub use sample::{InvalidSampling, Sampling, sample};

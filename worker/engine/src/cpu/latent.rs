@@ -1,0 +1,150 @@
+//! Attention of one row over its sequence's paged latents, after the queries were absorbed: the keys are the cached
+//! rows, the values are their latent part, and all heads share both.
+//!
+//! The order of sums is fixed by positions alone: blocks of 64 ascend within a partial of 16 blocks, and the
+//! partials are merged ascending.
+
+use crate::BLOCK_TOKENS;
+
+/// Heads whose scores are computed side by side.
+pub(crate) const HEADS: usize = 8;
+
+/// One number per head.
+pub(crate) type Lanes = [f32; HEADS];
+
+/// Blocks per partial softmax.
+const PARTIAL_BLOCKS: usize = 16;
+
+/// Positions whose scores are computed side by side.
+const KEYS: usize = 4;
+
+/// Elements of a value that are computed side by side.
+const TILE: usize = 16;
+
+/// What a row sees of the cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    /// (blocks, 64, cached): one layer of the cache.
+    pub(crate) cache: &'a [f32],
+    pub(crate) blocks: &'a [u32],
+    /// Positions that are seen, the row's own included.
+    pub(crate) positions: usize,
+    /// Width of a cached row's latent part, which comes first.
+    pub(crate) latent: usize,
+    pub(crate) softmax_scale: f32,
+}
+
+/// `query` is (cached), a lane per head; the first `heads` lanes are used: (heads, latent).
+pub(crate) fn attend(query: &[Lanes], heads: usize, context: Context) -> Vec<f32> {
+    let blocks = &context.blocks[..context.positions.div_ceil(BLOCK_TOKENS)];
+    let fresh = || (0..heads).map(|_| Softmax::new(context.latent)).collect::<Vec<_>>();
+    let (mut total, mut left) = (fresh(), context.positions);
+    for blocks in blocks.chunks(PARTIAL_BLOCKS) {
+        let mut partial = fresh();
+        for &block in blocks {
+            let seen = BLOCK_TOKENS.min(left);
+            left -= seen;
+            let keys = &context.cache[block as usize * BLOCK_TOKENS * query.len()..][..seen * query.len()]; // (seen, cached)
+            let scores = scores(query, keys); // (64, 8)
+            for (head, softmax) in partial.iter_mut().enumerate() {
+                let scores = scores[..seen].iter().map(|score| score[head] * context.softmax_scale);
+                softmax.add(scores, keys, query.len());
+            }
+        }
+        total.iter_mut().zip(&partial).for_each(|(total, partial)| total.merge(partial));
+    }
+    total.iter().flat_map(|head| head.values.iter().map(|value| value / head.sum)).collect() // (heads, latent)
+}
+
+/// query (cached, 8) times keys (seen, cached): (seen, 8), zeros up to 64.
+fn scores(query: &[Lanes], keys: &[f32]) -> [Lanes; BLOCK_TOKENS] {
+    let width = query.len();
+    let mut scores = [[0.0; HEADS]; BLOCK_TOKENS];
+    let blocks = keys.chunks_exact(KEYS * width);
+    let rest = blocks.remainder();
+    let blocked = blocks.len() * KEYS;
+    for (out, keys) in scores.chunks_exact_mut(KEYS).zip(blocks) {
+        out.copy_from_slice(&score_block::<KEYS>(query, keys));
+    }
+    for (out, key) in scores[blocked..].iter_mut().zip(rest.chunks_exact(width)) {
+        [*out] = score_block(query, key);
+    }
+    scores
+}
+
+/// Every sum has the same order whatever K is.
+#[inline(always)]
+fn score_block<const K: usize>(query: &[Lanes], keys: &[f32]) -> [Lanes; K] {
+    let keys: [&[f32]; K] = std::array::from_fn(|key| &keys[key * query.len()..][..query.len()]);
+    let mut sums = [[0.0; HEADS]; K];
+    for (element, query) in query.iter().enumerate() {
+        for (sums, key) in sums.iter_mut().zip(keys) {
+            for (sum, query) in sums.iter_mut().zip(query) {
+                *sum += query * key[element];
+            }
+        }
+    }
+    sums
+}
+
+/// One head's softmax under way (online, arXiv 2205.14135, section 3.1).
+struct Softmax {
+    max: f32,
+    /// Σ exp(score − max)
+    sum: f32,
+    /// (latent), Σ exp(score − max) · value
+    values: Vec<f32>,
+}
+
+impl Softmax {
+    fn new(latent: usize) -> Self {
+        Self { max: f32::NEG_INFINITY, sum: 0.0, values: vec![0.0; latent] }
+    }
+
+    /// One more block: scores (seen), keys (seen, width) that begin with the values.
+    fn add(&mut self, scores: impl Iterator<Item = f32> + Clone, keys: &[f32], width: usize) {
+        let max = scores.clone().fold(self.max, f32::max);
+        let shrink = libm::expf(self.max - max);
+        let mut weights = [0.0; BLOCK_TOKENS];
+        let mut seen = 0;
+        self.sum *= shrink;
+        for (weight, score) in weights.iter_mut().zip(scores) {
+            *weight = libm::expf(score - max);
+            self.sum += *weight;
+            seen += 1;
+        }
+        self.max = max;
+        self.values.iter_mut().for_each(|value| *value *= shrink);
+        accumulate(&mut self.values, &weights[..seen], keys, width);
+    }
+
+    fn merge(&mut self, later: &Self) {
+        let max = self.max.max(later.max);
+        let (ours, theirs) = (libm::expf(self.max - max), libm::expf(later.max - max));
+        self.max = max;
+        self.sum = self.sum * ours + later.sum * theirs;
+        for (value, later) in self.values.iter_mut().zip(&later.values) {
+            *value = *value * ours + later * theirs;
+        }
+    }
+}
+
+/// values (latent) += weights (seen) · keys (seen, width), positions ascending.
+fn accumulate(values: &mut [f32], weights: &[f32], keys: &[f32], width: usize) {
+    let (tiles, rest) = values.as_chunks_mut::<TILE>();
+    let tiled = tiles.len() * TILE;
+    for (tile, values) in tiles.iter_mut().enumerate() {
+        let mut sums = *values;
+        for (weight, key) in weights.iter().zip(keys.chunks_exact(width)) {
+            for (sum, element) in sums.iter_mut().zip(&key[tile * TILE..][..TILE]) {
+                *sum += weight * element;
+            }
+        }
+        *values = sums;
+    }
+    for (weight, key) in weights.iter().zip(keys.chunks_exact(width)) {
+        for (value, element) in rest.iter_mut().zip(&key[tiled..]) {
+            *value += weight * element;
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! bf16 matrices packed for one plain loop that the compiler vectorises: a lane is one output, K ascends.
+
+use crate::checkpoint::{Bf16, widen};
+
+const LANES: usize = 16;
+
+/// Rows that share a pass over the weights.
+const ROWS: usize = 4;
+
+/// Bytes of a matrix of `outputs` × `inputs`, packed.
+pub(crate) fn packed_bytes(outputs: usize, inputs: usize) -> u64 {
+    (outputs.next_multiple_of(LANES) * inputs * size_of::<u16>()) as u64
+}
+
+/// Weights as [outputs / 16][inputs][16] bf16, zero-padded.
+pub(crate) struct Packed {
+    outputs: usize,
+    inputs: usize,
+    panels: Vec<[u16; LANES]>,
+}
+
+impl Packed {
+    /// From a row-major matrix (outputs, inputs), as checkpoints store it.
+    pub(crate) fn new(weights: &Bf16, outputs: usize, inputs: usize) -> Self {
+        Self::from_fn(outputs, inputs, |output, input| weights.bits(output * inputs + input))
+    }
+
+    /// From a function of (output, input) to bf16 bits.
+    pub(crate) fn from_fn(outputs: usize, inputs: usize, bits: impl Fn(usize, usize) -> u16) -> Self {
+        let mut panels = vec![[0; LANES]; outputs.div_ceil(LANES) * inputs];
+        for (panel, columns) in panels.chunks_exact_mut(inputs).enumerate() {
+            let first = panel * LANES;
+            for lane in 0..LANES.min(outputs - first) {
+                for (input, column) in columns.iter_mut().enumerate() {
+                    column[lane] = bits(first + lane, input);
+                }
+            }
+        }
+        Self { outputs, inputs, panels }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        size_of_val(self.panels.as_slice()) as u64
+    }
+
+    /// (rows, inputs) → (rows, outputs). In f32: a product is rounded, then added; inputs ascend from a sum of 0.
+    pub(crate) fn multiply(&self, rows: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; rows.len() / self.inputs * self.outputs];
+        for (panel, weights) in self.panels.chunks_exact(self.inputs).enumerate() {
+            let outputs = panel * LANES..self.outputs.min((panel + 1) * LANES);
+            let mut store = |row: usize, sums: &[f32; LANES]| {
+                let out = &mut out[row * self.outputs..][outputs.clone()];
+                out.copy_from_slice(&sums[..out.len()]);
+            };
+            let blocks = rows.chunks_exact(ROWS * self.inputs);
+            let rest = blocks.remainder();
+            let blocked = blocks.len() * ROWS;
+            for (block, rows) in blocks.enumerate() {
+                let sums: [_; ROWS] = multiply_block(weights, rows);
+                sums.iter().enumerate().for_each(|(row, sums)| store(block * ROWS + row, sums));
+            }
+            for (row, rows) in rest.chunks_exact(self.inputs).enumerate() {
+                let [sums] = multiply_block(weights, rows);
+                store(blocked + row, &sums);
+            }
+        }
+        out
+    }
+}
+
+/// One panel times R rows: (R, inputs) → (R, 16). Every sum has the same order whatever R is.
+#[inline(always)]
+fn multiply_block<const R: usize>(weights: &[[u16; LANES]], rows: &[f32]) -> [[f32; LANES]; R] {
+    let inputs = weights.len();
+    let rows: [&[f32]; R] = std::array::from_fn(|row| &rows[row * inputs..][..inputs]);
+    let mut sums = [[0.0; LANES]; R];
+    for (input, weights) in weights.iter().enumerate() {
+        let weights = weights.map(widen);
+        for (sums, row) in sums.iter_mut().zip(rows) {
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                *sum += row[input] * weight; // rounded twice: `mul_add` would call libm where there is no FMA
+            }
+        }
+    }
+    sums
+}

@@ -1,0 +1,40 @@
+//! What can be wrong with a model.
+
+use std::path::PathBuf;
+
+/// Why a model cannot be loaded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    #[error("no model at {}: {problem}", path.display())]
+    ModelNotFound { path: PathBuf, problem: String },
+
+    #[error("config.json: {key}: {value} is not supported; supported: {supported}")]
+    UnsupportedArchitecture { key: &'static str, value: String, supported: &'static str },
+
+    /// `file` is config.json or generation_config.json.
+    #[error("{file}: {problem}")]
+    InvalidConfig { file: &'static str, problem: String },
+
+    #[error("tensor {tensor} is missing from {}", file.display())]
+    MissingTensor { tensor: String, file: PathBuf },
+
+    #[error("tensor {tensor} in {}: {problem}", file.display())]
+    InvalidTensor { tensor: String, file: PathBuf, problem: String },
+
+    #[error("{}: {problem}", file.display())]
+    InvalidCheckpoint { file: PathBuf, problem: String },
+}
+
+impl EngineError {
+    /// Stable and machine-readable: a metric's label, an Event's and a condition's reason.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::ModelNotFound { .. } => "ModelNotFound",
+            Self::UnsupportedArchitecture { .. } => "UnsupportedArchitecture",
+            Self::InvalidConfig { .. } => "InvalidConfig",
+            Self::MissingTensor { .. } => "MissingTensor",
+            Self::InvalidTensor { .. } => "InvalidTensor",
+            Self::InvalidCheckpoint { .. } => "InvalidCheckpoint",
+        }
+    }
+}
