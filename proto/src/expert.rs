@@ -123,7 +123,10 @@ pub struct Answers {
 
 impl Answers {
     pub fn to_parts(&self, ticket: Ticket, limits: &Limits) -> Vec<v1::Answer> {
-        let per_part = limits.rows_per_part(0).saturating_sub(self.not_resident.len() * 5 / (limits.hidden * 4) + 1).max(1);
+        let per_part = limits
+            .rows_per_part(0)
+            .saturating_sub(self.not_resident.len() * 5 / (limits.hidden * 4) + 1)
+            .max(1);
         let mut chunks: Vec<&[f32]> = self.values.chunks(per_part * limits.hidden).collect();
         if chunks.is_empty() {
             chunks.push(&[]);
@@ -162,7 +165,11 @@ impl DispatchParts {
         check_parts(part.parts, limits.max_parts())?;
         let moe = limits.first_moe_layer..limits.layers;
         if !moe.contains(&part.layer) {
-            return Err(Invalid::new("dispatch.layer", format!("{} is outside {}..{}", part.layer, moe.start, moe.end)).into());
+            return Err(Invalid::new(
+                "dispatch.layer",
+                format!("{} is outside {}..{}", part.layer, moe.start, moe.end),
+            )
+            .into());
         }
         let ticket = Ticket { session: part.session, ticket: part.ticket, attempt: part.attempt };
         let rows = Rows { layer: part.layer, load: part.load, ..Rows::default() };
@@ -176,7 +183,12 @@ impl DispatchParts {
     /// Takes the next part; true once it was the last.
     pub fn push(&mut self, part: v1::Dispatch, limits: &Limits) -> Result<bool, PartError> {
         let ticket = Ticket { session: part.session, ticket: part.ticket, attempt: part.attempt };
-        check_order(ticket == self.ticket && part.parts == self.parts, part.part, self.next, "dispatch.part")?;
+        check_order(
+            ticket == self.ticket && part.parts == self.parts,
+            part.part,
+            self.next,
+            "dispatch.part",
+        )?;
         if (part.layer, part.load) != (self.rows.layer, self.rows.load) {
             return Err(Invalid::new("dispatch.layer", "differs between the parts of a ticket").into());
         }
@@ -187,7 +199,11 @@ impl DispatchParts {
         check_experts(&part, limits)?;
         let rows = part.row_experts.len();
         if self.rows.row_experts.len() + rows > MAX_TICKET_ROWS {
-            return Err(Invalid::new("dispatch.rows", format!("a ticket carries at most {MAX_TICKET_ROWS} rows")).into());
+            return Err(Invalid::new(
+                "dispatch.rows",
+                format!("a ticket carries at most {MAX_TICKET_ROWS} rows"),
+            )
+            .into());
         }
         self.rows.values.extend(from_bytes(&part.rows, rows, limits.hidden, "dispatch.rows")?);
         self.rows.row_experts.extend(part.row_experts);
@@ -235,7 +251,9 @@ impl AnswerParts {
         let expected = self.expected();
         let found = self.answers.values.len() / limits.hidden;
         if found > expected || (self.next == parts && found != expected) {
-            return Err(Invalid::new("answer.rows", format!("{found} rows where {expected} were asked")).into());
+            return Err(
+                Invalid::new("answer.rows", format!("{found} rows where {expected} were asked")).into()
+            );
         }
         Ok(self.next == parts)
     }
@@ -265,7 +283,10 @@ fn check_order(same: bool, part: u32, expected: u32, field: &'static str) -> Res
 
 fn check_size(bytes: usize, field: &'static str) -> Result<(), Invalid> {
     if bytes > MAX_PART_BYTES {
-        return Err(Invalid::new(field, format!("{bytes} bytes are more than the {MAX_PART_BYTES} of a message")));
+        return Err(Invalid::new(
+            field,
+            format!("{bytes} bytes are more than the {MAX_PART_BYTES} of a message"),
+        ));
     }
     Ok(())
 }
@@ -275,7 +296,8 @@ fn check_experts(part: &v1::Dispatch, limits: &Limits) -> Result<(), Invalid> {
     for &count in &part.row_experts {
         let count = count as usize;
         if count == 0 || count > limits.experts_per_token || count > rest.len() {
-            let problem = format!("{count} is outside 1..={}, or more than are listed", limits.experts_per_token);
+            let problem =
+                format!("{count} is outside 1..={}, or more than are listed", limits.experts_per_token);
             return Err(Invalid::new("dispatch.row_experts", problem));
         }
         let (row, after) = rest.split_at(count);
@@ -301,7 +323,8 @@ fn from_bytes(bytes: &[u8], rows: usize, hidden: usize, field: &'static str) -> 
     if bytes.len() != rows * hidden * 4 {
         return Err(Invalid::new(field, format!("{} bytes are not {rows} rows of {hidden}", bytes.len())));
     }
-    let values: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let values: Vec<f32> =
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     if !values.iter().all(|value| value.is_finite()) {
         return Err(Invalid::new(field, "holds a value that is not finite"));
     }
@@ -317,7 +340,8 @@ fn dispatch_crc(part: &v1::Dispatch) -> u32 {
 }
 
 fn answer_crc(part: &v1::Answer) -> u32 {
-    let crc = part.not_resident.iter().fold(0, |crc, expert| crc32c::crc32c_append(crc, &expert.to_le_bytes()));
+    let crc =
+        part.not_resident.iter().fold(0, |crc, expert| crc32c::crc32c_append(crc, &expert.to_le_bytes()));
     crc32c::crc32c_append(crc, &part.rows)
 }
 
@@ -327,7 +351,8 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { hidden: 1000, first_moe_layer: 1, layers: 6, experts: 32, experts_per_token: 4 };
+    const LIMITS: Limits =
+        Limits { hidden: 1000, first_moe_layer: 1, layers: 6, experts: 32, experts_per_token: 4 };
     const TICKET: Ticket = Ticket { session: 7, ticket: 9, attempt: 1 };
 
     fn rows(count: usize) -> Rows {

@@ -6,8 +6,8 @@ pub mod v1 {
     tonic::include_proto!("expertmesh.v1");
 }
 
-mod invalid;
 pub mod expert;
+mod invalid;
 pub mod placement;
 
 pub use invalid::Invalid;

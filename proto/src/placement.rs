@@ -53,7 +53,8 @@ impl ExpertSet {
         let mut set = Self::default();
         for v1::LayerExperts { layer, ranges } in layers {
             for &v1::ExpertRange { first, last } in ranges {
-                set.insert_range(*layer, first, last).map_err(|problem| Invalid::new("experts.ranges", problem))?;
+                set.insert_range(*layer, first, last)
+                    .map_err(|problem| Invalid::new("experts.ranges", problem))?;
             }
         }
         Ok(set)
@@ -61,7 +62,9 @@ impl ExpertSet {
 
     fn insert_range(&mut self, layer: u32, first: u32, last: u32) -> Result<(), String> {
         if first > last || last >= MAX_EXPERTS {
-            return Err(format!("layer {layer} has the range {first}-{last}; it must ascend and stay below {MAX_EXPERTS}"));
+            return Err(format!(
+                "layer {layer} has the range {first}-{last}; it must ascend and stay below {MAX_EXPERTS}"
+            ));
         }
         self.0.entry(layer).or_default().extend(first..=last);
         Ok(())
@@ -85,10 +88,12 @@ fn ranges(experts: &BTreeSet<u32>) -> Vec<(u32, u32)> {
 impl Serialize for ExpertSet {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let text = |experts: &BTreeSet<u32>| {
-            let range = |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
+            let range =
+                |(first, last)| if first == last { format!("{first}") } else { format!("{first}-{last}") };
             ranges(experts).into_iter().map(range).collect::<Vec<_>>().join(",")
         };
-        serializer.collect_map(self.0.iter().filter(|(_, e)| !e.is_empty()).map(|(layer, e)| (layer, text(e))))
+        serializer
+            .collect_map(self.0.iter().filter(|(_, e)| !e.is_empty()).map(|(layer, e)| (layer, text(e))))
     }
 }
 
@@ -98,7 +103,10 @@ impl<'de> Deserialize<'de> for ExpertSet {
         for (layer, text) in BTreeMap::<u32, String>::deserialize(deserializer)? {
             for range in text.split(',').filter(|range| !range.is_empty()) {
                 let (first, last) = range.split_once('-').unwrap_or((range, range));
-                let number = |text: &str| text.parse::<u32>().map_err(|_| format!("layer {layer} has {range:?}, which is not a range"));
+                let number = |text: &str| {
+                    text.parse::<u32>()
+                        .map_err(|_| format!("layer {layer} has {range:?}, which is not a range"))
+                };
                 let result = number(first).and_then(|first| set.insert_range(layer, first, number(last)?));
                 result.map_err(serde::de::Error::custom)?;
             }
@@ -186,7 +194,11 @@ impl Placement {
             experts: worker.experts.to_proto(),
             draining: worker.draining,
         };
-        v1::Placement { epoch: self.epoch, hash: self.hash.clone(), workers: self.workers.iter().map(worker).collect() }
+        v1::Placement {
+            epoch: self.epoch,
+            hash: self.hash.clone(),
+            workers: self.workers.iter().map(worker).collect(),
+        }
     }
 
     /// Fails on a slot that appears twice, a range that is none, or a hash that is not of this content.
@@ -199,7 +211,10 @@ impl Placement {
         let workers = message.workers.into_iter().map(worker).collect::<Result<_, Invalid>>()?;
         let placement = Self::new(message.epoch, workers)?;
         if placement.hash != message.hash {
-            return Err(Invalid::new("placement.hash", format!("{} is not the hash of the content, {}", message.hash, placement.hash)));
+            return Err(Invalid::new(
+                "placement.hash",
+                format!("{} is not the hash of the content, {}", message.hash, placement.hash),
+            ));
         }
         Ok(placement)
     }
@@ -233,7 +248,13 @@ mod tests {
         experts.iter().for_each(|&(layer, expert)| {
             set.insert(layer, expert);
         });
-        PlacedWorker { slot, name: format!("w-{slot}"), addresses: vec![format!("10.0.0.{slot}:7070")], experts: set, draining: false }
+        PlacedWorker {
+            slot,
+            name: format!("w-{slot}"),
+            addresses: vec![format!("10.0.0.{slot}:7070")],
+            experts: set,
+            draining: false,
+        }
     }
 
     proptest! {
@@ -248,7 +269,8 @@ mod tests {
 
     #[test]
     fn experts_read_as_ranges() {
-        let json = serde_json::to_string(&worker(0, &[(1, 0), (1, 1), (1, 2), (1, 7), (3, 5)]).experts).unwrap();
+        let json =
+            serde_json::to_string(&worker(0, &[(1, 0), (1, 1), (1, 2), (1, 7), (3, 5)]).experts).unwrap();
         assert_eq!(json, r#"{"1":"0-2,7","3":"5"}"#);
     }
 
@@ -260,7 +282,11 @@ mod tests {
         assert_eq!(Placement::new(1, vec![moved]).unwrap().hash(), base.hash());
         let mut draining = worker(0, &[(1, 0)]);
         draining.draining = true;
-        for other in [Placement::new(2, vec![worker(0, &[(1, 0)])]), Placement::new(1, vec![worker(0, &[(1, 1)])]), Placement::new(1, vec![draining])] {
+        for other in [
+            Placement::new(2, vec![worker(0, &[(1, 0)])]),
+            Placement::new(1, vec![worker(0, &[(1, 1)])]),
+            Placement::new(1, vec![draining]),
+        ] {
             assert_ne!(other.unwrap().hash(), base.hash());
         }
     }

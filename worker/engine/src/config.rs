@@ -185,6 +185,11 @@ impl ModelConfig {
         &self.eos
     }
 
+    /// Bytes that the latent cache takes for so many positions of one sequence, all layers.
+    pub fn kv_bytes(&self, positions: usize) -> u64 {
+        (self.layers * self.attention.cached() * positions * size_of::<f32>()) as u64
+    }
+
     /// Bytes of one resident expert, packed.
     pub fn expert_bytes(&self) -> u64 {
         self.swiglu_bytes(self.expert_inner)

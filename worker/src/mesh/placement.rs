@@ -92,7 +92,13 @@ mod tests {
 
     fn placement(epoch: u64, name: &str, address: &str) -> Placement {
         let addresses = vec![address.to_string()];
-        let worker = PlacedWorker { slot: 0, name: name.into(), addresses, experts: ExpertSet::default(), draining: false };
+        let worker = PlacedWorker {
+            slot: 0,
+            name: name.into(),
+            addresses,
+            experts: ExpertSet::default(),
+            draining: false,
+        };
         Placement::new(epoch, vec![worker]).unwrap()
     }
 
@@ -104,7 +110,10 @@ mod tests {
         assert_eq!(current.get().workers()[0].addresses, ["10.0.0.2:1"]);
         let stale = current.apply(placement(1, "a", "10.0.0.1:1")).unwrap_err();
         assert_eq!(stale.to_string(), "epoch 1 is behind the current epoch 2");
-        assert!(matches!(current.apply(placement(2, "b", "10.0.0.1:1")), Err(Refused::Conflict { epoch: 2, .. })));
+        assert!(matches!(
+            current.apply(placement(2, "b", "10.0.0.1:1")),
+            Err(Refused::Conflict { epoch: 2, .. })
+        ));
         current.apply(placement(3, "b", "10.0.0.1:1")).unwrap();
         assert_eq!(current.get().epoch(), 3);
     }

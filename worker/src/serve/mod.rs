@@ -1,10 +1,300 @@
-use std::process::ExitCode;
+//! `expertmesh-worker serve`: one worker of a deployment.
 
-use crate::process::Fatal;
+mod control;
+mod inference;
+mod run;
+mod scheduler;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint};
+use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
+use expertmesh_proto::v1::control_server::ControlServer;
+use expertmesh_proto::v1::inference_server::InferenceServer;
+use prometheus::Registry;
+use tokio::sync::{oneshot, watch};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+
+use self::control::{ControlService, WorkerState};
+use self::inference::InferenceService;
+use self::run::{Command, Load, Loop, Shared};
+use self::scheduler::{Bounds, Scheduler};
+use crate::mesh::dispatch::MeshExchange;
+use crate::mesh::exchange::{self, Exchange};
+use crate::mesh::identity::Identity;
+use crate::mesh::peers::Peers;
+use crate::mesh::placement::CurrentPlacement;
+use crate::mesh::residency::Residency;
+use crate::metrics::WorkerMetrics;
+use crate::probes;
+use crate::process::{self, Addresses, Fatal};
+
+/// Rows of a step: enough for a prompt's chunk to use the weights that it reads.
+const STEP_ROWS: usize = 256;
+const _: () = assert!(STEP_ROWS <= MAX_TICKET_ROWS);
+const COMMANDS: usize = 1024;
+const JOBS: usize = 256;
 
 #[derive(clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// The model's directory
+    #[arg(long)]
+    model: PathBuf,
+    /// This worker's name; a StatefulSet's pod name says its slot too
+    #[arg(long, env = "POD_NAME")]
+    name: String,
+    /// This worker's slot in the placement; without it, the number that ends the name
+    #[arg(long)]
+    slot: Option<u32>,
+    /// gRPC for peers, frontends and the operator
+    #[arg(long, default_value = "0.0.0.0:7070")]
+    listen: SocketAddr,
+    /// HTTP for /metrics, /healthz and /readyz
+    #[arg(long, default_value = "0.0.0.0:9090")]
+    metrics: SocketAddr,
+    /// The placement to start with (JSON); a later one is pushed
+    #[arg(long)]
+    placement: Option<PathBuf>,
+    /// Writes the addresses as JSON once this worker listens
+    #[arg(long)]
+    announce: Option<PathBuf>,
+    /// Positions of a sequence, prompt and answer together; without it, what the model was made for
+    #[arg(long)]
+    max_context_tokens: Option<usize>,
+    /// Memory of the latent cache, in MiB
+    #[arg(long, default_value_t = 256)]
+    kv_cache_mib: u64,
+    /// Sequences in the batch
+    #[arg(long, default_value_t = 64)]
+    max_running: usize,
+    /// Sequences that wait
+    #[arg(long, default_value_t = 1024)]
+    max_waiting: usize,
+    /// How long leaving may take, in seconds
+    #[arg(long, default_value_t = 30)]
+    drain_timeout: u64,
+}
 
-pub(crate) fn run(_args: Args) -> Result<ExitCode, Fatal> {
-    Err(Fatal::new("Unbuilt", "not built yet"))
+impl Args {
+    fn slot(&self) -> Result<u32, Fatal> {
+        let ordinal = || self.name.rsplit_once('-').and_then(|(_, ordinal)| ordinal.parse().ok());
+        let missing = || {
+            Fatal::new(
+                "InvalidSlot",
+                format!("--slot is missing, and --name {} does not end in one", self.name),
+            )
+        };
+        self.slot.or_else(ordinal).ok_or_else(missing)
+    }
+
+    fn max_context(&self, config: &ModelConfig) -> Result<usize, Fatal> {
+        let most = config.max_positions();
+        let chosen = self.max_context_tokens.unwrap_or(most);
+        if chosen < 2 || chosen > most {
+            let message = format!("--max-context-tokens {chosen}: this model takes 2 to {most}");
+            return Err(Fatal::new("InvalidMaxContextTokens", message));
+        }
+        Ok(chosen)
+    }
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
+    process::log();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", error.to_string()))?;
+    let result = runtime.block_on(serve(args));
+    // A task that waits for a silent peer does not hold the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn serve(args: Args) -> Result<ExitCode, Fatal> {
+    let config = ModelConfig::read(&args.model)?;
+    let (slot, max_context) = (args.slot()?, args.max_context(&config)?);
+    let placement = CurrentPlacement::load(args.placement.as_deref())?;
+    let grpc = process::bind("--listen", args.listen).await?;
+    let http = process::bind("--metrics", args.metrics).await?;
+
+    let model = args.model.clone();
+    let loaded = tokio::task::spawn_blocking(move || {
+        let fingerprint = ModelFingerprint::read(&model)?;
+        Ok::<_, Fatal>((CpuBackend::load(&model, |_, _| {})?, fingerprint))
+    });
+    let (backend, fingerprint) =
+        loaded.await.map_err(|error| Fatal::new("LoadFailed", error.to_string()))??;
+    let identity =
+        Identity { name: args.name.clone(), slot, incarnation: process::incarnation(), fingerprint };
+    let registry = Registry::new();
+    let worker = Worker::start(Arc::new(backend), identity, &args, max_context, (placement, &registry));
+
+    let addresses = Addresses { http: None, grpc: grpc.local_addr().ok(), metrics: http.local_addr().ok() };
+    let state = worker.state.clone();
+    let router = probes::router(registry, Arc::new(move || state.readiness()));
+    let probes = tokio::spawn(async move { axum::serve(http, router).await });
+    if let Some(path) = &args.announce {
+        process::announce(path, addresses)?;
+    }
+    let result = worker.serve(grpc, Duration::from_secs(args.drain_timeout)).await;
+    probes.abort();
+    result
+}
+
+/// The threads and the state of a worker.
+struct Worker {
+    state: Arc<WorkerState<CpuBackend>>,
+    exchange: Exchange<CpuBackend>,
+    inference: InferenceService,
+    leaving: watch::Sender<bool>,
+    /// Resolves when the engine's thread ends.
+    engine: oneshot::Receiver<()>,
+}
+
+impl Worker {
+    fn start(
+        backend: Arc<CpuBackend>,
+        identity: Identity,
+        args: &Args,
+        max_context: usize,
+        (placement, registry): (CurrentPlacement, &Registry),
+    ) -> Self {
+        let metrics = Arc::new(WorkerMetrics::new(registry));
+        let config = backend.config();
+        let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
+        let residency = Residency::new(backend.clone());
+        let (commands, receiver) = sync_channel(COMMANDS);
+        let shared = Arc::new(Shared {
+            load: watch::Sender::new(Load::default()),
+            draining: AtomicBool::new(false),
+            metrics,
+        });
+        let state = WorkerState::new(
+            identity.clone(),
+            config,
+            placement.clone(),
+            residency.clone(),
+            (shared.clone(), commands.clone()),
+        );
+        state.follow();
+
+        let bounds = Bounds { step_rows: STEP_ROWS, running: args.max_running, waiting: args.max_waiting };
+        let blocks = blocks(config, args.kv_cache_mib, max_context);
+        let mesh = MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe());
+        let scheduler = Scheduler::new(bounds, blocks);
+        let kv = backend.allocate_kv(blocks);
+        let engine = spawn_engine(
+            Loop { backend: backend.clone(), kv, exchange: mesh, scheduler, shared: shared.clone() },
+            receiver,
+        );
+
+        let (jobs, queue) = tokio::sync::mpsc::channel(JOBS);
+        let (hidden, vocabulary) = (config.hidden(), config.vocabulary() as u32);
+        thread::Builder::new()
+            .name("experts".into())
+            .spawn(move || exchange::run(&*backend, hidden, queue))
+            .ok();
+        let loader = residency.clone();
+        thread::Builder::new().name("loader".into()).spawn(move || loader.run()).ok();
+        let links = peers.clone();
+        tokio::spawn(async move { links.follow(placement.subscribe()).await });
+        tokio::spawn(keep_gauges(state.clone(), peers.clone()));
+
+        let (leaving, left) = watch::channel(false);
+        let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, leaving: left };
+        let inference = InferenceService { identity, vocabulary, max_context, commands, shared };
+        Self { state, exchange, inference, leaving, engine }
+    }
+
+    /// Serves until SIGTERM, then leaves: hands its sequences back, answers what peers wait for, and ends.
+    async fn serve(self, grpc: tokio::net::TcpListener, drain: Duration) -> Result<ExitCode, Fatal> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<InferenceServer<InferenceService>>().await;
+        let state = self.state.clone();
+        let (finish, finished) = oneshot::channel::<()>();
+        let server = Server::builder()
+            .tcp_nodelay(true)
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(16 << 20)
+            .http2_keepalive_interval(Some(Duration::from_secs(5)))
+            .add_service(health_service)
+            .add_service(self.exchange.into_service())
+            .add_service(InferenceServer::new(self.inference).max_decoding_message_size(16 << 20))
+            .add_service(ControlServer::new(ControlService(state.clone())))
+            .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async {
+                let _ = finished.await;
+            });
+        let server = tokio::spawn(server);
+        tracing::info!(slot = state.identity.slot, "worker {} listens", state.identity.name);
+        tokio::select! {
+            () = process::asked_to_stop() => {}
+            _ = self.engine => return Err(Fatal::new("EngineStopped", "the engine's thread ended; its panic is above")),
+        }
+        tracing::info!("leaving");
+        state.stopping.store(true, Ordering::SeqCst);
+        health.set_not_serving::<InferenceServer<InferenceService>>().await;
+        let _ = tokio::time::timeout(drain, state.drain()).await;
+        self.leaving.send_replace(true);
+        let _ = finish.send(());
+        // Open streams end by themselves now; one that does not is cut.
+        let _ = tokio::time::timeout(Duration::from_secs(2), server).await;
+        let _ = state.commands.try_send(Command::Stop);
+        state.residency.stop();
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn spawn_engine<B, X>(engine: Loop<B, X>, commands: Receiver<Command>) -> oneshot::Receiver<()>
+where
+    B: Backend,
+    X: expertmesh_engine::Exchange<B> + Send + 'static,
+    X::Error: std::fmt::Display,
+{
+    let (ended, end) = oneshot::channel();
+    let body = move || {
+        let _ended: oneshot::Sender<()> = ended; // dropped also by a panic
+        engine.run(&commands);
+    };
+    thread::Builder::new().name("engine".into()).spawn(body).ok();
+    end
+}
+
+fn limits(config: &ModelConfig) -> Limits {
+    Limits {
+        hidden: config.hidden(),
+        first_moe_layer: config.first_moe_layer() as u32,
+        layers: config.layers() as u32,
+        experts: config.experts() as u32,
+        experts_per_token: config.experts_per_token(),
+    }
+}
+
+/// Blocks for the memory that was asked, and at least for one sequence that fills its context.
+fn blocks(config: &ModelConfig, mib: u64, max_context: usize) -> usize {
+    let block = config.kv_bytes(expertmesh_engine::BLOCK_TOKENS).max(1);
+    let wanted = (mib << 20) / block;
+    (wanted as usize).max(BlockAllocator::needed(max_context))
+}
+
+async fn keep_gauges(state: Arc<WorkerState<CpuBackend>>, peers: Arc<Peers>) {
+    let mut changes = state.changes();
+    let metrics = state.shared.metrics.clone();
+    loop {
+        let (residency, load) = (state.residency.snapshot(), *state.shared.load.borrow());
+        metrics.running.set(load.running.into());
+        metrics.waiting.set(load.waiting.into());
+        metrics.kv_usage.set(load.kv_usage);
+        metrics.experts_resident.set(residency.resident.len() as i64);
+        metrics.experts_resident_bytes.set(residency.resident_bytes as i64);
+        metrics.experts_missing.set(residency.missing.into());
+        metrics.placement_epoch.set(state.placement.get().epoch() as i64);
+        metrics.peers_alive.set(peers.alive().len() as i64);
+        changes.next().await;
+    }
 }

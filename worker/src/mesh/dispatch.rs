@@ -1,0 +1,285 @@
+//! The engine's side of the mesh: rows of a layer go to whoever has their experts, answers come back in order.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use expertmesh_engine::{Backend, Exchange, ExpertGroup, NotResident, Routes};
+use expertmesh_proto::expert::{Answers, Rows};
+use expertmesh_proto::placement::Placement;
+use tokio::sync::watch;
+
+use super::peers::{Outcome, Outgoing, Peers, Reply};
+use super::residency::{LoadFailed, Residency};
+use super::route::{Holders, Target, route};
+
+/// How long a holder that said "not resident" is asked to load that expert.
+const COLD: Duration = Duration::from_secs(1);
+
+/// Dispatches to peers and collects from them; one per engine thread.
+pub(crate) struct MeshExchange<B: Backend> {
+    peers: Arc<Peers>,
+    residency: Arc<Residency<B>>,
+    placement: watch::Receiver<Arc<Placement>>,
+    holders: Holders,
+    outcomes: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
+    next_ticket: u64,
+    /// Until when a (slot, layer, expert) counts as not resident.
+    cold: BTreeMap<(u32, u32, u32), Instant>,
+    layer: LayerState<B>,
+}
+
+/// One layer of one step on its way. A pair is (row, slot among its top k): row · top_k + slot.
+struct LayerState<B: Backend> {
+    /// (rows, hidden), once a row has to travel.
+    host: Option<Vec<f32>>,
+    /// (pairs, hidden)
+    answers: Option<B::Rows>,
+    local: Vec<u32>,
+    flights: BTreeMap<u64, Flight>,
+    /// Per expert, the peers that failed it in this layer.
+    tried: BTreeMap<u32, Vec<u32>>,
+}
+
+struct Flight {
+    slot: u32,
+    attempt: u32,
+    load: bool,
+    sent: Instant,
+    /// Ascending.
+    pairs: Vec<u32>,
+}
+
+impl<B: Backend> LayerState<B> {
+    fn new(answers: Option<B::Rows>) -> Self {
+        Self { host: None, answers, local: Vec::new(), flights: BTreeMap::new(), tried: BTreeMap::new() }
+    }
+}
+
+impl<B: Backend> MeshExchange<B> {
+    pub(crate) fn new(
+        peers: Arc<Peers>,
+        residency: Arc<Residency<B>>,
+        placement: watch::Receiver<Arc<Placement>>,
+    ) -> Self {
+        let holders = Holders::of(&placement.borrow());
+        let (cold, layer) = (BTreeMap::new(), LayerState::new(None));
+        Self { peers, residency, placement, holders, outcomes: mpsc::channel(), next_ticket: 0, cold, layer }
+    }
+
+    /// Sends pairs where their experts are; keeps those that are computed here.
+    fn send(
+        &mut self,
+        backend: &B,
+        layer: usize,
+        normed: &B::Rows,
+        routes: &Routes,
+        pairs: &[u32],
+        attempt: u32,
+    ) {
+        let (me, alive) = (self.peers.shared.identity.slot, self.peers.alive());
+        let mut targets: BTreeMap<u32, Target> = BTreeMap::new();
+        let mut tickets: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
+        for &pair in pairs {
+            let expert = routes.experts[pair as usize];
+            let target = *targets.entry(expert).or_insert_with(|| self.target(me, &alive, layer, expert));
+            match target {
+                Target::Local => self.layer.local.push(pair),
+                peer => tickets.entry(peer).or_default().push(pair),
+            }
+        }
+        for (target, pairs) in tickets {
+            let (slot, load) = match target {
+                Target::Holder(slot) => (slot, false),
+                Target::Elected(slot) => (slot, true),
+                Target::Local => continue,
+            };
+            let host = self.layer.host.get_or_insert_with(|| backend.download(normed));
+            let rows = rows_of(host, layer as u32, load, routes, &pairs);
+            self.launch(Flight { slot, attempt, load, sent: Instant::now(), pairs }, rows);
+        }
+    }
+
+    fn target(&self, me: u32, alive: &BTreeSet<u32>, layer: usize, expert: u32) -> Target {
+        let tried = self.layer.tried.get(&expert).map_or(&[][..], Vec::as_slice);
+        match route(&self.holders, me, alive, (layer as u32, expert), tried) {
+            // It should hold the expert and does not yet: nobody is better elected.
+            Target::Holder(slot) if self.cold.contains_key(&(slot, layer as u32, expert)) => {
+                Target::Elected(slot)
+            }
+            target => target,
+        }
+    }
+
+    fn launch(&mut self, flight: Flight, rows: Rows) {
+        self.next_ticket += 1;
+        let ticket = self.next_ticket;
+        let slot = flight.slot;
+        let dispatched = &self.peers.shared.metrics.rows_dispatched;
+        dispatched.with_label_values(&[&slot.to_string()]).inc_by(flight.pairs.len() as u64);
+        let reply = Reply::new(ticket, self.outcomes.0.clone());
+        let outgoing = Outgoing { ticket, attempt: flight.attempt, rows, reply };
+        self.layer.flights.insert(ticket, flight);
+        // Where the link is down, the reply that comes back says so.
+        drop(self.peers.send(slot, outgoing));
+    }
+
+    /// Computes the pairs that stayed here, loading what is missing.
+    fn compute(
+        &mut self,
+        backend: &B,
+        layer: usize,
+        normed: &B::Rows,
+        routes: &Routes,
+    ) -> Result<(), LoadFailed> {
+        let mut pairs = std::mem::take(&mut self.layer.local);
+        pairs.sort_unstable_by_key(|&pair| (routes.experts[pair as usize], pair));
+        let groups: Vec<ExpertGroup> = pairs
+            .chunk_by(|a, b| routes.experts[*a as usize] == routes.experts[*b as usize])
+            .map(|chunk| ExpertGroup {
+                expert: routes.experts[chunk[0] as usize],
+                rows: chunk.iter().map(|pair| pair / routes.top_k as u32).collect(),
+            })
+            .collect();
+        if groups.is_empty() {
+            return Ok(());
+        }
+        for group in &groups {
+            self.residency.ensure(layer as u32, group.expert)?;
+        }
+        let outputs = loop {
+            match backend.experts(layer, normed, &groups) {
+                Ok(outputs) => break outputs,
+                // Evicted since we asked.
+                Err(NotResident { expert, .. }) => self.residency.ensure(layer as u32, expert)?,
+            }
+        };
+        if let Some(answers) = &mut self.layer.answers {
+            backend.scatter(&outputs, &pairs, answers);
+        }
+        Ok(())
+    }
+
+    /// Takes one outcome: answers into their places; what has none becomes pairs to send again.
+    fn take(
+        &mut self,
+        backend: &B,
+        layer: usize,
+        routes: &Routes,
+        outcome: Outcome,
+    ) -> Option<(Vec<u32>, u32)> {
+        let flight = self.layer.flights.remove(&outcome.ticket)?;
+        let metrics = &self.peers.shared.metrics;
+        let answers = match outcome.result {
+            Ok(answers) => answers,
+            Err(reason) => {
+                metrics.rows_rerouted.with_label_values(&[reason]).inc_by(flight.pairs.len() as u64);
+                self.give_up(routes, &flight, |_| true);
+                return Some((flight.pairs, flight.attempt + 1));
+            }
+        };
+        let label = flight.slot.to_string();
+        metrics.exchange_seconds.with_label_values(&[&label]).observe(flight.sent.elapsed().as_secs_f64());
+        let Answers { not_resident, values } = answers;
+        let absent = |pair: &u32| not_resident.contains(&routes.experts[*pair as usize]);
+        let (again, answered): (Vec<u32>, Vec<u32>) = flight.pairs.iter().partition(|pair| absent(pair));
+        if let Some(answers) = &mut self.layer.answers {
+            backend.scatter(&backend.upload(&values), &answered, answers);
+        }
+        if again.is_empty() {
+            return None;
+        }
+        metrics.rows_rerouted.with_label_values(&["not_resident"]).inc_by(again.len() as u64);
+        let until = Instant::now() + COLD;
+        self.cold.extend(not_resident.iter().map(|&expert| ((flight.slot, layer as u32, expert), until)));
+        if flight.load {
+            self.give_up(routes, &flight, |expert| not_resident.contains(&expert));
+        }
+        Some((again, flight.attempt + 1))
+    }
+
+    fn give_up(&mut self, routes: &Routes, flight: &Flight, which: impl Fn(u32) -> bool) {
+        let experts: BTreeSet<u32> = flight.pairs.iter().map(|&pair| routes.experts[pair as usize]).collect();
+        for expert in experts.into_iter().filter(|&expert| which(expert)) {
+            self.layer.tried.entry(expert).or_default().push(flight.slot);
+        }
+    }
+}
+
+impl<B: Backend> Exchange<B> for MeshExchange<B> {
+    type Error = LoadFailed;
+
+    fn dispatch(
+        &mut self,
+        backend: &B,
+        layer: usize,
+        normed: &B::Rows,
+        routes: &Routes,
+    ) -> Result<(), LoadFailed> {
+        if self.placement.has_changed().unwrap_or(false) {
+            self.holders = Holders::of(&self.placement.borrow_and_update());
+            self.cold.clear();
+        }
+        let now = Instant::now();
+        self.cold.retain(|_, until| *until > now);
+        self.layer = LayerState::new(Some(backend.zeros(routes.experts.len())));
+        let pairs: Vec<u32> = (0..routes.experts.len() as u32).collect();
+        self.send(backend, layer, normed, routes, &pairs, 0);
+        Ok(())
+    }
+
+    fn collect(
+        &mut self,
+        backend: &B,
+        layer: usize,
+        normed: &B::Rows,
+        routes: &Routes,
+    ) -> Result<B::Rows, LoadFailed> {
+        loop {
+            self.compute(backend, layer, normed, routes)?;
+            if self.layer.flights.is_empty() && self.layer.local.is_empty() {
+                break;
+            }
+            // Every flight has its outcome: the link, or its teardown, sends one.
+            let Ok(outcome) = self.outcomes.1.recv() else { break };
+            if let Some((pairs, attempt)) = self.take(backend, layer, routes, outcome) {
+                self.send(backend, layer, normed, routes, &pairs, attempt);
+            }
+        }
+        Ok(self.layer.answers.take().unwrap_or_else(|| backend.zeros(0)))
+    }
+}
+
+/// The rows of pairs, each once with its experts. `pairs` ascend, so the experts of a row do.
+fn rows_of(host: &[f32], layer: u32, load: bool, routes: &Routes, pairs: &[u32]) -> Rows {
+    let top_k = routes.top_k as u32;
+    let hidden = host.len() * routes.top_k / routes.experts.len();
+    let mut rows = Rows { layer, load, ..Rows::default() };
+    for chunk in pairs.chunk_by(|a, b| a / top_k == b / top_k) {
+        let row = (chunk[0] / top_k) as usize;
+        rows.row_experts.push(chunk.len() as u32);
+        rows.experts.extend(chunk.iter().map(|&pair| routes.experts[pair as usize]));
+        rows.values.extend_from_slice(&host[row * hidden..(row + 1) * hidden]);
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_travels_once_per_peer_with_its_experts() {
+        let routes = Routes { top_k: 2, experts: vec![3, 9, 1, 9, 3, 4], weights: vec![0.5; 6] };
+        let host = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]; // (3 rows, 2)
+        let rows = rows_of(&host, 5, true, &routes, &[0, 1, 4]);
+        let expected = Rows {
+            layer: 5,
+            load: true,
+            row_experts: vec![2, 1],
+            experts: vec![3, 9, 3],
+            values: vec![0.0, 0.0, 2.0, 2.0],
+        };
+        assert_eq!(rows, expected);
+    }
+}

@@ -1,0 +1,230 @@
+//! One link: the stream on which a peer computes experts for us.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use expertmesh_proto::expert::{AnswerParts, Limits, MAX_TICKETS, Ticket};
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::exchange_request::Message as Request;
+use expertmesh_proto::v1::exchange_response::Message as Response;
+use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status, Streaming};
+
+use super::peers::{Outgoing, Shared};
+
+/// A peer that says nothing for so long is dead: it sends a heartbeat five times as often.
+pub(crate) const SILENCE: Duration = Duration::from_secs(1);
+/// A peer that lives but does not answer a ticket for so long is dead too.
+const STUCK: Duration = Duration::from_secs(20);
+const CONNECT: Duration = Duration::from_secs(1);
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+/// Flow-control windows that keep a fast network busy: 64 KiB is the protocol's default.
+const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
+
+/// Keeps the link up until the task is aborted. Every ticket handed in gets its outcome.
+pub(crate) async fn keep(
+    shared: Arc<Shared>,
+    slot: u32,
+    mut addresses: watch::Receiver<Vec<String>>,
+    mut outgoing: mpsc::Receiver<Outgoing>,
+) {
+    let mut backoff = BACKOFF.0;
+    for session in 1.. {
+        let current = addresses.borrow_and_update().clone();
+        match refusing(&mut outgoing, open(&shared, slot, session, &current)).await {
+            Ok(stream) => {
+                tracing::info!(slot, "peer is up");
+                shared.set_alive(slot, true);
+                backoff = BACKOFF.0;
+                let mut pump = Pump { session, pending: BTreeMap::new(), unsent: VecDeque::new() };
+                let verdict = pump.run(stream, &shared.limits, &mut outgoing).await;
+                shared.set_alive(slot, false);
+                shared.metrics.peer_failures.with_label_values(&[&slot.to_string(), verdict.reason]).inc();
+                tracing::warn!(slot, reason = verdict.reason, "peer is down: {}", verdict.message);
+                pump.pending
+                    .into_values()
+                    .for_each(|pending| pending.outgoing.reply.send(Err(verdict.reason)));
+            }
+            Err(verdict) => {
+                tracing::debug!(slot, reason = verdict.reason, "peer does not answer: {}", verdict.message)
+            }
+        }
+        let pause = async {
+            tokio::select! {
+                () = sleep(backoff) => {}
+                _ = addresses.changed() => {}
+            }
+        };
+        refusing(&mut outgoing, pause).await;
+        backoff = (backoff * 2).min(BACKOFF.1);
+    }
+}
+
+/// Waits for `work`; what is handed in meanwhile comes back at once.
+async fn refusing<T>(outgoing: &mut mpsc::Receiver<Outgoing>, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            Some(late) = outgoing.recv() => late.reply.send(Err("down")),
+        }
+    }
+}
+
+/// Why a peer counts as dead.
+struct Verdict {
+    reason: &'static str,
+    message: String,
+}
+
+impl Verdict {
+    fn new(reason: &'static str, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}
+
+impl From<Status> for Verdict {
+    fn from(status: Status) -> Self {
+        let reason = match status.code() {
+            Code::FailedPrecondition => "fenced",
+            Code::InvalidArgument | Code::OutOfRange => "invalid",
+            Code::DataLoss => "damaged",
+            _ => "unavailable",
+        };
+        Self::new(reason, status.message())
+    }
+}
+
+struct Stream {
+    requests: mpsc::Sender<v1::ExchangeRequest>,
+    responses: Streaming<v1::ExchangeResponse>,
+}
+
+/// The first address that answers as the slot we look for.
+async fn open(shared: &Shared, slot: u32, session: u64, addresses: &[String]) -> Result<Stream, Verdict> {
+    let mut verdict = Verdict::new("down", "no address");
+    for address in addresses {
+        let attempt = timeout(2 * CONNECT, greet(shared, slot, session, address)).await;
+        match attempt.unwrap_or_else(|_| Err(Verdict::new("silent", format!("{address} does not answer")))) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => verdict = error,
+        }
+    }
+    Err(verdict)
+}
+
+async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Result<Stream, Verdict> {
+    let channel = connect(address).await?;
+    let limit = expertmesh_proto::expert::MAX_PART_BYTES * 2;
+    let mut client = ExpertExchangeClient::new(channel).max_decoding_message_size(limit);
+    let (requests, receiver) = mpsc::channel(4);
+    let identity = &shared.identity;
+    let hello = v1::Hello { caller: Some(identity.caller(0)), slot: identity.slot, session };
+    let hello = v1::ExchangeRequest { message: Some(Request::Hello(hello)) };
+    requests.send(hello).await.map_err(|_| Verdict::new("down", "stream closed"))?;
+    let mut responses = client.exchange(ReceiverStream::new(receiver)).await?.into_inner();
+    let welcome = match responses.message().await?.and_then(|response| response.message) {
+        Some(Response::Welcome(welcome)) => welcome,
+        _ => return Err(Verdict::new("invalid", "the first message was no welcome")),
+    };
+    if welcome.slot != slot {
+        return Err(Verdict::new("fenced", format!("{address} is slot {}, not {slot}", welcome.slot)));
+    }
+    identity.admit(welcome.callee.as_ref())?;
+    shared.fence.admit(slot, welcome.callee.map_or(0, |callee| callee.incarnation))?;
+    Ok(Stream { requests, responses })
+}
+
+async fn connect(address: &str) -> Result<Channel, Verdict> {
+    let down = |error: tonic::transport::Error| Verdict::new("down", format!("{address}: {error}"));
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(down)?;
+    let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true);
+    let endpoint = endpoint.initial_stream_window_size(WINDOWS.0).initial_connection_window_size(WINDOWS.1);
+    endpoint.connect().await.map_err(down)
+}
+
+/// The stream while it is up: it always reads, and sends as the peer takes it.
+struct Pump {
+    session: u64,
+    pending: BTreeMap<u64, Pending>,
+    unsent: VecDeque<v1::Dispatch>,
+}
+
+struct Pending {
+    outgoing: Outgoing,
+    parts: AnswerParts,
+    since: Instant,
+}
+
+impl Pump {
+    /// Runs until the peer's verdict.
+    async fn run(
+        &mut self,
+        stream: Stream,
+        limits: &Limits,
+        outgoing: &mut mpsc::Receiver<Outgoing>,
+    ) -> Verdict {
+        let Stream { requests, mut responses } = stream;
+        let mut heard = Instant::now();
+        loop {
+            let oldest = self.pending.values().map(|pending| pending.since + STUCK).min();
+            let deadline = oldest.map_or(heard + SILENCE, |oldest| oldest.min(heard + SILENCE));
+            tokio::select! {
+                biased;
+                response = responses.message() => match response {
+                    Ok(Some(response)) => {
+                        heard = Instant::now();
+                        if let Err(verdict) = self.take(response, limits) {
+                            return verdict;
+                        }
+                    }
+                    Ok(None) => return Verdict::new("left", "closed the stream"),
+                    Err(status) => return status.into(),
+                },
+                permit = requests.reserve(), if !self.unsent.is_empty() => match (permit, self.unsent.pop_front()) {
+                    (Ok(permit), Some(part)) => permit.send(v1::ExchangeRequest { message: Some(Request::Dispatch(part)) }),
+                    _ => return Verdict::new("left", "closed the stream"),
+                },
+                Some(next) = outgoing.recv(), if self.pending.len() < MAX_TICKETS => self.dispatch(next, limits),
+                () = sleep_until(deadline) => {
+                    let silent = heard.elapsed() >= SILENCE;
+                    let reason = if silent { "silent" } else { "stuck" };
+                    return Verdict::new(reason, format!("no word for {:?}", if silent { SILENCE } else { STUCK }));
+                }
+            }
+        }
+    }
+
+    fn dispatch(&mut self, outgoing: Outgoing, limits: &Limits) {
+        let ticket = Ticket { session: self.session, ticket: outgoing.ticket, attempt: outgoing.attempt };
+        self.unsent.extend(outgoing.rows.to_parts(ticket, limits));
+        let parts = AnswerParts::new(outgoing.rows.experts.clone());
+        self.pending.insert(outgoing.ticket, Pending { outgoing, parts, since: Instant::now() });
+    }
+
+    /// Takes a part of an answer. A ticket that is not pending, or of another try, is late: dropped.
+    fn take(&mut self, response: v1::ExchangeResponse, limits: &Limits) -> Result<(), Verdict> {
+        let answer = match response.message {
+            Some(Response::Answer(answer)) => answer,
+            Some(Response::Heartbeat(_)) => return Ok(()),
+            _ => return Err(Verdict::new("invalid", "an unknown message")),
+        };
+        let Some(pending) = self.pending.get_mut(&answer.ticket) else { return Ok(()) };
+        if answer.session != self.session || answer.attempt != pending.outgoing.attempt {
+            return Ok(());
+        }
+        let ticket = answer.ticket;
+        if pending.parts.push(answer, limits).map_err(Status::from)? {
+            if let Some(Pending { outgoing, parts, .. }) = self.pending.remove(&ticket) {
+                outgoing.reply.send(Ok(parts.into_answers()));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,142 @@
+//! The links to the other workers: one stream per peer, kept up in the background, and the verdict on each.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use expertmesh_proto::expert::{Answers, Limits, MAX_TICKETS, Rows};
+use expertmesh_proto::placement::Placement;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::identity::{Fence, Identity};
+use super::link;
+use crate::metrics::WorkerMetrics;
+
+/// Rows for a peer.
+pub(crate) struct Outgoing {
+    pub(crate) ticket: u64,
+    pub(crate) attempt: u32,
+    pub(crate) rows: Rows,
+    pub(crate) reply: Reply,
+}
+
+/// Where a ticket's outcome goes: exactly one, also where the link is torn down around it.
+pub(crate) struct Reply {
+    ticket: u64,
+    /// At most [`MAX_TICKETS`] per peer are under way, which bounds this channel.
+    sender: std::sync::mpsc::Sender<Outcome>,
+    result: Result<Answers, &'static str>,
+}
+
+impl Reply {
+    pub(crate) fn new(ticket: u64, sender: std::sync::mpsc::Sender<Outcome>) -> Self {
+        Self { ticket, sender, result: Err("down") }
+    }
+
+    pub(crate) fn send(mut self, result: Result<Answers, &'static str>) {
+        self.result = result;
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        let result = std::mem::replace(&mut self.result, Err("down"));
+        // The engine's thread may be gone: then nobody waits.
+        let _ = self.sender.send(Outcome { ticket: self.ticket, result });
+    }
+}
+
+/// What became of a ticket: the answers, or why the peer counts as dead.
+pub(crate) struct Outcome {
+    pub(crate) ticket: u64,
+    pub(crate) result: Result<Answers, &'static str>,
+}
+
+/// What all links share.
+pub(crate) struct Shared {
+    pub(crate) identity: Identity,
+    pub(crate) limits: Limits,
+    pub(crate) fence: Fence,
+    pub(crate) metrics: Arc<WorkerMetrics>,
+    alive: watch::Sender<BTreeSet<u32>>,
+}
+
+impl Shared {
+    pub(crate) fn set_alive(&self, slot: u32, lives: bool) {
+        self.alive.send_if_modified(|alive| if lives { alive.insert(slot) } else { alive.remove(&slot) });
+    }
+}
+
+/// The peers of a worker, by slot.
+pub(crate) struct Peers {
+    pub(crate) shared: Arc<Shared>,
+    links: Mutex<BTreeMap<u32, Link>>,
+}
+
+struct Link {
+    outgoing: mpsc::Sender<Outgoing>,
+    addresses: watch::Sender<Vec<String>>,
+    task: JoinHandle<()>,
+}
+
+impl Peers {
+    pub(crate) fn new(identity: Identity, limits: Limits, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
+        let (fence, alive) = (Fence::default(), watch::Sender::new(BTreeSet::new()));
+        let shared = Arc::new(Shared { identity, limits, fence, metrics, alive });
+        Arc::new(Self { shared, links: Mutex::default() })
+    }
+
+    /// The slots whose link is up.
+    pub(crate) fn alive(&self) -> BTreeSet<u32> {
+        self.shared.alive.borrow().clone()
+    }
+
+    /// Hands rows to a peer's link; gives them back where it is down or has its tickets under way.
+    pub(crate) fn send(&self, slot: u32, outgoing: Outgoing) -> Result<(), Outgoing> {
+        let links = self.lock();
+        let Some(link) = links.get(&slot).filter(|_| self.shared.alive.borrow().contains(&slot)) else {
+            return Err(outgoing);
+        };
+        link.outgoing.try_send(outgoing).map_err(mpsc::error::TrySendError::into_inner)
+    }
+
+    /// Keeps one link per other worker of the current placement.
+    pub(crate) async fn follow(&self, mut placement: watch::Receiver<Arc<Placement>>) {
+        loop {
+            let current = placement.borrow_and_update().clone();
+            self.adopt(&current);
+            if placement.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn adopt(&self, placement: &Placement) {
+        let mut links = self.lock();
+        links.retain(|&slot, link| {
+            let stays = placement.worker(slot).is_some();
+            if !stays {
+                link.task.abort();
+                self.shared.set_alive(slot, false);
+            }
+            stays
+        });
+        for worker in placement.workers().iter().filter(|worker| worker.slot != self.shared.identity.slot) {
+            match links.get(&worker.slot) {
+                Some(link) => drop(link.addresses.send_replace(worker.addresses.clone())),
+                None => drop(links.insert(worker.slot, self.link(worker.slot, worker.addresses.clone()))),
+            }
+        }
+    }
+
+    fn link(&self, slot: u32, addresses: Vec<String>) -> Link {
+        let (outgoing, receiver) = mpsc::channel(MAX_TICKETS);
+        let (addresses, changes) = watch::channel(addresses);
+        let task = tokio::spawn(link::keep(self.shared.clone(), slot, changes, receiver));
+        Link { outgoing, addresses, task }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Link>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,237 @@
+//! Which experts are resident here. An expert is absent, loading or resident; one thread loads.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use expertmesh_engine::Backend;
+use expertmesh_proto::placement::ExpertSet;
+use tokio::sync::watch;
+
+/// How long an expert that the placement does not name stays after its last use.
+const EXTRA_IDLE: Duration = Duration::from_secs(10);
+/// How long after a failed load the placement's wish is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+type Key = (u32, u32);
+
+/// An expert that could not be loaded.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("expert {expert} of layer {layer} cannot be loaded: {message}")]
+pub(crate) struct LoadFailed {
+    layer: u32,
+    expert: u32,
+    message: String,
+}
+
+/// A reading of the state, for reports.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Snapshot {
+    pub(crate) resident: ExpertSet,
+    pub(crate) resident_bytes: u64,
+    /// Assigned and not resident yet.
+    pub(crate) missing: u32,
+    pub(crate) bytes_loaded: u64,
+    pub(crate) failure: Option<String>,
+}
+
+pub(crate) struct Residency<B> {
+    backend: Arc<B>,
+    state: Mutex<State>,
+    /// Wakes the loader thread, and those that wait for it.
+    turn: Condvar,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    assigned: ExpertSet,
+    /// Wanted by a row that waits.
+    urgent: VecDeque<Key>,
+    resident: BTreeMap<Key, u64>,
+    /// Resident but not assigned, with the last use.
+    extras: BTreeMap<Key, Instant>,
+    failed: BTreeMap<Key, (Instant, LoadFailed)>,
+    bytes_loaded: u64,
+    stop: bool,
+}
+
+impl<B: Backend> Residency<B> {
+    pub(crate) fn new(backend: Arc<B>) -> Arc<Self> {
+        let (state, turn) = (Mutex::new(State::default()), Condvar::new());
+        Arc::new(Self { backend, state, turn, changed: watch::Sender::new(0) })
+    }
+
+    /// Counts changes of the state.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// What the placement wants here; what it no longer wants leaves once it is idle.
+    pub(crate) fn assign(&self, experts: ExpertSet) {
+        let mut state = self.lock();
+        state.extras = state
+            .resident
+            .keys()
+            .filter(|key| !experts.contains(key.0, key.1))
+            .map(|&key| (key, Instant::now()))
+            .collect();
+        state.assigned = experts;
+        drop(state);
+        self.notify();
+    }
+
+    /// Waits until the expert is resident. For the engine's own thread.
+    pub(crate) fn ensure(&self, layer: u32, expert: u32) -> Result<(), LoadFailed> {
+        let mut state = self.lock();
+        if state.touch((layer, expert)) {
+            return Ok(());
+        }
+        state.want((layer, expert));
+        self.turn.notify_all();
+        loop {
+            if let Some(result) = state.settled((layer, expert)) {
+                return result;
+            }
+            state = self.turn.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until the expert is resident. For tasks that serve a peer.
+    pub(crate) async fn ensured(&self, layer: u32, expert: u32) -> Result<(), LoadFailed> {
+        let mut changes = self.subscribe();
+        {
+            let mut state = self.lock();
+            if state.touch((layer, expert)) {
+                return Ok(());
+            }
+            state.want((layer, expert));
+        }
+        self.turn.notify_all();
+        loop {
+            if let Some(result) = self.lock().settled((layer, expert)) {
+                return result;
+            }
+            // The sender lives in self: this cannot fail while we wait.
+            let _ = changes.changed().await;
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let state = self.lock();
+        let mut resident = ExpertSet::default();
+        for &(layer, expert) in state.resident.keys() {
+            resident.insert(layer, expert);
+        }
+        Snapshot {
+            resident,
+            resident_bytes: state.resident.values().sum(),
+            missing: state.missing().count() as u32,
+            bytes_loaded: state.bytes_loaded,
+            failure: state.failed.values().next().map(|(_, failure)| failure.to_string()),
+        }
+    }
+
+    /// The loader thread: urgent wishes first, then the placement's; drops what has been idle. Returns at [`Self::stop`].
+    pub(crate) fn run(&self) {
+        let mut state = self.lock();
+        while !state.stop {
+            if let Some(key) = state.next() {
+                drop(state);
+                let result = self.backend.load(key.0 as usize, key.1);
+                state = self.lock();
+                state.record(key, result.map_err(|error| error.to_string()));
+            } else if let Some(key) = state.idle() {
+                self.backend.evict(key.0 as usize, key.1);
+                state.resident.remove(&key);
+                state.extras.remove(&key);
+            } else {
+                let timeout = Duration::from_millis(500);
+                state = self
+                    .turn
+                    .wait_timeout(state, timeout)
+                    .map_or_else(|poison| poison.into_inner().0, |(state, _)| state);
+                continue;
+            }
+            drop(state);
+            self.notify();
+            state = self.lock();
+        }
+    }
+
+    pub(crate) fn stop(&self) {
+        self.lock().stop = true;
+        self.turn.notify_all();
+    }
+
+    fn notify(&self) {
+        self.turn.notify_all();
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn missing(&self) -> impl Iterator<Item = Key> + '_ {
+        self.assigned.iter().filter(|key| !self.resident.contains_key(key))
+    }
+
+    fn touch(&mut self, key: Key) -> bool {
+        if let Some(used) = self.extras.get_mut(&key) {
+            *used = Instant::now();
+        }
+        self.resident.contains_key(&key)
+    }
+
+    fn want(&mut self, key: Key) {
+        self.failed.remove(&key);
+        if !self.urgent.contains(&key) {
+            self.urgent.push_back(key);
+        }
+    }
+
+    fn settled(&self, key: Key) -> Option<Result<(), LoadFailed>> {
+        if self.resident.contains_key(&key) {
+            return Some(Ok(()));
+        }
+        self.failed.get(&key).map(|(_, failure)| Err(failure.clone()))
+    }
+
+    fn next(&mut self) -> Option<Key> {
+        while let Some(key) = self.urgent.pop_front() {
+            if !self.resident.contains_key(&key) {
+                return Some(key);
+            }
+        }
+        self.missing().find(|key| self.failed.get(key).is_none_or(|(at, _)| at.elapsed() > RETRY))
+    }
+
+    fn idle(&self) -> Option<Key> {
+        self.extras.iter().find(|(_, used)| used.elapsed() > EXTRA_IDLE).map(|(&key, _)| key)
+    }
+
+    fn record(&mut self, key: Key, result: Result<u64, String>) {
+        let (layer, expert) = key;
+        match result {
+            Ok(bytes) => {
+                self.failed.remove(&key);
+                self.resident.insert(key, bytes);
+                self.bytes_loaded += bytes;
+                if !self.assigned.contains(layer, expert) {
+                    self.extras.insert(key, Instant::now());
+                }
+            }
+            Err(message) => {
+                self.failed.insert(key, (Instant::now(), LoadFailed { layer, expert, message }));
+            }
+        }
+    }
+}
+
+/// The distinct experts of a list, ascending.
+pub(crate) fn distinct(experts: &[u32]) -> BTreeSet<u32> {
+    experts.iter().copied().collect()
+}

@@ -1,0 +1,146 @@
+//! Where an expert's rows go. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use expertmesh_proto::placement::Placement;
+
+/// The slots that should hold each expert, by (layer, expert), and who may be elected.
+#[derive(Debug, Default)]
+pub(crate) struct Holders {
+    by_expert: BTreeMap<(u32, u32), Vec<u32>>,
+    electorate: Vec<u32>,
+}
+
+impl Holders {
+    /// Workers that drain still serve; they are elected only where nobody else is.
+    pub(crate) fn of(placement: &Placement) -> Self {
+        let mut by_expert: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+        for worker in placement.workers() {
+            for pair in worker.experts.iter() {
+                by_expert.entry(pair).or_default().push(worker.slot);
+            }
+        }
+        let slots =
+            |draining| placement.workers().iter().filter(move |w| draining || !w.draining).map(|w| w.slot);
+        let staying: Vec<u32> = slots(false).collect();
+        let electorate = if staying.is_empty() { slots(true).collect() } else { staying };
+        Self { by_expert, electorate }
+    }
+}
+
+/// Who computes an expert's rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Target {
+    /// This worker, which loads the expert first if it must.
+    Local,
+    /// A peer, as it is.
+    Holder(u32),
+    /// A peer that nobody's placement named: it loads the expert.
+    Elected(u32),
+}
+
+/// Chooses among the live holders that were not `tried`, then by election among all live workers, `me` included;
+/// this worker where nothing else is left, so that every expert can always be computed.
+pub(crate) fn route(
+    holders: &Holders,
+    me: u32,
+    alive: &BTreeSet<u32>,
+    expert: (u32, u32),
+    tried: &[u32],
+) -> Target {
+    let usable = |slot: &u32| alive.contains(slot) && !tried.contains(slot);
+    let named = holders.by_expert.get(&expert).map_or(&[][..], Vec::as_slice);
+    if named.contains(&me) && !tried.contains(&me) {
+        return Target::Local;
+    }
+    // Different owners spread over the copies, each always on the same one.
+    if let Some(slot) = named.iter().copied().filter(usable).max_by_key(|&slot| weight(slot, expert, me)) {
+        return Target::Holder(slot);
+    }
+    let candidates = holders.electorate.iter().copied().filter(|slot| *slot == me || usable(slot));
+    match candidates.max_by_key(|&slot| weight(slot, expert, u32::MAX)) {
+        Some(slot) if slot != me => Target::Elected(slot),
+        _ => Target::Local,
+    }
+}
+
+/// Rendezvous hashing (Thaler and Ravishankar, 1998): the highest weight wins, and losing a slot moves only its own.
+fn weight(slot: u32, (layer, expert): (u32, u32), salt: u32) -> u64 {
+    let low = mix(u64::from(slot) << 32 | u64::from(layer));
+    mix(low ^ (u64::from(expert) << 32 | u64::from(salt)))
+}
+
+/// SplitMix64's finaliser.
+fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+
+    use super::*;
+
+    /// Slot s holds experts 8s..8s+8 of layer 1; `copies` names a second holder of expert 0.
+    fn holders(slots: u32, copies: Option<u32>) -> Holders {
+        let worker = |slot| {
+            let mut experts = ExpertSet::default();
+            for expert in slot * 8..slot * 8 + 8 {
+                experts.insert(1, expert);
+            }
+            if copies == Some(slot) {
+                experts.insert(1, 0);
+            }
+            PlacedWorker { slot, name: String::new(), addresses: Vec::new(), experts, draining: false }
+        };
+        Holders::of(&Placement::new(1, (0..slots).map(worker).collect()).unwrap())
+    }
+
+    fn alive(slots: &[u32]) -> BTreeSet<u32> {
+        slots.iter().copied().collect()
+    }
+
+    #[test]
+    fn rows_go_to_the_holder_and_stay_where_the_expert_is_local() {
+        let holders = holders(4, None);
+        assert_eq!(route(&holders, 0, &alive(&[1, 2, 3]), (1, 9), &[]), Target::Holder(1));
+        assert_eq!(route(&holders, 1, &alive(&[0, 2, 3]), (1, 9), &[]), Target::Local);
+    }
+
+    #[test]
+    fn a_dead_holders_rows_go_to_its_copy() {
+        assert_eq!(route(&holders(4, Some(3)), 1, &alive(&[2, 3]), (1, 0), &[]), Target::Holder(3));
+        assert_eq!(route(&holders(4, Some(3)), 1, &alive(&[0, 2, 3]), (1, 0), &[0]), Target::Holder(3));
+    }
+
+    #[test]
+    fn without_a_live_copy_all_owners_elect_the_same_worker_and_a_dead_peers_experts_spread() {
+        let holders = holders(4, None);
+        let mut elected = BTreeSet::new();
+        for expert in 0..8 {
+            // Worker 0 is dead: the others agree, whoever asks.
+            let choice = |me: u32| {
+                let others: Vec<u32> = [1, 2, 3].into_iter().filter(|&slot| slot != me).collect();
+                match route(&holders, me, &alive(&others), (1, expert), &[]) {
+                    Target::Local => me,
+                    Target::Elected(slot) => slot,
+                    Target::Holder(slot) => panic!("worker {slot} does not hold it"),
+                }
+            };
+            assert_eq!(choice(1), choice(2));
+            assert_eq!(choice(2), choice(3));
+            elected.insert(choice(1));
+        }
+        assert!(elected.len() > 1, "one worker would take all of a dead peer's experts");
+    }
+
+    #[test]
+    fn who_has_tried_everyone_computes_the_expert_itself() {
+        assert_eq!(route(&holders(4, None), 0, &alive(&[1, 2, 3]), (1, 9), &[1, 2, 3]), Target::Local);
+        assert_eq!(route(&holders(4, None), 0, &alive(&[]), (1, 9), &[]), Target::Local);
+        assert_eq!(route(&Holders::default(), 0, &alive(&[1]), (1, 9), &[]), Target::Local);
+    }
+}

@@ -1,0 +1,234 @@
+//! `Control`: the placement to follow, what this worker says of itself, and how it leaves.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::time::Duration;
+
+use expertmesh_engine::{Backend, ModelConfig};
+use expertmesh_proto::placement::Placement;
+use expertmesh_proto::v1::control_server::Control;
+use expertmesh_proto::v1::report_response::State;
+use expertmesh_proto::{Invalid, v1};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::run::{Command, Shared};
+use crate::mesh::identity::Identity;
+use crate::mesh::placement::CurrentPlacement;
+use crate::mesh::residency::Residency;
+
+/// A report at least so often.
+const PERIOD: Duration = Duration::from_secs(1);
+/// Changes within so long make one report.
+const GATHER: Duration = Duration::from_millis(10);
+
+/// Everything that a report is made of.
+pub(crate) struct WorkerState<B> {
+    pub(crate) identity: Identity,
+    pub(crate) shape: v1::ModelShape,
+    pub(crate) placement: CurrentPlacement,
+    pub(crate) residency: Arc<Residency<B>>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) commands: SyncSender<Command>,
+    /// The process ends: a later placement does not call it back.
+    pub(crate) stopping: AtomicBool,
+    drained: watch::Sender<bool>,
+}
+
+pub(crate) fn shape(config: &ModelConfig) -> v1::ModelShape {
+    v1::ModelShape {
+        first_moe_layer: config.first_moe_layer() as u32,
+        layers: config.layers() as u32,
+        experts: config.experts() as u32,
+        experts_per_token: config.experts_per_token() as u32,
+        expert_bytes: config.expert_bytes(),
+        dense_bytes: config.dense_bytes(),
+    }
+}
+
+impl<B: Backend> WorkerState<B> {
+    pub(crate) fn new(
+        identity: Identity,
+        config: &ModelConfig,
+        placement: CurrentPlacement,
+        residency: Arc<Residency<B>>,
+        (shared, commands): (Arc<Shared>, SyncSender<Command>),
+    ) -> Arc<Self> {
+        let (shape, stopping, drained) = (shape(config), AtomicBool::new(false), watch::Sender::new(false));
+        Arc::new(Self { identity, shape, placement, residency, shared, commands, stopping, drained })
+    }
+
+    /// Ready, or why not. Local: it asks nobody else, so that a cold start cannot deadlock.
+    pub(crate) fn readiness(&self) -> Result<(), String> {
+        let placement = self.placement.get();
+        if self.shared.draining.load(Ordering::SeqCst) {
+            return Err("draining".into());
+        }
+        if placement.epoch() == 0 {
+            return Err("waiting for a placement".into());
+        }
+        if placement.worker(self.identity.slot).is_none() {
+            return Err(format!(
+                "slot {} is not in the placement of epoch {}",
+                self.identity.slot,
+                placement.epoch()
+            ));
+        }
+        let residency = self.residency.snapshot();
+        match (residency.missing, residency.failure) {
+            (0, _) => Ok(()),
+            (_, Some(failure)) => Err(failure),
+            (missing, None) => Err(format!("{missing} experts are still to load")),
+        }
+    }
+
+    pub(crate) fn report(&self) -> v1::ReportResponse {
+        let readiness = self.readiness();
+        let state = match &readiness {
+            _ if self.shared.draining.load(Ordering::SeqCst) => State::Draining,
+            Ok(()) => State::Ready,
+            Err(_) => State::Loading,
+        };
+        let (placement, residency, load) =
+            (self.placement.get(), self.residency.snapshot(), *self.shared.load.borrow());
+        let bytes_loaded = self.shape.dense_bytes + residency.bytes_loaded;
+        v1::ReportResponse {
+            callee: Some(self.identity.caller(0)),
+            slot: self.identity.slot,
+            state: state.into(),
+            reason: readiness.err().unwrap_or_default(),
+            epoch: placement.epoch(),
+            placement_hash: placement.hash().to_string(),
+            shape: Some(self.shape),
+            resident: residency.resident.to_proto(),
+            resident_bytes: residency.resident_bytes,
+            experts_loading: residency.missing,
+            running: load.running,
+            waiting: load.waiting,
+            kv_usage: load.kv_usage as f32,
+            bytes_loaded,
+            bytes_to_load: bytes_loaded + u64::from(residency.missing) * self.shape.expert_bytes,
+        }
+    }
+
+    /// Takes no new sequences, hands the running ones back, and returns when none is left.
+    pub(crate) async fn drain(&self) {
+        self.shared.draining.store(true, Ordering::SeqCst);
+        self.drained.send_replace(true);
+        let mut load = self.shared.load.subscribe();
+        loop {
+            // A full queue of commands is being worked off: the next round tries again.
+            let _ = self.commands.try_send(Command::Drain);
+            let empty = load.wait_for(|load| load.running + load.waiting == 0);
+            if !matches!(timeout(PERIOD, empty).await, Err(_elapsed)) {
+                return;
+            }
+        }
+    }
+
+    fn apply(&self, placement: Placement) -> Result<(), Status> {
+        self.placement.apply(placement)?;
+        self.follow();
+        Ok(())
+    }
+
+    /// Loads what the placement wants here; a placement that keeps this worker calls it back from draining.
+    pub(crate) fn follow(&self) {
+        let placement = self.placement.get();
+        let Some(mine) = placement.worker(self.identity.slot) else { return };
+        self.residency.assign(mine.experts.clone());
+        if !mine.draining && !self.stopping.load(Ordering::SeqCst) {
+            self.shared.draining.store(false, Ordering::SeqCst);
+            self.drained.send_replace(false);
+        }
+    }
+
+    /// Resolves when something that a report says has changed.
+    pub(crate) fn changes(&self) -> Changes {
+        Changes {
+            placement: self.placement.subscribe(),
+            residency: self.residency.subscribe(),
+            load: self.shared.load.subscribe(),
+            drained: self.drained.subscribe(),
+        }
+    }
+}
+
+/// What a report depends on.
+pub(crate) struct Changes {
+    placement: watch::Receiver<Arc<Placement>>,
+    residency: watch::Receiver<u64>,
+    load: watch::Receiver<super::run::Load>,
+    drained: watch::Receiver<bool>,
+}
+
+impl Changes {
+    /// Waits for a change, or for the period to be over.
+    pub(crate) async fn next(&mut self) {
+        tokio::select! {
+            _ = self.placement.changed() => {}
+            _ = self.residency.changed() => {}
+            _ = self.load.changed() => {}
+            _ = self.drained.changed() => {}
+            () = sleep(PERIOD) => return,
+        }
+        sleep(GATHER).await;
+    }
+}
+
+fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), Invalid> {
+    let layers = shape.first_moe_layer..shape.layers;
+    let mut placed = placement.workers().iter().flat_map(|worker| worker.experts.iter());
+    match placed.find(|(layer, expert)| !layers.contains(layer) || *expert >= shape.experts) {
+        None => Ok(()),
+        Some((layer, expert)) => Err(Invalid::new(
+            "placement.experts",
+            format!("the model has no expert {expert} in layer {layer}"),
+        )),
+    }
+}
+
+pub(crate) struct ControlService<B>(pub(crate) Arc<WorkerState<B>>);
+
+#[tonic::async_trait]
+impl<B: Backend> Control for ControlService<B> {
+    type ReportStream = ReceiverStream<Result<v1::ReportResponse, Status>>;
+
+    async fn apply_placement(
+        &self,
+        request: Request<v1::ApplyPlacementRequest>,
+    ) -> Result<Response<v1::ApplyPlacementResponse>, Status> {
+        let request = request.into_inner();
+        self.0.identity.admit(request.caller.as_ref())?;
+        let placement = request.placement.ok_or_else(|| Invalid::new("placement", "missing"))?;
+        let placement = Placement::from_proto(placement)?;
+        check_experts(&placement, &self.0.shape)?;
+        self.0.apply(placement)?;
+        Ok(Response::new(v1::ApplyPlacementResponse {}))
+    }
+
+    async fn report(
+        &self,
+        request: Request<v1::ReportRequest>,
+    ) -> Result<Response<Self::ReportStream>, Status> {
+        self.0.identity.admit(request.into_inner().caller.as_ref())?;
+        let (reports, receiver) = mpsc::channel(1);
+        let state = self.0.clone();
+        tokio::spawn(async move {
+            let mut changes = state.changes();
+            while reports.send(Ok(state.report())).await.is_ok() {
+                changes.next().await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        self.0.identity.admit(request.into_inner().caller.as_ref())?;
+        self.0.drain().await;
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+}

@@ -1,0 +1,243 @@
+//! The engine's thread: takes sequences in, plans a step, computes it, hands tokens out.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use expertmesh_engine::{Backend, Exchange, Sampling, forward, sample};
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::finished::Reason;
+use expertmesh_proto::v1::generate_event::Event;
+use tokio::sync::{mpsc as tokio_mpsc, watch};
+use tonic::Status;
+
+use super::scheduler::{Plan, Scheduler, Sequence};
+use crate::metrics::WorkerMetrics;
+
+/// Tokens that may wait for a slow reader; its sequence pauses then.
+pub(crate) const EVENTS: usize = 64;
+/// How long the thread sleeps where every sequence is paused.
+const PAUSED: Duration = Duration::from_millis(2);
+
+pub(crate) type Events = tokio_mpsc::Sender<Result<v1::GenerateEvent, Status>>;
+
+/// What the thread is told.
+pub(crate) enum Command {
+    Submit(Submission),
+    /// Hand every sequence back, to go on elsewhere.
+    Drain,
+    Stop,
+}
+
+/// A checked sequence.
+pub(crate) struct Submission {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) sampling: Sampling,
+    pub(crate) stop_tokens: Vec<u32>,
+    /// Length of the sequence before which a stop token does not end it.
+    pub(crate) min_length: usize,
+    /// Length at which the sequence ends.
+    pub(crate) max_length: usize,
+    /// Dropping the other end cancels the sequence.
+    pub(crate) events: Events,
+}
+
+/// How busy the thread is.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Load {
+    pub(crate) running: u32,
+    pub(crate) waiting: u32,
+    /// 0 to 1
+    pub(crate) kv_usage: f64,
+}
+
+/// What the thread shares with the services.
+pub(crate) struct Shared {
+    pub(crate) load: watch::Sender<Load>,
+    /// No new sequences.
+    pub(crate) draining: AtomicBool,
+    pub(crate) metrics: Arc<WorkerMetrics>,
+}
+
+/// A sequence that is queued or runs.
+struct Live {
+    submission: Submission,
+    length: usize,
+}
+
+/// The loop over one backend, one cache and one way to reach the experts.
+pub(crate) struct Loop<B: Backend, X> {
+    pub(crate) backend: Arc<B>,
+    pub(crate) kv: B::Kv,
+    pub(crate) exchange: X,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl<B, X> Loop<B, X>
+where
+    B: Backend,
+    X: Exchange<B>,
+    X::Error: std::fmt::Display,
+{
+    /// Runs until [`Command::Stop`] or the last sender is gone.
+    pub(crate) fn run(mut self, commands: &Receiver<Command>) {
+        let mut live: BTreeMap<u64, Live> = BTreeMap::new();
+        let mut next_id = 0;
+        let mut idle = true;
+        loop {
+            match next_command(commands, idle, live.is_empty()) {
+                Next::Command(Command::Submit(submission)) => {
+                    next_id += 1;
+                    self.submit(next_id, submission, &mut live);
+                    idle = false;
+                    continue;
+                }
+                Next::Command(Command::Drain) => self.drain(&mut live),
+                Next::Command(Command::Stop) | Next::Closed => return self.drain(&mut live),
+                Next::Nothing => {}
+            }
+            self.drop_cancelled(&mut live);
+            let plan = self
+                .scheduler
+                .plan(|id| live.get(&id).is_some_and(|live| live.submission.events.capacity() < 2));
+            idle = plan.ids.is_empty();
+            if !idle {
+                self.step(&plan, &mut live);
+            }
+            self.publish();
+        }
+    }
+
+    fn submit(&mut self, id: u64, submission: Submission, live: &mut BTreeMap<u64, Live>) {
+        if self.shared.draining.load(Ordering::SeqCst) {
+            return refuse(
+                &submission.events,
+                Status::unavailable("this worker leaves"),
+                &self.shared.metrics,
+            );
+        }
+        match self.scheduler.submit(Sequence::new(id, submission.tokens.clone())) {
+            Ok(()) => drop(live.insert(id, Live { length: submission.tokens.len(), submission })),
+            Err(_) => refuse(
+                &submission.events,
+                Status::resource_exhausted("the queue is full"),
+                &self.shared.metrics,
+            ),
+        }
+        self.publish();
+    }
+
+    /// Computes a plan and hands its tokens out.
+    fn step(&mut self, plan: &Plan, live: &mut BTreeMap<u64, Live>) {
+        let start = Instant::now();
+        let preempted = self.scheduler.preemptions();
+        let logits = forward(&*self.backend, &plan.step, &mut self.kv, &mut self.exchange, &mut |_| {});
+        let logits = match logits {
+            Ok(rows) => self.backend.download(&rows), // (spans that want logits, vocabulary)
+            Err(error) => {
+                tracing::error!("a step failed: {error}");
+                plan.ids.iter().for_each(|&id| self.end(id, live, Err(Status::internal(error.to_string()))));
+                return;
+            }
+        };
+        self.scheduler.computed(plan);
+        let metrics = self.shared.metrics.clone();
+        metrics.step_seconds.observe(start.elapsed().as_secs_f64());
+        metrics.preemptions.inc_by(self.scheduler.preemptions() - preempted);
+        let sampled = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
+        let prefilled = plan.step.rows() - sampled.clone().filter(|(_, span)| span.tokens.len() == 1).count();
+        metrics.prompt_tokens.inc_by(prefilled as u64);
+        let vocabulary = self.backend.config().vocabulary();
+        for ((&id, _), logits) in sampled.zip(logits.chunks_exact(vocabulary)) {
+            self.sampled(id, logits, live);
+        }
+    }
+
+    fn sampled(&mut self, id: u64, logits: &[f32], live: &mut BTreeMap<u64, Live>) {
+        let Some(Live { submission, length }) = live.get_mut(&id) else { return };
+        let position = *length;
+        let token = sample(logits, &submission.sampling, position as u64);
+        *length += 1;
+        self.shared.metrics.generated_tokens.inc();
+        self.scheduler.push(id, token);
+        let event = Event::Token(v1::Token { id: token, position: position as u32 });
+        // There is room: a sequence without is paused. A reader that left is noticed before the next step.
+        let _ = submission.events.try_send(Ok(v1::GenerateEvent { event: Some(event) }));
+        let stops = submission.stop_tokens.contains(&token) && *length > submission.min_length;
+        if stops {
+            self.end(id, live, Ok(Reason::Stop));
+        } else if *length >= submission.max_length {
+            self.end(id, live, Ok(Reason::Length));
+        }
+    }
+
+    fn end(&mut self, id: u64, live: &mut BTreeMap<u64, Live>, how: Result<Reason, Status>) {
+        self.scheduler.remove(id);
+        let Some(live) = live.remove(&id) else { return };
+        let outcome = match &how {
+            Ok(Reason::Stop) => "stop",
+            Ok(Reason::Length) => "length",
+            Ok(_) => "move",
+            Err(_) => "failed",
+        };
+        self.shared.metrics.sequences.with_label_values(&[outcome]).inc();
+        let event = how.map(|reason| v1::GenerateEvent {
+            event: Some(Event::Finished(v1::Finished { reason: reason.into() })),
+        });
+        let _ = live.submission.events.try_send(event);
+    }
+
+    fn drain(&mut self, live: &mut BTreeMap<u64, Live>) {
+        let ids: Vec<u64> = live.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.end(id, live, Ok(Reason::Move)));
+        self.publish();
+    }
+
+    fn drop_cancelled(&mut self, live: &mut BTreeMap<u64, Live>) {
+        live.retain(|&id, live| {
+            let stays = !live.submission.events.is_closed();
+            if !stays {
+                self.scheduler.remove(id);
+                self.shared.metrics.sequences.with_label_values(&["cancelled"]).inc();
+            }
+            stays
+        });
+    }
+
+    fn publish(&self) {
+        let (running, waiting) = (self.scheduler.running() as u32, self.scheduler.waiting() as u32);
+        let load = Load { running, waiting, kv_usage: self.scheduler.usage() };
+        self.shared.load.send_if_modified(|current| std::mem::replace(current, load) != load);
+    }
+}
+
+fn refuse(events: &Events, status: Status, metrics: &WorkerMetrics) {
+    metrics.sequences.with_label_values(&["refused"]).inc();
+    let _ = events.try_send(Err(status));
+}
+
+enum Next {
+    Command(Command),
+    Nothing,
+    Closed,
+}
+
+/// Waits where there is nothing to compute, looks otherwise.
+fn next_command(commands: &Receiver<Command>, idle: bool, empty: bool) -> Next {
+    let received = match (idle, empty) {
+        (true, true) => commands.recv().map_err(|mpsc::RecvError| TryRecvError::Disconnected),
+        (true, false) => commands.recv_timeout(PAUSED).map_err(|error| match error {
+            RecvTimeoutError::Timeout => TryRecvError::Empty,
+            RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+        }),
+        (false, _) => commands.try_recv(),
+    };
+    match received {
+        Ok(command) => Next::Command(command),
+        Err(TryRecvError::Empty) => Next::Nothing,
+        Err(TryRecvError::Disconnected) => Next::Closed,
+    }
+}

@@ -1,0 +1,273 @@
+//! Which rows a step computes. Pure: plain memory in, a plan out.
+
+use std::collections::VecDeque;
+
+use expertmesh_engine::{BlockAllocator, Span, Step};
+
+/// A sequence as the scheduler sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct Sequence {
+    pub(crate) id: u64,
+    /// The prompt, then what was generated.
+    pub(crate) tokens: Vec<u32>,
+    /// Positions whose latents are in the cache.
+    computed: usize,
+    blocks: Vec<u32>,
+}
+
+impl Sequence {
+    pub(crate) fn new(id: u64, tokens: Vec<u32>) -> Self {
+        Self { id, tokens, computed: 0, blocks: Vec::new() }
+    }
+
+    fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+}
+
+/// What bounds a step and the queue.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    /// Rows of a step.
+    pub(crate) step_rows: usize,
+    /// Sequences in the batch.
+    pub(crate) running: usize,
+    /// Sequences that wait.
+    pub(crate) waiting: usize,
+}
+
+/// Rows to compute, and whose they are.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    pub(crate) step: Step,
+    /// Per span, the sequence's id.
+    pub(crate) ids: Vec<u64>,
+}
+
+/// Continuous batching: every running sequence's next row first, then chunks of prompts within the row budget.
+/// Older sequences go first; where blocks run out, the youngest gives its own back and is computed again later,
+/// which costs time and changes no token.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    bounds: Bounds,
+    waiting: VecDeque<Sequence>,
+    /// Oldest first.
+    running: Vec<Sequence>,
+    allocator: BlockAllocator,
+    preemptions: u64,
+}
+
+impl Scheduler {
+    pub(crate) fn new(bounds: Bounds, blocks: usize) -> Self {
+        let allocator = BlockAllocator::new(blocks);
+        Self { bounds, waiting: VecDeque::new(), running: Vec::new(), allocator, preemptions: 0 }
+    }
+
+    /// Queues a sequence; gives it back where the queue is full.
+    pub(crate) fn submit(&mut self, sequence: Sequence) -> Result<(), Sequence> {
+        if self.waiting.len() >= self.bounds.waiting {
+            return Err(sequence);
+        }
+        self.waiting.push_back(sequence);
+        Ok(())
+    }
+
+    /// The next step. `paused` sequences keep their place and compute nothing. Empty where there is nothing to do.
+    pub(crate) fn plan(&mut self, paused: impl Fn(u64) -> bool) -> Plan {
+        self.admit();
+        let mut plan = Plan::default();
+        let mut budget = self.bounds.step_rows;
+        let mut prompts = Vec::new();
+        let mut at = 0;
+        while at < self.running.len() {
+            let sequence = &self.running[at];
+            if !paused(sequence.id) {
+                match sequence.pending() {
+                    1 => self.span(at, 1, &mut budget, &mut plan),
+                    _ => prompts.push(sequence.id),
+                }
+            }
+            at += 1;
+        }
+        for id in prompts {
+            // Preemption may have taken it out of the batch again.
+            if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
+                let rows = self.running[at].pending().min(budget);
+                self.span(at, rows, &mut budget, &mut plan);
+            }
+        }
+        // A sequence that was preempted after its span was planned computes nothing in this step.
+        let kept: Vec<bool> = plan.ids.iter().map(|id| self.running.iter().any(|s| s.id == *id)).collect();
+        let mut keep = kept.iter();
+        plan.step.spans.retain(|_| *keep.next().unwrap_or(&false));
+        let mut keep = kept.iter();
+        plan.ids.retain(|_| *keep.next().unwrap_or(&false));
+        plan
+    }
+
+    /// Records a computed plan.
+    pub(crate) fn computed(&mut self, plan: &Plan) {
+        for (id, span) in plan.ids.iter().zip(&plan.step.spans) {
+            if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == *id) {
+                sequence.computed = span.start + span.tokens.len();
+            }
+        }
+    }
+
+    /// Appends a sampled token.
+    pub(crate) fn push(&mut self, id: u64, token: u32) {
+        if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Takes a sequence out, wherever it is.
+    pub(crate) fn remove(&mut self, id: u64) {
+        self.waiting.retain(|sequence| sequence.id != id);
+        if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
+            let mut sequence = self.running.remove(at);
+            self.allocator.release(&mut sequence.blocks);
+        }
+    }
+
+    pub(crate) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Share of the cache's blocks in use, 0 to 1.
+    pub(crate) fn usage(&self) -> f64 {
+        self.allocator.used() as f64 / self.allocator.total().max(1) as f64
+    }
+
+    pub(crate) fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// Lets waiting sequences in while there is a place and their prompt fits beside the others'.
+    fn admit(&mut self) {
+        while self.running.len() < self.bounds.running {
+            let Some(next) = self.waiting.front() else { return };
+            let needed = BlockAllocator::needed(next.tokens.len());
+            if needed > self.allocator.total() - self.allocator.used() && !self.running.is_empty() {
+                return;
+            }
+            self.running.extend(self.waiting.pop_front());
+        }
+    }
+
+    fn span(&mut self, at: usize, rows: usize, budget: &mut usize, plan: &mut Plan) {
+        if rows == 0 || *budget == 0 {
+            return;
+        }
+        let (id, start) = (self.running[at].id, self.running[at].computed);
+        let end = start + rows;
+        while self.allocator.grow(&mut self.running[at].blocks, end).is_err() {
+            // The youngest other than this one; this one itself where it is the youngest.
+            let youngest = self.running.len() - 1;
+            self.preempt(youngest);
+            if youngest == at {
+                return;
+            }
+        }
+        let sequence = &self.running[at];
+        let logits = end == sequence.tokens.len();
+        let (tokens, blocks) = (sequence.tokens[start..end].to_vec(), sequence.blocks.clone());
+        plan.step.spans.push(Span { tokens, start, blocks, logits });
+        plan.ids.push(id);
+        *budget -= rows;
+    }
+
+    fn preempt(&mut self, at: usize) {
+        let mut sequence = self.running.remove(at);
+        self.allocator.release(&mut sequence.blocks);
+        sequence.computed = 0;
+        self.preemptions += 1;
+        self.waiting.push_front(sequence);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use expertmesh_engine::BLOCK_TOKENS;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds { step_rows: 100, running: 4, waiting: 64 };
+
+    #[test]
+    fn decode_rows_come_before_chunks_of_prompts() {
+        let mut scheduler = Scheduler::new(BOUNDS, 64);
+        scheduler.submit(Sequence::new(1, vec![7; 30])).unwrap();
+        let plan = scheduler.plan(|_| false);
+        assert_eq!((plan.step.rows(), plan.step.spans[0].logits), (30, true));
+        scheduler.computed(&plan);
+        scheduler.push(1, 8);
+        scheduler.submit(Sequence::new(2, vec![9; 250])).unwrap();
+        let plan = scheduler.plan(|_| false);
+        assert_eq!(plan.ids, [1, 2]);
+        assert_eq!((plan.step.spans[0].tokens.len(), plan.step.spans[1].tokens.len()), (1, 99));
+        assert!(!plan.step.spans[1].logits);
+        scheduler.computed(&plan);
+        assert_eq!(scheduler.plan(|_| false).step.spans[0].start, 99, "sequence 1 waits for its token");
+    }
+
+    #[test]
+    fn a_full_queue_gives_the_sequence_back() {
+        let mut scheduler = Scheduler::new(Bounds { waiting: 1, ..BOUNDS }, 4);
+        scheduler.submit(Sequence::new(1, vec![1])).unwrap();
+        assert_eq!(scheduler.submit(Sequence::new(2, vec![1])).unwrap_err().id, 2);
+    }
+
+    #[test]
+    fn a_paused_sequence_keeps_its_place() {
+        let mut scheduler = Scheduler::new(BOUNDS, 4);
+        scheduler.submit(Sequence::new(1, vec![1])).unwrap();
+        assert_eq!(scheduler.plan(|id| id == 1).ids, [0u64; 0]);
+        assert_eq!(scheduler.plan(|_| false).ids, [1]);
+    }
+
+    proptest! {
+        /// Few blocks, many sequences: all finish, each position is computed in order, and no block has two owners.
+        #[test]
+        fn every_sequence_finishes_and_blocks_are_never_shared(lengths in proptest::collection::vec((1usize..300, 1usize..90), 1..12)) {
+            let blocks = 7; // one sequence of 390 fits; two do not
+            let mut scheduler = Scheduler::new(BOUNDS, blocks);
+            let mut ends = std::collections::BTreeMap::new();
+            for (id, &(prompt, more)) in lengths.iter().enumerate() {
+                scheduler.submit(Sequence::new(id as u64, vec![1; prompt])).unwrap();
+                ends.insert(id as u64, prompt + more);
+            }
+            for _ in 0..20_000 {
+                if ends.is_empty() {
+                    break;
+                }
+                let plan = scheduler.plan(|_| false);
+                prop_assert!(!plan.ids.is_empty(), "nothing to do though {} wait", ends.len());
+                prop_assert!(plan.step.rows() <= BOUNDS.step_rows);
+                let mut owned: Vec<u32> = scheduler.running.iter().flat_map(|s| s.blocks.clone()).collect();
+                owned.sort_unstable();
+                prop_assert!(owned.windows(2).all(|pair| pair[0] != pair[1]));
+                for span in &plan.step.spans {
+                    prop_assert!(span.blocks.len() * BLOCK_TOKENS >= span.start + span.tokens.len());
+                }
+                scheduler.computed(&plan);
+                for (id, span) in plan.ids.iter().zip(&plan.step.spans) {
+                    if span.logits {
+                        scheduler.push(*id, 2);
+                        if span.start + span.tokens.len() + 1 >= ends[id] {
+                            scheduler.remove(*id);
+                            ends.remove(id);
+                        }
+                    }
+                }
+            }
+            prop_assert!(ends.is_empty(), "never finished: {ends:?}");
+            prop_assert_eq!(scheduler.allocator.used(), 0);
+        }
+    }
+}
