@@ -1,0 +1,149 @@
+//! Writes objects by server-side apply, under one field manager, and deletes what no revision needs any more.
+//!
+//! What the operator may do, and does nowhere else (`charts/expertmesh/templates/rbac.yaml` grants exactly this):
+//!
+//! | group              | resource                                   | verbs                              | where |
+//! |--------------------|--------------------------------------------|------------------------------------|-------|
+//! | expertmesh.dev     | modeldeployments                           | get list watch                     | `reconcile.rs`, `cli/operator.rs` |
+//! | expertmesh.dev     | modeldeployments/status                    | patch                              | here |
+//! | apps               | statefulsets, deployments                  | get list watch create patch delete | here, `fleet/kubernetes.rs` |
+//! | apps               | statefulsets/scale                         | patch                              | `fleet/kubernetes.rs` |
+//! | apps               | controllerrevisions                        | list create patch delete           | here |
+//! | (core)             | configmaps                                 | list watch create patch delete     | here, `fleet/kubernetes.rs` |
+//! | (core)             | services                                   | get list watch create patch        | here |
+//! | (core)             | serviceaccounts                            | create patch                       | here |
+//! | policy             | poddisruptionbudgets                       | list watch create patch            | here |
+//! | networking.k8s.io  | networkpolicies                            | list watch create patch            | here |
+//! | (core)             | pods                                       | list watch delete                  | `fleet/kubernetes.rs` |
+//! | (core)             | nodes                                      | get                                | `fleet/kubernetes.rs` |
+//! | events.k8s.io      | events                                     | create patch                       | `events.rs` |
+//! | coordination.k8s.io| leases (in the operator's own namespace)   | get create update                  | `lease.rs` |
+//!
+//! Server-side apply needs `patch`, and `create` where the object does not exist yet.
+
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, StatefulSet};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::{Client, Resource, ResourceExt};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::build::names::EXPERTMESH;
+use crate::build::{OfRevision, Shared};
+
+/// A call to the API server that failed: what was attempted on which object.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {verb} {kind} {name}: {source}")]
+pub(crate) struct ApiError {
+    verb: &'static str,
+    kind: String,
+    name: String,
+    source: Box<kube::Error>,
+}
+
+impl ApiError {
+    pub(crate) fn new<K: Resource<DynamicType = ()>>(
+        verb: &'static str,
+        name: &str,
+        source: kube::Error,
+    ) -> Self {
+        Self { verb, kind: K::kind(&()).into_owned(), name: name.to_string(), source: Box::new(source) }
+    }
+
+    /// Stable: a metric's label and an Event's reason.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self.source.as_ref() {
+            kube::Error::Api(status) => match status.code {
+                403 => "ApiForbidden",
+                404 => "ApiNotFound",
+                409 => "ApiConflict",
+                400 | 422 => "ApiRejected",
+                429 => "ApiThrottled",
+                _ => "ApiFailed",
+            },
+            _ => "ApiUnreachable",
+        }
+    }
+
+    pub(crate) fn is_not_found(&self) -> bool {
+        self.reason() == "ApiNotFound"
+    }
+}
+
+/// What every kind of object that we write is able to do.
+pub(crate) trait Object:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
+{
+}
+
+impl<K> Object for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + Debug
+        + Serialize
+        + DeserializeOwned
+{
+}
+
+/// Makes the object's fields what they should be, taking them from other writers where need be. Changes nothing where
+/// they already are.
+pub(crate) async fn apply<K: Object>(client: &Client, object: &K) -> Result<K, ApiError> {
+    let name = object.name_any();
+    let api: Api<K> = Api::namespaced(client.clone(), &object.namespace().unwrap_or_default());
+    let parameters = PatchParams::apply(EXPERTMESH).force();
+    api.patch(&name, &parameters, &Patch::Apply(object))
+        .await
+        .map_err(|error| ApiError::new::<K>("apply", &name, error))
+}
+
+/// All of what a deployment has once.
+pub(crate) async fn shared(client: &Client, objects: &Shared) -> Result<(), ApiError> {
+    apply(client, &objects.service_account).await?;
+    for policy in &objects.network_policies {
+        apply(client, policy).await?;
+    }
+    apply(client, &objects.workers_service).await?;
+    apply(client, &objects.client_service).await?;
+    apply(client, &objects.disruption_budget).await?;
+    Ok(())
+}
+
+/// All of a revision; its record before what runs from it.
+pub(crate) async fn revision(client: &Client, objects: &OfRevision) -> Result<(), ApiError> {
+    apply(client, &objects.record).await?;
+    apply(client, &objects.placement).await?;
+    apply(client, &objects.workers).await?;
+    apply(client, &objects.frontends).await?;
+    Ok(())
+}
+
+/// The next step towards a revision that no longer runs: its frontends end first, for their requests need workers.
+/// `frontends_gone`: no pod of a frontend is left.
+pub(crate) async fn retire(client: &Client, at: (&str, &str), frontends_gone: bool) -> Result<(), ApiError> {
+    delete::<Deployment>(client, at).await?;
+    if frontends_gone {
+        delete::<StatefulSet>(client, at).await?;
+        delete::<ConfigMap>(client, at).await?;
+    }
+    Ok(())
+}
+
+/// Forgets a revision that could be rolled back to.
+pub(crate) async fn forget(client: &Client, at: (&str, &str)) -> Result<(), ApiError> {
+    delete::<ControllerRevision>(client, at).await
+}
+
+/// By namespace and name, its dependents in the background. One that is already gone is no error.
+async fn delete<K: Object>(client: &Client, (namespace, name): (&str, &str)) -> Result<(), ApiError> {
+    let api: Api<K> = Api::namespaced(client.clone(), namespace);
+    match api.delete(name, &DeleteParams::background()).await {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let error = ApiError::new::<K>("delete", name, error);
+            if error.is_not_found() { Ok(()) } else { Err(error) }
+        }
+    }
+}

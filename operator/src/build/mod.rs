@@ -1,0 +1,81 @@
+//! The objects of a deployment, as they should be. Infallible: everything that can be wrong was found before.
+
+pub(crate) mod names;
+mod network;
+mod pods;
+pub(crate) mod revision;
+mod workloads;
+
+#[cfg(test)]
+mod tests;
+
+use expertmesh_proto::placement::Placement;
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, StatefulSet};
+use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+
+pub(crate) use names::{Component, Owner};
+pub(crate) use pods::TERMINATION_MARGIN_SECONDS;
+pub(crate) use revision::Revision;
+pub(crate) use workloads::{PLACEMENT_KEY, config_map};
+
+/// The ports of the pods, by name and number.
+pub(crate) mod ports {
+    pub(crate) const GRPC: &str = "grpc";
+    pub(crate) const GRPC_NUMBER: i32 = 7070;
+    pub(crate) const HTTP: &str = "http";
+    pub(crate) const HTTP_NUMBER: i32 = 8000;
+    pub(crate) const METRICS: &str = "metrics";
+    pub(crate) const METRICS_NUMBER: i32 = 9090;
+}
+
+/// What a deployment has once, whatever its revisions.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Shared {
+    pub(crate) service_account: ServiceAccount,
+    pub(crate) workers_service: Service,
+    pub(crate) client_service: Service,
+    pub(crate) disruption_budget: PodDisruptionBudget,
+    pub(crate) network_policies: [NetworkPolicy; 2],
+}
+
+/// What every revision has for itself.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct OfRevision {
+    pub(crate) record: ControllerRevision,
+    pub(crate) placement: ConfigMap,
+    pub(crate) workers: StatefulSet,
+    pub(crate) frontends: Deployment,
+}
+
+/// How much of a revision runs now. Building does not change it: sizes and placements are decided, then acted upon.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Size<'a> {
+    pub(crate) workers: u32,
+    pub(crate) frontends: u32,
+    pub(crate) placement: Option<&'a Placement>,
+}
+
+/// `serving`: the revision that clients reach. `operator_namespace`: where the operator's pods are, if in this cluster.
+pub(crate) fn shared(owner: &Owner, serving: &str, operator_namespace: Option<&str>) -> Shared {
+    Shared {
+        service_account: network::service_account(owner),
+        workers_service: network::workers_service(owner),
+        client_service: network::client_service(owner, serving),
+        disruption_budget: network::disruption_budget(owner),
+        network_policies: [
+            network::workers_policy(owner, operator_namespace),
+            network::frontends_policy(owner, operator_namespace),
+        ],
+    }
+}
+
+pub(crate) fn of_revision(owner: &Owner, revision: &Revision, size: Size) -> OfRevision {
+    OfRevision {
+        record: workloads::controller_revision(owner, revision),
+        placement: config_map(owner, &revision.hash, size.placement),
+        workers: workloads::stateful_set(owner, revision, size.workers),
+        frontends: workloads::deployment(owner, revision, size.frontends),
+    }
+}

@@ -1,0 +1,123 @@
+//! What objects are called and how they are found.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+
+pub(crate) const NAME: &str = "app.kubernetes.io/name";
+pub(crate) const INSTANCE: &str = "app.kubernetes.io/instance";
+pub(crate) const COMPONENT: &str = "app.kubernetes.io/component";
+pub(crate) const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+pub(crate) const PART_OF: &str = "app.kubernetes.io/part-of";
+pub(crate) const REVISION: &str = "expertmesh.dev/revision";
+/// The value of `name`, `managed-by` and `part-of`, and the field manager.
+pub(crate) const EXPERTMESH: &str = "expertmesh";
+
+pub(crate) type Labels = BTreeMap<String, String>;
+
+/// Which process of a deployment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Component {
+    Worker,
+    Frontend,
+}
+
+impl Component {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Frontend => "frontend",
+        }
+    }
+}
+
+/// A deployment as its objects know it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Owner {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) reference: OwnerReference,
+}
+
+impl Owner {
+    /// `<name>-workers`: the headless Service, the PodDisruptionBudget and the workers' NetworkPolicy.
+    pub(crate) fn workers(&self) -> String {
+        format!("{}-workers", self.name)
+    }
+
+    /// `<name>-frontends`: the frontends' NetworkPolicy.
+    pub(crate) fn frontends(&self) -> String {
+        format!("{}-frontends", self.name)
+    }
+
+    /// `<name>-<rev8>`: everything of a revision.
+    pub(crate) fn of_revision(&self, revision: &str) -> String {
+        format!("{}-{revision}", self.name)
+    }
+
+    /// The pod that a StatefulSet gives a slot to.
+    pub(crate) fn worker_pod(&self, revision: &str, slot: u32) -> String {
+        format!("{}-{revision}-{slot}", self.name)
+    }
+
+    /// Where a worker is found by name, ready or not.
+    pub(crate) fn worker_host(&self, pod: &str) -> String {
+        format!("{pod}.{}.{}.svc", self.workers(), self.namespace)
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}.{}.svc", self.name, self.namespace)
+    }
+
+    /// What selects the pods of a component, of all revisions: it never changes.
+    pub(crate) fn selector(&self, component: Component) -> Labels {
+        let pairs = [(INSTANCE, self.name.as_str()), (COMPONENT, component.as_str()), (PART_OF, EXPERTMESH)];
+        pairs.into_iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    }
+
+    /// What selects the pods of a component of one revision.
+    pub(crate) fn selector_of(&self, component: Component, revision: &str) -> Labels {
+        let mut labels = self.selector(component);
+        labels.insert(REVISION.into(), revision.into());
+        labels
+    }
+
+    /// What every object of the deployment carries.
+    pub(crate) fn labels(&self) -> Labels {
+        let pairs = [
+            (NAME, EXPERTMESH),
+            (INSTANCE, self.name.as_str()),
+            (MANAGED_BY, EXPERTMESH),
+            (PART_OF, EXPERTMESH),
+        ];
+        pairs.into_iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    }
+
+    /// Labels of a component, and of a revision where it belongs to one.
+    pub(crate) fn labels_of(&self, component: Component, revision: Option<&str>) -> Labels {
+        let mut labels = self.labels();
+        labels.insert(COMPONENT.into(), component.as_str().into());
+        labels.extend(revision.map(|revision| (REVISION.to_string(), revision.to_string())));
+        labels
+    }
+
+    /// Metadata of an owned object: deleted with the deployment.
+    pub(crate) fn metadata(&self, name: String, labels: Labels) -> ObjectMeta {
+        ObjectMeta {
+            name: Some(name),
+            namespace: Some(self.namespace.clone()),
+            labels: Some(labels),
+            owner_references: Some(vec![self.reference.clone()]),
+            ..ObjectMeta::default()
+        }
+    }
+}
+
+pub(crate) fn matching(labels: Labels) -> LabelSelector {
+    LabelSelector { match_labels: Some(labels), ..LabelSelector::default() }
+}
+
+/// As the API takes it in a query.
+pub(crate) fn query(labels: &Labels) -> String {
+    labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+}

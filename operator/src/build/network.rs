@@ -1,0 +1,131 @@
+//! Services, NetworkPolicies and the PodDisruptionBudget: one of each per deployment, whatever its revisions.
+
+use k8s_openapi::api::core::v1::{Service, ServiceAccount, ServicePort, ServiceSpec};
+use k8s_openapi::api::networking::v1::{
+    NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
+};
+use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use super::names::{Component, Labels, NAME, Owner, matching};
+use super::ports;
+
+/// A ServiceAccount that may do nothing, and whose token no pod gets.
+pub(crate) fn service_account(owner: &Owner) -> ServiceAccount {
+    ServiceAccount {
+        metadata: owner.metadata(owner.name.clone(), owner.labels()),
+        automount_service_account_token: Some(false),
+        ..ServiceAccount::default()
+    }
+}
+
+/// The headless Service under which workers find each other before they are ready.
+pub(crate) fn workers_service(owner: &Owner) -> Service {
+    Service {
+        metadata: owner.metadata(owner.workers(), owner.labels_of(Component::Worker, None)),
+        spec: Some(ServiceSpec {
+            cluster_ip: Some("None".into()),
+            publish_not_ready_addresses: Some(true),
+            selector: Some(owner.selector(Component::Worker)),
+            ports: Some(vec![port(ports::GRPC, ports::GRPC_NUMBER, ports::GRPC)]),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    }
+}
+
+/// The Service that clients use. Its selector names the revision that serves: promotion is one patch of it.
+pub(crate) fn client_service(owner: &Owner, serving: &str) -> Service {
+    Service {
+        metadata: owner.metadata(owner.name.clone(), owner.labels_of(Component::Frontend, None)),
+        spec: Some(ServiceSpec {
+            type_: Some("ClusterIP".into()),
+            selector: Some(owner.selector_of(Component::Frontend, serving)),
+            ports: Some(vec![port(ports::HTTP, 80, ports::HTTP)]),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    }
+}
+
+fn port(name: &str, port: i32, target: &str) -> ServicePort {
+    ServicePort {
+        name: Some(name.into()),
+        port,
+        protocol: Some("TCP".into()),
+        target_port: Some(IntOrString::String(target.into())),
+        ..ServicePort::default()
+    }
+}
+
+/// At most one worker is evicted at a time; one that is not ready anyway may always be.
+pub(crate) fn disruption_budget(owner: &Owner) -> PodDisruptionBudget {
+    PodDisruptionBudget {
+        metadata: owner.metadata(owner.workers(), owner.labels_of(Component::Worker, None)),
+        spec: Some(PodDisruptionBudgetSpec {
+            max_unavailable: Some(IntOrString::Int(1)),
+            selector: Some(matching(owner.selector(Component::Worker))),
+            unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
+            ..PodDisruptionBudgetSpec::default()
+        }),
+        ..PodDisruptionBudget::default()
+    }
+}
+
+/// Workers: gRPC from the deployment's own pods and the operator, metrics from anywhere.
+pub(crate) fn workers_policy(owner: &Owner, operator_namespace: Option<&str>) -> NetworkPolicy {
+    let peers = [Component::Worker, Component::Frontend].map(|component| NetworkPolicyPeer {
+        pod_selector: Some(matching(owner.selector(component))),
+        ..NetworkPolicyPeer::default()
+    });
+    let grpc = peers.into_iter().chain([operator(operator_namespace)]).collect();
+    let rules = vec![rule(ports::GRPC_NUMBER, Some(grpc)), rule(ports::METRICS_NUMBER, None)];
+    policy(owner, Component::Worker, owner.workers(), rules)
+}
+
+/// Frontends: HTTP and metrics from anywhere, gRPC from the operator.
+pub(crate) fn frontends_policy(owner: &Owner, operator_namespace: Option<&str>) -> NetworkPolicy {
+    let rules = vec![
+        rule(ports::HTTP_NUMBER, None),
+        rule(ports::METRICS_NUMBER, None),
+        rule(ports::GRPC_NUMBER, Some(vec![operator(operator_namespace)])),
+    ];
+    policy(owner, Component::Frontend, owner.frontends(), rules)
+}
+
+/// The operator's pods: in its namespace where that is known (in a cluster it is), else in any.
+fn operator(namespace: Option<&str>) -> NetworkPolicyPeer {
+    let label = |key: &str, value: &str| (key.to_string(), value.to_string());
+    let namespaces = namespace.map(|name| Labels::from([label("kubernetes.io/metadata.name", name)]));
+    NetworkPolicyPeer {
+        namespace_selector: Some(matching(namespaces.unwrap_or_default())),
+        pod_selector: Some(matching(Labels::from([label(NAME, "expertmesh-operator")]))),
+        ..NetworkPolicyPeer::default()
+    }
+}
+
+fn rule(port: i32, from: Option<Vec<NetworkPolicyPeer>>) -> NetworkPolicyIngressRule {
+    let port = NetworkPolicyPort {
+        port: Some(IntOrString::Int(port)),
+        protocol: Some("TCP".into()),
+        ..NetworkPolicyPort::default()
+    };
+    NetworkPolicyIngressRule { from, ports: Some(vec![port]) }
+}
+
+fn policy(
+    owner: &Owner,
+    component: Component,
+    name: String,
+    rules: Vec<NetworkPolicyIngressRule>,
+) -> NetworkPolicy {
+    NetworkPolicy {
+        metadata: owner.metadata(name, owner.labels_of(component, None)),
+        spec: Some(NetworkPolicySpec {
+            pod_selector: Some(matching(owner.selector(component))),
+            policy_types: Some(vec!["Ingress".into()]),
+            ingress: Some(rules),
+            egress: None,
+        }),
+    }
+}

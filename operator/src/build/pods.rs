@@ -1,0 +1,263 @@
+//! The pods of workers and frontends. They pass PodSecurity `restricted` and need nothing from the Kubernetes API.
+
+use k8s_openapi::api::core::v1::{
+    Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+    EnvVarSource, HTTPGetAction, ObjectFieldSelector, PodAffinityTerm, PodAntiAffinity, PodSecurityContext,
+    PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecurityContext, Toleration,
+    TopologySpreadConstraint, Volume, VolumeMount, WeightedPodAffinityTerm,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use crate::api::PodFields;
+use crate::validate::ValidatedDeployment;
+
+use super::names::{Component, Labels, Owner, matching};
+use super::ports;
+use super::workloads::PLACEMENT_KEY;
+
+/// Beside the time to drain: for what is left to do before SIGKILL.
+pub(crate) const TERMINATION_MARGIN_SECONDS: u64 = 30;
+/// How long a pod stays on a node that nobody hears of.
+const UNREACHABLE_SECONDS: i64 = 30;
+const PLACEMENT_FOLDER: &str = "/etc/expertmesh";
+
+/// What both kinds of pods are made from.
+pub(crate) struct Process<'a> {
+    pub(crate) component: Component,
+    pub(crate) deployment: &'a ValidatedDeployment,
+    pub(crate) fields: &'a PodFields,
+    pub(crate) image: &'a str,
+}
+
+impl Process<'_> {
+    /// Whole seconds, rounded up.
+    fn drain_seconds(&self) -> u64 {
+        self.deployment.desired.drain_timeout.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)
+    }
+}
+
+pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodTemplateSpec {
+    let Process { component, fields, .. } = *process;
+    let mut labels = fields.pod_labels.clone();
+    labels.extend(owner.labels_of(component, Some(revision)));
+    PodTemplateSpec {
+        metadata: Some(ObjectMeta {
+            labels: Some(labels),
+            annotations: Some(annotations(fields)),
+            ..ObjectMeta::default()
+        }),
+        spec: Some(PodSpec {
+            service_account_name: Some(owner.name.clone()),
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            termination_grace_period_seconds: Some(grace_seconds(process.drain_seconds())),
+            security_context: Some(PodSecurityContext {
+                run_as_non_root: Some(true),
+                seccomp_profile: Some(SeccompProfile {
+                    type_: "RuntimeDefault".into(),
+                    ..SeccompProfile::default()
+                }),
+                ..PodSecurityContext::default()
+            }),
+            image_pull_secrets: some_unless_empty(fields.image_pull_secrets.clone()),
+            node_selector: Some(fields.node_selector.clone()).filter(|selector| !selector.is_empty()),
+            priority_class_name: fields.priority_class_name.clone(),
+            tolerations: Some(tolerations(fields)),
+            affinity: Some(apart(owner.selector_of(component, revision))),
+            topology_spread_constraints: Some(vec![spread(owner.selector_of(component, revision))]),
+            containers: vec![container(owner, process)],
+            volumes: Some(volumes(owner, revision)),
+            ..PodSpec::default()
+        }),
+    }
+}
+
+fn grace_seconds(drain_seconds: u64) -> i64 {
+    i64::try_from(drain_seconds.saturating_add(TERMINATION_MARGIN_SECONDS)).unwrap_or(i64::MAX)
+}
+
+fn annotations(fields: &PodFields) -> Labels {
+    let scraped = [
+        ("scrape", "true".to_string()),
+        ("port", ports::METRICS_NUMBER.to_string()),
+        ("path", "/metrics".to_string()),
+    ];
+    let mut annotations = fields.pod_annotations.clone();
+    annotations.extend(scraped.map(|(key, value)| (format!("prometheus.io/{key}"), value)));
+    annotations
+}
+
+fn container(owner: &Owner, process: &Process) -> Container {
+    let grpc = port(ports::GRPC, ports::GRPC_NUMBER);
+    let metrics = port(ports::METRICS, ports::METRICS_NUMBER);
+    let (arguments, ports) = match process.component {
+        Component::Worker => (worker_arguments(process), vec![grpc, metrics]),
+        Component::Frontend => {
+            (frontend_arguments(owner, process), vec![port(ports::HTTP, ports::HTTP_NUMBER), grpc, metrics])
+        }
+    };
+    Container {
+        name: process.component.as_str().into(),
+        image: Some(process.image.into()),
+        image_pull_policy: Some("IfNotPresent".into()),
+        command: Some(vec!["expertmesh-worker".into()]),
+        args: Some(arguments),
+        env: Some(vec![pod_name()]),
+        ports: Some(ports),
+        resources: resources(process.fields),
+        // Loading may take long, but the port that says so is open within moments.
+        startup_probe: Some(probe("/healthz", 1, 60)),
+        liveness_probe: Some(probe("/healthz", 10, 3)),
+        readiness_probe: Some(probe("/readyz", 1, 2)),
+        // The process writes `Reason: message` when it gives up; a panic's last lines stand in where it could not.
+        termination_message_policy: Some("FallbackToLogsOnError".into()),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            read_only_root_filesystem: Some(true),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
+            ..SecurityContext::default()
+        }),
+        volume_mounts: Some(vec![mount("placement", PLACEMENT_FOLDER, true), mount("tmp", "/tmp", false)]),
+        ..Container::default()
+    }
+}
+
+fn worker_arguments(process: &Process) -> Vec<String> {
+    let mut arguments = vec!["serve".into(), "--name".into(), "$(POD_NAME)".into()];
+    arguments.extend(listening(process, "--listen", ports::GRPC_NUMBER));
+    if let Some(tokens) = process.deployment.max_context_tokens {
+        arguments.extend(["--max-context-tokens".into(), tokens.to_string()]);
+    }
+    arguments.extend(["--drain-timeout".into(), process.drain_seconds().to_string()]);
+    arguments
+}
+
+fn frontend_arguments(owner: &Owner, process: &Process) -> Vec<String> {
+    let mut arguments = vec!["frontend".into(), "--served-name".into(), owner.name.clone()];
+    arguments.extend(listening(process, "--listen", ports::HTTP_NUMBER));
+    arguments.extend(["--control".into(), anywhere(ports::GRPC_NUMBER)]);
+    arguments
+}
+
+/// What both take alike: the model, the placement, and where they listen.
+fn listening(process: &Process, flag: &str, port: i32) -> [String; 8] {
+    let placement = format!("{PLACEMENT_FOLDER}/{PLACEMENT_KEY}");
+    let model = [
+        "--model".into(),
+        process.deployment.model_path.display().to_string(),
+        "--placement".into(),
+        placement,
+    ];
+    let addresses = [flag.into(), anywhere(port), "--metrics".into(), anywhere(ports::METRICS_NUMBER)];
+    let [a, b, c, d] = model;
+    let [e, f, g, h] = addresses;
+    [a, b, c, d, e, f, g, h]
+}
+
+fn anywhere(port: i32) -> String {
+    format!("0.0.0.0:{port}")
+}
+
+fn pod_name() -> EnvVar {
+    let field = ObjectFieldSelector { api_version: Some("v1".into()), field_path: "metadata.name".into() };
+    EnvVar {
+        name: "POD_NAME".into(),
+        value_from: Some(EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() }),
+        ..EnvVar::default()
+    }
+}
+
+fn port(name: &str, number: i32) -> ContainerPort {
+    ContainerPort {
+        name: Some(name.into()),
+        container_port: number,
+        protocol: Some("TCP".into()),
+        ..ContainerPort::default()
+    }
+}
+
+fn resources(fields: &PodFields) -> Option<ResourceRequirements> {
+    let resources = &fields.resources;
+    (!resources.is_empty()).then(|| ResourceRequirements {
+        requests: Some(resources.requests.clone()).filter(|requests| !requests.is_empty()),
+        limits: Some(resources.limits.clone()).filter(|limits| !limits.is_empty()),
+        ..ResourceRequirements::default()
+    })
+}
+
+fn probe(path: &str, period: i32, failures: i32) -> Probe {
+    Probe {
+        http_get: Some(HTTPGetAction {
+            path: Some(path.into()),
+            port: IntOrString::String(ports::METRICS.into()),
+            ..HTTPGetAction::default()
+        }),
+        period_seconds: Some(period),
+        failure_threshold: Some(failures),
+        timeout_seconds: Some(5),
+        ..Probe::default()
+    }
+}
+
+fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
+    VolumeMount {
+        name: name.into(),
+        mount_path: path.into(),
+        read_only: Some(read_only),
+        ..VolumeMount::default()
+    }
+}
+
+fn volumes(owner: &Owner, revision: &str) -> Vec<Volume> {
+    let placement = ConfigMapVolumeSource {
+        name: owner.of_revision(revision),
+        optional: Some(true), // a worker starts without a placement, too
+        ..ConfigMapVolumeSource::default()
+    };
+    vec![
+        Volume { name: "placement".into(), config_map: Some(placement), ..Volume::default() },
+        Volume { name: "tmp".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() },
+    ]
+}
+
+fn tolerations(fields: &PodFields) -> Vec<Toleration> {
+    let soon = ["node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready"].map(|key| Toleration {
+        key: Some(key.into()),
+        operator: Some("Exists".into()),
+        effect: Some("NoExecute".into()),
+        toleration_seconds: Some(UNREACHABLE_SECONDS),
+        ..Toleration::default()
+    });
+    fields.tolerations.iter().cloned().chain(soon).collect()
+}
+
+/// Not two on one node, where there is a choice.
+fn apart(labels: Labels) -> Affinity {
+    let term = PodAffinityTerm {
+        label_selector: Some(matching(labels)),
+        topology_key: "kubernetes.io/hostname".into(),
+        ..PodAffinityTerm::default()
+    };
+    let preferred = WeightedPodAffinityTerm { weight: 100, pod_affinity_term: term };
+    let anti = PodAntiAffinity {
+        preferred_during_scheduling_ignored_during_execution: Some(vec![preferred]),
+        ..PodAntiAffinity::default()
+    };
+    Affinity { pod_anti_affinity: Some(anti), ..Affinity::default() }
+}
+
+/// Evenly over nodes, where there are fewer nodes than pods.
+fn spread(labels: Labels) -> TopologySpreadConstraint {
+    TopologySpreadConstraint {
+        max_skew: 1,
+        topology_key: "kubernetes.io/hostname".into(),
+        when_unsatisfiable: "ScheduleAnyway".into(),
+        label_selector: Some(matching(labels)),
+        ..TopologySpreadConstraint::default()
+    }
+}
+
+fn some_unless_empty<T>(items: Vec<T>) -> Option<Vec<T>> {
+    (!items.is_empty()).then_some(items)
+}

@@ -1,0 +1,104 @@
+//! A revision: what may not mix within one set of workers and frontends.
+//!
+//! Its name is a hash of what the user wrote, not of what the operator makes of it: neither another operator nor another
+//! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
+//! ever after: an upgrade of the operator restarts nothing.
+
+use k8s_openapi::api::apps::v1::ControllerRevision;
+use k8s_openapi::api::core::v1::PodTemplateSpec;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::api::PodFields;
+use crate::validate::ValidatedDeployment;
+
+use super::names::{Component, Owner, REVISION};
+use super::pods::{Process, template};
+
+/// How many ControllerRevisions are kept.
+pub(crate) const KEPT: usize = 5;
+
+/// As it is written into its ControllerRevision, but for the first two fields, which are that object's own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Revision {
+    /// `<rev8>`.
+    #[serde(skip)]
+    pub(crate) hash: String,
+    /// Ascending in time.
+    #[serde(skip)]
+    pub(crate) number: i64,
+    pub(crate) workers: PodTemplateSpec,
+    pub(crate) frontend: PodTemplateSpec,
+}
+
+impl Revision {
+    /// A new one: `image` is what pods without an image of their own get.
+    pub(crate) fn new(owner: &Owner, deployment: &ValidatedDeployment, image: &str) -> Self {
+        let hash = hash(deployment);
+        let pod = |component, fields: &PodFields| {
+            let image = fields.image.as_deref().unwrap_or(image);
+            template(owner, &hash, &Process { component, deployment, fields, image })
+        };
+        Self {
+            number: 1,
+            workers: pod(Component::Worker, &deployment.worker_pod),
+            frontend: pod(Component::Frontend, &deployment.frontend_pod),
+            hash,
+        }
+    }
+
+    /// One that was made before. None where the object does not hold one.
+    pub(crate) fn recorded(record: &ControllerRevision) -> Option<Self> {
+        let hash = record.metadata.labels.as_ref()?.get(REVISION)?.clone();
+        let written = serde_json::from_value(record.data.as_ref()?.0.clone()).ok()?;
+        Some(Self { hash, number: record.revision, ..written })
+    }
+
+    /// After those that were made before.
+    pub(crate) fn after(self, records: &[ControllerRevision]) -> Self {
+        let last = records.iter().map(|record| record.revision).max().unwrap_or(0);
+        Self { number: last.saturating_add(1), ..self }
+    }
+}
+
+/// `<rev8>`: over what may not mix. A field that a later version adds must be left out where it is not set, so that it
+/// makes no new revision of what runs.
+pub(crate) fn hash(deployment: &ValidatedDeployment) -> String {
+    let parts = json!({
+        "drainMilliseconds": deployment.desired.drain_timeout.as_millis().to_string(),
+        "frontend": deployment.frontend_pod,
+        "maxContextTokens": deployment.max_context_tokens,
+        "model": deployment.model_path,
+        "workers": deployment.worker_pod,
+    });
+    let mut text = String::new();
+    canonical(&parts, &mut text);
+    Sha256::digest(text.as_bytes()).iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// JSON with its keys in order, whatever the order in which fields are declared.
+fn canonical(value: &Value, text: &mut String) {
+    match value {
+        Value::Object(fields) => {
+            let mut fields: Vec<_> = fields.iter().collect();
+            fields.sort_by_key(|(key, _)| key.as_str());
+            text.push('{');
+            for (key, value) in fields {
+                text.push_str(&format!("{key:?}:"));
+                canonical(value, text);
+                text.push(',');
+            }
+            text.push('}');
+        }
+        Value::Array(items) => {
+            text.push('[');
+            for item in items {
+                canonical(item, text);
+                text.push(',');
+            }
+            text.push(']');
+        }
+        scalar => text.push_str(&scalar.to_string()),
+    }
+}

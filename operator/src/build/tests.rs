@@ -1,0 +1,138 @@
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use serde_json::Value;
+
+use super::*;
+use crate::api::ModelDeployment;
+use crate::validate::ValidatedDeployment;
+
+fn owner() -> Owner {
+    let reference = OwnerReference {
+        api_version: "expertmesh.dev/v1alpha1".into(),
+        kind: "ModelDeployment".into(),
+        name: "tiny-r1".into(),
+        uid: "00000000-0000-0000-0000-000000000001".into(),
+        controller: Some(true),
+        block_owner_deletion: None,
+    };
+    Owner { namespace: "models".into(), name: "tiny-r1".into(), reference }
+}
+
+/// The smallest deployment, with `more` merged into its spec.
+fn deployment(more: &str) -> ValidatedDeployment {
+    let yaml = format!(
+        "apiVersion: expertmesh.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: tiny-r1}}\nspec:\n  \
+         model: {{uri: 'file:///models/tiny-r1'}}\n{more}"
+    );
+    let object: ModelDeployment = serde_yaml::from_str(&yaml).unwrap();
+    ValidatedDeployment::new(&object).unwrap()
+}
+
+fn revision(more: &str) -> Revision {
+    Revision::new(&owner(), &deployment(more), "expertmesh:1")
+}
+
+fn placement() -> Placement {
+    let mut experts = ExpertSet::default();
+    experts.insert(1, 0);
+    let addresses = vec!["10.244.1.7:7070".to_string()];
+    let worker = PlacedWorker { slot: 0, name: "tiny-r1-0-0".into(), addresses, experts, draining: false };
+    Placement::new(2, vec![worker]).unwrap()
+}
+
+#[test]
+fn the_objects_of_a_deployment() {
+    let objects = shared(&owner(), "1a2b3c4d", Some("expertmesh-system"));
+    insta::assert_yaml_snapshot!("service-account", objects.service_account);
+    insta::assert_yaml_snapshot!("workers-service", objects.workers_service);
+    insta::assert_yaml_snapshot!("client-service", objects.client_service);
+    insta::assert_yaml_snapshot!("disruption-budget", objects.disruption_budget);
+    insta::assert_yaml_snapshot!("network-policies", objects.network_policies);
+}
+
+#[test]
+fn the_objects_of_a_revision() {
+    let placement = placement();
+    let size = Size { workers: 4, frontends: 1, placement: Some(&placement) };
+    let objects = of_revision(&owner(), &revision("  workers: {replicas: 4}\n"), size);
+    insta::assert_yaml_snapshot!("stateful-set", objects.workers);
+    insta::assert_yaml_snapshot!("deployment", objects.frontends);
+    insta::assert_yaml_snapshot!("placement", objects.placement);
+    assert_eq!(Revision::recorded(&objects.record), Some(revision("")));
+}
+
+#[test]
+fn pod_fields_reach_the_pods_and_our_labels_win() {
+    let revision = revision(concat!(
+        "  workers:\n",
+        "    image: mine:2\n",
+        "    resources: {requests: {cpu: '2', memory: 1Gi}}\n",
+        "    nodeSelector: {disk: fast}\n",
+        "    tolerations: [{key: spot, operator: Exists}]\n",
+        "    priorityClassName: high\n",
+        "    podLabels: {team: a, app.kubernetes.io/component: other}\n",
+        "    podAnnotations: {note: b}\n",
+        "    imagePullSecrets: [{name: registry}]\n",
+        "  serving: {maxContextTokens: 512, drainTimeout: 1500ms}\n",
+    ));
+    insta::assert_yaml_snapshot!("worker-template-with-fields", revision.workers);
+}
+
+#[test]
+fn a_revision_is_what_may_not_mix_and_nothing_else() {
+    let base = revision("").hash;
+    for same in [
+        "  workers: {replicas: 3}\n",
+        "  frontend: {replicas: 2}\n",
+        "  paused: true\n",
+        "  serving: {drainTimeout: 5m}\n",
+    ] {
+        assert_eq!(revision(same).hash, base, "{same}");
+    }
+    let others = [
+        "  serving: {maxContextTokens: 512}\n",
+        "  serving: {drainTimeout: 60s}\n",
+        "  workers: {image: 'other:1'}\n",
+        "  workers: {resources: {requests: {cpu: '1'}}}\n",
+        "  frontend: {podLabels: {a: b}}\n",
+    ];
+    for other in others {
+        assert_ne!(revision(other).hash, base, "{other}");
+    }
+}
+
+#[test]
+fn another_operator_image_is_no_new_revision() {
+    let (owner, deployment) = (owner(), deployment(""));
+    assert_eq!(
+        Revision::new(&owner, &deployment, "a:1").hash,
+        Revision::new(&owner, &deployment, "b:2").hash
+    );
+}
+
+#[test]
+fn both_kinds_of_pods_pass_pod_security_restricted() {
+    let revision = revision("");
+    for template in [revision.workers, revision.frontend] {
+        let pod: Value = serde_json::to_value(template.spec.unwrap()).unwrap();
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        for volume in pod["volumes"].as_array().unwrap() {
+            assert!(volume.get("configMap").or(volume.get("emptyDir")).is_some(), "{volume}");
+        }
+        for container in pod["containers"].as_array().unwrap() {
+            let context = &container["securityContext"];
+            assert_eq!(context["allowPrivilegeEscalation"], false);
+            assert_eq!(context["readOnlyRootFilesystem"], true);
+            assert_eq!(context["capabilities"]["drop"], serde_json::json!(["ALL"]));
+        }
+    }
+}
+
+#[test]
+fn names_stay_within_what_kubernetes_takes() {
+    let owner = Owner { name: "a".repeat(40), ..owner() };
+    // A StatefulSet puts <name>-<10 characters> into a label of its pods.
+    assert!(owner.of_revision("1a2b3c4d").len() + 11 <= 63);
+    assert!(owner.worker_pod("1a2b3c4d", 1023).len() <= 63);
+}

@@ -1,0 +1,262 @@
+//! One operator works at a time: who that is stands in a `coordination.k8s.io/v1` Lease.
+//!
+//! [`evaluate`] decides, without IO. A lease counts as expired a whole duration after *this* process first saw its
+//! present state, by its own monotonic clock: clocks of different machines are never compared. The holder stops working
+//! [`RENEW_DEADLINE`] after its last successful renewal, which is before another may take the lease: that is the fence.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use kube::api::{Api, PostParams};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tracing::{info, warn};
+
+/// How long a lease that is not renewed stays its holder's.
+pub(crate) const DURATION: Duration = Duration::from_secs(15);
+/// The holder stops working when it could not renew for this long.
+pub(crate) const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+/// Between two looks at the lease, as its holder or as one who waits for it.
+pub(crate) const PERIOD: Duration = Duration::from_secs(2);
+
+/// A lease as it was read, and when this process first saw it in that state.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Observed {
+    pub(crate) lease: Lease,
+    pub(crate) since: Instant,
+}
+
+/// What to do about a lease.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Verdict {
+    /// There is none: create this one.
+    Create(LeaseSpec),
+    /// It is ours: write this.
+    Renew(LeaseSpec),
+    /// It is nobody's, or its holder is silent: write this.
+    Take(LeaseSpec),
+    /// Another holds it.
+    Wait { holder: String },
+}
+
+/// Now, by both clocks: the monotonic one decides, the other is written down for readers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Now {
+    pub(crate) monotonic: Instant,
+    pub(crate) wall: Timestamp,
+}
+
+/// Who may hold the lease, as `me` sees it.
+pub(crate) fn evaluate(observed: Option<&Observed>, me: &str, now: Now) -> Verdict {
+    let Some(Observed { lease, since }) = observed else {
+        return Verdict::Create(held(me, now.wall, now.wall, 0));
+    };
+    let spec = lease.spec.clone().unwrap_or_default();
+    let holder = spec.holder_identity.unwrap_or_default();
+    let transitions = spec.lease_transitions.unwrap_or(0);
+    if holder == me {
+        let acquired = spec.acquire_time.map_or(now.wall, |time| time.0);
+        return Verdict::Renew(held(me, acquired, now.wall, transitions));
+    }
+    let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+    let expires = *since + seconds.map_or(DURATION, Duration::from_secs);
+    if holder.is_empty() || now.monotonic >= expires {
+        return Verdict::Take(held(me, now.wall, now.wall, transitions.saturating_add(1)));
+    }
+    Verdict::Wait { holder }
+}
+
+fn held(me: &str, acquired: Timestamp, renewed: Timestamp, transitions: i32) -> LeaseSpec {
+    LeaseSpec {
+        holder_identity: Some(me.to_string()),
+        lease_duration_seconds: Some(DURATION.as_secs() as i32),
+        acquire_time: Some(MicroTime(acquired)),
+        renew_time: Some(MicroTime(renewed)),
+        lease_transitions: Some(transitions),
+        ..LeaseSpec::default()
+    }
+}
+
+/// Why a lease is not, or no longer, held.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LeaseError {
+    #[error("lease {name}: {source}")]
+    Api { name: String, source: Box<kube::Error> },
+    #[error("lease {name}: no answer from the API server within {}s", PERIOD.as_secs())]
+    Silent { name: String },
+    #[error("lease {name} now belongs to {holder}")]
+    Taken { name: String, holder: String },
+    #[error("lease {name} could not be renewed for {}s: {last}", RENEW_DEADLINE.as_secs())]
+    Expired { name: String, last: String },
+}
+
+impl LeaseError {
+    /// Stable; a metric label and a log field.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Api { .. } | Self::Silent { .. } => "LeaseUnreachable",
+            Self::Taken { .. } => "LeaseTaken",
+            Self::Expired { .. } => "LeaseExpired",
+        }
+    }
+}
+
+/// One process's view of the lease, and its wish to hold it.
+pub(crate) struct Election {
+    api: Api<Lease>,
+    name: String,
+    me: String,
+    observed: Option<Observed>,
+    renewed: Instant,
+}
+
+impl Election {
+    /// `me` must differ between processes: a pod's name, say.
+    pub(crate) fn new(api: Api<Lease>, name: &str, me: &str) -> Self {
+        Self { api, name: name.to_string(), me: me.to_string(), observed: None, renewed: Instant::now() }
+    }
+
+    /// Resolves once the lease is ours. Errors are logged and tried again.
+    pub(crate) async fn win(&mut self) {
+        let mut last = String::new();
+        loop {
+            let said = match self.step().await {
+                Ok(None) => return info!(lease = self.name, me = self.me, "leading"),
+                Ok(Some(holder)) => format!("{holder} leads"),
+                Err(error) => error.to_string(),
+            };
+            if said != last {
+                info!(lease = self.name, "standing by: {said}");
+                last = said;
+            }
+            sleep(PERIOD).await;
+        }
+    }
+
+    /// Renews for as long as that works, and says why it no longer does.
+    pub(crate) async fn hold(&mut self) -> LeaseError {
+        let mut last = String::from("no attempt ended");
+        loop {
+            sleep(PERIOD).await;
+            let deadline = self.renewed + RENEW_DEADLINE;
+            match timeout_at(deadline, self.step()).await {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(holder))) => return LeaseError::Taken { name: self.name.clone(), holder },
+                Ok(Err(error)) => {
+                    warn!("{error}");
+                    last = error.to_string();
+                }
+                Err(_) => return LeaseError::Expired { name: self.name.clone(), last },
+            }
+        }
+    }
+
+    /// Lets the next one lead at once. Call it when nothing works any more.
+    pub(crate) async fn release(&mut self) -> Result<(), LeaseError> {
+        let Some(Observed { lease, .. }) = self.observed.clone() else { return Ok(()) };
+        let spec = lease.spec.clone().unwrap_or_default();
+        if spec.holder_identity.as_deref() != Some(&self.me) {
+            return Ok(());
+        }
+        let spec =
+            LeaseSpec { holder_identity: Some(String::new()), lease_duration_seconds: Some(1), ..spec };
+        self.write(lease.metadata, spec).await
+    }
+
+    /// One look and, where it is due, one write. `Some(holder)` where another leads.
+    async fn step(&mut self) -> Result<Option<String>, LeaseError> {
+        let began = Instant::now();
+        let read = self.answered(self.api.get_opt(&self.name)).await?;
+        self.observe(read);
+        let metadata =
+            self.observed.as_ref().map(|observed| observed.lease.metadata.clone()).unwrap_or_default();
+        let now = Now { monotonic: Instant::now(), wall: Timestamp::now() };
+        match evaluate(self.observed.as_ref(), &self.me, now) {
+            Verdict::Wait { holder } => return Ok(Some(holder)),
+            Verdict::Create(spec) | Verdict::Renew(spec) | Verdict::Take(spec) => {
+                self.write(metadata, spec).await?
+            }
+        }
+        self.renewed = began;
+        Ok(None)
+    }
+
+    fn observe(&mut self, read: Option<Lease>) {
+        let seen = self.observed.take().filter(|seen| Some(&seen.lease) == read.as_ref());
+        self.observed = seen.or(read.map(|lease| Observed { lease, since: Instant::now() }));
+    }
+
+    /// The resource version travels along: of two writers, one gets a conflict.
+    async fn write(&mut self, metadata: ObjectMeta, spec: LeaseSpec) -> Result<(), LeaseError> {
+        let exists = metadata.resource_version.is_some();
+        let metadata = ObjectMeta { name: Some(self.name.clone()), managed_fields: None, ..metadata };
+        let lease = Lease { metadata, spec: Some(spec) };
+        let parameters = PostParams::default();
+        let written = if exists {
+            self.answered(self.api.replace(&self.name, &parameters, &lease)).await?
+        } else {
+            self.answered(self.api.create(&parameters, &lease)).await?
+        };
+        self.observe(Some(written));
+        Ok(())
+    }
+
+    async fn answered<T>(&self, call: impl Future<Output = kube::Result<T>>) -> Result<T, LeaseError> {
+        match timeout(PERIOD, call).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(source)) => Err(LeaseError::Api { name: self.name.clone(), source: Box::new(source) }),
+            Err(_) => Err(LeaseError::Silent { name: self.name.clone() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn now() -> Now {
+        Now { monotonic: Instant::now(), wall: "2026-11-24T12:00:00Z".parse().unwrap() }
+    }
+
+    fn observed(holder: &str, age: Duration, now: Now) -> Observed {
+        let renewed = now.wall - jiff::SignedDuration::from_hours(1);
+        let lease = Lease { spec: Some(held(holder, renewed, renewed, 4)), ..Lease::default() };
+        Observed { lease, since: now.monotonic - age }
+    }
+
+    #[test]
+    fn where_there_is_no_lease_it_is_created() {
+        let now = now();
+        assert_eq!(evaluate(None, "a", now), Verdict::Create(held("a", now.wall, now.wall, 0)));
+    }
+
+    #[test]
+    fn the_holder_renews_and_keeps_the_time_of_acquisition() {
+        let now = now();
+        let acquired = now.wall - jiff::SignedDuration::from_hours(1);
+        let verdict = evaluate(Some(&observed("a", DURATION * 9, now)), "a", now);
+        assert_eq!(verdict, Verdict::Renew(held("a", acquired, now.wall, 4)));
+    }
+
+    #[test]
+    fn another_holder_is_waited_for_until_it_was_silent_for_a_whole_duration_whatever_its_clock_says() {
+        let now = now();
+        let almost = observed("b", DURATION - Duration::from_millis(1), now);
+        assert_eq!(evaluate(Some(&almost), "a", now), Verdict::Wait { holder: "b".into() });
+        let silent = observed("b", DURATION, now);
+        assert_eq!(evaluate(Some(&silent), "a", now), Verdict::Take(held("a", now.wall, now.wall, 5)));
+    }
+
+    #[test]
+    fn a_released_lease_is_taken_at_once() {
+        let now = now();
+        let released = observed("", Duration::ZERO, now);
+        assert_eq!(evaluate(Some(&released), "a", now), Verdict::Take(held("a", now.wall, now.wall, 5)));
+    }
+
+    #[test]
+    fn the_holder_stops_before_another_may_start() {
+        assert!(RENEW_DEADLINE + PERIOD < DURATION);
+    }
+}

@@ -1,0 +1,125 @@
+//! The status, computed from what was seen. Pure: `reconcile` writes it, and only where it changed.
+
+mod conditions;
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+
+use crate::api::{ModelDeploymentStatus, PlacementStatus};
+use crate::build::names::query;
+use crate::build::{Component, Owner};
+use crate::decide::placement::imbalance;
+use crate::decide::{Decision, Desired, Observation, State};
+use crate::metrics::Figures;
+
+pub(crate) use conditions::{INVALID_SPEC, READY, WORKERS_AVAILABLE, condition, invalid, is_waiting};
+
+/// Everything that a status depends on.
+pub(crate) struct Situation<'a> {
+    pub(crate) owner: &'a Owner,
+    pub(crate) generation: Option<i64>,
+    pub(crate) desired: &'a Desired,
+    /// The revision that clients reach, and what of it is seen.
+    pub(crate) serving: &'a str,
+    pub(crate) seen: &'a Observation,
+    pub(crate) decision: &'a Decision,
+    /// The revision that is to serve next, where one is being made ready.
+    pub(crate) next: Option<(&'a str, &'a Observation)>,
+    pub(crate) before: &'a ModelDeploymentStatus,
+    pub(crate) now: Timestamp,
+}
+
+/// The status to be written, which equals `before` where nothing changed.
+pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
+    let Situation { owner, seen, desired, .. } = situation;
+    let experts = Experts::count(seen, desired.min_replicas);
+    let ready = signed(seen.ready_workers());
+    ModelDeploymentStatus {
+        observed_generation: situation.generation,
+        conditions: conditions::all(situation, &experts),
+        url: Some(owner.url()),
+        replicas: signed(seen.size as usize),
+        selector: Some(query(&owner.selector(Component::Worker))),
+        ready_workers: ready,
+        workers: Some(format!("{ready}/{}", desired.workers)),
+        experts: experts.known.then(|| format!("{}/{}", experts.resident, experts.all)),
+        revision: Some(situation.serving.to_string()),
+        placement: (seen.placement.epoch() > 0).then(|| PlacementStatus {
+            epoch: i64::try_from(seen.placement.epoch()).unwrap_or(i64::MAX),
+            hash: seen.placement.hash().to_string(),
+            imbalance: format!("{:.2}", imbalance(&seen.placement)),
+        }),
+    }
+}
+
+/// What the metrics show of the same.
+pub(crate) fn figures(desired: &Desired, seen: &Observation) -> Figures {
+    Figures {
+        workers_desired: desired.workers,
+        workers_ready: seen.ready_workers() as u32,
+        frontends_ready: following(seen) as u32,
+        experts_missing: Experts::count(seen, desired.min_replicas).missing as u64,
+        placement_epoch: seen.placement.epoch(),
+        placement_imbalance: imbalance(&seen.placement),
+    }
+}
+
+/// True where requests are answered, by all workers that there should be.
+pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
+    let experts = Experts::count(seen, desired.min_replicas);
+    following(seen) > 0
+        && all_workers_ready(desired, seen)
+        && experts.known
+        && experts.resident == experts.all
+}
+
+fn all_workers_ready(desired: &Desired, seen: &Observation) -> bool {
+    seen.size == desired.workers && seen.ready_workers() == seen.size as usize
+}
+
+/// Frontends that are ready and follow the current placement.
+fn following(seen: &Observation) -> usize {
+    let epoch = seen.placement.epoch();
+    let reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
+    reports.filter(|report| report.state == State::Ready && epoch > 0 && report.epoch == epoch).count()
+}
+
+/// Which experts are resident on live workers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Experts {
+    /// Whether the model's shape is known: else all is 0.
+    known: bool,
+    /// Experts per layer.
+    all: usize,
+    /// Those of which every layer is resident somewhere.
+    resident: usize,
+    /// (layer, expert) pairs with fewer copies than wanted.
+    missing: usize,
+    /// (layer, expert) pairs that workers say they are loading.
+    loading: u32,
+}
+
+impl Experts {
+    fn count(seen: &Observation, min_replicas: u32) -> Self {
+        let Some(shape) = seen.shape() else { return Self::default() };
+        let live: Vec<_> = seen.reports().filter(|(_, report)| report.state != State::Loading).collect();
+        let copies =
+            |layer, expert| live.iter().filter(|(_, report)| report.resident.contains(layer, expert)).count();
+        let mut experts = Self { known: true, all: shape.experts as usize, ..Self::default() };
+        for expert in 0..shape.experts {
+            let counts: Vec<_> =
+                (shape.first_moe_layer..shape.layers).map(|layer| copies(layer, expert)).collect();
+            experts.resident += usize::from(counts.iter().all(|&copies| copies > 0));
+            experts.missing += counts.iter().filter(|&&copies| copies < min_replicas as usize).count();
+        }
+        experts.loading = seen.reports().map(|(_, report)| report.experts_loading).sum();
+        experts
+    }
+}
+
+fn signed(count: usize) -> i32 {
+    i32::try_from(count).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests;

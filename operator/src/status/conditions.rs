@@ -1,0 +1,265 @@
+//! The conditions: whether a deployment serves, and if not, why and what to do about it.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use super::{Experts, Situation, all_workers_ready, following};
+use crate::api::ModelDeploymentStatus;
+use crate::decide::{Failure, Observation, Seen, State};
+
+pub(crate) const READY: &str = "Ready";
+pub(crate) const MODEL_PREPARED: &str = "ModelPrepared";
+pub(crate) const WORKERS_AVAILABLE: &str = "WorkersAvailable";
+pub(crate) const EXPERTS_AVAILABLE: &str = "ExpertsAvailable";
+pub(crate) const PROGRESSING: &str = "Progressing";
+pub(crate) const DEGRADED: &str = "Degraded";
+
+/// The reason of everything that a user has to correct in the spec.
+pub(crate) const INVALID_SPEC: &str = "InvalidSpec";
+const WORKERS_STARTING: &str = "WorkersStarting";
+const WORKERS_SCALING: &str = "WorkersScaling";
+
+/// True for the reasons that time alone resolves.
+pub(crate) fn is_waiting(reason: &str) -> bool {
+    [WORKERS_STARTING, WORKERS_SCALING].contains(&reason)
+}
+
+pub(crate) fn condition<'a>(status: &'a ModelDeploymentStatus, kind: &str) -> Option<&'a Condition> {
+    status.conditions.iter().find(|condition| condition.type_ == kind)
+}
+
+/// One condition before it has its times.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Verdict {
+    status: &'static str,
+    reason: String,
+    message: String,
+}
+
+impl Verdict {
+    fn yes(reason: &str, message: impl Into<String>) -> Self {
+        Self { status: "True", reason: reason.into(), message: message.into() }
+    }
+
+    fn no(reason: &str, message: impl Into<String>) -> Self {
+        Self { status: "False", reason: reason.into(), message: message.into() }
+    }
+
+    fn unknown(reason: &str, message: impl Into<String>) -> Self {
+        Self { status: "Unknown", reason: reason.into(), message: message.into() }
+    }
+}
+
+/// All conditions, in the order in which a reader wants them.
+pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
+    let workers = workers_available(situation);
+    let experts_available = experts_available(situation, experts);
+    let verdicts = [
+        (READY, ready(situation, &workers, &experts_available)),
+        (MODEL_PREPARED, model_prepared(situation)),
+        (WORKERS_AVAILABLE, workers),
+        (EXPERTS_AVAILABLE, experts_available),
+        (PROGRESSING, progressing(situation)),
+        (DEGRADED, degraded(situation, experts)),
+    ];
+    let stamp =
+        |(kind, verdict)| stamped(situation.before, situation.generation, situation.now, (kind, verdict));
+    verdicts.into_iter().map(stamp).collect()
+}
+
+/// The status of a deployment whose spec cannot be used: what runs is left alone, and so is what is said of it.
+pub(crate) fn invalid(
+    before: &ModelDeploymentStatus,
+    generation: Option<i64>,
+    now: Timestamp,
+    (reason, message): (&str, &str),
+) -> ModelDeploymentStatus {
+    let message = format!("{message}; correct the spec (what already runs is left as it is)");
+    let mut status = ModelDeploymentStatus { observed_generation: generation, ..before.clone() };
+    for kind in [PROGRESSING, READY] {
+        let condition = stamped(before, generation, now, (kind, Verdict::no(reason, message.clone())));
+        status.conditions.retain(|other| other.type_ != kind);
+        status.conditions.insert(0, condition);
+    }
+    status
+}
+
+fn stamped(
+    before: &ModelDeploymentStatus,
+    generation: Option<i64>,
+    now: Timestamp,
+    (kind, verdict): (&str, Verdict),
+) -> Condition {
+    let same = condition(before, kind).filter(|was| was.status == verdict.status);
+    let seconds = Timestamp::from_second(now.as_second()).unwrap_or(now);
+    Condition {
+        type_: kind.into(),
+        status: verdict.status.into(),
+        reason: verdict.reason,
+        message: verdict.message,
+        observed_generation: generation,
+        last_transition_time: same.map_or(Time(seconds), |was| was.last_transition_time.clone()),
+    }
+}
+
+/// Requests are answered: by frontends that follow the placement, by all workers, with every expert resident.
+fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict {
+    for part in [workers, experts] {
+        if part.status != "True" {
+            return Verdict { status: "False", ..part.clone() };
+        }
+    }
+    let seen = situation.seen;
+    let ready = following(seen);
+    if ready > 0 {
+        return Verdict::yes(
+            "Serving",
+            format!(
+                "{} and {} answer at {}",
+                counted(seen.size as usize, "worker"),
+                counted(ready, "frontend"),
+                situation.owner.url()
+            ),
+        );
+    }
+    let failed =
+        seen.frontends.iter().find_map(|frontend| Some((&frontend.name, frontend.failure.as_ref()?)));
+    match failed {
+        Some((name, failure)) => failed_verdict(&format!("frontend {name}"), failure),
+        None => Verdict::no("FrontendsStarting", "no frontend is ready and follows the placement yet"),
+    }
+}
+
+fn model_prepared(situation: &Situation) -> Verdict {
+    if situation.seen.shape().is_some() {
+        return Verdict::yes("ModelRead", "workers have read the model");
+    }
+    match first_failure(situation.seen) {
+        Some((worker, failure)) => failed_verdict(&worker, failure),
+        None => Verdict::unknown(WORKERS_STARTING, "no worker has read the model yet"),
+    }
+}
+
+fn workers_available(situation: &Situation) -> Verdict {
+    let (seen, wanted) = (situation.seen, situation.desired.workers);
+    let ready = seen.ready_workers();
+    if all_workers_ready(situation.desired, seen) {
+        return Verdict::yes(
+            "AllReady",
+            format!("{ready} of {} are ready", counted(wanted as usize, "worker")),
+        );
+    }
+    if let Some((worker, failure)) = first_failure(seen) {
+        return failed_verdict(&worker, failure);
+    }
+    if ready == seen.size as usize {
+        return Verdict::no(
+            WORKERS_SCALING,
+            format!("{} of {} run", seen.size, counted(wanted as usize, "worker")),
+        );
+    }
+    let waiting =
+        seen.workers.range(..seen.size).find_map(|(slot, worker)| Some((slot, not_ready_because(worker)?)));
+    let why = waiting.map_or(String::new(), |(slot, why)| format!("; worker {slot}: {why}"));
+    Verdict::no(WORKERS_STARTING, format!("{ready} of {} are ready{why}", counted(wanted as usize, "worker")))
+}
+
+fn not_ready_because(worker: &Seen) -> Option<String> {
+    match &worker.report {
+        None if worker.addresses.is_empty() => Some("its pod has not started".into()),
+        None => Some("it does not answer yet".into()),
+        Some(report) if report.state == State::Ready => None,
+        Some(report) if report.reason.is_empty() => Some("it is not ready".into()),
+        Some(report) => Some(report.reason.clone()),
+    }
+}
+
+fn experts_available(situation: &Situation, experts: &Experts) -> Verdict {
+    let Experts { known, all, resident, missing, loading } = *experts;
+    if !known {
+        return Verdict::unknown(WORKERS_STARTING, "no worker has read the model yet");
+    }
+    let copies = counted(situation.desired.min_replicas as usize, "worker");
+    let figures = format!("{resident} of {all} experts are resident");
+    match missing {
+        0 => Verdict::yes("AllResident", format!("{figures}, each on at least {copies}")),
+        _ if resident == all => Verdict::yes(
+            "UnderReplicated",
+            format!("{figures}, but {missing} of their layers on fewer than {copies}"),
+        ),
+        _ => Verdict::no("ExpertsLoading", format!("{figures}; {loading} of their layers are loading")),
+    }
+}
+
+fn progressing(situation: &Situation) -> Verdict {
+    if situation.desired.paused {
+        return Verdict::no("Paused", "spec.paused is true: nothing is scaled or placed");
+    }
+    if let Some((revision, seen)) = situation.next {
+        let why = first_failure(seen).map(|(worker, failure)| (failure, described(&worker, failure)));
+        return match why {
+            Some((failure, text)) => {
+                Verdict::no(&reason_of(failure), format!("revision {revision} does not become ready: {text}"))
+            }
+            None => {
+                Verdict::yes("RevisionStarting", format!("revision {revision} serves as soon as it is ready"))
+            }
+        };
+    }
+    let waiting = &situation.decision.waiting_for;
+    match (waiting.is_empty(), situation.decision.actions.is_empty()) {
+        (true, true) => Verdict::no("AsDesired", "nothing is left to do"),
+        (true, false) => Verdict::yes("Acting", "placing experts"),
+        (false, _) => Verdict::yes("Waiting", waiting.clone()),
+    }
+}
+
+/// Serving, but with less than was asked for.
+fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
+    let frontends = situation.seen.frontends.iter();
+    let failed_frontend = frontends
+        .filter_map(|frontend| Some((format!("frontend {}", frontend.name), frontend.failure.as_ref()?)));
+    if let Some((who, failure)) = first_failure(situation.seen).or(failed_frontend.into_iter().next()) {
+        return Verdict { status: "True", ..failed_verdict(&who, failure) };
+    }
+    if experts.known && experts.missing > 0 && experts.loading == 0 && situation.decision.actions.is_empty() {
+        let copies = counted(situation.desired.min_replicas as usize, "worker");
+        let text = format!("{} of the experts' layers are on fewer than {copies}", experts.missing);
+        return Verdict::yes("UnderReplicated", text);
+    }
+    Verdict::no("Healthy", "nothing has failed")
+}
+
+/// The failure of the lowest slot that has one.
+fn first_failure(seen: &Observation) -> Option<(String, &Failure)> {
+    let mut workers = seen.workers.range(..seen.size);
+    workers.find_map(|(slot, worker)| Some((format!("worker {slot}"), worker.failure.as_ref()?)))
+}
+
+fn failed_verdict(who: &str, failure: &Failure) -> Verdict {
+    Verdict::no(&reason_of(failure), described(who, failure))
+}
+
+fn described(who: &str, failure: &Failure) -> String {
+    let advice = match failure.reason.as_str() {
+        "ReplicasUnschedulable" => "; lower spec.workers.resources or add nodes",
+        "ImagePullBackOff" | "ErrImagePull" | "InvalidImageName" | "ErrImageNeverPull" => {
+            "; check the image and imagePullSecrets of spec.workers and spec.frontend"
+        }
+        "OOMKilled" => "; raise the memory limit in resources, or the number of workers",
+        "ModelNotFound" => "; check spec.model.uri",
+        _ => "",
+    };
+    format!("{who}: {}{advice}", failure.message)
+}
+
+fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// A condition's reason has its own alphabet, and may not be empty.
+fn reason_of(failure: &Failure) -> String {
+    let reason: String =
+        failure.reason.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '_').take(128).collect();
+    if reason.starts_with(|c: char| c.is_ascii_alphabetic()) { reason } else { "Failed".into() }
+}

@@ -1,0 +1,206 @@
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+use super::*;
+use crate::decide::{Failure, ModelShape, Report, Seen};
+
+const SHAPE: ModelShape =
+    ModelShape { first_moe_layer: 1, layers: 3, experts: 4, expert_bytes: 10, dense_bytes: 100 };
+
+fn owner() -> Owner {
+    Owner { namespace: "ns".into(), name: "tiny".into(), reference: OwnerReference::default() }
+}
+
+fn desired(workers: u32) -> Desired {
+    Desired { workers, min_replicas: 1, drain_timeout: std::time::Duration::from_secs(300), paused: false }
+}
+
+/// Two layers of experts.
+fn experts(of: &[u32]) -> ExpertSet {
+    let mut set = ExpertSet::default();
+    for &expert in of {
+        set.insert(1, expert);
+        set.insert(2, expert);
+    }
+    set
+}
+
+fn report(state: State, epoch: u64, resident: ExpertSet) -> Report {
+    Report {
+        state,
+        reason: String::new(),
+        epoch,
+        placement_hash: String::new(),
+        shape: Some(SHAPE),
+        resident,
+        resident_bytes: 0,
+        experts_loading: 0,
+        running: 0,
+        waiting: 0,
+        bytes_loaded: 0,
+        bytes_to_load: 0,
+    }
+}
+
+fn placement(epoch: u64) -> Placement {
+    let worker = |slot, of: &[u32]| PlacedWorker {
+        slot,
+        name: format!("tiny-1-{slot}"),
+        addresses: vec![],
+        experts: experts(of),
+        draining: false,
+    };
+    Placement::new(epoch, vec![worker(0, &[0, 1, 2]), worker(1, &[3])]).unwrap()
+}
+
+/// Two workers with all four experts between them, and one frontend.
+fn healthy() -> Observation {
+    let seen = |report| Seen { report: Some(report), ..Seen::default() };
+    Observation {
+        placement: placement(3),
+        size: 2,
+        workers: [
+            (0, seen(report(State::Ready, 3, experts(&[0, 1, 2])))),
+            (1, seen(report(State::Ready, 3, experts(&[3])))),
+        ]
+        .into(),
+        frontends: vec![seen(Report { shape: None, ..report(State::Ready, 3, ExpertSet::default()) })],
+    }
+}
+
+fn failure(reason: &str, message: &str) -> Option<Failure> {
+    Some(Failure { reason: reason.into(), message: message.into(), restarts: 2 })
+}
+
+fn at(time: &str) -> Timestamp {
+    time.parse().unwrap()
+}
+
+fn computed(desired: &Desired, seen: &Observation) -> ModelDeploymentStatus {
+    let before = ModelDeploymentStatus::default();
+    computed_after(&before, desired, seen, at("2026-11-24T12:00:00.25Z"))
+}
+
+fn computed_after(
+    before: &ModelDeploymentStatus,
+    desired: &Desired,
+    seen: &Observation,
+    now: Timestamp,
+) -> ModelDeploymentStatus {
+    let (owner, decision) = (owner(), Decision::default());
+    let situation = Situation {
+        owner: &owner,
+        generation: Some(7),
+        desired,
+        serving: "1a2b3c4d",
+        seen,
+        decision: &decision,
+        next: None,
+        before,
+        now,
+    };
+    status(&situation)
+}
+
+fn told(status: &ModelDeploymentStatus, kind: &str) -> (String, String, String) {
+    let condition = condition(status, kind).unwrap();
+    (condition.status.clone(), condition.reason.clone(), condition.message.clone())
+}
+
+#[test]
+fn a_healthy_deployment_is_ready_and_says_all_of_it() {
+    insta::assert_yaml_snapshot!(computed(&desired(2), &healthy()));
+}
+
+#[test]
+fn a_worker_that_gave_up_gives_its_reason_to_the_conditions() {
+    let mut seen = healthy();
+    let words = failure("ModelNotFound", "no config.json in /models/nope");
+    seen.workers = [
+        (0, Seen { failure: words.clone(), ..Seen::default() }),
+        (1, Seen { failure: words, ..Seen::default() }),
+    ]
+    .into();
+    let status = computed(&desired(2), &seen);
+    let text = "worker 0: no config.json in /models/nope; check spec.model.uri";
+    for kind in ["Ready", "ModelPrepared", "WorkersAvailable"] {
+        assert_eq!(told(&status, kind), ("False".into(), "ModelNotFound".into(), text.into()), "{kind}");
+    }
+    assert_eq!(told(&status, "Degraded"), ("True".into(), "ModelNotFound".into(), text.into()));
+    assert_eq!(told(&status, "ExpertsAvailable").0, "Unknown");
+    assert_eq!(status.experts, None);
+}
+
+#[test]
+fn it_is_not_ready_without_every_expert() {
+    let mut seen = healthy();
+    seen.workers.get_mut(&1).unwrap().report =
+        Some(Report { experts_loading: 2, ..report(State::Ready, 3, experts(&[])) });
+    let status = computed(&desired(2), &seen);
+    let text = "3 of 4 experts are resident; 2 of their layers are loading";
+    assert_eq!(told(&status, "Ready"), ("False".into(), "ExpertsLoading".into(), text.into()));
+    assert_eq!(status.experts.as_deref(), Some("3/4"));
+    assert!(!serves(&desired(2), &seen));
+}
+
+#[test]
+fn an_expert_with_too_few_copies_still_serves_but_is_degraded() {
+    let desired = Desired { min_replicas: 2, ..desired(2) };
+    let status = computed(&desired, &healthy());
+    assert_eq!(told(&status, "Ready").0, "True");
+    assert_eq!(told(&status, "ExpertsAvailable").1, "UnderReplicated");
+    assert_eq!(told(&status, "Degraded").1, "UnderReplicated");
+    assert_eq!(figures(&desired, &healthy()).experts_missing, 8);
+}
+
+#[test]
+fn it_is_not_ready_before_a_frontend_follows_the_placement() {
+    let mut seen = healthy();
+    seen.frontends[0].report.as_mut().unwrap().epoch = 2;
+    assert_eq!(told(&computed(&desired(2), &seen), "Ready").1, "FrontendsStarting");
+    seen.frontends[0] = Seen {
+        name: "tiny-x".into(),
+        failure: failure("ImagePullBackOff", "no such image"),
+        ..Seen::default()
+    };
+    let (_, reason, message) = told(&computed(&desired(2), &seen), "Ready");
+    assert_eq!(reason, "ImagePullBackOff");
+    assert!(message.starts_with("frontend tiny-x: no such image"), "{message}");
+}
+
+#[test]
+fn scaling_is_told_from_failing() {
+    let status = computed(&desired(4), &healthy());
+    let text = "2 of 4 workers run";
+    assert_eq!(told(&status, "WorkersAvailable"), ("False".into(), "WorkersScaling".into(), text.into()));
+    assert_eq!(status.workers.as_deref(), Some("2/4"));
+}
+
+#[test]
+fn a_condition_keeps_its_time_until_its_status_changes() {
+    let first = computed(&desired(2), &healthy());
+    let later = at("2026-11-24T13:00:00Z");
+    assert_eq!(computed_after(&first, &desired(2), &healthy(), later), first);
+    let mut seen = healthy();
+    seen.workers.get_mut(&0).unwrap().failure = failure("OOMKilled", "ended with code 137");
+    seen.workers.get_mut(&0).unwrap().report = None;
+    let failed = computed_after(&first, &desired(2), &seen, later);
+    assert_eq!(condition(&failed, "Ready").unwrap().last_transition_time.0, later);
+    assert_eq!(condition(&failed, "Progressing"), condition(&first, "Progressing"));
+}
+
+#[test]
+fn a_reason_is_always_one_that_the_api_accepts() {
+    let mut seen = healthy();
+    seen.workers.insert(0, Seen { failure: failure("9 lives: over", "x"), ..Seen::default() });
+    assert_eq!(told(&computed(&desired(2), &seen), "Ready").1, "Failed");
+}
+
+#[test]
+fn an_invalid_spec_is_said_without_forgetting_what_runs() {
+    let before = computed(&desired(2), &healthy());
+    let status = invalid(&before, Some(8), at("2026-11-24T13:00:00Z"), ("InvalidSpec", "spec.x must be y"));
+    let text = "spec.x must be y; correct the spec (what already runs is left as it is)";
+    assert_eq!(told(&status, "Ready"), ("False".into(), "InvalidSpec".into(), text.into()));
+    assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 6));
+}
