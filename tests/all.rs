@@ -1,1 +1,4 @@
-//! The tests of the whole product.
+//! The tests of the whole product, the weakest power that proves a point first.
+
+mod chaos;
+mod mesh;

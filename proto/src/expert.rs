@@ -331,8 +331,13 @@ fn from_bytes(bytes: &[u8], rows: usize, hidden: usize, field: &'static str) -> 
     Ok(values)
 }
 
+/// CRC-32C (Castagnoli), as parts carry it.
+pub fn checksum(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes)
+}
+
 fn dispatch_crc(part: &v1::Dispatch) -> u32 {
-    let mut crc = crc32c::crc32c(&part.layer.to_le_bytes());
+    let mut crc = checksum(&part.layer.to_le_bytes());
     for number in part.row_experts.iter().chain(&part.experts) {
         crc = crc32c::crc32c_append(crc, &number.to_le_bytes());
     }

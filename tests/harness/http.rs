@@ -1,0 +1,40 @@
+//! HTTP as the tests speak it.
+
+use std::io::{BufRead, BufReader};
+
+use serde_json::Value;
+
+fn agent() -> ureq::Agent {
+    ureq::Agent::config_builder().http_status_as_error(false).build().into()
+}
+
+/// GET: the status and the text.
+pub fn get(url: &str) -> Result<(u16, String), String> {
+    let mut response = agent().get(url).call().map_err(|error| format!("{url}: {error}"))?;
+    let text = response.body_mut().read_to_string().map_err(|error| format!("{url}: {error}"))?;
+    Ok((response.status().as_u16(), text))
+}
+
+/// POST of JSON: the status and the JSON.
+pub fn post(url: &str, body: &Value) -> Result<(u16, Value), String> {
+    let mut response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
+    let json = response.body_mut().read_json().map_err(|error| format!("{url}: {error}"))?;
+    Ok((response.status().as_u16(), json))
+}
+
+/// POST that streams: every server-sent event's JSON, as it comes, until `[DONE]`.
+pub fn stream(url: &str, body: &Value, mut event: impl FnMut(Value)) -> Result<(), String> {
+    let response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
+    let status = response.status().as_u16();
+    let reader = BufReader::new(response.into_body().into_reader());
+    for line in reader.lines() {
+        let line = line.map_err(|error| format!("the stream broke: {error}"))?;
+        match line.strip_prefix("data: ") {
+            Some("[DONE]") => return Ok(()),
+            Some(data) => event(serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?),
+            None if status != 200 => return Err(format!("{status}: {line}")),
+            None => {}
+        }
+    }
+    Err("the stream ended without [DONE]".into())
+}

@@ -1,0 +1,44 @@
+//! What the tests share: the project's processes, the model they serve, and what one process says it answers.
+
+pub mod http;
+pub mod mesh;
+pub mod process;
+pub mod reference;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// The root of the checkout.
+pub fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().expect("the checkout is there")
+}
+
+/// The model that ships, trained for the project.
+pub fn tiny_r1() -> PathBuf {
+    root().join("tests/models/tiny-r1")
+}
+
+/// The checks that this machine lacks something for: `make test` names each at its end.
+pub fn skipped(group: &str) -> bool {
+    let skip = std::env::var("EXPERTMESH_SKIP").unwrap_or_default();
+    let skipped = skip.split(',').any(|name| name == group);
+    if skipped {
+        eprintln!("skipped: this machine lacks what the tests with {group} need");
+    }
+    skipped
+}
+
+/// Longer than anything here takes on a busy machine; a condition that holds ends the wait at once.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Waits until `condition` gives a value; fails with `what` and its last word.
+pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Result<T, String>) -> T {
+    let start = Instant::now();
+    loop {
+        match condition() {
+            Ok(value) => return value,
+            Err(word) if start.elapsed() > PATIENCE => panic!("waited {PATIENCE:?} for {what}: {word}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Workers as processes, placed by the test in the operator's stead.
+
+use std::path::PathBuf;
+
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
+use expertmesh_proto::v1::generate_event::Event;
+use expertmesh_proto::v1::inference_client::InferenceClient;
+use expertmesh_proto::v1::report_response::State;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use crate::process::{Addresses, Process, Scratch};
+use crate::reference::{Generated, Question};
+use crate::tiny_r1;
+
+/// tiny-r1: layers 1 to 5 hold 32 experts each.
+pub const LAYERS: std::ops::Range<u32> = 1..6;
+pub const EXPERTS: u32 = 32;
+
+/// Workers that share tiny-r1's experts.
+pub struct Mesh {
+    pub scratch: Scratch,
+    pub workers: Vec<Process>,
+    pub addresses: Vec<Addresses>,
+    pub epoch: u64,
+}
+
+impl Mesh {
+    /// Starts `count` workers, each with its share of the experts, and waits until all are ready.
+    pub async fn start(name: &str, count: u32) -> Self {
+        let scratch = Scratch::new(name);
+        let mut workers: Vec<Process> = (0..count).map(|slot| start_worker(&scratch, slot)).collect();
+        let addresses = workers.iter_mut().map(Process::addresses).collect();
+        let mut mesh = Self { scratch, workers, addresses, epoch: 0 };
+        mesh.place(|slot, expert| expert * count / EXPERTS == slot).await;
+        for slot in 0..count {
+            mesh.until(slot, "ready", |report| report.state() == State::Ready).await;
+        }
+        mesh
+    }
+
+    /// Starts a worker again that was killed; it finds its place from the next placement.
+    pub async fn restart(&mut self, slot: u32) {
+        self.workers[slot as usize] = start_worker(&self.scratch, slot);
+        self.addresses[slot as usize] = self.workers[slot as usize].addresses();
+    }
+
+    /// Pushes a new placement to every worker that answers.
+    pub async fn place(&mut self, holds: impl Fn(u32, u32) -> bool) -> Placement {
+        self.epoch += 1;
+        let worker = |(slot, addresses): (u32, &Addresses)| {
+            let mut experts = ExpertSet::default();
+            for layer in LAYERS {
+                (0..EXPERTS).filter(|&expert| holds(slot, expert)).for_each(|expert| {
+                    experts.insert(layer, expert);
+                });
+            }
+            let name = format!("worker-{slot}");
+            PlacedWorker { slot, name, addresses: vec![addresses.grpc.clone()], experts, draining: false }
+        };
+        let workers = (0..).zip(&self.addresses).map(worker).collect();
+        let placement = Placement::new(self.epoch, workers).expect("slots are distinct");
+        for slot in 0..self.addresses.len() as u32 {
+            let Ok(mut control) = self.control(slot).await else { continue };
+            apply(&mut control, &placement).await.expect("a later placement is taken");
+        }
+        placement
+    }
+
+    pub fn placement_file(&self, placement: &Placement) -> PathBuf {
+        let path = self.scratch.path().join("placement.json");
+        std::fs::write(&path, serde_json::to_string(placement).expect("a placement is JSON"))
+            .expect("a file");
+        path
+    }
+
+    pub async fn control(&self, slot: u32) -> Result<ControlClient<Channel>, tonic::transport::Error> {
+        ControlClient::connect(format!("http://{}", self.addresses[slot as usize].grpc)).await
+    }
+
+    pub async fn inference(&self, slot: u32) -> InferenceClient<Channel> {
+        let address = format!("http://{}", self.addresses[slot as usize].grpc);
+        InferenceClient::connect(address).await.expect("a worker that lives")
+    }
+
+    /// Follows a worker's reports until one holds.
+    pub async fn until(
+        &self,
+        slot: u32,
+        what: &str,
+        holds: impl Fn(&v1::ReportResponse) -> bool,
+    ) -> v1::ReportResponse {
+        let waiting = async {
+            let mut control = self.control(slot).await.expect("a worker that lives");
+            let request = v1::ReportRequest { caller: Some(test_caller()) };
+            let mut reports = control.report(request).await.expect("reports").into_inner();
+            while let Some(report) = reports.message().await.expect("a report") {
+                if holds(&report) {
+                    return report;
+                }
+            }
+            panic!("worker {slot} stopped reporting");
+        };
+        let waited = tokio::time::timeout(crate::PATIENCE, waiting).await;
+        waited.unwrap_or_else(|_| panic!("worker {slot} is not {what} after {:?}", crate::PATIENCE))
+    }
+}
+
+pub fn test_caller() -> v1::Caller {
+    v1::Caller { name: "test".into(), ..v1::Caller::default() }
+}
+
+pub async fn apply(control: &mut ControlClient<Channel>, placement: &Placement) -> Result<(), Status> {
+    let placement = Some(placement.to_proto());
+    control
+        .apply_placement(v1::ApplyPlacementRequest { caller: Some(test_caller()), placement })
+        .await
+        .map(drop)
+}
+
+fn start_worker(scratch: &Scratch, slot: u32) -> Process {
+    let (name, model) = (format!("worker-{slot}"), tiny_r1());
+    let model = model.to_str().expect("a UTF-8 path");
+    let args =
+        ["serve", "--name", &name, "--model", model, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"];
+    Process::start(scratch, &name, "expertmesh-worker", &args)
+}
+
+/// The request that asks a worker for the rest of what `reference` answered.
+pub fn request(question: &Question, reference: &Generated, known: &[u32]) -> v1::GenerateRequest {
+    let sampling = match question.seed {
+        Some(seed) => v1::Sampling { temperature: 0.6, top_p: 0.95, top_k: 0, min_p: 0.0, seed },
+        None => v1::Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
+    };
+    v1::GenerateRequest {
+        caller: Some(test_caller()),
+        request_id: question.prompt.clone(),
+        tokens: [&reference.prompt_tokens, known].concat(),
+        max_tokens: 1024,
+        min_tokens: 0,
+        stop_tokens: vec![1],
+        sampling: Some(sampling),
+    }
+}
+
+/// How a sequence ended on one worker.
+#[derive(Debug)]
+pub enum End {
+    Finished(v1::finished::Reason),
+    /// The worker died, or sent it away.
+    Lost(Status),
+}
+
+/// Reads a sequence; `token` sees each as it comes.
+pub async fn read(
+    client: &mut InferenceClient<Channel>,
+    request: v1::GenerateRequest,
+    mut token: impl FnMut(u32),
+) -> End {
+    let mut position = request.tokens.len() as u32;
+    let mut events = match client.generate(request).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return End::Lost(status),
+    };
+    loop {
+        match events.message().await {
+            Ok(Some(v1::GenerateEvent { event: Some(Event::Token(next)) })) => {
+                assert_eq!(next.position, position, "a token was lost or doubled");
+                position += 1;
+                token(next.id);
+            }
+            Ok(Some(v1::GenerateEvent { event: Some(Event::Finished(finished)) })) => {
+                return End::Finished(finished.reason());
+            }
+            Ok(other) => {
+                return End::Lost(Status::new(Code::Unknown, format!("the stream ended with {other:?}")));
+            }
+            Err(status) => return End::Lost(status),
+        }
+    }
+}

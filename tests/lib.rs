@@ -1,1 +1,0 @@
-//! What the tests share: starting processes, reading goldens, speaking HTTP.

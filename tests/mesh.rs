@@ -1,0 +1,189 @@
+//! Several workers answer as one process does.
+
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
+use expertmesh_proto::v1::finished::Reason;
+use expertmesh_proto::v1::report_response::State;
+use expertmesh_tests::mesh::{End, Mesh, apply, read, request, test_caller};
+use expertmesh_tests::reference::{Question, reference};
+use tokio::task::JoinSet;
+use tonic::Code;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn four_workers_answer_sixteen_requests_at_once_with_the_tokens_of_one_process() {
+    let mesh = Mesh::start("four", 4).await;
+    let mut answers = JoinSet::new();
+    for (at, question) in Question::several(16).into_iter().enumerate() {
+        let mut client = mesh.inference(at as u32 % 4).await;
+        answers.spawn(async move {
+            let (wanted, mut tokens) = (reference(&question), Vec::new());
+            let end = read(&mut client, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
+            assert!(matches!(end, End::Finished(Reason::Stop | Reason::Length)), "{end:?}");
+            assert_eq!(tokens, wanted.tokens, "{question:?}");
+        });
+    }
+    while let Some(answer) = answers.join_next().await {
+        answer.unwrap();
+    }
+    for slot in 0..4 {
+        let report = mesh.until(slot, "idle", |report| report.running + report.waiting == 0).await;
+        let resident: Vec<_> = report.resident.iter().flat_map(|layer| layer.ranges.clone()).collect();
+        assert_eq!(
+            resident,
+            vec![v1::ExpertRange { first: slot * 8, last: slot * 8 + 7 }; 5],
+            "worker {slot} keeps its share"
+        );
+    }
+}
+
+#[tokio::test]
+async fn experts_move_under_load_and_no_token_changes() {
+    let mut mesh = Mesh::start("moves", 3).await;
+    let question = Question::several(4).remove(3);
+    let wanted = reference(&question);
+    let mut client = mesh.inference(0).await;
+    let asked = request(&question, &wanted, &[]);
+    let answer = tokio::spawn(async move {
+        let mut all = Vec::new();
+        for _ in 0..6 {
+            let mut tokens = Vec::new();
+            read(&mut client, asked.clone(), |token| tokens.push(token)).await;
+            all.push(tokens);
+        }
+        all
+    });
+    // Around in a circle, with no copy left behind.
+    for turn in 1..4 {
+        mesh.place(|slot, expert| (expert + turn) % 3 == slot).await;
+        for slot in 0..3 {
+            mesh.until(slot, "at the new epoch", |report| {
+                report.epoch == u64::from(turn) + 1 && report.state() == State::Ready
+            })
+            .await;
+        }
+    }
+    for tokens in answer.await.unwrap() {
+        assert_eq!(tokens, wanted.tokens);
+    }
+}
+
+#[tokio::test]
+async fn a_drained_worker_hands_its_sequences_back_and_a_later_placement_calls_it_back() {
+    let mut mesh = Mesh::start("drain", 2).await;
+    let question = Question::greedy("What is 46 + 37?");
+    let wanted = reference(&question);
+    let mut control = mesh.control(0).await.unwrap();
+    control.drain(v1::DrainRequest { caller: Some(test_caller()) }).await.unwrap();
+    let end = read(&mut mesh.inference(0).await, request(&question, &wanted, &[]), |_| {}).await;
+    assert!(matches!(&end, End::Lost(status) if status.code() == Code::Unavailable), "{end:?}");
+    mesh.until(0, "draining", |report| report.state() == State::Draining).await;
+
+    // Its experts are still served.
+    let mut tokens = Vec::new();
+    read(&mut mesh.inference(1).await, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
+    assert_eq!(tokens, wanted.tokens);
+    let report = mesh.until(1, "idle", |report| report.running == 0).await;
+    assert_eq!(
+        report.resident.iter().flat_map(|layer| &layer.ranges).count(),
+        5,
+        "nothing was loaded elsewhere"
+    );
+
+    mesh.place(|slot, expert| expert / 16 == slot).await;
+    mesh.until(0, "ready", |report| report.state() == State::Ready).await;
+    let mut tokens = Vec::new();
+    read(&mut mesh.inference(0).await, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
+    assert_eq!(tokens, wanted.tokens);
+}
+
+#[tokio::test]
+async fn a_worker_refuses_what_breaks_the_protocol_and_goes_on_serving() {
+    let mesh = Mesh::start("protocol", 1).await;
+    let question = Question::greedy("What is 46 + 37?");
+    let wanted = reference(&question);
+    let mut client = mesh.inference(0).await;
+    let ask = |change: fn(&mut v1::GenerateRequest)| {
+        let mut asked = request(&question, &wanted, &[]);
+        change(&mut asked);
+        asked
+    };
+    for (field, asked) in [
+        ("tokens", ask(|r| r.tokens.clear())),
+        ("tokens", ask(|r| r.tokens[0] = 1_000_000)),
+        ("tokens", ask(|r| r.tokens = vec![5; 2000])),
+        ("max_tokens", ask(|r| r.max_tokens = 0)),
+        ("temperature", ask(|r| r.sampling.as_mut().unwrap().temperature = f32::NAN)),
+        ("sampling", ask(|r| r.sampling = None)),
+    ] {
+        let status = client.generate(asked).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains(field), "{field}: {}", status.message());
+    }
+    let mut other = ask(|_| {});
+    other.caller.as_mut().unwrap().fingerprint = Some(v1::ModelFingerprint::default());
+    assert_eq!(client.generate(other).await.unwrap_err().code(), Code::FailedPrecondition);
+
+    let mut control = mesh.control(0).await.unwrap();
+    let stale = expertmesh_proto::placement::Placement::new(0, vec![]).unwrap();
+    assert_eq!(apply(&mut control, &stale).await.unwrap_err().code(), Code::FailedPrecondition);
+    let conflict = expertmesh_proto::placement::Placement::new(1, vec![]).unwrap();
+    assert_eq!(apply(&mut control, &conflict).await.unwrap_err().code(), Code::AlreadyExists);
+
+    let mut tokens = Vec::new();
+    read(&mut client, ask(|_| {}), |token| tokens.push(token)).await;
+    assert_eq!(tokens, wanted.tokens);
+}
+
+#[tokio::test]
+async fn a_malformed_oversized_or_non_finite_row_is_an_invalid_argument() {
+    use v1::exchange_request::Message;
+    let mesh = Mesh::start("rows", 1).await;
+    let caller = v1::Caller { name: "peer".into(), incarnation: 5, ..Default::default() };
+    let hello = Message::Hello(v1::Hello { caller: Some(caller), slot: 9, session: 3 });
+    let rows = |rows: Vec<u8>| {
+        let crc = [1u32, 1, 0]
+            .iter()
+            .flat_map(|number| number.to_le_bytes())
+            .chain(rows.iter().copied())
+            .collect::<Vec<u8>>();
+        let crc32c = expertmesh_proto::expert::checksum(&crc);
+        let dispatch = v1::Dispatch {
+            session: 3,
+            ticket: 1,
+            parts: 1,
+            layer: 1,
+            row_experts: vec![1],
+            experts: vec![0],
+            ..Default::default()
+        };
+        Message::Dispatch(v1::Dispatch { rows: rows.into(), crc32c, ..dispatch })
+    };
+    let nan: Vec<u8> = f32::NAN.to_le_bytes().repeat(192);
+    for (what, code, messages) in [
+        ("no hello", Code::InvalidArgument, vec![rows(vec![0; 768])]),
+        ("two hellos", Code::InvalidArgument, vec![hello.clone(), hello.clone()]),
+        ("half a row", Code::InvalidArgument, vec![hello.clone(), rows(vec![0; 100])]),
+        ("a NaN", Code::InvalidArgument, vec![hello.clone(), rows(nan)]),
+        ("two MiB", Code::InvalidArgument, vec![hello.clone(), rows(vec![0; 2 << 20])]),
+        ("eight MiB", Code::InvalidArgument, vec![hello.clone(), rows(vec![0; 8 << 20])]),
+    ] {
+        let mut client =
+            ExpertExchangeClient::connect(format!("http://{}", mesh.addresses[0].grpc)).await.unwrap();
+        let requests = messages.into_iter().map(|message| v1::ExchangeRequest { message: Some(message) });
+        let requests = tokio_stream::iter(requests.collect::<Vec<_>>());
+        let status = match client.exchange(requests).await {
+            Err(status) => status,
+            Ok(response) => {
+                let mut responses = response.into_inner();
+                loop {
+                    match responses.message().await {
+                        Ok(Some(_)) => {}
+                        Ok(None) => panic!("{what}: taken"),
+                        Err(status) => break status,
+                    }
+                }
+            }
+        };
+        assert_eq!(status.code(), code, "{what}: {status}");
+    }
+}
