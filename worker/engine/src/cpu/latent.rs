@@ -21,6 +21,10 @@ const KEYS: usize = 4;
 /// Elements of a value that are computed side by side.
 const TILE: usize = 16;
 
+/// A score so far below the greatest weighs nothing: e⁻⁶⁴ is 10⁻²⁰ of an f32's precision next to 1. Weights near
+/// e⁻⁸⁷ would make subnormal products, which processors multiply a hundred times slower.
+const NEGLIGIBLE: f32 = -64.0;
+
 /// What a row sees of the cache.
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'a> {
@@ -104,12 +108,12 @@ impl Softmax {
     /// One more block: scores (seen), keys (seen, width) that begin with the values.
     fn add(&mut self, scores: impl Iterator<Item = f32> + Clone, keys: &[f32], width: usize) {
         let max = scores.clone().fold(self.max, f32::max);
-        let shrink = libm::expf(self.max - max);
+        let shrink = weight_of(self.max - max);
         let mut weights = [0.0; BLOCK_TOKENS];
         let mut seen = 0;
         self.sum *= shrink;
         for (weight, score) in weights.iter_mut().zip(scores) {
-            *weight = libm::expf(score - max);
+            *weight = weight_of(score - max);
             self.sum += *weight;
             seen += 1;
         }
@@ -120,7 +124,7 @@ impl Softmax {
 
     fn merge(&mut self, later: &Self) {
         let max = self.max.max(later.max);
-        let (ours, theirs) = (libm::expf(self.max - max), libm::expf(later.max - max));
+        let (ours, theirs) = (weight_of(self.max - max), weight_of(later.max - max));
         self.max = max;
         self.sum = self.sum * ours + later.sum * theirs;
         for (value, later) in self.values.iter_mut().zip(&later.values) {
@@ -129,22 +133,33 @@ impl Softmax {
     }
 }
 
+/// exp(score − max)
+fn weight_of(below: f32) -> f32 {
+    if below < NEGLIGIBLE { 0.0 } else { libm::expf(below) }
+}
+
 /// values (latent) += weights (seen) · keys (seen, width), positions ascending.
 fn accumulate(values: &mut [f32], weights: &[f32], keys: &[f32], width: usize) {
     let (tiles, rest) = values.as_chunks_mut::<TILE>();
     let tiled = tiles.len() * TILE;
     for (tile, values) in tiles.iter_mut().enumerate() {
-        let mut sums = *values;
-        for (weight, key) in weights.iter().zip(keys.chunks_exact(width)) {
-            for (sum, element) in sums.iter_mut().zip(&key[tile * TILE..][..TILE]) {
-                *sum += weight * element;
-            }
-        }
-        *values = sums;
+        *values = accumulate_tile(*values, weights, &keys[tile * TILE..], width);
     }
     for (weight, key) in weights.iter().zip(keys.chunks_exact(width)) {
         for (value, element) in rest.iter_mut().zip(&key[tiled..]) {
             *value += weight * element;
         }
     }
+}
+
+/// `keys` begins with the tile's first element.
+#[inline(always)]
+fn accumulate_tile(mut sums: [f32; TILE], weights: &[f32], keys: &[f32], width: usize) -> [f32; TILE] {
+    for (weight, key) in weights.iter().zip(keys.chunks(width)) {
+        let Some(elements) = key.first_chunk::<TILE>() else { break };
+        for (sum, element) in sums.iter_mut().zip(elements) {
+            *sum += weight * element;
+        }
+    }
+    sums
 }

@@ -5,7 +5,7 @@ use crate::checkpoint::{Bf16, widen};
 const LANES: usize = 16;
 
 /// Rows that share a pass over the weights.
-const ROWS: usize = 4;
+const ROWS: usize = 2;
 
 /// Bytes of a matrix of `outputs` × `inputs`, packed.
 pub(crate) fn packed_bytes(outputs: usize, inputs: usize) -> u64 {
@@ -76,11 +76,15 @@ fn multiply_block<const R: usize>(weights: &[[u16; LANES]], rows: &[f32]) -> [[f
     let mut sums = [[0.0; LANES]; R];
     for (input, weights) in weights.iter().enumerate() {
         let weights = weights.map(widen);
-        for (sums, row) in sums.iter_mut().zip(rows) {
-            for (sum, weight) in sums.iter_mut().zip(weights) {
-                *sum += row[input] * weight; // rounded twice: `mul_add` would call libm where there is no FMA
-            }
+        for row in 0..R {
+            sums[row] = add_product(sums[row], rows[row][input], &weights);
         }
     }
     sums
+}
+
+/// A product is rounded, then added: `mul_add` would call libm where there is no FMA.
+#[inline(always)]
+fn add_product(sums: [f32; LANES], x: f32, weights: &[f32; LANES]) -> [f32; LANES] {
+    std::array::from_fn(|lane| sums[lane] + x * weights[lane])
 }
