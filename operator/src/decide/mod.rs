@@ -1,12 +1,17 @@
 //! What to do next, as pure functions: no IO, and no clock but `now`.
 
 pub(crate) mod placement;
+#[cfg(test)]
+mod simulation;
+mod step;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use expertmesh_proto::placement::{ExpertSet, Placement};
 use jiff::Timestamp;
+
+pub(crate) use step::decide;
 
 /// The part of a ModelDeployment that sizes and places.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +50,7 @@ pub(crate) struct Seen {
     pub(crate) report: Option<Report>,
     /// Since when it is silent (or was first missed); none while its reports arrive.
     pub(crate) silent_since: Option<Timestamp>,
-    /// Since when its reports say DRAINING.
+    /// Since when it was asked to drain, or its reports say DRAINING.
     pub(crate) draining_since: Option<Timestamp>,
     /// The placement, addresses included, that this process took from us; none after it or we restarted.
     pub(crate) told: Option<Placement>,
@@ -135,12 +140,6 @@ pub(crate) struct Decision {
     pub(crate) waiting_for: String,
 }
 
-/// The next step from what is seen towards what is desired. Whoever is killed in the middle goes on from the same
-/// observation; where all is as desired there are no actions.
-pub(crate) fn decide(_desired: &Desired, _seen: &Observation, _now: Timestamp) -> Decision {
-    Decision::default()
-}
-
 impl Observation {
     /// Workers that can serve.
     pub(crate) fn ready_workers(&self) -> usize {
@@ -156,5 +155,30 @@ impl Observation {
     pub(crate) fn reports(&self) -> impl Iterator<Item = (u32, &Report)> {
         let running = self.workers.range(..self.size);
         running.filter_map(|(&slot, seen)| Some((slot, seen.report.as_ref()?)))
+    }
+
+    /// Experts of which every layer is resident on a worker that reports it, of all experts.
+    pub(crate) fn live_experts(&self, shape: &ModelShape) -> (u32, u32) {
+        let resident = |layer, expert| self.reports().any(|(_, report)| report.resident.contains(layer, expert));
+        let live = |expert: &u32| (shape.first_moe_layer..shape.layers).all(|layer| resident(layer, *expert));
+        ((0..shape.experts).filter(live).count() as u32, shape.experts)
+    }
+
+    /// Workers that run, then frontends, by who they are.
+    pub(crate) fn members(&self) -> impl Iterator<Item = (Member, &Seen)> {
+        let workers = self.workers.range(..self.size).map(|(&slot, seen)| (Member::Worker(slot), seen));
+        workers.chain(self.frontends.iter().map(|seen| (Member::Frontend(seen.name.clone()), seen)))
+    }
+}
+
+impl Report {
+    /// Sequences that it runs or has queued.
+    pub(crate) fn sequences(&self) -> u32 {
+        self.running.saturating_add(self.waiting)
+    }
+
+    /// Whether it follows this very placement.
+    pub(crate) fn follows(&self, placement: &Placement) -> bool {
+        self.epoch == placement.epoch() && self.placement_hash == placement.hash()
     }
 }

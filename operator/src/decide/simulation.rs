@@ -1,0 +1,393 @@
+//! Decisions against a fleet in memory: workers that load slowly, hear late, die, come back and are drained.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use proptest::prelude::*;
+
+use super::placement::imbalance;
+use super::*;
+
+const SHAPE: ModelShape =
+    ModelShape { first_moe_layer: 1, layers: 3, experts: 12, expert_bytes: 10, dense_bytes: 100 };
+
+/// One simulated worker or frontend.
+#[derive(Debug, Clone, Default)]
+struct Process {
+    alive: bool,
+    /// Ticks until the shape is known.
+    starting: u32,
+    follows: Placement,
+    resident: ExpertSet,
+    draining: bool,
+    sequences: u32,
+    told: Option<Placement>,
+    /// What its report stream last carried: it may lag behind.
+    reported: Option<Report>,
+    silent_since: Option<Timestamp>,
+    draining_since: Option<Timestamp>,
+    address: u32,
+}
+
+struct Simulation {
+    now: Timestamp,
+    desired: Desired,
+    written: Placement,
+    workers: Vec<Process>,
+    frontend: Process,
+    in_flight: VecDeque<Action>,
+    deaths: bool,
+    /// Of every (layer, expert), whether it was resident somewhere once.
+    had: ExpertSet,
+    random: u64,
+}
+
+impl Simulation {
+    fn new(workers: u32, min_replicas: u32, seed: u64) -> Self {
+        Self {
+            now: Timestamp::from_second(1_800_000_000).unwrap(),
+            desired: Desired { workers, min_replicas, drain_timeout: Duration::from_secs(30), paused: false },
+            written: Placement::default(),
+            workers: vec![],
+            frontend: Process { alive: true, ..Process::default() },
+            in_flight: VecDeque::new(),
+            deaths: false,
+            had: ExpertSet::default(),
+            random: seed | 1,
+        }
+    }
+
+    /// xorshift: the seed is proptest's.
+    fn below(&mut self, bound: u32) -> u32 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        (self.random >> 33) as u32 % bound
+    }
+
+    fn observation(&self) -> Observation {
+        let seen = |name: String, process: &Process| Seen {
+            addresses: vec![format!("{name}.{}:1", process.address)],
+            name,
+            report: process.reported.clone(),
+            silent_since: process.silent_since,
+            draining_since: process.draining_since,
+            told: process.told.clone(),
+            failure: None,
+        };
+        let workers = self.workers.iter().enumerate();
+        Observation {
+            placement: self.written.clone(),
+            size: self.workers.len() as u32,
+            workers: workers.map(|(slot, worker)| (slot as u32, seen(format!("w-{slot}"), worker))).collect(),
+            frontends: vec![seen("f-0".into(), &self.frontend)],
+        }
+    }
+
+    fn tick(&mut self) -> Decision {
+        self.now += Duration::from_secs(1);
+        for slot in 0..self.workers.len() {
+            let (loads, reports) = (self.below(4), self.below(3) > 0);
+            let worker = &mut self.workers[slot];
+            worker.starting = worker.starting.saturating_sub(1);
+            worker.load(slot as u32, loads);
+            worker.sequences =
+                if worker.draining { worker.sequences.saturating_sub(1) } else { worker.sequences };
+            worker.report(reports, self.now);
+        }
+        let reports = self.below(3) > 0;
+        self.frontend.report(reports, self.now);
+        let decision = decide(&self.desired, &self.observation(), self.now);
+        for action in decision.actions.clone() {
+            match action {
+                Action::Resize(size) => self.resize(size),
+                Action::Place(placement) => {
+                    assert!(placement.epoch() > self.written.epoch(), "an epoch never goes back");
+                    self.written = placement;
+                }
+                // As a fleet does: what is on its way is not sent twice.
+                later if self.in_flight.contains(&later) => {}
+                later => self.in_flight.push_back(later),
+            }
+        }
+        for _ in 0..self.below(6) {
+            self.deliver();
+        }
+        self.check();
+        decision
+    }
+
+    fn resize(&mut self, size: u32) {
+        for worker in self.workers.iter().skip(size as usize) {
+            let idle = worker.draining || worker.sequences == 0 || !worker.alive;
+            assert!(idle || self.deaths, "a worker is stopped only when it is drained");
+        }
+        let starting = self.below(5);
+        let random = self.below(1000);
+        self.workers.resize_with(size as usize, || Process {
+            alive: true,
+            starting,
+            address: random,
+            ..Process::default()
+        });
+    }
+
+    fn deliver(&mut self) {
+        match self.in_flight.pop_front() {
+            Some(Action::Push { to, placement }) => {
+                let process = match to {
+                    Member::Worker(slot) => self.workers.get_mut(slot as usize),
+                    Member::Frontend(_) => Some(&mut self.frontend),
+                };
+                let Some(process) = process.filter(|process| process.alive) else { return };
+                let older = placement.epoch() < process.follows.epoch();
+                let other = placement.epoch() == process.follows.epoch()
+                    && placement.hash() != process.follows.hash();
+                if older || other {
+                    return;
+                }
+                process.told = Some(placement.clone());
+                let kept = placement.workers().iter().filter(|worker| Member::Worker(worker.slot) == to);
+                let kept = kept.map(|worker| worker.experts.clone()).next().unwrap_or_default();
+                for experts in process.resident.0.iter_mut() {
+                    experts.1.retain(|&expert| kept.contains(*experts.0, expert));
+                }
+                process.follows = placement;
+            }
+            Some(Action::Drain { slot }) => {
+                if let Some(worker) = self.workers.get_mut(slot as usize).filter(|worker| worker.alive) {
+                    worker.draining = true;
+                    worker.draining_since.get_or_insert(self.now);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn kill(&mut self, slot: u32, forever: bool) {
+        if let Some(worker) = self.workers.get_mut(slot as usize) {
+            self.deaths = true;
+            let (now, address) = (self.now, worker.address + 1);
+            *worker = Process {
+                alive: !forever,
+                starting: 3,
+                silent_since: Some(now),
+                address,
+                ..Process::default()
+            };
+        }
+    }
+
+    fn operator_restarts(&mut self) {
+        self.in_flight.clear();
+        for process in self.workers.iter_mut().chain([&mut self.frontend]) {
+            process.told = None;
+            process.draining_since = process.draining.then_some(self.now);
+            process.silent_since = process.reported.is_none().then_some(self.now);
+        }
+    }
+
+    /// While nobody dies, what was resident somewhere once is resident somewhere.
+    fn check(&mut self) {
+        for layer in SHAPE.first_moe_layer..SHAPE.layers {
+            for expert in 0..SHAPE.experts {
+                let resident = self.workers.iter().any(|worker| worker.resident.contains(layer, expert));
+                assert!(
+                    resident || self.deaths || !self.had.contains(layer, expert),
+                    "layer {layer}, expert {expert} is nowhere"
+                );
+                if resident {
+                    self.had.insert(layer, expert);
+                }
+            }
+        }
+    }
+
+    /// Ticks until a decision has nothing to do or wait for.
+    fn settle(&mut self) {
+        for _ in 0..600 {
+            let decision = self.tick();
+            if decision == Decision::default() && self.in_flight.is_empty() {
+                return self.assert_settled();
+            }
+        }
+        panic!(
+            "not settled: {:?}\n{:#?}",
+            decide(&self.desired, &self.observation(), self.now),
+            self.written
+        );
+    }
+
+    fn assert_settled(&self) {
+        assert_eq!(self.workers.len() as u32, self.desired.workers);
+        let written: BTreeMap<u32, ExpertSet> =
+            self.written.workers().iter().map(|worker| (worker.slot, worker.experts.clone())).collect();
+        let slots: Vec<u32> = (0..self.desired.workers).collect();
+        assert_eq!(placement::place(&SHAPE, &slots, self.desired.min_replicas, &written), written);
+        assert!(imbalance(&self.written) < 2.0);
+        assert!(self.written.workers().iter().all(|worker| !worker.draining));
+        assert_eq!(self.observation().live_experts(&SHAPE), (12, 12));
+    }
+}
+
+impl Process {
+    fn load(&mut self, slot: u32, experts: u32) {
+        let placed = self.follows.worker(slot).map(|placed| placed.experts.clone()).unwrap_or_default();
+        let missing: Vec<_> =
+            placed.iter().filter(|&(layer, expert)| !self.resident.contains(layer, expert)).collect();
+        for (layer, expert) in missing.into_iter().take(experts as usize).filter(|_| self.alive) {
+            self.resident.insert(layer, expert);
+        }
+        let routed = self.follows.worker(slot).is_some_and(|placed| !placed.draining);
+        if self.alive && self.starting == 0 && !self.draining && routed && self.sequences == 0 {
+            self.sequences = 2;
+        }
+    }
+
+    fn report(&mut self, arrives: bool, now: Timestamp) {
+        if !self.alive {
+            self.reported = None;
+            self.silent_since.get_or_insert(now);
+        } else if arrives {
+            let state = if self.draining { State::Draining } else { State::Ready };
+            self.reported = Some(Report {
+                state,
+                reason: String::new(),
+                epoch: self.follows.epoch(),
+                placement_hash: self.follows.hash().into(),
+                shape: (self.starting == 0).then_some(SHAPE),
+                resident: self.resident.clone(),
+                resident_bytes: 0,
+                experts_loading: 0,
+                running: self.sequences,
+                waiting: 0,
+                bytes_loaded: 0,
+                bytes_to_load: 0,
+            });
+            self.silent_since = None;
+            self.draining_since =
+                if self.draining { self.draining_since.or(Some(now)) } else { self.draining_since };
+        }
+    }
+}
+
+#[test]
+fn four_workers_start_with_eight_experts_each_after_one_placement() {
+    let mut simulation = Simulation::new(4, 1, 7);
+    simulation.settle();
+    assert_eq!(simulation.written.epoch(), 1);
+    let first = serde_json::to_string(&simulation.written.workers()[0].experts).unwrap();
+    assert_eq!(first, r#"{"1":"0-2","2":"0-2"}"#);
+}
+
+#[test]
+fn scaling_out_and_in_writes_two_placements_each() {
+    let mut simulation = Simulation::new(2, 1, 7);
+    simulation.settle();
+    simulation.desired.workers = 3;
+    simulation.settle();
+    assert_eq!(simulation.written.epoch(), 3);
+    simulation.desired.workers = 2;
+    simulation.settle();
+    assert_eq!(simulation.written.epoch(), 5);
+}
+
+#[test]
+fn a_worker_that_never_comes_back_does_not_hold_up_a_scale_in() {
+    for dead in [0, 3] {
+        let mut simulation = Simulation::new(4, 1, 7);
+        simulation.settle();
+        simulation.kill(dead, true);
+        simulation.desired.workers = 2;
+        for _ in 0..400 {
+            simulation.tick();
+        }
+        assert_eq!(simulation.workers.len(), 2, "worker {dead} is dead");
+    }
+}
+
+#[test]
+fn a_paused_deployment_tells_its_placement_and_changes_nothing() {
+    let mut simulation = Simulation::new(3, 1, 7);
+    simulation.settle();
+    simulation.desired = Desired { workers: 1, paused: true, ..simulation.desired };
+    simulation.operator_restarts();
+    for _ in 0..50 {
+        simulation.tick();
+    }
+    assert_eq!((simulation.workers.len(), simulation.written.epoch()), (3, 1));
+    assert!(simulation.workers.iter().all(|worker| worker.told.is_some()));
+}
+
+#[test]
+fn a_lost_placement_is_written_again_above_what_workers_follow() {
+    let mut simulation = Simulation::new(3, 1, 7);
+    simulation.settle();
+    simulation.desired.workers = 2;
+    simulation.settle();
+    let before = simulation.written.epoch();
+    simulation.written = Placement::default();
+    simulation.operator_restarts();
+    simulation.settle();
+    assert!(simulation.written.epoch() > before);
+}
+
+#[test]
+fn a_worker_with_a_new_address_makes_everybody_hear_of_it() {
+    let mut simulation = Simulation::new(3, 1, 7);
+    simulation.settle();
+    simulation.kill(1, false);
+    simulation.settle();
+    let told = simulation.frontend.told.as_ref().unwrap();
+    assert_eq!(told.worker(1).unwrap().addresses, simulation.observation().workers[&1].addresses);
+    assert_eq!(simulation.written.epoch(), 1, "its experts stay placed on it");
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Ticks(u32),
+    Scale(u32),
+    Replicas(u32),
+    Kill(u32),
+    OperatorRestarts,
+}
+
+fn events(deaths: bool) -> impl Strategy<Value = Vec<Event>> {
+    let event = prop_oneof![
+        4 => (1u32..25).prop_map(Event::Ticks),
+        4 => (1u32..7).prop_map(Event::Scale),
+        1 => (1u32..4).prop_map(Event::Replicas),
+        1 => Just(Event::OperatorRestarts),
+        if deaths { 3 } else { 0 } => (0u32..6).prop_map(Event::Kill),
+    ];
+    proptest::collection::vec(event, 0..14)
+}
+
+fn run(events: Vec<Event>, seed: u64) {
+    let mut simulation = Simulation::new(3, 1, seed);
+    for event in events {
+        match event {
+            Event::Ticks(count) => (0..count).for_each(|_| {
+                simulation.tick();
+            }),
+            Event::Scale(workers) => simulation.desired.workers = workers,
+            Event::Replicas(replicas) => simulation.desired.min_replicas = replicas,
+            Event::Kill(slot) => simulation.kill(slot, false),
+            Event::OperatorRestarts => simulation.operator_restarts(),
+        }
+    }
+    simulation.settle();
+    let settled = decide(&simulation.desired, &simulation.observation(), simulation.now);
+    assert_eq!(settled, Decision::default(), "a decision on what is as desired does nothing");
+}
+
+proptest! {
+    #[test]
+    fn whatever_is_asked_the_fleet_settles_and_no_expert_is_ever_lost(events in events(false), seed: u64) {
+        run(events, seed);
+    }
+
+    #[test]
+    fn the_fleet_settles_also_when_workers_die_and_come_back(events in events(true), seed: u64) {
+        run(events, seed);
+    }
+}

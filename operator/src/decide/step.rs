@@ -1,0 +1,353 @@
+//! One step from what is seen towards what is desired: make before break, slot by slot.
+//!
+//! Every change of size or homes passes through a placement that is the target beside the copies that are still needed.
+//! Only when the workers that follow it report the new copies resident, the old ones go. Workers that leave keep their
+//! experts until then, hand back their sequences, and are stopped when nobody counts on them any more. The step is a
+//! function of the observation, so it goes on from any state: a change of mind, a restart, a worker that comes back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use jiff::Timestamp;
+
+use super::placement::place;
+use super::{Action, Decision, Desired, Member, ModelShape, Observation, Report, Seen, State};
+
+/// How long a silent worker may hold up a scale-in: longer than a restart, shorter than a night.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The next step. Whoever is killed in the middle goes on from the same observation; where all is as desired there are
+/// no actions.
+pub(crate) fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision {
+    let step = Step { desired, seen, now, keep: keep(desired, seen, now) };
+    let told = || pushes(seen, &seen.placement);
+    if desired.paused {
+        return Decision { actions: told(), waiting_for: "spec.paused to become false".into() };
+    }
+    if seen.size < step.keep {
+        let resize = vec![Action::Resize(step.keep)];
+        let waiting_for = format!("{} workers to start", step.keep - seen.size);
+        return Decision { actions: resize.into_iter().chain(told()).collect(), waiting_for };
+    }
+    let Some(shape) = seen.shape().or_else(|| implied_shape(&seen.placement)) else {
+        let shrink = (seen.size > step.keep).then_some(Action::Resize(step.keep));
+        let waiting_for =
+            step.first_failure().unwrap_or_else(|| "a worker to load the model's dense weights".into());
+        return Decision { actions: shrink.into_iter().collect(), waiting_for };
+    };
+    let target = place(&shape, &step.slots(), desired.min_replicas, &step.held());
+    let change = step.change(&target);
+    match change.placement {
+        Some(placement) => {
+            let mut actions = vec![Action::Place(placement.clone())];
+            actions.extend(pushes(seen, &placement));
+            Decision { actions, waiting_for: "workers to follow the new placement".into() }
+        }
+        None => {
+            let mut actions = told();
+            actions.extend(step.drains(&change.uncovered));
+            actions.extend(step.shrink());
+            Decision { actions, waiting_for: step.waiting_for(&change.uncovered) }
+        }
+    }
+}
+
+/// How many slots to keep: what is desired, unless a worker was already made to leave. It cannot take that back, so it
+/// leaves first and comes back as a new one.
+fn keep(desired: &Desired, seen: &Observation, now: Timestamp) -> u32 {
+    let leaving = |slot: u32, worker: &Seen| match (worker.draining_since, seen.placement.worker(slot)) {
+        (Some(_), None) => true,
+        (Some(_), Some(placed)) if placed.draining => true,
+        // One that drains though it is placed ends soon (a node is emptied), or was asked by an operator that died.
+        (Some(since), Some(_)) => elapsed(since, now) > desired.drain_timeout + PATIENCE,
+        (None, _) => false,
+    };
+    let first_leaving =
+        seen.workers.range(1..seen.size.max(1)).find(|(slot, worker)| leaving(**slot, worker));
+    first_leaving.map_or(desired.workers, |(&slot, _)| slot.min(desired.workers)).max(1)
+}
+
+struct Step<'a> {
+    desired: &'a Desired,
+    seen: &'a Observation,
+    now: Timestamp,
+    keep: u32,
+}
+
+struct Change {
+    /// To write, where the written one is not as it should be.
+    placement: Option<Placement>,
+    /// What is not resident yet where the target wants it, by slot.
+    uncovered: BTreeMap<u32, ExpertSet>,
+}
+
+impl Step<'_> {
+    fn slots(&self) -> Vec<u32> {
+        (0..self.keep).collect()
+    }
+
+    /// What the slots that stay were told to hold.
+    fn held(&self) -> BTreeMap<u32, ExpertSet> {
+        self.slots().into_iter().filter_map(|slot| Some((slot, self.placed(slot)?.experts))).collect()
+    }
+
+    /// A slot as the written placement has it. Where the written one was lost, since somebody follows a later one: with
+    /// what it reports resident.
+    fn placed(&self, slot: u32) -> Option<PlacedWorker> {
+        if !self.is_contradicted() {
+            return self.seen.placement.worker(slot).cloned();
+        }
+        let Seen { name, addresses, report, .. } = self.seen.workers.get(&slot)?;
+        let experts = report.as_ref()?.resident.clone();
+        Some(PlacedWorker {
+            slot,
+            name: name.clone(),
+            addresses: addresses.clone(),
+            experts,
+            draining: false,
+        })
+    }
+
+    /// Whether somebody follows what was not written: a later epoch, or another placement of the same epoch.
+    fn is_contradicted(&self) -> bool {
+        let written = &self.seen.placement;
+        self.all_reports().any(|report| {
+            report.epoch > written.epoch() || (report.epoch == written.epoch() && !report.follows(written))
+        })
+    }
+
+    fn change(&self, target: &BTreeMap<u32, ExpertSet>) -> Change {
+        let uncovered: BTreeMap<u32, ExpertSet> =
+            target.iter().map(|(&slot, wanted)| (slot, self.uncovered(slot, wanted))).collect();
+        let missing: BTreeSet<(u32, u32)> = uncovered.values().flat_map(ExpertSet::iter).collect();
+        let mut workers: Vec<PlacedWorker> =
+            target.iter().map(|(&slot, wanted)| self.staying(slot, wanted, &missing)).collect();
+        let surplus = workers.iter().any(|worker| worker.experts.len() > target[&worker.slot].len());
+        if !self.leavers_may_go(&uncovered) {
+            workers.extend(self.leaving().filter_map(|(slot, seen)| {
+                Some(PlacedWorker { draining: true, addresses: seen.addresses.clone(), ..self.placed(slot)? })
+            }));
+        }
+        let placement = self
+            .must_write(&workers, surplus)
+            .then(|| Placement::new(self.next_epoch(), workers).ok())
+            .flatten();
+        Change { placement, uncovered }
+    }
+
+    /// A slot that stays: its part of the target, and what it holds of experts that are not where they should be yet.
+    fn staying(&self, slot: u32, wanted: &ExpertSet, missing: &BTreeSet<(u32, u32)>) -> PlacedWorker {
+        let mut experts = wanted.clone();
+        let held = self.placed(slot).map(|placed| placed.experts.iter().collect::<Vec<_>>());
+        for (layer, expert) in held.unwrap_or_default().into_iter().filter(|pair| missing.contains(pair)) {
+            experts.insert(layer, expert);
+        }
+        let (name, addresses) = self
+            .seen
+            .workers
+            .get(&slot)
+            .map(|seen| (seen.name.clone(), seen.addresses.clone()))
+            .unwrap_or_default();
+        PlacedWorker { slot, name, addresses, experts, draining: false }
+    }
+
+    /// What the slot does not surely hold: a copy counts once a worker that follows the written placement, which
+    /// includes it, reports it resident. Otherwise a push on its way could still drop it.
+    fn uncovered(&self, slot: u32, wanted: &ExpertSet) -> ExpertSet {
+        let written = &self.seen.placement;
+        let report = self.report(slot).filter(|report| report.follows(written));
+        let (Some(report), Some(placed)) = (report, written.worker(slot)) else { return wanted.clone() };
+        let mut uncovered = ExpertSet::default();
+        for (layer, expert) in wanted.iter() {
+            if !(placed.experts.contains(layer, expert) && report.resident.contains(layer, expert)) {
+                uncovered.insert(layer, expert);
+            }
+        }
+        uncovered
+    }
+
+    /// Whether what would be written differs in more than copies that may go later, all at once.
+    fn must_write(&self, workers: &[PlacedWorker], surplus: bool) -> bool {
+        let written = &self.seen.placement;
+        if self.is_contradicted() || workers.len() != written.workers().len() {
+            return true;
+        }
+        let pairs = || workers.iter().zip(written.workers());
+        let other = |(new, old): (&PlacedWorker, &PlacedWorker)| {
+            (new.slot, &new.name, new.draining) != (old.slot, &old.name, old.draining)
+                || new.experts.iter().any(|(layer, expert)| !old.experts.contains(layer, expert))
+        };
+        pairs().any(other) || (!surplus && pairs().any(|(new, old)| new.experts != old.experts))
+    }
+
+    /// Whether nobody counts on the workers that leave: their sequences are done, and their experts are elsewhere (or
+    /// were to be on a worker that is gone: the mesh then loads them on another).
+    fn leavers_may_go(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> bool {
+        self.leaving().all(|(slot, seen)| self.is_drained(slot, seen)) && self.leavers_are_replaced(uncovered)
+    }
+
+    fn leavers_are_replaced(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> bool {
+        let awaited =
+            uncovered.iter().filter(|(slot, _)| !self.is_gone(**slot)).flat_map(|(_, set)| set.iter());
+        let held = self.leaving().filter(|(_, seen)| seen.report.is_some());
+        let held: Vec<ExpertSet> = held.filter_map(|(slot, _)| Some(self.placed(slot)?.experts)).collect();
+        !awaited.into_iter().any(|(layer, expert)| held.iter().any(|set| set.contains(layer, expert)))
+    }
+
+    fn is_drained(&self, slot: u32, seen: &Seen) -> bool {
+        let Some(report) = &seen.report else { return self.is_gone(slot) };
+        let late = seen
+            .draining_since
+            .is_some_and(|since| elapsed(since, self.now) > self.desired.drain_timeout + PATIENCE);
+        let asked = report.state == State::Draining || self.seen.placement.worker(slot).is_none();
+        late || (asked && report.sequences() == 0)
+    }
+
+    /// The workers that run in slots which are not kept.
+    fn leaving(&self) -> impl Iterator<Item = (u32, &Seen)> {
+        let slots = self.keep..self.seen.size.max(self.keep);
+        slots.filter_map(|slot| Some((slot, self.seen.workers.get(&slot)?)))
+    }
+
+    /// Asks those that leave to hand back their sequences, once their experts are elsewhere.
+    fn drains(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> Vec<Action> {
+        if !self.leavers_are_replaced(uncovered) {
+            return vec![];
+        }
+        let running = |(slot, seen): &(u32, &Seen)| {
+            let placed = self.seen.placement.worker(*slot).is_some_and(|placed| placed.draining);
+            seen.report.as_ref().is_some_and(|report| {
+                report.state != State::Draining
+                    && (placed || report.sequences() > 0)
+                    && seen.draining_since.is_none()
+            })
+        };
+        self.leaving().filter(running).map(|(slot, _)| Action::Drain { slot }).collect()
+    }
+
+    /// Stops the slots that are not kept, when the written placement is without them, whoever can be reached follows it,
+    /// and they run nothing.
+    fn shrink(&self) -> Option<Action> {
+        let written = &self.seen.placement;
+        let without = written.workers().iter().all(|worker| worker.slot < self.keep);
+        let drained = self.leaving().all(|(slot, seen)| self.is_drained(slot, seen));
+        let ready =
+            self.seen.size > self.keep && without && drained && self.followers_behind().next().is_none();
+        ready.then_some(Action::Resize(self.keep))
+    }
+
+    /// Those that stay, can be reached, and do not follow the written placement yet.
+    fn followers_behind(&self) -> impl Iterator<Item = &Seen> {
+        let stays = |member: &Member| !matches!(member, Member::Worker(slot) if *slot >= self.keep);
+        let behind =
+            |seen: &&Seen| seen.report.as_ref().is_some_and(|report| !report.follows(&self.seen.placement));
+        self.seen.members().filter(move |(member, _)| stays(member)).map(|(_, seen)| seen).filter(behind)
+    }
+
+    fn waiting_for(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> String {
+        let behind = || {
+            self.followers_behind()
+                .next()
+                .map(|seen| format!("{} to follow placement {}", seen.name, self.seen.placement.epoch()))
+        };
+        let loading = || {
+            let (slot, set) = uncovered.iter().find(|(_, set)| !set.is_empty())?;
+            Some(format!("worker {slot} to load {} experts", set.len()))
+        };
+        let draining = || {
+            let (slot, seen) = self.leaving().next()?;
+            let sequences = seen.report.as_ref().map_or(0, Report::sequences);
+            Some(format!("worker {slot} to leave, which runs {sequences} sequences"))
+        };
+        let unready = || {
+            let not_ready =
+                |seen: &&Seen| seen.report.as_ref().is_none_or(|report| report.state != State::Ready);
+            let seen = self.seen.members().map(|(_, seen)| seen).find(not_ready)?;
+            let reason =
+                seen.report.as_ref().map(|report| report.reason.as_str()).filter(|reason| !reason.is_empty());
+            Some(format!(
+                "{} to be ready{}",
+                seen.name,
+                reason.map(|reason| format!(": {reason}")).unwrap_or_default()
+            ))
+        };
+        let resized = || {
+            (self.keep != self.desired.workers)
+                .then(|| "workers that leave to come back as new ones".to_string())
+        };
+        self.first_failure()
+            .or_else(behind)
+            .or_else(loading)
+            .or_else(draining)
+            .or_else(unready)
+            .or_else(resized)
+            .unwrap_or_default()
+    }
+
+    fn first_failure(&self) -> Option<String> {
+        let failed = |(_, seen): (Member, &Seen)| {
+            let failure = seen.failure.as_ref().filter(|_| seen.report.is_none())?;
+            Some(format!("{} to recover: {}: {}", seen.name, failure.reason, failure.message))
+        };
+        self.seen.members().find_map(failed)
+    }
+
+    fn report(&self, slot: u32) -> Option<&Report> {
+        self.seen.workers.get(&slot)?.report.as_ref()
+    }
+
+    fn all_reports(&self) -> impl Iterator<Item = &Report> {
+        self.seen.members().filter_map(|(_, seen)| seen.report.as_ref())
+    }
+
+    /// Above the written one and whatever anybody follows, so that nobody refuses it.
+    fn next_epoch(&self) -> u64 {
+        let reported = self.all_reports().map(|report| report.epoch).max().unwrap_or(0);
+        reported.max(self.seen.placement.epoch()).saturating_add(1)
+    }
+
+    /// Silent for longer than a restart takes, or not among what the fleet runs.
+    fn is_gone(&self, slot: u32) -> bool {
+        let silent = |seen: &Seen| {
+            seen.report.is_none()
+                && seen.silent_since.is_some_and(|since| elapsed(since, self.now) > PATIENCE)
+        };
+        self.seen.workers.get(&slot).is_none_or(silent)
+    }
+}
+
+/// Tells the placement, with the addresses of now, to everybody who can be reached and was not told it.
+fn pushes(seen: &Observation, placement: &Placement) -> Vec<Action> {
+    if placement.epoch() == 0 {
+        return vec![];
+    }
+    let addressed = |worker: &PlacedWorker| {
+        let addresses = seen.workers.get(&worker.slot).map(|seen| seen.addresses.clone());
+        PlacedWorker { addresses: addresses.unwrap_or_else(|| worker.addresses.clone()), ..worker.clone() }
+    };
+    let Ok(placement) =
+        Placement::new(placement.epoch(), placement.workers().iter().map(addressed).collect())
+    else {
+        return vec![];
+    };
+    let untold =
+        |(_, member): &(Member, &Seen)| member.report.is_some() && member.told.as_ref() != Some(&placement);
+    seen.members().filter(untold).map(|(to, _)| Action::Push { to, placement: placement.clone() }).collect()
+}
+
+/// Layers and experts as a placement implies them, for when no worker is left to ask.
+fn implied_shape(placement: &Placement) -> Option<ModelShape> {
+    let pairs = || placement.workers().iter().flat_map(|worker| worker.experts.iter());
+    Some(ModelShape {
+        first_moe_layer: pairs().map(|(layer, _)| layer).min()?,
+        layers: pairs().map(|(layer, _)| layer).max()?.checked_add(1)?,
+        experts: pairs().map(|(_, expert)| expert).max()?.checked_add(1)?,
+        expert_bytes: 0,
+        dense_bytes: 0,
+    })
+}
+
+fn elapsed(since: Timestamp, now: Timestamp) -> Duration {
+    now.duration_since(since).try_into().unwrap_or(Duration::ZERO)
+}
