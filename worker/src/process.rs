@@ -98,3 +98,16 @@ pub(crate) async fn asked_to_stop() {
         _ = interrupt.recv() => {}
     }
 }
+
+/// Ends this process when the one that started it is gone, however that ended: where `EXPERTMESH_PARENT_PIPE` is 1,
+/// stdin is a pipe whose other end the parent holds, and its end is the parent's.
+pub(crate) fn exit_when_parent_is_gone() {
+    if std::env::var_os("EXPERTMESH_PARENT_PIPE").is_none_or(|value| value != "1") {
+        return;
+    }
+    std::thread::spawn(|| {
+        let ended = io::copy(&mut io::stdin(), &mut io::sink());
+        tracing::warn!(?ended, "the parent process is gone");
+        std::process::exit(1);
+    });
+}
