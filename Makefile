@@ -10,8 +10,7 @@ export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-up: ## build, and serve deploy/samples/tiny-r1.yaml by processes of this machine; Ctrl-C ends it
-	$(CARGO) build --release -p expertmesh-operator -p expertmesh-worker
+up: build ## build, and serve deploy/samples/tiny-r1.yaml by processes of this machine; Ctrl-C ends it
 	target/release/expertmesh up deploy/samples/tiny-r1.yaml --root tests
 
 test: setup lint check-generated ## every check and every test; names at its end what it had to skip

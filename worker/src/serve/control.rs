@@ -36,9 +36,11 @@ pub(crate) struct WorkerState<B> {
     /// The process ends: a later placement does not call it back.
     pub(crate) stopping: AtomicBool,
     drained: watch::Sender<bool>,
+    /// True once this worker is drained and leaves: streams end.
+    left: watch::Sender<bool>,
 }
 
-pub(crate) fn shape(config: &ModelConfig) -> v1::ModelShape {
+fn shape(config: &ModelConfig) -> v1::ModelShape {
     v1::ModelShape {
         first_moe_layer: config.first_moe_layer() as u32,
         layers: config.layers() as u32,
@@ -57,8 +59,9 @@ impl<B: Backend> WorkerState<B> {
         residency: Arc<Residency<B>>,
         (shared, commands): (Arc<Shared>, SyncSender<Command>),
     ) -> Arc<Self> {
-        let (shape, stopping, drained) = (shape(config), AtomicBool::new(false), watch::Sender::new(false));
-        Arc::new(Self { identity, shape, placement, residency, shared, commands, stopping, drained })
+        let (shape, stopping) = (shape(config), AtomicBool::new(false));
+        let (drained, left) = (watch::Sender::new(false), watch::Sender::new(false));
+        Arc::new(Self { identity, shape, placement, residency, shared, commands, stopping, drained, left })
     }
 
     /// Ready, or why not. Local: it asks nobody else, so that a cold start cannot deadlock.
@@ -127,6 +130,15 @@ impl<B: Backend> WorkerState<B> {
                 return;
             }
         }
+    }
+
+    /// Ends the streams that peers, frontends and the operator hold.
+    pub(crate) fn leave(&self) {
+        self.left.send_replace(true);
+    }
+
+    pub(crate) fn left(&self) -> watch::Receiver<bool> {
+        self.left.subscribe()
     }
 
     fn apply(&self, placement: Placement) -> Result<(), Status> {
@@ -218,9 +230,12 @@ impl<B: Backend> Control for ControlService<B> {
         let (reports, receiver) = mpsc::channel(1);
         let state = self.0.clone();
         tokio::spawn(async move {
-            let mut changes = state.changes();
-            while reports.send(Ok(state.report())).await.is_ok() {
-                changes.next().await;
+            let (mut changes, mut left) = (state.changes(), state.left());
+            while reports.send(Ok(state.report())).await.is_ok() && !*left.borrow() {
+                tokio::select! {
+                    () = changes.next() => {}
+                    _ = left.changed() => {}
+                }
             }
         });
         Ok(Response::new(ReceiverStream::new(receiver)))

@@ -8,9 +8,9 @@ mod scheduler;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
 use prometheus::Registry;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 
@@ -108,6 +108,7 @@ impl Args {
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     process::log();
+    process::exit_when_parent_is_gone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", error.to_string()))?;
     let result = runtime.block_on(serve(args));
@@ -122,23 +123,17 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
     let grpc = process::bind("--listen", args.listen).await?;
     let http = process::bind("--metrics", args.metrics).await?;
+    let addresses = Addresses { http: None, grpc: grpc.local_addr().ok(), metrics: http.local_addr().ok() };
 
-    let model = args.model.clone();
-    let loaded = tokio::task::spawn_blocking(move || {
-        let fingerprint = ModelFingerprint::read(&model)?;
-        Ok::<_, Fatal>((CpuBackend::load(&model, |_, _| {})?, fingerprint))
-    });
-    let (backend, fingerprint) =
-        loaded.await.map_err(|error| Fatal::new("LoadFailed", error.to_string()))??;
+    // Probes are answered while the dense weights load, however long that takes.
+    let (registry, loading) = (Registry::new(), Arc::new(Loading::default()));
+    let router = probes::router(registry.clone(), loading.clone().readiness());
+    let probes = tokio::spawn(async move { axum::serve(http, router).await });
+    let (backend, fingerprint) = load(args.model.clone(), loading.clone()).await?;
     let identity =
         Identity { name: args.name.clone(), slot, incarnation: process::incarnation(), fingerprint };
-    let registry = Registry::new();
-    let worker = Worker::start(Arc::new(backend), identity, &args, max_context, (placement, &registry));
-
-    let addresses = Addresses { http: None, grpc: grpc.local_addr().ok(), metrics: http.local_addr().ok() };
-    let state = worker.state.clone();
-    let router = probes::router(registry, Arc::new(move || state.readiness()));
-    let probes = tokio::spawn(async move { axum::serve(http, router).await });
+    let worker = Worker::start(backend, identity, &args, max_context, (placement, &registry))?;
+    let _ = loading.worker.set(worker.state.clone());
     if let Some(path) = &args.announce {
         process::announce(path, addresses)?;
     }
@@ -147,14 +142,45 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     result
 }
 
+async fn load(model: PathBuf, loading: Arc<Loading>) -> Result<(Arc<CpuBackend>, ModelFingerprint), Fatal> {
+    let loaded = tokio::task::spawn_blocking(move || {
+        let fingerprint = ModelFingerprint::read(&model)?;
+        let backend = CpuBackend::load(&model, |done, total| {
+            loading.done.store(done, Ordering::Relaxed);
+            loading.total.store(total, Ordering::Relaxed);
+        })?;
+        Ok((Arc::new(backend), fingerprint))
+    });
+    loaded.await.map_err(|error| Fatal::new("LoadFailed", error.to_string()))?
+}
+
+/// How far the start is: bytes of the dense weights, then the worker itself.
+#[derive(Default)]
+struct Loading {
+    done: AtomicU64,
+    total: AtomicU64,
+    worker: OnceLock<Arc<WorkerState<CpuBackend>>>,
+}
+
+impl Loading {
+    fn readiness(self: Arc<Self>) -> probes::Readiness {
+        Arc::new(move || match self.worker.get() {
+            Some(worker) => worker.readiness(),
+            None => {
+                let (done, total) = (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
+                Err(format!("loading the dense weights: {done} of {total} bytes"))
+            }
+        })
+    }
+}
+
 /// The threads and the state of a worker.
 struct Worker {
     state: Arc<WorkerState<CpuBackend>>,
     exchange: Exchange<CpuBackend>,
     inference: InferenceService,
-    leaving: watch::Sender<bool>,
-    /// Resolves when the engine's thread ends.
-    engine: oneshot::Receiver<()>,
+    /// The name of a thread that ended before it was told to.
+    ended: mpsc::Receiver<&'static str>,
 }
 
 impl Worker {
@@ -164,9 +190,10 @@ impl Worker {
         args: &Args,
         max_context: usize,
         (placement, registry): (CurrentPlacement, &Registry),
-    ) -> Self {
+    ) -> Result<Self, Fatal> {
         let metrics = Arc::new(WorkerMetrics::new(registry));
         let config = backend.config();
+        let (hidden, vocabulary) = (config.hidden(), config.vocabulary() as u32);
         let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
         let residency = Residency::new(backend.clone());
         let (commands, receiver) = sync_channel(COMMANDS);
@@ -175,45 +202,36 @@ impl Worker {
             draining: AtomicBool::new(false),
             metrics,
         });
-        let state = WorkerState::new(
-            identity.clone(),
-            config,
-            placement.clone(),
-            residency.clone(),
-            (shared.clone(), commands.clone()),
-        );
+        let told = (shared.clone(), commands.clone());
+        let state = WorkerState::new(identity.clone(), config, placement.clone(), residency.clone(), told);
         state.follow();
 
         let bounds = Bounds { step_rows: STEP_ROWS, running: args.max_running, waiting: args.max_waiting };
         let blocks = blocks(config, args.kv_cache_mib, max_context);
-        let mesh = MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe());
-        let scheduler = Scheduler::new(bounds, blocks);
-        let kv = backend.allocate_kv(blocks);
-        let engine = spawn_engine(
-            Loop { backend: backend.clone(), kv, exchange: mesh, scheduler, shared: shared.clone() },
-            receiver,
-        );
-
-        let (jobs, queue) = tokio::sync::mpsc::channel(JOBS);
-        let (hidden, vocabulary) = (config.hidden(), config.vocabulary() as u32);
-        thread::Builder::new()
-            .name("experts".into())
-            .spawn(move || exchange::run(&*backend, hidden, queue))
-            .ok();
+        let engine = Loop {
+            kv: backend.allocate_kv(blocks),
+            exchange: MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe()),
+            scheduler: Scheduler::new(bounds, blocks),
+            shared: shared.clone(),
+            backend: backend.clone(),
+        };
+        let (jobs, queue) = mpsc::channel(JOBS);
+        let (ends, ended) = mpsc::channel(1);
+        thread("engine", &ends, move || engine.run(&receiver))?;
+        thread("experts", &ends, move || exchange::run(&*backend, hidden, queue))?;
         let loader = residency.clone();
-        thread::Builder::new().name("loader".into()).spawn(move || loader.run()).ok();
+        thread("loader", &ends, move || loader.run())?;
+
         let links = peers.clone();
         tokio::spawn(async move { links.follow(placement.subscribe()).await });
         tokio::spawn(keep_gauges(state.clone(), peers.clone()));
-
-        let (leaving, left) = watch::channel(false);
-        let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, leaving: left };
+        let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, leaving: state.left() };
         let inference = InferenceService { identity, vocabulary, max_context, commands, shared };
-        Self { state, exchange, inference, leaving, engine }
+        Ok(Self { state, exchange, inference, ended })
     }
 
     /// Serves until SIGTERM, then leaves: hands its sequences back, answers what peers wait for, and ends.
-    async fn serve(self, grpc: tokio::net::TcpListener, drain: Duration) -> Result<ExitCode, Fatal> {
+    async fn serve(mut self, grpc: tokio::net::TcpListener, drain: Duration) -> Result<ExitCode, Fatal> {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServer<InferenceService>>().await;
         let state = self.state.clone();
@@ -230,17 +248,20 @@ impl Worker {
             .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async {
                 let _ = finished.await;
             });
-        let server = tokio::spawn(server);
+        let mut server = tokio::spawn(server);
         tracing::info!(slot = state.identity.slot, "worker {} listens", state.identity.name);
         tokio::select! {
             () = process::asked_to_stop() => {}
-            _ = self.engine => return Err(Fatal::new("EngineStopped", "the engine's thread ended; its panic is above")),
+            Some(thread) = self.ended.recv() => {
+                return Err(Fatal::new("ThreadStopped", format!("the thread {thread} ended; its panic is above")));
+            }
+            ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
         }
         tracing::info!("leaving");
         state.stopping.store(true, Ordering::SeqCst);
         health.set_not_serving::<InferenceServer<InferenceService>>().await;
         let _ = tokio::time::timeout(drain, state.drain()).await;
-        self.leaving.send_replace(true);
+        state.leave();
         let _ = finish.send(());
         // Open streams end by themselves now; one that does not is cut.
         let _ = tokio::time::timeout(Duration::from_secs(2), server).await;
@@ -250,19 +271,27 @@ impl Worker {
     }
 }
 
-fn spawn_engine<B, X>(engine: Loop<B, X>, commands: Receiver<Command>) -> oneshot::Receiver<()>
-where
-    B: Backend,
-    X: expertmesh_engine::Exchange<B> + Send + 'static,
-    X::Error: std::fmt::Display,
-{
-    let (ended, end) = oneshot::channel();
+/// A thread whose end, a panic's too, is known by its name.
+fn thread(
+    name: &'static str,
+    ends: &mpsc::Sender<&'static str>,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<(), Fatal> {
+    struct End(&'static str, mpsc::Sender<&'static str>);
+    impl Drop for End {
+        fn drop(&mut self) {
+            let _ = self.1.try_send(self.0);
+        }
+    }
+    let end = End(name, ends.clone());
     let body = move || {
-        let _ended: oneshot::Sender<()> = ended; // dropped also by a panic
-        engine.run(&commands);
+        let _end = end;
+        body();
     };
-    thread::Builder::new().name("engine".into()).spawn(body).ok();
-    end
+    let spawned = thread::Builder::new().name(name.into()).spawn(body);
+    spawned
+        .map(drop)
+        .map_err(|error| Fatal::new("ThreadFailed", format!("the thread {name} cannot start: {error}")))
 }
 
 fn limits(config: &ModelConfig) -> Limits {
