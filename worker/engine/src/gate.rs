@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn the_bias_moves_the_choice_and_not_the_weights() {
-        let bias = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -5.0, 5.0];
+        let bias = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -5.0, 6.0];
         let routes = route(&GATE, &[0.0; 8], &bias);
         assert_eq!(routes.experts, [0, 7]);
         assert_eq!(routes.weights, [0.5, 0.5]);

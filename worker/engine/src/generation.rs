@@ -80,3 +80,67 @@ impl GenerationConfig {
         &self.eos
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    fn tiny_r1() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/models/tiny-r1")
+    }
+
+    fn parse(json: &str) -> Result<GenerationConfig, EngineError> {
+        GenerationConfig::parse(json, &ModelConfig::read(&tiny_r1()).unwrap())
+    }
+
+    #[test]
+    fn a_request_overrides_the_models_defaults() {
+        let config = ModelConfig::read(&tiny_r1()).unwrap();
+        let generation = GenerationConfig::read(&tiny_r1(), &config).unwrap();
+        let defaults = generation.sampling(&SamplingOverrides::default()).unwrap();
+        assert_eq!(defaults, Sampling::new(0.6, 0.95, 0, 0.0, 0).unwrap());
+        let overrides =
+            SamplingOverrides { top_k: Some(5), min_p: Some(0.1), seed: Some(9), ..Default::default() };
+        assert_eq!(generation.sampling(&overrides).unwrap(), Sampling::new(0.6, 0.95, 5, 0.1, 9).unwrap());
+        let invalid = SamplingOverrides { top_p: Some(2.0), ..Default::default() };
+        assert_eq!(generation.sampling(&invalid).unwrap_err().field, "top_p");
+    }
+
+    #[test]
+    fn without_sampling_the_default_is_greedy() {
+        let generation =
+            parse(r#"{"do_sample": false, "temperature": 0.6, "eos_token_id": [1, 5]}"#).unwrap();
+        assert_eq!(
+            generation.sampling(&SamplingOverrides::default()).unwrap(),
+            Sampling::new(0.0, 1.0, 0, 0.0, 0).unwrap()
+        );
+        assert_eq!(generation.eos_tokens(), [1, 5]);
+    }
+
+    #[test]
+    fn without_a_file_answers_end_where_the_config_says() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/v3");
+        let generation = GenerationConfig::read(&golden, &ModelConfig::read(&golden).unwrap()).unwrap();
+        assert_eq!(generation.eos_tokens(), [1]);
+        assert_eq!(
+            generation.sampling(&SamplingOverrides::default()).unwrap(),
+            Sampling::new(1.0, 1.0, 0, 0.0, 0).unwrap()
+        );
+    }
+
+    #[test]
+    fn a_default_that_is_out_of_range_is_named() {
+        let error = |json| parse(json).unwrap_err().to_string();
+        assert_eq!(
+            error(r#"{"top_p": 3}"#),
+            "generation_config.json: top_p: 3 is out of range; expected: above 0 and at most 1"
+        );
+        assert_eq!(
+            error(r#"{"top_k": -1}"#),
+            "generation_config.json: top_k: -1 is not supported; expected: an integer"
+        );
+        assert!(error("{").starts_with("generation_config.json: "));
+    }
+}

@@ -52,3 +52,48 @@ impl BlockAllocator {
         self.total
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_table_grows_entirely_or_not_at_all() {
+        let mut allocator = BlockAllocator::new(3);
+        let (mut first, mut second) = (Vec::new(), Vec::new());
+        allocator.grow(&mut first, BLOCK_TOKENS + 1).unwrap();
+        assert_eq!(first, [0, 1]);
+        let error = allocator.grow(&mut second, 2 * BLOCK_TOKENS).unwrap_err();
+        assert_eq!(error, OutOfBlocks { wanted: 2, free: 1 });
+        assert_eq!((second.len(), allocator.used()), (0, 2));
+        allocator.grow(&mut first, 2 * BLOCK_TOKENS).unwrap();
+        assert_eq!(first, [0, 1]);
+        allocator.release(&mut first);
+        assert_eq!((first.len(), allocator.used(), allocator.total()), (0, 0, 3));
+    }
+
+    proptest! {
+        #[test]
+        fn no_block_is_in_two_tables_and_none_is_lost(
+            operations in prop::collection::vec((0usize..4, 0usize..400), 1..60),
+        ) {
+            let mut allocator = BlockAllocator::new(9);
+            let mut tables = vec![Vec::new(); 4];
+            for (table, positions) in operations {
+                if positions == 0 {
+                    allocator.release(&mut tables[table]);
+                } else if allocator.grow(&mut tables[table], positions).is_ok() {
+                    prop_assert!(tables[table].len() * BLOCK_TOKENS >= positions);
+                }
+                let mut held: Vec<u32> = tables.iter().flatten().copied().collect();
+                held.sort_unstable();
+                held.dedup();
+                prop_assert!(held.iter().all(|&block| block < 9));
+                prop_assert_eq!(held.len(), tables.iter().map(Vec::len).sum::<usize>());
+                prop_assert_eq!(held.len(), allocator.used());
+            }
+        }
+    }
+}

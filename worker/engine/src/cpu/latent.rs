@@ -163,3 +163,60 @@ fn accumulate_tile(mut sums: [f32; TILE], weights: &[f32], keys: &[f32], width: 
     }
     sums
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn noise(seed: usize) -> f32 {
+        let hash = (seed as u32).wrapping_mul(0x9e37_79b9) ^ (seed as u32 >> 7).wrapping_mul(0x85eb_ca6b);
+        (hash >> 8) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    /// Softmax over all positions at once, in f64, of one head: (latent).
+    fn naive(query: &[f32], keys: &[Vec<f32>], latent: usize, scale: f32) -> Vec<f64> {
+        let dot = |key: &Vec<f32>| -> f64 {
+            query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() * f64::from(scale)
+        };
+        let scores: Vec<f64> = keys.iter().map(dot).collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let value = |element: usize| {
+            keys.iter().zip(&weights).map(|(key, w)| w * f64::from(key[element])).sum::<f64>()
+        };
+        (0..latent).map(|element| value(element) / sum).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn paged_attention_is_a_softmax_over_all_positions(
+            positions in 1usize..2200, latent in 1usize..40, rope in 1usize..10, heads in 1usize..9, sharp in 0usize..3,
+        ) {
+            let (width, blocks) = (latent + rope, positions.div_ceil(BLOCK_TOKENS));
+            // A table in no order, in a cache that holds garbage beside the sequence.
+            let table: Vec<u32> = (0..blocks as u32).map(|block| (block * 5 + 3) % 37).collect();
+            let mut cache = vec![1e6; 37 * BLOCK_TOKENS * width];
+            let keys: Vec<Vec<f32>> =
+                (0..positions).map(|p| (0..width).map(|e| noise(p * width + e)).collect()).collect();
+            for (position, key) in keys.iter().enumerate() {
+                let slot = table[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS;
+                cache[slot * width..][..width].copy_from_slice(key);
+            }
+            let query: Vec<Lanes> = (0..width).map(|e| std::array::from_fn(|head| noise(e * 8 + head + 99_991))).collect();
+            let softmax_scale = [0.3, 5.0, 60.0][sharp];
+            let context = Context { cache: &cache, blocks: &table, positions, latent, softmax_scale };
+            let ours = attend(&query, heads, context); // (heads, latent)
+            prop_assert_eq!(ours.len(), heads * latent);
+            for (head, ours) in ours.chunks_exact(latent).enumerate() {
+                let query: Vec<f32> = query.iter().map(|lanes| lanes[head]).collect();
+                for (ours, theirs) in ours.iter().zip(naive(&query, &keys, latent, softmax_scale)) {
+                    prop_assert!((f64::from(*ours) - theirs).abs() < 2e-4, "{ours} {theirs}");
+                }
+            }
+        }
+    }
+}

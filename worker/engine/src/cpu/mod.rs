@@ -5,6 +5,8 @@
 
 mod attention;
 mod latent;
+#[cfg(test)]
+mod oracle;
 mod packed;
 mod swiglu;
 mod weights;

@@ -88,3 +88,41 @@ fn multiply_block<const R: usize>(weights: &[[u16; LANES]], rows: &[f32]) -> [[f
 fn add_product(sums: [f32; LANES], x: f32, weights: &[f32; LANES]) -> [f32; LANES] {
     std::array::from_fn(|lane| sums[lane] + x * weights[lane])
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Finite bf16 of moderate size.
+    fn bits(seed: usize) -> u16 {
+        let hash = (seed as u32).wrapping_mul(0x9e37_79b9) >> 16;
+        ((hash & 0x80ff) | 0x3f00) as u16
+    }
+
+    fn naive(weights: &[u16], inputs: usize, rows: &[f32]) -> Vec<f32> {
+        let outputs = |row: &[f32]| -> Vec<f32> {
+            let output = |weights: &[u16]| {
+                let mut sum = 0.0f32;
+                for (x, &weight) in row.iter().zip(weights) {
+                    sum += x * widen(weight);
+                }
+                sum
+            };
+            weights.chunks_exact(inputs).map(output).collect()
+        };
+        rows.chunks_exact(inputs).flat_map(outputs).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn packed_weights_give_the_bits_of_the_plain_loops(outputs in 1usize..70, inputs in 1usize..70, rows in 0usize..7) {
+            let weights: Vec<u16> = (0..outputs * inputs).map(bits).collect();
+            let x: Vec<f32> = (0..rows * inputs).map(|i| widen(bits(i + 12345))).collect();
+            let packed = Packed::from_fn(outputs, inputs, |output, input| weights[output * inputs + input]);
+            prop_assert_eq!(packed.multiply(&x), naive(&weights, inputs, &x));
+            prop_assert_eq!(packed.bytes(), packed_bytes(outputs, inputs));
+        }
+    }
+}

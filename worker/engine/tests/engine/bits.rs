@@ -1,0 +1,124 @@
+//! A row's bits depend on its own sequence and on nothing else.
+
+use expertmesh_engine::{BLOCK_TOKENS, ExpertGroup};
+
+use super::*;
+
+/// The golden's model with the longest context: more than one partial of the softmax.
+const LONG: &str = "golden/v3-yarn";
+const LONG_LENGTH: usize = 1100;
+
+fn tokens(count: usize, seed: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i * 31 + i * 7 + seed * 13 + 5) % 256).collect()
+}
+
+/// Prefills in chunks of these lengths, repeated; the last chunk's record.
+fn in_chunks(backend: &CpuBackend, tokens: &[u32], lengths: &[usize], blocks: &[u32]) -> Record {
+    let mut kv = backend.allocate_kv(blocks.iter().max().map_or(0, |&last| last as usize + 1));
+    let (mut start, mut record, mut lengths) = (0, Record::default(), lengths.iter().cycle());
+    while start < tokens.len() {
+        let end = tokens.len().min(start + lengths.next().unwrap());
+        let span = Span { tokens: tokens[start..end].to_vec(), start, blocks: blocks.to_vec(), logits: true };
+        record = compute(backend, &Step { spans: vec![span] }, &mut kv);
+        start = end;
+    }
+    record
+}
+
+#[test]
+fn chunks_of_a_prompt_give_the_bits_of_one_pass() {
+    let backend = load(LONG);
+    let (tokens, blocks) = (tokens(LONG_LENGTH, 1), blocks(LONG_LENGTH));
+    let whole = in_chunks(&backend, &tokens, &[LONG_LENGTH], &blocks);
+    for lengths in [&[1][..], &[63, 1, 65], &[256], &[1023, 77]] {
+        let chunked = in_chunks(&backend, &tokens, lengths, &blocks);
+        assert_eq!(chunked.logits, whole.logits, "chunks of {lengths:?}");
+    }
+}
+
+#[test]
+fn the_order_of_a_block_table_changes_no_bit() {
+    let backend = load(LONG);
+    let tokens = tokens(LONG_LENGTH, 2);
+    let ascending = blocks(LONG_LENGTH);
+    let descending: Vec<u32> = ascending.iter().rev().copied().collect();
+    let scattered: Vec<u32> = ascending.iter().map(|block| block * 7 % 19 + 3).collect();
+    let whole = in_chunks(&backend, &tokens, &[200], &ascending);
+    for table in [descending, scattered] {
+        assert_eq!(in_chunks(&backend, &tokens, &[200], &table), whole, "{table:?}");
+    }
+}
+
+#[test]
+fn a_sequence_in_a_batch_has_the_bits_that_it_has_alone() {
+    let backend = load("models/tiny-r1");
+    // A long prompt, a chunk that continues one, a single token and a short prompt, ragged, in one step.
+    let sequences: Vec<Vec<u32>> =
+        [(130, 3), (70, 4), (66, 5), (5, 6)].map(|(n, seed)| tokens(n, seed)).to_vec();
+    let starts = [0, 40, 65, 0];
+    let tables = [vec![7, 1, 4], vec![0, 9], vec![8, 2], vec![3]];
+    let span = |i: usize, from: usize, to: usize| Span {
+        tokens: sequences[i][from..to].to_vec(),
+        start: from,
+        blocks: tables[i].clone(),
+        logits: true,
+    };
+    let mut kv = backend.allocate_kv(10);
+    let before = Step { spans: vec![span(1, 0, 40), span(2, 0, 65)] };
+    compute(&backend, &before, &mut kv);
+    let batch = Step { spans: (0..4).map(|i| span(i, starts[i], sequences[i].len())).collect() };
+    let together = compute(&backend, &batch, &mut kv);
+
+    let vocabulary = backend.config().vocabulary();
+    for (i, tokens) in sequences.iter().enumerate() {
+        let mut kv = backend.allocate_kv(3);
+        let alone = compute(&backend, &whole(tokens), &mut kv);
+        assert_eq!(together.logits[i * vocabulary..][..vocabulary], alone.logits, "sequence {i}");
+    }
+}
+
+#[test]
+fn blocks_that_another_sequence_left_dirty_change_no_bit() {
+    let backend = load("golden/v3");
+    let (first, second) = (tokens(100, 7), tokens(80, 8));
+    let mut clean = backend.allocate_kv(2);
+    let expected = compute(&backend, &whole(&second), &mut clean);
+    let mut dirty = backend.allocate_kv(2);
+    compute(&backend, &whole(&first), &mut dirty);
+    assert_eq!(compute(&backend, &whole(&second), &mut dirty), expected);
+}
+
+#[test]
+fn an_expert_gives_a_row_the_same_bits_in_every_group() {
+    let backend = load("golden/v3");
+    let hidden = backend.config().hidden();
+    let values: Vec<f32> = (0..9 * hidden).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+    let inputs = backend.upload(&values);
+    let all = [ExpertGroup { expert: 5, rows: (0..9).collect() }];
+    let all = backend.download(&backend.experts(1, &inputs, &all).unwrap()); // (9, hidden)
+    for rows in [vec![8], vec![3, 0, 8], vec![7, 7]] {
+        let groups =
+            [ExpertGroup { expert: 2, rows: vec![1] }, ExpertGroup { expert: 5, rows: rows.clone() }];
+        let some = backend.download(&backend.experts(1, &inputs, &groups).unwrap()); // (1 + rows, hidden)
+        for (at, &row) in rows.iter().enumerate() {
+            assert_eq!(some[(1 + at) * hidden..][..hidden], all[row as usize * hidden..][..hidden]);
+        }
+    }
+}
+
+#[test]
+fn an_expert_that_is_not_resident_is_named_and_computes_the_same_after_it_was_loaded_again() {
+    let backend = load("golden/v3");
+    let tokens = tokens(BLOCK_TOKENS, 9);
+    let before = compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1));
+    let expert = before.routes[1].experts[0];
+    backend.evict(2, expert);
+    assert!(!backend.is_resident(2, expert) && backend.is_resident(1, expert));
+    let missing =
+        forward(&backend, &whole(&tokens), &mut backend.allocate_kv(1), &mut LocalExchange, &mut |_| {});
+    let missing = missing.err().unwrap();
+    assert_eq!((missing.layer, missing.expert), (2, expert));
+    let bytes = backend.load(2, expert).unwrap();
+    assert_eq!(bytes, backend.config().expert_bytes());
+    assert_eq!(compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1)), before);
+}
