@@ -1,5 +1,7 @@
 //! Every metric of the worker and of the frontend, declared once.
 
+use std::time::Duration;
+
 use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     core::Collector,
@@ -114,5 +116,133 @@ impl WorkerMetrics {
                 &["peer", "reason"],
             ),
         }
+    }
+}
+
+/// What a frontend exports.
+#[derive(Clone)]
+pub(crate) struct FrontendMetrics {
+    first_token: Histogram,
+    inter_token: Histogram,
+    requests: IntCounterVec,
+    request_seconds: HistogramVec,
+    prompt_tokens: IntCounter,
+    generated_tokens: IntCounter,
+    in_flight: IntGauge,
+    resumes: IntCounterVec,
+    errors: IntCounterVec,
+    queue: IntGauge,
+    eligible_workers: IntGauge,
+}
+
+/// Counted in a gauge until it is dropped.
+pub(crate) struct Counted(IntGauge);
+
+impl Counted {
+    fn new(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+impl FrontendMetrics {
+    /// The latencies carry `model_name`, which dashboards made for vLLM select by.
+    pub(crate) fn new(registry: &Registry, model: &str) -> Self {
+        let gauge = |name: &str, help: &str| registered(registry, IntGauge::new(name, help));
+        let counter = |name: &str, help: &str| registered(registry, IntCounter::new(name, help));
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            registered(registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let latency = |name: &str, help: &str| {
+            let family = registered(registry, HistogramVec::new(seconds(name, help), &["model_name"]));
+            family.with_label_values(&[model])
+        };
+        let request = HistogramOpts::new(
+            "expertmesh_frontend_request_duration_seconds",
+            "From a request's arrival to the last byte of its answer.",
+        );
+        let request = request.buckets((0..12).map(|step| 1e-3 * 3f64.powi(step)).collect());
+        Self {
+            first_token: latency(
+                "vllm:time_to_first_token_seconds",
+                "From a request's arrival to the first token of each of its choices.",
+            ),
+            inter_token: latency("vllm:inter_token_latency_seconds", "Between two tokens of a choice."),
+            requests: counters(
+                "expertmesh_frontend_requests_total",
+                "Requests answered, by endpoint and HTTP status; 499 where the client left.",
+                &["endpoint", "code"],
+            ),
+            request_seconds: registered(registry, HistogramVec::new(request, &["endpoint"])),
+            prompt_tokens: counter("expertmesh_frontend_prompt_tokens_total", "Tokens of accepted prompts."),
+            generated_tokens: counter(
+                "expertmesh_frontend_generated_tokens_total",
+                "Tokens received from workers.",
+            ),
+            in_flight: gauge("expertmesh_frontend_requests_in_flight", "Requests that are being answered."),
+            resumes: counters(
+                "expertmesh_frontend_resumes_total",
+                "Sequences that went on to another try, by what ended the one before.",
+                &["reason"],
+            ),
+            errors: counters(
+                "expertmesh_frontend_errors_total",
+                "Requests that failed, also in mid-stream, by reason.",
+                &["reason"],
+            ),
+            queue: gauge("expertmesh_frontend_queue_length", "Sequences that wait for a worker."),
+            eligible_workers: gauge(
+                "expertmesh_frontend_eligible_workers",
+                "Workers that can take a sequence.",
+            ),
+        }
+    }
+
+    pub(crate) fn first_token(&self, since: Duration) {
+        self.first_token.observe(since.as_secs_f64());
+    }
+
+    pub(crate) fn inter_token(&self, since: Duration) {
+        self.inter_token.observe(since.as_secs_f64());
+    }
+
+    pub(crate) fn prompt_tokens(&self, count: usize) {
+        self.prompt_tokens.inc_by(count as u64);
+    }
+
+    pub(crate) fn generated_token(&self) {
+        self.generated_tokens.inc();
+    }
+
+    /// Both labels come from the source, not from the request.
+    pub(crate) fn answered(&self, endpoint: &'static str, code: &str, took: Duration) {
+        self.requests.with_label_values(&[endpoint, code]).inc();
+        self.request_seconds.with_label_values(&[endpoint]).observe(took.as_secs_f64());
+    }
+
+    pub(crate) fn in_flight(&self) -> Counted {
+        Counted::new(&self.in_flight)
+    }
+
+    pub(crate) fn resumed(&self, reason: &'static str) {
+        self.resumes.with_label_values(&[reason]).inc();
+    }
+
+    pub(crate) fn failed(&self, reason: &'static str) {
+        self.errors.with_label_values(&[reason]).inc();
+    }
+
+    pub(crate) fn queued(&self) -> Counted {
+        Counted::new(&self.queue)
+    }
+
+    pub(crate) fn eligible_workers(&self, count: usize) {
+        self.eligible_workers.set(count as i64);
     }
 }

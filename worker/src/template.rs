@@ -24,6 +24,7 @@ pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     bos: Option<String>,
     eos: Option<String>,
+    add_bos: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -65,7 +66,13 @@ impl ChatTemplate {
             environment.add_template_owned(NAME, source).map_err(|error| invalid(&file, &error))?;
         }
         let text = |token: Option<Token>| token.map(Token::text);
-        Ok(Self { environment, bos: text(config.bos_token), eos: text(config.eos_token) })
+        let (bos, eos, add_bos) = (text(config.bos_token), text(config.eos_token), config.add_bos_token);
+        Ok(Self { environment, bos, eos, add_bos })
+    }
+
+    /// The token that a text without a template begins with, where the tokenizer adds one.
+    pub(crate) fn leading_bos(&self) -> Option<&str> {
+        self.bos.as_deref().filter(|_| self.add_bos)
     }
 
     /// The prompt's text. `add_generation_prompt` opens the assistant's turn.
@@ -93,6 +100,8 @@ struct TokenizerConfig {
     chat_template: Option<Source>,
     bos_token: Option<Token>,
     eos_token: Option<Token>,
+    #[serde(default)]
+    add_bos_token: bool,
 }
 
 #[derive(Deserialize)]
@@ -240,7 +249,7 @@ mod tests {
     fn template(source: &str) -> ChatTemplate {
         let mut environment = environment().unwrap();
         environment.add_template_owned(NAME, source.to_string()).unwrap();
-        ChatTemplate { environment, bos: Some("<s>".into()), eos: None }
+        ChatTemplate { environment, bos: Some("<s>".into()), eos: None, add_bos: false }
     }
 
     #[derive(Deserialize)]

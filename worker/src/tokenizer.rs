@@ -72,12 +72,6 @@ impl Tokenizer {
         self.0.tokenizer.token_to_id(token)
     }
 
-    /// Ids start at 0 and end below this.
-    pub(crate) fn id_bound(&self) -> u32 {
-        let vocab = self.0.tokenizer.get_vocab(true);
-        vocab.values().max().map_or(0, |&id| id.saturating_add(1))
-    }
-
     /// Decodes as tokens come.
     pub(crate) fn stream(&self) -> TokenStream {
         TokenStream { tokenizer: self.clone(), window: Vec::new(), context: 0, sent: 0 }

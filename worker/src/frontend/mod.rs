@@ -1,10 +1,239 @@
-use std::process::ExitCode;
+//! `expertmesh-worker frontend`: the OpenAI API in front of a deployment's workers. It holds no weights.
 
-use crate::process::Fatal;
+mod answer;
+mod chat;
+mod choices;
+mod completions;
+mod control;
+mod fields;
+mod format;
+mod model;
+mod openai;
+mod reasoning;
+mod resume;
+mod route;
+mod server;
+mod sse;
+mod stop;
+mod valid;
+mod workers;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use expertmesh_engine::ModelFingerprint;
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_server::ControlServer;
+use prometheus::Registry;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tokio_stream::wrappers::TcpListenerStream;
+
+use self::control::ControlService;
+use self::model::Model;
+use self::resume::Patience;
+use self::server::Server;
+use self::workers::Workers;
+use crate::mesh::identity::fingerprint_message;
+use crate::mesh::placement::CurrentPlacement;
+use crate::metrics::FrontendMetrics;
+use crate::process::{self, Addresses, Fatal};
 
 #[derive(clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// The model's directory; its weights are not read
+    #[arg(long)]
+    model: PathBuf,
+    /// The model's name in the API
+    #[arg(long)]
+    served_name: String,
+    /// This frontend's name, for logs and peers
+    #[arg(long, env = "POD_NAME", default_value = "frontend")]
+    name: String,
+    /// HTTP for clients
+    #[arg(long, default_value = "0.0.0.0:8000")]
+    listen: SocketAddr,
+    /// gRPC for the operator
+    #[arg(long, default_value = "0.0.0.0:7070")]
+    control: SocketAddr,
+    /// HTTP for /metrics, /healthz and /readyz
+    #[arg(long, default_value = "0.0.0.0:9090")]
+    metrics: SocketAddr,
+    /// The placement to start with (JSON); a later one is pushed
+    #[arg(long)]
+    placement: Option<PathBuf>,
+    /// Writes the addresses as JSON once this frontend listens
+    #[arg(long)]
+    announce: Option<PathBuf>,
+    /// Positions of a sequence, prompt and answer together; without it, what the model was made for
+    #[arg(long, env = "EXPERTMESH_MAX_CONTEXT_TOKENS")]
+    max_context_tokens: Option<usize>,
+    /// Requests that are answered at once; more are refused with 429
+    #[arg(long, env = "EXPERTMESH_MAX_REQUESTS", default_value_t = 1024)]
+    max_requests: usize,
+    /// How long a sequence waits for a worker that can take it
+    #[arg(long, env = "EXPERTMESH_QUEUE_TIMEOUT", value_parser = duration, default_value = "30s")]
+    queue_timeout: Duration,
+    /// How long a worker may bring no token before another one is tried
+    #[arg(long, env = "EXPERTMESH_STALL_TIMEOUT", value_parser = duration, default_value = "120s")]
+    stall_timeout: Duration,
+    /// How long requests are still taken after SIGTERM, for clients that do not know yet
+    #[arg(long, env = "EXPERTMESH_DRAIN_GRACE", value_parser = duration, default_value = "2s")]
+    drain_grace: Duration,
+    /// How long after that running requests may take
+    #[arg(long, env = "EXPERTMESH_DRAIN_TIMEOUT", value_parser = duration, default_value = "30s")]
+    drain_timeout: Duration,
+}
 
-pub(crate) fn run(_args: Args) -> Result<ExitCode, Fatal> {
-    Err(Fatal::new("Unbuilt", "not built yet"))
+/// Seconds, or `30s`, `5m`, `200ms`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
+    let unit = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("{unit:?} is not a unit; expected: ms, s, m or h")),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
+    Duration::try_from_secs_f64(number * unit).map_err(|error| error.to_string())
+}
+
+/// Serves until SIGTERM, then until the last request is answered.
+pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
+    process::log();
+    process::exit_when_parent_is_gone();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", format!("no runtime: {error}")))?;
+    let result = runtime.block_on(serve(args));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(args: Args) -> Result<(), Fatal> {
+    let model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
+    let placement = CurrentPlacement::load(args.placement.as_deref())?;
+    let me = caller(&args);
+    let registry = Registry::new();
+    let metrics = FrontendMetrics::new(&registry, &model.name);
+    let workers = Workers::new(me.clone(), args.queue_timeout, metrics.clone());
+    let patience = Patience { stall: args.stall_timeout, queue: args.queue_timeout };
+    let server = Server::new(model, workers.clone(), metrics, patience, args.max_requests);
+
+    let http = process::bind("--listen", args.listen).await?;
+    let grpc = process::bind("--control", args.control).await?;
+    let probes = process::bind("--metrics", args.metrics).await?;
+    if let Some(path) = &args.announce {
+        process::announce(path, addresses(&http, &grpc, &probes))?;
+    }
+    let control =
+        ControlService { server: server.clone(), placement: placement.clone(), me, grace: args.drain_grace };
+    let mut aside = JoinSet::new();
+    aside.spawn(workers.follow(placement));
+    aside.spawn(serve_control(grpc, control));
+    aside.spawn(serve_probes(probes, registry, server.clone()));
+    tracing::info!(model = server.model.name, listen = %args.listen, "serving");
+    serve_http(http, server, &args).await
+}
+
+/// Answers clients; at SIGTERM it takes requests for the grace and then lets the running ones finish.
+async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) -> Result<(), Fatal> {
+    let listener = listener.tap_io(|connection| {
+        // A token's packet must not wait for the next one.
+        let _ = connection.set_nodelay(true);
+    });
+    let (grace, leaving) = (args.drain_grace, server.clone());
+    let (closing, closed) = tokio::sync::oneshot::channel();
+    let serving = axum::serve(listener, server::router(server)).with_graceful_shutdown(async move {
+        process::asked_to_stop().await;
+        tracing::info!("leaving");
+        leaving.leave();
+        sleep(grace).await;
+        let _ = closing.send(());
+    });
+    let overdue = async {
+        match closed.await {
+            Ok(()) => sleep(args.drain_timeout).await,
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        served = serving.into_future() => served.map_err(|error| Fatal::new("ServeFailed", error.to_string())),
+        () = overdue => {
+            tracing::warn!("requests were still running at the end of the drain timeout");
+            Ok(())
+        }
+    }
+}
+
+async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Server>) {
+    let router = crate::probes::router(registry, Arc::new(move || server.readiness()));
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::error!(%error, "the metrics port failed");
+    }
+}
+
+async fn serve_control(listener: TcpListener, control: ControlService) {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let (server, mut changes, mut leaving) =
+        (control.server.clone(), control.server.workers.changes(), control.server.leaving());
+    let follow = async move {
+        loop {
+            let status = match server.readiness() {
+                Ok(()) => tonic_health::ServingStatus::Serving,
+                Err(_) => tonic_health::ServingStatus::NotServing,
+            };
+            reporter.set_service_status("", status).await;
+            tokio::select! {
+                _ = changes.changed() => {}
+                _ = leaving.changed() => {}
+            }
+        }
+    };
+    let serving = tonic::transport::Server::builder()
+        .add_service(health)
+        .add_service(ControlServer::new(control))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::select! {
+        () = follow => {}
+        served = serving => {
+            if let Err(error) = served {
+                tracing::error!(%error, "the control port failed");
+            }
+        }
+    }
+}
+
+/// Who this frontend is; it names a fingerprint where the model's directory has the weights too.
+fn caller(args: &Args) -> v1::Caller {
+    let fingerprint = match ModelFingerprint::read(&args.model) {
+        Ok(fingerprint) => Some(fingerprint_message(&fingerprint)),
+        Err(error) => {
+            tracing::info!(%error, "no fingerprint here; the first ready worker's counts");
+            None
+        }
+    };
+    v1::Caller { name: args.name.clone(), incarnation: process::incarnation(), attempt: 0, fingerprint }
+}
+
+fn addresses(http: &TcpListener, grpc: &TcpListener, probes: &TcpListener) -> Addresses {
+    let address = |listener: &TcpListener| listener.local_addr().ok();
+    Addresses { http: address(http), grpc: address(grpc), metrics: address(probes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_read_with_and_without_units() {
+        let read = |text| duration(text).map(|duration| duration.as_millis());
+        assert_eq!(["30", "30s", "1.5m", "200ms"].map(read), [Ok(30_000), Ok(30_000), Ok(90_000), Ok(200)]);
+        assert!(read("soon").is_err() && read("3d").is_err() && read("-1s").is_err());
+    }
 }

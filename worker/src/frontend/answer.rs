@@ -1,0 +1,135 @@
+//! One choice as it grows: tokens to text, stop strings, reasoning apart from content. No IO.
+
+use crate::tokenizer::{TokenStream, Tokenizer};
+
+use super::reasoning::{Reasoning, Split};
+use super::resume::{End, Generated};
+use super::stop::StopStrings;
+
+/// What one more token adds to a choice.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) split: Split,
+    /// The tokens that came since the last piece.
+    pub(crate) tokens: Vec<u32>,
+    /// Set on the last piece.
+    pub(crate) end: Option<End>,
+}
+
+/// A choice in the making.
+pub(crate) struct Answer {
+    text: TokenStream,
+    stops: StopStrings,
+    /// Tokens before which no stop string counts.
+    min_tokens: usize,
+    /// Absent where thoughts are part of the text.
+    reasoning: Option<Reasoning>,
+    tokens: usize,
+}
+
+impl Answer {
+    pub(crate) fn new(
+        tokenizer: &Tokenizer,
+        stops: Vec<String>,
+        min_tokens: u32,
+        reasoning: Option<Reasoning>,
+    ) -> Self {
+        let text = tokenizer.stream();
+        Self { text, stops: StopStrings::new(stops), min_tokens: min_tokens as usize, reasoning, tokens: 0 }
+    }
+
+    /// Tokens so far.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The piece has an end where a stop string was completed.
+    pub(crate) fn token(&mut self, Generated { id, ends }: Generated) -> Piece {
+        self.tokens += 1;
+        let text = if ends { None } else { self.text.push(id) };
+        let mut piece = self.checked(text.unwrap_or_default());
+        piece.tokens = vec![id];
+        piece
+    }
+
+    /// The last piece, after the worker's last token.
+    pub(crate) fn finish(&mut self, end: End) -> Piece {
+        let rest = self.text.finish().unwrap_or_default();
+        let mut piece = self.checked(rest);
+        if piece.end.is_none() {
+            let held = self.stops.finish();
+            self.split_into(&held, &mut piece.split);
+            self.flush(&mut piece.split);
+            piece.end = Some(end);
+        }
+        piece
+    }
+
+    fn checked(&mut self, text: String) -> Piece {
+        let checked =
+            if self.tokens > self.min_tokens { self.stops.push(&text) } else { self.stops.pass(&text) };
+        let mut piece = Piece::default();
+        self.split_into(&checked.text, &mut piece.split);
+        if checked.stopped {
+            self.flush(&mut piece.split);
+            piece.end = Some(End::Stop);
+        }
+        piece
+    }
+
+    fn split_into(&mut self, text: &str, split: &mut Split) {
+        match &mut self.reasoning {
+            Some(reasoning) => append(split, reasoning.push(text)),
+            None => split.content.push_str(text),
+        }
+    }
+
+    fn flush(&mut self, split: &mut Split) {
+        if let Some(reasoning) = &mut self.reasoning {
+            append(split, reasoning.finish());
+        }
+    }
+}
+
+fn append(split: &mut Split, more: Split) {
+    split.reasoning.push_str(&more.reasoning);
+    split.content.push_str(&more.content);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tests::tiny_r1;
+
+    fn answer(stops: &[&str], min_tokens: u32, text: &str) -> (Split, Option<End>, usize) {
+        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+        let stops = stops.iter().map(|stop| stop.to_string()).collect();
+        let mut answer = Answer::new(&tokenizer, stops, min_tokens, Some(Reasoning::after("<think>\n")));
+        let mut split = Split::default();
+        for id in tokenizer.encode(text).unwrap() {
+            let piece = answer.token(Generated { id, ends: id == 1 });
+            append(&mut split, piece.split);
+            if piece.end.is_some() {
+                return (split, piece.end, answer.tokens());
+            }
+        }
+        let piece = answer.finish(End::Length);
+        append(&mut split, piece.split);
+        (split, piece.end, answer.tokens())
+    }
+
+    #[test]
+    fn thoughts_answers_and_the_token_that_ends_are_told_apart() {
+        let (split, end, _) = answer(&[], 0, "6 + 2 is 8.</think>\n\n8<｜end▁of▁sentence｜>");
+        assert_eq!(split, Split { reasoning: "6 + 2 is 8.".into(), content: "8".into() });
+        assert_eq!(end, Some(End::Length));
+    }
+
+    #[test]
+    fn a_stop_string_ends_the_choice_unless_it_comes_too_early() {
+        let (split, end, tokens) = answer(&["wind"], 0, "rain wind wind sun");
+        assert_eq!((split.reasoning.as_str(), end), ("rain ", Some(End::Stop)));
+        let (split, end, _) = answer(&["wind"], tokens as u32, "rain wind wind sun");
+        assert_eq!((split.reasoning.as_str(), end), ("rain wind ", Some(End::Stop)));
+    }
+}

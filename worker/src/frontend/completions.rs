@@ -1,0 +1,36 @@
+//! `/v1/completions`.
+
+use serde_json::{Map, Value, json};
+
+use super::format::{Format, Whole};
+use super::model::Model;
+use super::openai::ApiError;
+use super::reasoning::Split;
+use super::valid::ValidRequest;
+
+pub(crate) struct Completions;
+
+impl Format for Completions {
+    const ENDPOINT: &'static str = "completions";
+    const ID: &'static str = "cmpl";
+    const OBJECT: &'static str = "text_completion";
+    const CHUNK: &'static str = "text_completion";
+    const PROMPT_IDS_IN_CHOICE: bool = true;
+
+    fn validate(model: &Model, body: &[u8]) -> Result<ValidRequest, ApiError> {
+        ValidRequest::completion(model, body)
+    }
+
+    fn choice(whole: &Whole) -> Map<String, Value> {
+        Self::delta(&whole.split)
+    }
+
+    fn opening() -> Option<Map<String, Value>> {
+        None
+    }
+
+    /// Thoughts are not told apart here: all of the text is content.
+    fn delta(split: &Split) -> Map<String, Value> {
+        [("text".to_string(), json!(split.content))].into_iter().collect()
+    }
+}

@@ -1,0 +1,104 @@
+//! `Control` as a frontend serves it: the placement to follow, what it says of itself, and how it leaves.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use expertmesh_proto::placement::Placement;
+use expertmesh_proto::v1::control_server::Control;
+use expertmesh_proto::v1::report_response::State;
+use expertmesh_proto::{Invalid, v1};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use super::server::Server;
+use crate::mesh::placement::CurrentPlacement;
+
+/// A report at least so often.
+const PERIOD: Duration = Duration::from_secs(1);
+/// Changes within so long make one report.
+const GATHER: Duration = Duration::from_millis(20);
+
+pub(crate) struct ControlService {
+    pub(crate) server: Arc<Server>,
+    pub(crate) placement: CurrentPlacement,
+    pub(crate) me: v1::Caller,
+    /// How long requests are still taken once this frontend leaves.
+    pub(crate) grace: Duration,
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    type ReportStream = ReceiverStream<Result<v1::ReportResponse, Status>>;
+
+    async fn apply_placement(
+        &self,
+        request: Request<v1::ApplyPlacementRequest>,
+    ) -> Result<Response<v1::ApplyPlacementResponse>, Status> {
+        let placement = request.into_inner().placement.ok_or_else(|| Invalid::new("placement", "missing"))?;
+        self.placement.apply(Placement::from_proto(placement)?)?;
+        Ok(Response::new(v1::ApplyPlacementResponse {}))
+    }
+
+    async fn report(&self, _: Request<v1::ReportRequest>) -> Result<Response<Self::ReportStream>, Status> {
+        let (reports, receiver) = mpsc::channel(1);
+        tokio::spawn(report(self.server.clone(), self.placement.clone(), self.me.clone(), reports));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        self.server.leave();
+        sleep(self.grace).await;
+        self.server.close();
+        let mut in_flight = self.server.in_flight();
+        // The sender lives as long as the server.
+        let _ = in_flight.wait_for(|&count| count == 0).await;
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+}
+
+/// Sends a report at once, on every change, and once a second, until nobody reads them.
+async fn report(
+    server: Arc<Server>,
+    placement: CurrentPlacement,
+    me: v1::Caller,
+    reports: mpsc::Sender<Result<v1::ReportResponse, Status>>,
+) {
+    let (mut workers, mut in_flight, mut leaving) =
+        (server.workers.changes(), server.in_flight(), server.leaving());
+    let mut placements = placement.subscribe();
+    while reports.send(Ok(now(&server, &placement, &me))).await.is_ok() {
+        let changed = async {
+            tokio::select! {
+                _ = workers.changed() => {}
+                _ = in_flight.changed() => {}
+                _ = leaving.changed() => {}
+                _ = placements.changed() => {}
+            }
+            sleep(GATHER).await;
+        };
+        tokio::select! {
+            _ = timeout(PERIOD, changed) => {}
+            () = reports.closed() => return,
+        }
+    }
+}
+
+fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::ReportResponse {
+    let placement = placement.get();
+    let (state, reason) = match server.readiness() {
+        Err(reason) if *server.leaving().borrow() => (State::Draining, reason),
+        Err(reason) => (State::Loading, reason),
+        Ok(()) => (State::Ready, String::new()),
+    };
+    v1::ReportResponse {
+        callee: Some(me.clone()),
+        state: state as i32,
+        reason,
+        epoch: placement.epoch(),
+        placement_hash: placement.hash().to_string(),
+        running: *server.in_flight().borrow(),
+        ..v1::ReportResponse::default()
+    }
+}

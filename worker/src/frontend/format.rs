@@ -1,0 +1,156 @@
+//! An answer as one object or as chunks; chat completions and completions differ in their shapes only.
+
+use serde_json::{Map, Value, json};
+
+use super::choices::Update;
+use super::openai::Usage;
+use super::reasoning::Split;
+use super::resume::End;
+use super::valid::{Reply, ValidRequest};
+
+/// What every object of one answer says.
+pub(crate) struct Header {
+    pub(crate) id: String,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) system_fingerprint: Option<String>,
+}
+
+/// A choice that is complete.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Whole {
+    pub(crate) split: Split,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) end: Option<End>,
+}
+
+impl Whole {
+    pub(crate) fn add(&mut self, update: Update) {
+        self.split.reasoning.push_str(&update.piece.split.reasoning);
+        self.split.content.push_str(&update.piece.split.content);
+        self.tokens.extend(update.piece.tokens);
+        self.end = update.piece.end.or(self.end);
+    }
+}
+
+/// The shapes of one endpoint.
+pub(crate) trait Format: Send + Sync + 'static {
+    /// A metric's label.
+    const ENDPOINT: &'static str;
+    /// What ids begin with.
+    const ID: &'static str;
+    const OBJECT: &'static str;
+    const CHUNK: &'static str;
+
+    fn validate(model: &super::model::Model, body: &[u8]) -> Result<ValidRequest, super::openai::ApiError>;
+
+    /// The entry of `choices` of a whole answer, without index, finish_reason and token_ids.
+    fn choice(whole: &Whole) -> Map<String, Value>;
+
+    /// The entry of `choices` that opens a choice in a stream, if it takes one.
+    fn opening() -> Option<Map<String, Value>>;
+
+    /// The entry of `choices` of a chunk.
+    fn delta(split: &Split) -> Map<String, Value>;
+
+    /// Whether a choice carries its prompt's token ids, or the whole answer does.
+    const PROMPT_IDS_IN_CHOICE: bool;
+}
+
+/// Makes the JSON of one request's answer.
+pub(crate) struct Writer {
+    pub(crate) header: Header,
+    pub(crate) reply: Reply,
+    pub(crate) request: ValidRequest,
+}
+
+impl Writer {
+    /// The answer in one object.
+    pub(crate) fn whole<F: Format>(&self, wholes: &[Whole]) -> Value {
+        let mut object = self.object(F::OBJECT);
+        let choice = |(index, whole): (usize, &Whole)| {
+            let mut choice = self.numbered(F::choice(whole), index, whole.end);
+            if self.reply.return_token_ids {
+                choice.insert("token_ids".into(), json!(whole.tokens));
+                self.prompt_ids::<F>(&mut choice, index, F::PROMPT_IDS_IN_CHOICE);
+            }
+            Value::Object(choice)
+        };
+        object.insert("choices".into(), wholes.iter().enumerate().map(choice).collect());
+        object.insert("usage".into(), json!(self.usage(wholes.iter().map(|whole| whole.tokens.len()).sum())));
+        self.prompt_ids::<F>(&mut object, 0, !F::PROMPT_IDS_IN_CHOICE);
+        Value::Object(object)
+    }
+
+    /// What opens a choice in a stream.
+    pub(crate) fn opening<F: Format>(&self, index: usize) -> Option<Value> {
+        let choice = self.numbered(F::opening()?, index, None);
+        Some(self.chunk::<F>(choice, index, true))
+    }
+
+    /// What a piece adds, if it is worth a chunk. `first`: nothing was sent of this choice.
+    pub(crate) fn piece<F: Format>(&self, update: &Update, first: bool) -> Option<Value> {
+        let Update { choice: index, piece } = update;
+        let ids = self.reply.return_token_ids && !piece.tokens.is_empty();
+        if piece.split == Split::default() && piece.end.is_none() && !ids {
+            return None;
+        }
+        let mut choice = self.numbered(F::delta(&piece.split), *index, piece.end);
+        if self.reply.return_token_ids {
+            choice.insert("token_ids".into(), json!(piece.tokens));
+        }
+        Some(self.chunk::<F>(choice, *index, first))
+    }
+
+    /// The chunk after the last choice's end, where the client asked for it.
+    pub(crate) fn last<F: Format>(&self, completion_tokens: usize) -> Option<Value> {
+        let mut object = self.object(F::CHUNK);
+        object.insert("choices".into(), json!([]));
+        object.insert("usage".into(), json!(self.usage(completion_tokens)));
+        self.reply.include_usage.then_some(Value::Object(object))
+    }
+
+    fn chunk<F: Format>(&self, mut choice: Map<String, Value>, index: usize, first: bool) -> Value {
+        let mut object = self.object(F::CHUNK);
+        self.prompt_ids::<F>(&mut choice, index, first && F::PROMPT_IDS_IN_CHOICE);
+        self.prompt_ids::<F>(&mut object, index, first && !F::PROMPT_IDS_IN_CHOICE);
+        object.insert("choices".into(), json!([choice]));
+        if self.reply.include_usage {
+            object.insert("usage".into(), Value::Null);
+        }
+        Value::Object(object)
+    }
+
+    fn prompt_ids<F: Format>(&self, object: &mut Map<String, Value>, index: usize, here: bool) {
+        if here && self.reply.return_token_ids {
+            object.insert("prompt_token_ids".into(), json!(self.request.prompt_of(index)));
+        }
+    }
+
+    fn usage(&self, completion_tokens: usize) -> Usage {
+        Usage::new(self.request.prompt_tokens(), completion_tokens)
+    }
+
+    fn numbered(&self, mut choice: Map<String, Value>, index: usize, end: Option<End>) -> Map<String, Value> {
+        let reason = end.map(|end| match end {
+            End::Stop => "stop",
+            End::Length => "length",
+        });
+        choice.insert("index".into(), json!(index));
+        choice.insert("logprobs".into(), Value::Null);
+        choice.insert("finish_reason".into(), json!(reason));
+        choice
+    }
+
+    fn object(&self, kind: &str) -> Map<String, Value> {
+        let Header { id, created, model, system_fingerprint } = &self.header;
+        let entries = [
+            ("id", json!(id)),
+            ("object", json!(kind)),
+            ("created", json!(created)),
+            ("model", json!(model)),
+            ("system_fingerprint", json!(system_fingerprint)),
+        ];
+        entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+    }
+}

@@ -1,0 +1,80 @@
+//! What a frontend knows of its model: tokenizer, chat template, defaults. No weights.
+
+use std::path::Path;
+
+use expertmesh_engine::{GenerationConfig, ModelConfig, SamplingOverrides};
+use expertmesh_proto::v1;
+use serde::Deserialize;
+
+use super::openai::ApiError;
+use crate::process::Fatal;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
+
+pub(crate) struct Model {
+    /// The name that clients use.
+    pub(crate) name: String,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) template: ChatTemplate,
+    /// Positions of a sequence, prompt and answer together.
+    pub(crate) context: usize,
+    pub(crate) vocabulary: u32,
+    /// The model marks its thoughts.
+    pub(crate) thinks: bool,
+    /// What a plain prompt begins with, where the tokenizer says so.
+    pub(crate) bos: Option<u32>,
+    generation: GenerationConfig,
+    defaults: Defaults,
+}
+
+/// The numbers of generation_config.json, which [`GenerationConfig`] checks but does not show.
+#[derive(Debug, Default, Deserialize)]
+struct Defaults {
+    do_sample: Option<bool>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<u32>,
+}
+
+impl Model {
+    /// Reads everything but the weights of a model's directory; `context` may be less than the model's own.
+    pub(crate) fn load(directory: &Path, name: String, context: Option<usize>) -> Result<Self, Fatal> {
+        let config = ModelConfig::read(directory)?;
+        let generation = GenerationConfig::read(directory, &config)?;
+        let text = std::fs::read_to_string(directory.join("generation_config.json")).unwrap_or_default();
+        let (tokenizer, template) = (Tokenizer::load(directory)?, ChatTemplate::load(directory)?);
+        let thinks = tokenizer.id("<think>").is_some() && tokenizer.id("</think>").is_some();
+        let bos = template.leading_bos().and_then(|token| tokenizer.id(token));
+        let context = context.unwrap_or(usize::MAX).min(config.max_positions());
+        Ok(Self {
+            name,
+            tokenizer,
+            template,
+            context,
+            vocabulary: config.vocabulary() as u32,
+            thinks,
+            bos,
+            generation,
+            defaults: serde_json::from_str(&text).unwrap_or_default(),
+        })
+    }
+
+    pub(crate) fn eos_tokens(&self) -> &[u32] {
+        self.generation.eos_tokens()
+    }
+
+    /// The model's defaults with a request's choices, checked.
+    pub(crate) fn sampling(&self, choices: SamplingOverrides) -> Result<v1::Sampling, ApiError> {
+        let checked = self.generation.sampling(&choices);
+        checked.map_err(|error| ApiError::invalid(error.field, error.to_string()))?;
+        let defaults = &self.defaults;
+        let temperature = if defaults.do_sample == Some(false) { Some(0.0) } else { defaults.temperature };
+        Ok(v1::Sampling {
+            temperature: choices.temperature.or(temperature).unwrap_or(1.0),
+            top_p: choices.top_p.or(defaults.top_p).unwrap_or(1.0),
+            top_k: choices.top_k.or(defaults.top_k).unwrap_or(0),
+            min_p: choices.min_p.unwrap_or(0.0),
+            seed: choices.seed.unwrap_or(0),
+        })
+    }
+}

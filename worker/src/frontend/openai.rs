@@ -1,0 +1,179 @@
+//! The OpenAI API's common shapes: errors, usage, models.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::resume::SequenceError;
+use super::workers::NoWorker;
+
+/// Larger bodies are refused. A long prompt is a few hundred kilobytes.
+pub(crate) const BODY_LIMIT: usize = 8 << 20;
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+
+/// Why a request has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ApiError {
+    #[error("{problem}")]
+    Invalid { param: Option<String>, problem: String },
+    #[error("{problem}")]
+    ContextLength { param: &'static str, problem: String },
+    #[error("the body is not JSON that this endpoint takes: {0}")]
+    Malformed(String),
+    #[error("the body is larger than {BODY_LIMIT} bytes")]
+    BodyTooLarge,
+    #[error("the body did not arrive: {0}")]
+    BodyLost(String),
+    #[error("the model `{0}` does not exist")]
+    ModelNotFound(String),
+    #[error("there is no {0}")]
+    RouteNotFound(String),
+    #[error("{0} is not allowed here")]
+    MethodNotAllowed(String),
+    #[error("too many requests are being answered; try again later")]
+    TooManyRequests,
+    #[error("no worker is free: {0}")]
+    NoWorker(NoWorker),
+    #[error("the answer was interrupted: {0}")]
+    Interrupted(String),
+    #[error("this server is shutting down")]
+    ShuttingDown,
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl ApiError {
+    pub(crate) fn invalid(param: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Invalid { param: Some(param.into()), problem: problem.into() }
+    }
+
+    /// A metric's label.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Invalid { .. } => "InvalidRequest",
+            Self::ContextLength { .. } => "ContextLengthExceeded",
+            Self::Malformed(_) => "MalformedBody",
+            Self::BodyTooLarge => "BodyTooLarge",
+            Self::BodyLost(_) => "BodyLost",
+            Self::ModelNotFound(_) => "ModelNotFound",
+            Self::RouteNotFound(_) => "RouteNotFound",
+            Self::MethodNotAllowed(_) => "MethodNotAllowed",
+            Self::TooManyRequests => "TooManyRequests",
+            Self::NoWorker(_) => "NoWorker",
+            Self::Interrupted(_) => "Interrupted",
+            Self::ShuttingDown => "ShuttingDown",
+            Self::Internal(_) => "Internal",
+        }
+    }
+
+    pub(crate) fn status(&self) -> StatusCode {
+        match self {
+            Self::Invalid { .. } | Self::ContextLength { .. } | Self::Malformed(_) | Self::BodyLost(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::ModelNotFound(_) | Self::RouteNotFound(_) => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoWorker(_) | Self::Interrupted(_) | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The error as clients know it: `{"error": {message, type, param, code}}`.
+    pub(crate) fn body(&self) -> Value {
+        let kind = match self.status() {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        let param = match self {
+            Self::Invalid { param, .. } => param.as_deref(),
+            Self::ContextLength { param, .. } => Some(*param),
+            Self::ModelNotFound(_) => Some("model"),
+            _ => None,
+        };
+        let code = match self {
+            Self::ContextLength { .. } => Some("context_length_exceeded"),
+            Self::ModelNotFound(_) => Some("model_not_found"),
+            Self::RouteNotFound(_) => Some("not_found"),
+            Self::MethodNotAllowed(_) => Some("method_not_allowed"),
+            Self::BodyTooLarge => Some("body_too_large"),
+            Self::TooManyRequests => Some("too_many_requests"),
+            Self::NoWorker(_) | Self::ShuttingDown => Some("overloaded"),
+            Self::Interrupted(_) => Some("interrupted"),
+            _ => None,
+        };
+        json!({"error": {"message": self.to_string(), "type": kind, "param": param, "code": code}})
+    }
+}
+
+impl From<SequenceError> for ApiError {
+    fn from(error: SequenceError) -> Self {
+        match error {
+            SequenceError::NoWorker(none) => Self::NoWorker(none),
+            SequenceError::GaveUp { .. } => Self::Interrupted(error.to_string()),
+            SequenceError::Refused(problem) => Self::Invalid { param: None, problem },
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(self.body())).into_response();
+        if matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+        }
+        response.extensions_mut().insert(Failure(self.reason()));
+        response
+    }
+}
+
+/// The reason of an [`ApiError`], left with its response for the metrics.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Failure(pub(crate) &'static str);
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    pub(crate) prompt_tokens: usize,
+    pub(crate) completion_tokens: usize,
+    pub(crate) total_tokens: usize,
+}
+
+impl Usage {
+    pub(crate) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    }
+}
+
+/// An entry of `/v1/models`.
+pub(crate) fn model(id: &str, created: u64, max_model_len: usize) -> Value {
+    json!({"id": id, "object": "model", "created": created, "owned_by": "expertmesh", "max_model_len": max_model_len})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_what_kind_it_is_and_which_field_is_meant() {
+        let error = ApiError::invalid("temperature", "temperature: -1 is out of range");
+        let expected = json!({"error": {"message": "temperature: -1 is out of range", "type": "invalid_request_error", "param": "temperature", "code": null}});
+        assert_eq!((error.status(), error.body()), (StatusCode::BAD_REQUEST, expected));
+        let error = ApiError::ModelNotFound("gpt-5".into());
+        let expected = json!({"error": {"message": "the model `gpt-5` does not exist", "type": "invalid_request_error", "param": "model", "code": "model_not_found"}});
+        assert_eq!((error.status(), error.body()), (StatusCode::NOT_FOUND, expected));
+    }
+
+    #[test]
+    fn whoever_is_turned_away_learns_when_to_come_back() {
+        for error in
+            [ApiError::TooManyRequests, ApiError::NoWorker(NoWorker::QueueFull), ApiError::ShuttingDown]
+        {
+            assert!(error.into_response().headers().contains_key(header::RETRY_AFTER));
+        }
+        assert!(!ApiError::BodyTooLarge.into_response().headers().contains_key(header::RETRY_AFTER));
+    }
+}

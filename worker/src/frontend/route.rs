@@ -1,0 +1,135 @@
+//! Which worker runs a sequence: the least loaded of those that can. A pure choice; `workers.rs` observes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What a worker said last, for as long as it goes on saying something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Load {
+    pub(crate) readiness: Readiness,
+    /// Sequences in the batch, and queued.
+    pub(crate) running: u32,
+    pub(crate) waiting: u32,
+    /// Which process of that name it is.
+    pub(crate) incarnation: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    Loading,
+    Ready,
+    Draining,
+    /// It computes with another model: its tokens would be others.
+    OtherModel,
+}
+
+/// What the frontend knows of a worker of the placement.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Known {
+    /// The placement takes it out of service.
+    pub(crate) draining: bool,
+    /// Absent where the worker cannot be reached.
+    pub(crate) load: Option<Load>,
+    /// Our sequences there.
+    pub(crate) in_flight: u32,
+    /// Those of them that its last report cannot count yet.
+    pub(crate) since_report: u32,
+}
+
+impl Known {
+    /// Why it gets no sequence, or `Ok`.
+    pub(crate) fn eligible(&self) -> Result<Load, &'static str> {
+        match self.load {
+            None => Err("unreachable"),
+            Some(_) if self.draining => Err("draining"),
+            Some(load) => match load.readiness {
+                Readiness::Ready => Ok(load),
+                Readiness::Loading => Err("loading"),
+                Readiness::Draining => Err("draining"),
+                Readiness::OtherModel => Err("of another model"),
+            },
+        }
+    }
+}
+
+/// Processes that failed a sequence: slot and incarnation.
+pub(crate) type Avoided = BTreeSet<(u32, u64)>;
+
+/// The slot with the least load; ties by fewest of ours in flight, then by the lowest slot. One that is to be
+/// avoided is taken only where there is no other.
+pub(crate) fn choose(workers: &BTreeMap<u32, Known>, avoided: &Avoided) -> Option<u32> {
+    let candidates = workers.iter().filter_map(|(&slot, known)| {
+        let load = known.eligible().ok()?;
+        let queue = u64::from(load.running) + u64::from(load.waiting) + u64::from(known.since_report);
+        Some((avoided.contains(&(slot, load.incarnation)), queue, known.in_flight, slot))
+    });
+    candidates.min().map(|(.., slot)| slot)
+}
+
+/// One line for `/readyz`: what is wrong with whom.
+pub(crate) fn why_none(workers: &BTreeMap<u32, Known>) -> String {
+    if workers.is_empty() {
+        return "the placement has no workers".to_string();
+    }
+    let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (slot, known) in workers {
+        if let Err(reason) = known.eligible() {
+            reasons.entry(reason).or_default().push(slot.to_string());
+        }
+    }
+    let lines: Vec<String> =
+        reasons.iter().map(|(reason, slots)| format!("{} {reason}", slots.join(", "))).collect();
+    format!("no worker can take a sequence: {}", lines.join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ready(running: u32, waiting: u32) -> Known {
+        let load = Load { readiness: Readiness::Ready, running, waiting, incarnation: 7 };
+        Known { load: Some(load), ..Known::default() }
+    }
+
+    fn pick(workers: &[Known], avoided: &[(u32, u64)]) -> Option<u32> {
+        choose(&(0..).zip(workers.iter().copied()).collect(), &avoided.iter().copied().collect())
+    }
+
+    #[test]
+    fn the_least_loaded_worker_is_chosen_and_ties_go_to_the_idlest_then_the_first() {
+        assert_eq!(pick(&[ready(3, 0), ready(1, 1), ready(1, 2)], &[]), Some(1));
+        let started = Known { since_report: 2, in_flight: 2, ..ready(0, 0) };
+        assert_eq!(pick(&[started, ready(1, 0)], &[]), Some(1));
+        let ours = Known { in_flight: 1, ..ready(1, 0) };
+        assert_eq!(pick(&[ours, ready(1, 0), ready(1, 0)], &[]), Some(1));
+    }
+
+    #[test]
+    fn only_a_reachable_ready_worker_that_stays_is_eligible() {
+        let state = |readiness| Known {
+            load: Some(Load { readiness, ..ready(0, 0).load.unwrap() }),
+            ..Known::default()
+        };
+        let leaving = Known { draining: true, ..ready(0, 0) };
+        let none = [
+            Known::default(),
+            state(Readiness::Loading),
+            state(Readiness::Draining),
+            state(Readiness::OtherModel),
+            leaving,
+        ];
+        assert_eq!(pick(&none, &[]), None);
+        let why = why_none(&(0..).zip(none).collect());
+        assert_eq!(
+            why,
+            "no worker can take a sequence: 2, 4 draining; 1 loading; 3 of another model; 0 unreachable"
+        );
+        assert_eq!(why_none(&BTreeMap::new()), "the placement has no workers");
+    }
+
+    #[test]
+    fn a_process_that_failed_the_sequence_comes_last_but_its_successor_does_not() {
+        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[(0, 7)]), Some(1));
+        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[(0, 6)]), Some(0));
+        assert_eq!(pick(&[ready(0, 0)], &[(0, 7)]), Some(0));
+    }
+}

@@ -1,0 +1,95 @@
+//! An answer as server-sent events. A client that leaves drops the stream, and with it every sequence.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures::stream::{self, Stream, StreamExt};
+use serde_json::Value;
+
+use super::choices::{Update, Updates};
+use super::format::{Format, Writer};
+use super::openai::ApiError;
+use super::server::Tracked;
+
+/// Comments keep proxies from closing a connection on which nothing happens.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Streams what `updates` brings after `first`, which is known to be no error: by now the status is 200.
+pub(crate) fn respond<F: Format>(
+    writer: Writer,
+    first: Update,
+    updates: Updates,
+    tracked: Tracked,
+) -> Response {
+    let events = events::<F>(writer, first, updates, tracked);
+    Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
+}
+
+struct State {
+    writer: Arc<Writer>,
+    updates: Updates,
+    /// Choices of which something was sent.
+    opened: Vec<bool>,
+    completion_tokens: usize,
+    /// Ends as "client left" where the stream is dropped before it is complete.
+    tracked: Option<Tracked>,
+}
+
+fn events<F: Format>(
+    writer: Writer,
+    first: Update,
+    updates: Updates,
+    tracked: Tracked,
+) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
+    let opened = vec![false; updates.len().max(first.choice + 1)];
+    let mut state =
+        State { writer: Arc::new(writer), updates, opened, completion_tokens: 0, tracked: Some(tracked) };
+    let opening = state.update::<F>(&first);
+    let rest = stream::unfold(state, |mut state| async move {
+        state.tracked.as_ref()?;
+        let events = match state.updates.next().await {
+            Some(Ok(update)) => state.update::<F>(&update),
+            Some(Err(error)) => state.fail(&error),
+            None => state.complete::<F>(),
+        };
+        Some((events, state))
+    });
+    stream::iter(opening).chain(rest.flat_map(stream::iter)).map(Ok)
+}
+
+impl State {
+    fn update<F: Format>(&mut self, update: &Update) -> Vec<Event> {
+        self.completion_tokens += update.piece.tokens.len();
+        let first = !std::mem::replace(&mut self.opened[update.choice], true);
+        let opening = if first { self.writer.opening::<F>(update.choice) } else { None };
+        let first = first && opening.is_none();
+        let piece = self.writer.piece::<F>(update, first);
+        if first && piece.is_none() {
+            // The prompt's ids come with the first chunk, whichever it is.
+            self.opened[update.choice] = false;
+        }
+        opening.into_iter().chain(piece).map(|value| data(&value)).collect()
+    }
+
+    fn fail(&mut self, error: &ApiError) -> Vec<Event> {
+        if let Some(tracked) = self.tracked.take() {
+            tracked.failed_midway(error.reason());
+        }
+        vec![data(&error.body())]
+    }
+
+    fn complete<F: Format>(&mut self) -> Vec<Event> {
+        if let Some(tracked) = self.tracked.take() {
+            tracked.answered("200");
+        }
+        let usage = self.writer.last::<F>(self.completion_tokens);
+        usage.as_ref().map(data).into_iter().chain([Event::default().data("[DONE]")]).collect()
+    }
+}
+
+fn data(value: &Value) -> Event {
+    Event::default().data(value.to_string())
+}

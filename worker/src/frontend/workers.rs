@@ -1,0 +1,317 @@
+//! The workers as they are now: a `Control.Report` stream is kept open to each of the placement.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use expertmesh_engine::ModelFingerprint;
+use expertmesh_proto::placement::PlacedWorker;
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
+use expertmesh_proto::v1::inference_client::InferenceClient;
+use expertmesh_proto::v1::report_response::State;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+use tonic::transport::{Channel, Endpoint};
+
+use super::route::{self, Avoided, Known, Load, Readiness};
+use crate::mesh::identity::{fingerprint_message, fingerprint_of};
+use crate::mesh::placement::CurrentPlacement;
+use crate::metrics::FrontendMetrics;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A worker reports every second.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
+const KEEPALIVE: Duration = Duration::from_secs(2);
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(1);
+/// Sequences that may wait for a worker at once.
+const QUEUE: usize = 1024;
+
+/// The live view; clones share it.
+#[derive(Clone)]
+pub(crate) struct Workers(Arc<Shared>);
+
+struct Shared {
+    me: v1::Caller,
+    /// How long a sequence may wait for a worker.
+    queue_timeout: Duration,
+    view: Mutex<View>,
+    /// Sent whenever `view` changed.
+    changed: watch::Sender<()>,
+    queue: Semaphore,
+    metrics: FrontendMetrics,
+}
+
+struct View {
+    /// Ours, or that of the first worker that was ready.
+    fingerprint: Option<ModelFingerprint>,
+    workers: BTreeMap<u32, Entry>,
+    /// A worker could take a sequence at some time.
+    was_ready: bool,
+}
+
+struct Entry {
+    placed: PlacedWorker,
+    load: Option<Load>,
+    client: Option<InferenceClient<Channel>>,
+    since_report: u32,
+    in_flight: Arc<AtomicU32>,
+    watch: AbortHandle,
+}
+
+impl Entry {
+    fn known(&self) -> Known {
+        let in_flight = self.in_flight.load(Ordering::Relaxed);
+        Known { draining: self.placed.draining, load: self.load, in_flight, since_report: self.since_report }
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+/// Why no worker takes a sequence.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NoWorker {
+    #[error("too many sequences wait for a worker")]
+    QueueFull,
+    #[error("{0}")]
+    TimedOut(String),
+}
+
+/// A worker that one sequence runs on.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) slot: u32,
+    pub(crate) incarnation: u64,
+    pub(crate) client: InferenceClient<Channel>,
+    in_flight: Arc<AtomicU32>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Workers {
+    /// Workers with another fingerprint than `me` has are not used; where it has none, the first ready worker's counts.
+    pub(crate) fn new(me: v1::Caller, queue_timeout: Duration, metrics: FrontendMetrics) -> Self {
+        let fingerprint = me.fingerprint.as_ref().map(fingerprint_of);
+        let view = Mutex::new(View { fingerprint, workers: BTreeMap::new(), was_ready: false });
+        let (changed, queue) = (watch::Sender::new(()), Semaphore::new(QUEUE));
+        Self(Arc::new(Shared { me, queue_timeout, view, changed, queue, metrics }))
+    }
+
+    /// Watches the workers of each placement, until `placement` is dropped.
+    pub(crate) async fn follow(self, placement: CurrentPlacement) {
+        let mut placements = placement.subscribe();
+        loop {
+            let current = placements.borrow_and_update().clone();
+            self.place(current.workers());
+            if placements.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// `Ok` where a worker can take a sequence now, or could before and a request may wait for one.
+    pub(crate) fn readiness(&self) -> Result<(), String> {
+        let view = self.view();
+        if view.was_ready { Ok(()) } else { Err(route::why_none(&view.known())) }
+    }
+
+    pub(crate) fn changes(&self) -> watch::Receiver<()> {
+        self.0.changed.subscribe()
+    }
+
+    /// The model that is served, in a few characters.
+    pub(crate) fn system_fingerprint(&self) -> Option<String> {
+        let view = self.view();
+        view.fingerprint
+            .as_ref()
+            .map(|print| format!("fp_{}", print.weights.get(..10).unwrap_or(&print.weights)))
+    }
+
+    /// Who calls, for a sequence's request.
+    pub(crate) fn caller(&self, attempt: u32) -> v1::Caller {
+        let fingerprint = self.view().fingerprint.as_ref().map(fingerprint_message);
+        v1::Caller { attempt, fingerprint, ..self.0.me.clone() }
+    }
+
+    /// The least loaded worker; waits for one, bounded in time and in number.
+    pub(crate) async fn lease(&self, avoided: &Avoided) -> Result<Lease, NoWorker> {
+        let mut changes = self.changes();
+        if let Some(lease) = self.try_lease(avoided) {
+            return Ok(lease);
+        }
+        let _place = self.0.queue.try_acquire().map_err(|_| NoWorker::QueueFull)?;
+        let _counted = self.0.metrics.queued();
+        let waiting = async {
+            loop {
+                // The sender lives as long as `self`.
+                let _ = changes.changed().await;
+                if let Some(lease) = self.try_lease(avoided) {
+                    return lease;
+                }
+            }
+        };
+        let found = timeout(self.0.queue_timeout, waiting).await;
+        found.map_err(|_| NoWorker::TimedOut(route::why_none(&self.view().known())))
+    }
+
+    fn try_lease(&self, avoided: &Avoided) -> Option<Lease> {
+        let mut view = self.view();
+        let slot = route::choose(&view.known(), avoided)?;
+        let entry = view.workers.get_mut(&slot)?;
+        let (load, client) = (entry.load?, entry.client.clone()?);
+        entry.since_report += 1;
+        entry.in_flight.fetch_add(1, Ordering::Relaxed);
+        Some(Lease { slot, incarnation: load.incarnation, client, in_flight: entry.in_flight.clone() })
+    }
+
+    fn place(&self, placed: &[PlacedWorker]) {
+        let mut view = self.view();
+        view.workers.retain(|slot, _| placed.iter().any(|worker| worker.slot == *slot));
+        for worker in placed {
+            match view.workers.get_mut(&worker.slot) {
+                Some(entry)
+                    if entry.placed.name == worker.name && entry.placed.addresses == worker.addresses =>
+                {
+                    entry.placed = worker.clone();
+                }
+                _ => {
+                    let watch = tokio::spawn(self.clone().watch(worker.slot, worker.addresses.clone()))
+                        .abort_handle();
+                    let (placed, in_flight) = (worker.clone(), Arc::default());
+                    let entry = Entry { placed, load: None, client: None, since_report: 0, in_flight, watch };
+                    view.workers.insert(worker.slot, entry);
+                }
+            }
+        }
+        self.settle(view);
+    }
+
+    /// Keeps a report stream open for as long as the task lives.
+    async fn watch(self, slot: u32, addresses: Vec<String>) {
+        let mut backoff = FIRST_BACKOFF;
+        loop {
+            for address in &addresses {
+                let (reported, problem) = self.read_reports(slot, address).await;
+                self.lost(slot, &problem);
+                if reported {
+                    backoff = FIRST_BACKOFF;
+                }
+            }
+            sleep(backoff).await;
+            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        }
+    }
+
+    /// Reads reports until the stream breaks: whether there was one, and what went wrong.
+    async fn read_reports(&self, slot: u32, address: &str) -> (bool, String) {
+        let channel = match connect(address).await {
+            Ok(channel) => channel,
+            Err(problem) => return (false, problem),
+        };
+        let request = v1::ReportRequest { caller: Some(self.caller(0)) };
+        let mut control = ControlClient::new(channel.clone());
+        let mut reports = match timeout(REPORT_TIMEOUT, control.report(request)).await {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) => return (false, status.message().to_string()),
+            Err(_) => return (false, "no answer to Report".to_string()),
+        };
+        let mut reported = false;
+        loop {
+            match timeout(REPORT_TIMEOUT, reports.message()).await {
+                Ok(Ok(Some(report))) if report.slot == slot => self.take(report, &channel),
+                Ok(Ok(Some(report))) => return (reported, format!("slot {} answers there", report.slot)),
+                Ok(Ok(None)) => return (reported, "it ended its reports".to_string()),
+                Ok(Err(status)) => return (reported, status.message().to_string()),
+                Err(_) => return (reported, "silent".to_string()),
+            }
+            reported = true;
+        }
+    }
+
+    fn take(&self, report: v1::ReportResponse, channel: &Channel) {
+        let mut view = self.view();
+        let ready = report.state() == State::Ready;
+        let callee = report.callee.unwrap_or_default();
+        let theirs = callee.fingerprint.as_ref().map(fingerprint_of);
+        if ready && view.fingerprint.is_none() {
+            view.fingerprint = theirs.clone();
+        }
+        let difference = match (&view.fingerprint, &theirs) {
+            (Some(ours), Some(theirs)) => ours.difference(theirs),
+            (Some(_), None) if ready => Some("it names no fingerprint".to_string()),
+            _ => None,
+        };
+        let Some(entry) = view.workers.get_mut(&report.slot) else { return };
+        let readiness = match report.state {
+            _ if difference.is_some() => Readiness::OtherModel,
+            state if state == State::Ready as i32 => Readiness::Ready,
+            state if state == State::Draining as i32 => Readiness::Draining,
+            _ => Readiness::Loading,
+        };
+        let before = entry.load.map(|load| (load.incarnation, load.readiness));
+        if before != Some((callee.incarnation, readiness)) {
+            let reason = difference.as_deref().unwrap_or(&report.reason);
+            tracing::info!(worker = entry.placed.name, slot = report.slot, ?readiness, reason, "worker");
+        }
+        let (running, waiting, incarnation) = (report.running, report.waiting, callee.incarnation);
+        if before.is_none() {
+            entry.client = Some(InferenceClient::new(channel.clone()));
+        }
+        entry.load = Some(Load { readiness, running, waiting, incarnation });
+        entry.since_report = 0;
+        self.settle(view);
+    }
+
+    fn lost(&self, slot: u32, problem: &str) {
+        let mut view = self.view();
+        let Some(entry) = view.workers.get_mut(&slot) else { return };
+        if entry.load.take().is_some() {
+            tracing::warn!(worker = entry.placed.name, slot, problem, "worker lost");
+        } else {
+            tracing::debug!(worker = entry.placed.name, slot, problem, "worker not reached");
+        }
+        entry.client = None;
+        self.settle(view);
+    }
+
+    /// Tells everyone who waits that the view changed.
+    fn settle(&self, mut view: MutexGuard<'_, View>) {
+        let eligible = view.workers.values().filter(|entry| entry.known().eligible().is_ok()).count();
+        self.0.metrics.eligible_workers(eligible);
+        view.was_ready |= eligible > 0;
+        drop(view);
+        self.0.changed.send_replace(());
+    }
+
+    fn view(&self) -> MutexGuard<'_, View> {
+        self.0.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl View {
+    fn known(&self) -> BTreeMap<u32, Known> {
+        self.workers.iter().map(|(&slot, entry)| (slot, entry.known())).collect()
+    }
+}
+
+async fn connect(address: &str) -> Result<Channel, String> {
+    let endpoint =
+        Endpoint::from_shared(format!("http://{address}")).map_err(|error| format!("{address}: {error}"))?;
+    let endpoint = endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEPALIVE)
+        .keep_alive_timeout(REPORT_TIMEOUT)
+        .keep_alive_while_idle(true);
+    endpoint.connect().await.map_err(|error| format!("{address}: {error}"))
+}
