@@ -32,11 +32,14 @@ pub(crate) struct Args {
     /// Stop after so many tokens; default: when the context is full
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
+    /// Go on after the end of the sequence, as long as --max-tokens and the context allow
+    #[arg(long)]
+    ignore_eos: bool,
     /// 0 takes the most probable token; default: the model's generation_config.json
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Sample from the most probable tokens that together have this probability
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Sample from so many most probable tokens; 0: from all
     #[arg(long, value_name = "K")]
@@ -76,7 +79,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         Some(text) if !args.json => out.write_all(text.as_bytes()).and_then(|()| out.flush()),
         _ => Ok(()),
     };
-    let request = Request { prompt: &prompt, limit, eos: generation.eos_tokens(), sampling: &sampling };
+    let eos: &[u32] = if args.ignore_eos { &[] } else { generation.eos_tokens() };
+    let request = Request { prompt: &prompt, limit, eos, sampling: &sampling };
     let generated = request.generate(&backend, |token| print(stream.push(token)))?;
     print(stream.finish()).map_err(output_failed)?;
     if args.json {
@@ -99,24 +103,25 @@ impl Args {
 
 /// The prompt's tokens; they leave room for at least one more.
 fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<u32>, Fatal> {
-    let invalid = |message: String| Fatal::new("InvalidPrompt", message);
+    let invalid = |problem: String| Fatal::new("InvalidPrompt", format!("--prompt: {problem}"));
+    let template = ChatTemplate::load(&args.model)?;
     let text = if args.chat {
         let message = Message { role: "user".to_owned(), content: args.prompt.clone() };
-        let rendered = ChatTemplate::load(&args.model)?.render(&[message], true);
+        let rendered = template.render(&[message], true);
         rendered.map_err(|error| Fatal::new(error.reason(), error.to_string()))?
     } else {
         args.prompt.clone()
     };
-    let tokens = tokenizer.encode(&text).map_err(|error| invalid(error.to_string()))?;
+    let mut tokens = tokenizer.encode(&text).map_err(|error| invalid(error.to_string()))?;
+    let bos = template.leading_bos().and_then(|bos| tokenizer.id(bos));
+    if let Some(bos) = bos.filter(|bos| !args.chat && tokens.first() != Some(bos)) {
+        tokens.insert(0, bos);
+    }
     let (count, most) = (tokens.len(), config.max_positions());
     match tokens.iter().find(|&&token| token as usize >= config.vocabulary()) {
-        Some(token) => {
-            Err(invalid(format!("tokenizer.json: token {token} is not in the model's vocabulary")))
-        }
-        None if tokens.is_empty() => Err(invalid("--prompt: no tokens".to_owned())),
-        None if count >= most => {
-            Err(invalid(format!("--prompt: {count} tokens leave no room in a context of {most}")))
-        }
+        Some(token) => Err(invalid(format!("tokenizer.json has token {token}, which the model has not"))),
+        None if tokens.is_empty() => Err(invalid("no tokens".to_owned())),
+        None if count >= most => Err(invalid(format!("{count} tokens leave no room in a context of {most}"))),
         None => Ok(tokens),
     }
 }
@@ -194,11 +199,11 @@ impl Request<'_> {
 impl Generated {
     fn report(&self, prompt: usize) {
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let decoded = self.tokens.len().saturating_sub(1); // the first token is the prompt's
         eprintln!(
-            "prompt: {prompt} tokens, {:.0} tokens/s; decode: {} tokens, {:.0} tokens/s",
+            "prompt: {prompt} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
             rate(prompt, self.prefill),
-            self.tokens.len(),
-            rate(self.tokens.len(), self.decode),
+            rate(decoded, self.decode),
         );
     }
 }
@@ -212,4 +217,60 @@ fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f3
 
 fn output_failed(error: io::Error) -> Fatal {
     Fatal::new("OutputFailed", format!("stdout: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tests::tiny_r1;
+
+    #[derive(serde::Deserialize)]
+    struct Conversation {
+        ids: Vec<u32>,
+        prompt_len: usize,
+        top: Vec<[(u32, f32); 2]>,
+    }
+
+    fn generate(backend: &CpuBackend, prompt: &[u32], limit: usize, sampling: &Sampling) -> Generated {
+        let request = Request { prompt, limit, eos: backend.config().eos_tokens(), sampling };
+        request.generate(backend, |_| Ok(())).unwrap()
+    }
+
+    #[test]
+    fn greedy_answers_are_transformers_where_no_token_was_close() {
+        let backend = load(&tiny_r1()).unwrap();
+        let heldout = std::fs::read(tiny_r1().join("heldout.json")).unwrap();
+        let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
+        let clear = |conversation: &&Conversation| {
+            conversation.top[conversation.prompt_len - 1..]
+                .iter()
+                .all(|[first, second]| first.1 - second.1 > 0.02)
+        };
+        let greedy = Sampling::new(0.0, 1.0, 0, 0.0, 0).unwrap();
+        let mut compared = 0;
+        for Conversation { ids, prompt_len, .. } in conversations.iter().filter(clear) {
+            let (prompt, answer) = ids.split_at(*prompt_len);
+            let generated = generate(&backend, prompt, answer.len(), &greedy);
+            assert_eq!(generated.tokens, answer);
+            let ended = answer.ends_with(backend.config().eos_tokens());
+            assert_eq!(generated.finish_reason, if ended { "stop" } else { "length" });
+            compared += 1;
+        }
+        assert!(compared > 20, "{compared} of {}", conversations.len());
+    }
+
+    #[test]
+    fn a_long_prompt_goes_in_chunks_and_an_answer_ends_where_the_context_does() {
+        let backend = load(&tiny_r1()).unwrap();
+        let prompt: Vec<u32> = (0..1000).map(|i| i * 7 % 1500 + 10).collect();
+        let sampling = Sampling::new(1.0, 1.0, 0, 0.0, 3).unwrap();
+        let request = Request { prompt: &prompt, limit: 24, eos: &[], sampling: &sampling };
+        let generated = request.generate(&backend, |_| Ok(())).unwrap();
+        assert_eq!((generated.tokens.len(), generated.finish_reason), (24, "length"));
+        // A sequence that goes on elsewhere, from any of its tokens, goes on the same.
+        let (before, after) = generated.tokens.split_at(10);
+        let resumed = [&prompt[..], before].concat();
+        let request = Request { prompt: &resumed, limit: 14, ..request };
+        assert_eq!(request.generate(&backend, |_| Ok(())).unwrap().tokens, after);
+    }
 }

@@ -33,6 +33,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
+    verify(&args).map(|ok| if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Prints the table; whether nothing is wrong.
+fn verify(args: &Args) -> Result<bool, Fatal> {
     let golden = SafetensorsFile::open(&args.model.join(GOLDEN))?;
     let backend = load(&args.model)?;
     let tokens = tokens(&golden, &backend)?;
@@ -54,7 +59,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     if let Some(path) = &args.dump {
         dump(&ours, path)?;
     }
-    Ok(if all_ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(all_ok)
 }
 
 fn tokens(golden: &SafetensorsFile, backend: &CpuBackend) -> Result<Vec<u32>, Fatal> {
@@ -256,4 +261,75 @@ fn dump(tensors: &Tensors, path: &Path) -> Result<(), Fatal> {
     });
     let views = views.collect::<Result<Vec<_>, _>>().map_err(|error| failed(error.to_string()))?;
     safetensors::serialize_to_file(views, None, path).map_err(|error| failed(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::tokenizer::tests::tiny_r1;
+
+    /// tiny-r1 with another golden.
+    fn with_golden(name: &str, golden: &Path) -> PathBuf {
+        let model = std::env::temp_dir().join(format!("expertmesh-verify-{name}-{}", std::process::id()));
+        fs::create_dir_all(&model).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            fs::copy(tiny_r1().join(file), model.join(file)).unwrap();
+        }
+        fs::copy(golden, model.join(GOLDEN)).unwrap();
+        model
+    }
+
+    #[test]
+    fn what_was_dumped_verifies_and_a_change_of_it_does_not() {
+        let out = std::env::temp_dir().join(format!("expertmesh-dump-{}.safetensors", std::process::id()));
+        assert!(verify(&Args { model: tiny_r1(), dump: Some(out.clone()) }).unwrap());
+        let model = with_golden("dump", &out);
+        let args = Args { model: model.clone(), dump: None };
+        assert!(verify(&args).unwrap());
+
+        let golden = SafetensorsFile::open(&out).unwrap();
+        let names =
+            |file: &SafetensorsFile| file.names().into_iter().filter(|name| name != "mtp_logits").collect();
+        let recorded: Vec<String> = names(&SafetensorsFile::open(&tiny_r1().join(GOLDEN)).unwrap());
+        assert_eq!(recorded, names(&golden));
+
+        let backend = load(&model).unwrap();
+        let tokens = tokens(&golden, &backend).unwrap();
+        for (name, element) in [("logits", 5), ("weights.2", 3), ("experts.4", 1)] {
+            let mut changed = record(&backend, &tokens, &[whole(&tokens)]).unwrap();
+            match &mut changed.get_mut(name).unwrap().values {
+                Values::F32(values) => values[element] += 1.0,
+                Values::I64(values) => values[element] += 1,
+            }
+            fs::remove_file(model.join(GOLDEN)).unwrap();
+            dump(&changed, &model.join(GOLDEN)).unwrap();
+            assert!(!verify(&args).unwrap(), "{name}");
+        }
+        fs::remove_file(&out).unwrap();
+        fs::remove_dir_all(&model).unwrap();
+    }
+
+    #[test]
+    fn numbers_that_are_not_numbers_are_not_ok() {
+        let relative = |ours: &[f32]| match Verdict::numbers(ours, &[1.0, 2.0]) {
+            Verdict::Numbers { relative, .. } => relative,
+            _ => unreachable!(),
+        };
+        assert_eq!(relative(&[1.0, 2.0]), 0.0);
+        assert!(relative(&[f32::NAN, 2.0]).is_nan());
+        assert!(!Verdict::numbers(&[1.0, f32::NAN], &[1.0, 2.0]).print("logits", &[2]));
+        assert!(!Verdict::numbers(&[1.0], &[0.0]).print("logits", &[1]));
+    }
+
+    #[test]
+    fn a_golden_that_is_missing_or_of_another_vocabulary_is_named() {
+        let missing = verify(&Args { model: "/nowhere".into(), dump: None }).err().unwrap();
+        assert!(missing.message.starts_with("/nowhere/golden.safetensors: "), "{}", missing.message);
+        let other = with_golden("other", &tiny_r1().join("model.safetensors"));
+        let error = verify(&Args { model: other.clone(), dump: None }).err().unwrap();
+        assert_eq!(error.reason, "MissingTensor");
+        fs::remove_dir_all(&other).unwrap();
+    }
 }

@@ -9,7 +9,8 @@ use crate::config::ModelConfig;
 /// Positions per block of the latent cache.
 pub const BLOCK_TOKENS: usize = 64;
 
-/// One step: rows of several sequences, ragged. The rows are those of the spans, one after another.
+/// One step: rows of several sequences, ragged. The rows are those of the spans, one after another. Spans may
+/// continue each other in one sequence, as they must where the logits of several of its rows are wanted.
 #[derive(Debug, Clone, Default)]
 pub struct Step {
     pub spans: Vec<Span>,
@@ -68,7 +69,8 @@ pub struct NotResident {
 }
 
 /// A device that holds a model and computes its layers. Shared by the thread that runs sequences and the one that
-/// serves peers, so that computing takes `&self`.
+/// serves peers, so that computing takes `&self`. It trusts its caller: a token, a position, a block or a row that
+/// does not exist panics.
 pub trait Backend: Send + Sync + 'static {
     /// A matrix of rows on the device.
     type Rows: Send;

@@ -190,22 +190,16 @@ impl Checkpoint {
         }
     }
 
-    /// Every tensor, by name: (name, dtype, shape, bytes).
+    /// Every tensor, sorted by name: (name, dtype, shape, bytes).
     pub(crate) fn tensors(&self) -> Vec<(&str, Dtype, &[usize], &[u8])> {
-        let mut names: Vec<(&str, usize)> =
-            self.homes.iter().map(|(name, &home)| (name.as_str(), home)).collect();
-        names.sort_unstable();
-        let tensor = |(name, home): (&'_ str, usize)| {
+        let tensors = self.homes.iter().filter_map(|(name, &home)| {
             let file = &self.files[home];
             let info = file.metadata.info(name)?;
-            Some((
-                self.homes.get_key_value(name)?.0.as_str(),
-                info.dtype,
-                info.shape.as_slice(),
-                file.bytes(info),
-            ))
-        };
-        names.into_iter().filter_map(tensor).collect()
+            Some((name.as_str(), info.dtype, info.shape.as_slice(), file.bytes(info)))
+        });
+        let mut tensors: Vec<_> = tensors.collect();
+        tensors.sort_unstable_by_key(|&(name, ..)| name);
+        tensors
     }
 
     /// The files' sizes in bytes, sorted.

@@ -3,10 +3,10 @@
 /// How tokens are chosen. Only [`Sampling::new`] makes one, so that its numbers are in range.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    temperature: f64,
-    top_p: f64,
+    temperature: f32,
+    top_p: f32,
     top_k: u32,
-    min_p: f64,
+    min_p: f32,
     seed: u64,
 }
 
@@ -36,7 +36,27 @@ impl Sampling {
         )?;
         check("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1")?;
         check("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1")?;
-        Ok(Self { temperature: temperature.into(), top_p: top_p.into(), top_k, min_p: min_p.into(), seed })
+        Ok(Self { temperature, top_p, top_k, min_p, seed })
+    }
+
+    pub fn temperature(&self) -> f32 {
+        self.temperature
+    }
+
+    pub fn top_p(&self) -> f32 {
+        self.top_p
+    }
+
+    pub fn top_k(&self) -> u32 {
+        self.top_k
+    }
+
+    pub fn min_p(&self) -> f32 {
+        self.min_p
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.seed
     }
 }
 
@@ -55,7 +75,8 @@ struct Candidate {
     weight: f64,
 }
 
-/// The token for `position` of its sequence, from its logits (vocabulary). Equal logits: the lower id. A NaN is
+/// The token for `position` of its sequence (so many tokens stand before it), from its logits (vocabulary). The
+/// temperature comes first, then `top_k`, then `top_p` of what is left; `min_p` is relative to the best token. Equal logits: the lower id. A NaN is
 /// never chosen, unless there is nothing else: then it is token 0.
 pub fn sample(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
     let best = argmax(logits);
@@ -63,8 +84,7 @@ pub fn sample(logits: &[f32], sampling: &Sampling, position: u64) -> u32 {
         return best;
     }
     let candidates = nucleus(logits, f64::from(logits[best as usize]), sampling);
-    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
-    let mut left = uniform(sampling.seed, position) * total;
+    let mut left = uniform(sampling.seed, position) * weight_of(&candidates);
     for candidate in &candidates {
         left -= candidate.weight;
         if left < 0.0 {
@@ -86,35 +106,37 @@ fn argmax(logits: &[f32]) -> u32 {
 
 /// The tokens that the filters keep, the most probable first.
 fn nucleus(logits: &[f32], best: f64, sampling: &Sampling) -> Vec<Candidate> {
-    let weight = |logit: f32| {
-        if logit.is_nan() { 0.0 } else { libm::exp((f64::from(logit) - best) / sampling.temperature) }
-    };
+    let (temperature, top_p) = (f64::from(sampling.temperature), f64::from(sampling.top_p));
+    let weight =
+        |logit: f32| if logit.is_nan() { 0.0 } else { libm::exp((f64::from(logit) - best) / temperature) };
     let mut candidates: Vec<Candidate> =
         (0..).zip(logits).map(|(token, &logit)| Candidate { token, weight: weight(logit) }).collect();
-    let total: f64 = candidates.iter().map(|candidate| candidate.weight).sum();
+    let total = weight_of(&candidates);
 
     // What is below this share of the tail is outside of the nucleus, wherever it ends: together those tokens
     // weigh less than the tail. It saves sorting the whole vocabulary.
-    let tail = (1.0 - sampling.top_p) * total / logits.len() as f64;
-    let floor = sampling.min_p.max(0.0);
-    candidates
-        .retain(|candidate| candidate.weight > 0.0 && candidate.weight >= floor && candidate.weight >= tail);
+    let tail = (1.0 - top_p) * total / logits.len() as f64;
+    let floor = f64::from(sampling.min_p).max(tail);
+    candidates.retain(|candidate| candidate.weight > 0.0 && candidate.weight >= floor);
     candidates.sort_unstable_by(|a, b| b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token)));
 
-    if sampling.top_k > 0 {
+    let mut inside = total;
+    if sampling.top_k > 0 && candidates.len() > sampling.top_k as usize {
         candidates.truncate(sampling.top_k as usize);
+        inside = weight_of(&candidates);
     }
-    let kept: f64 =
-        if sampling.top_k > 0 { candidates.iter().map(|candidate| candidate.weight).sum() } else { total };
     let mut mass = 0.0;
-    let inside = candidates.iter().take_while(|candidate| {
-        let inside = mass < sampling.top_p * kept;
+    let beyond = candidates.iter().position(|candidate| {
+        let beyond = mass >= top_p * inside;
         mass += candidate.weight;
-        inside
+        beyond
     });
-    let inside = inside.count();
-    candidates.truncate(inside.max(1));
+    candidates.truncate(beyond.unwrap_or(candidates.len()));
     candidates
+}
+
+fn weight_of(candidates: &[Candidate]) -> f64 {
+    candidates.iter().map(|candidate| candidate.weight).sum()
 }
 
 /// A number in [0, 1) for a position: SplitMix64's output function (Steele, Lea and Flood, 2014) over the seed's
