@@ -25,14 +25,14 @@ use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, StatefulSet};
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::build::names::EXPERTMESH;
-use crate::build::{OfRevision, Shared};
+use crate::build::names::{EXPERTMESH, query};
+use crate::build::{Component, OfRevision, Owner, Shared};
 
 /// A call to the API server that failed: what was attempted on which object.
 #[derive(Debug, thiserror::Error)]
@@ -120,11 +120,14 @@ pub(crate) async fn revision(client: &Client, objects: &OfRevision) -> Result<()
     Ok(())
 }
 
-/// The next step towards a revision that no longer runs: its frontends end first, for their requests need workers.
-/// `frontends_gone`: no pod of a frontend is left.
-pub(crate) async fn retire(client: &Client, at: (&str, &str), frontends_gone: bool) -> Result<(), ApiError> {
+/// The next step towards the end of a revision. Its frontends end first, for their requests need workers.
+pub(crate) async fn retire(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
+    let name = owner.of_revision(revision);
+    let at = (owner.namespace.as_str(), name.as_str());
     delete::<Deployment>(client, at).await?;
-    if frontends_gone {
+    let frontends = ListParams::default().labels(&query(&owner.selector_of(Component::Frontend, revision)));
+    let pods = Api::<Pod>::namespaced(client.clone(), &owner.namespace).list_metadata(&frontends).await;
+    if pods.map_err(|error| ApiError::new::<Pod>("list", &name, error))?.items.is_empty() {
         delete::<StatefulSet>(client, at).await?;
         delete::<ConfigMap>(client, at).await?;
     }
@@ -132,8 +135,8 @@ pub(crate) async fn retire(client: &Client, at: (&str, &str), frontends_gone: bo
 }
 
 /// Forgets a revision that could be rolled back to.
-pub(crate) async fn forget(client: &Client, at: (&str, &str)) -> Result<(), ApiError> {
-    delete::<ControllerRevision>(client, at).await
+pub(crate) async fn forget(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
+    delete::<ControllerRevision>(client, (&owner.namespace, &owner.of_revision(revision))).await
 }
 
 /// By namespace and name, its dependents in the background. One that is already gone is no error.

@@ -3,7 +3,6 @@
 mod conditions;
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use crate::api::{ModelDeploymentStatus, PlacementStatus};
 use crate::build::names::query;
@@ -12,7 +11,9 @@ use crate::decide::placement::imbalance;
 use crate::decide::{Decision, Desired, Observation, State};
 use crate::metrics::Figures;
 
-pub(crate) use conditions::{INVALID_SPEC, READY, WORKERS_AVAILABLE, condition, invalid, is_waiting};
+pub(crate) use conditions::{
+    INVALID_SPEC, PROGRESSING, READY, WORKERS_AVAILABLE, blocked, condition, is_waiting,
+};
 
 /// Everything that a status depends on.
 pub(crate) struct Situation<'a> {

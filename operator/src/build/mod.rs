@@ -16,7 +16,6 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
 pub(crate) use names::{Component, Owner};
-pub(crate) use pods::TERMINATION_MARGIN_SECONDS;
 pub(crate) use revision::Revision;
 pub(crate) use workloads::{PLACEMENT_KEY, config_map};
 

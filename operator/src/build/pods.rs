@@ -17,7 +17,7 @@ use super::ports;
 use super::workloads::PLACEMENT_KEY;
 
 /// Beside the time to drain: for what is left to do before SIGKILL.
-pub(crate) const TERMINATION_MARGIN_SECONDS: u64 = 30;
+const TERMINATION_MARGIN_SECONDS: u64 = 30;
 /// How long a pod stays on a node that nobody hears of.
 const UNREACHABLE_SECONDS: i64 = 30;
 const PLACEMENT_FOLDER: &str = "/etc/expertmesh";

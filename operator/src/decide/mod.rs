@@ -1,6 +1,7 @@
 //! What to do next, as pure functions: no IO, and no clock but `now`.
 
 pub(crate) mod placement;
+pub(crate) mod rollout;
 #[cfg(test)]
 mod simulation;
 mod step;

@@ -1,5 +1,6 @@
 //! What the decisions drive: a set of workers and frontends that can be seen and acted upon.
 
+pub(crate) mod kubernetes;
 pub(crate) mod process;
 
 use crate::decide::{Action, Observation};

@@ -67,19 +67,21 @@ pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
     verdicts.into_iter().map(stamp).collect()
 }
 
-/// The status of a deployment whose spec cannot be used: what runs is left alone, and so is what is said of it.
-pub(crate) fn invalid(
+/// The status of a deployment that cannot be reconciled, for a reason that has to be told in conditions of some kinds:
+/// what runs is left alone, and so is what is said of it.
+pub(crate) fn blocked(
     before: &ModelDeploymentStatus,
     generation: Option<i64>,
     now: Timestamp,
-    (reason, message): (&str, &str),
+    (kinds, reason, message): (&[&str], &str, &str),
 ) -> ModelDeploymentStatus {
-    let message = format!("{message}; correct the spec (what already runs is left as it is)");
     let mut status = ModelDeploymentStatus { observed_generation: generation, ..before.clone() };
-    for kind in [PROGRESSING, READY] {
-        let condition = stamped(before, generation, now, (kind, Verdict::no(reason, message.clone())));
-        status.conditions.retain(|other| other.type_ != kind);
-        status.conditions.insert(0, condition);
+    for &kind in kinds {
+        let condition = stamped(before, generation, now, (kind, Verdict::no(reason, message)));
+        match status.conditions.iter_mut().find(|other| other.type_ == kind) {
+            Some(other) => *other = condition,
+            None => status.conditions.push(condition),
+        }
     }
     status
 }

@@ -199,8 +199,9 @@ fn a_reason_is_always_one_that_the_api_accepts() {
 #[test]
 fn an_invalid_spec_is_said_without_forgetting_what_runs() {
     let before = computed(&desired(2), &healthy());
-    let status = invalid(&before, Some(8), at("2026-11-24T13:00:00Z"), ("InvalidSpec", "spec.x must be y"));
-    let text = "spec.x must be y; correct the spec (what already runs is left as it is)";
-    assert_eq!(told(&status, "Ready"), ("False".into(), "InvalidSpec".into(), text.into()));
+    let why: (&[&str], _, _) = (&["Progressing", "Ready"], "InvalidSpec", "spec.x must be y");
+    let status = blocked(&before, Some(8), at("2026-11-24T13:00:00Z"), why);
+    assert_eq!(told(&status, "Ready"), ("False".into(), "InvalidSpec".into(), "spec.x must be y".into()));
     assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 6));
+    assert_eq!(blocked(&status, Some(8), at("2026-11-24T14:00:00Z"), why), status);
 }

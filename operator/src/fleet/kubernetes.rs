@@ -1,0 +1,200 @@
+//! One revision of a deployment on Kubernetes: a StatefulSet of workers, frontends, and the streams to both.
+
+mod pods;
+mod streams;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use expertmesh_proto::placement::Placement;
+use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::StatefulSet;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions};
+use kube::{Client, ResourceExt};
+use tracing::{info, warn};
+
+use super::Fleet;
+use crate::apply::{self, ApiError, Object};
+use crate::build::names::{EXPERTMESH, query};
+use crate::build::{Component, Owner, PLACEMENT_KEY, config_map};
+use crate::decide::{Action, Member, Observation, Seen};
+
+use streams::Streams;
+
+pub(crate) use streams::Caller;
+
+pub(crate) struct KubernetesFleet {
+    client: Client,
+    owner: Owner,
+    revision: String,
+    streams: Streams,
+    /// Pods that should have ended long ago, with their nodes, as of the last observation.
+    overdue: Vec<Overdue>,
+}
+
+struct Overdue {
+    pod: String,
+    uid: Option<String>,
+    node: String,
+}
+
+/// A call to the API server that failed. What processes do not take is no error: it is told again.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(crate) struct FleetError(#[from] ApiError);
+
+impl FleetError {
+    pub(crate) fn reason(&self) -> &'static str {
+        self.0.reason()
+    }
+}
+
+impl fmt::Debug for KubernetesFleet {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "KubernetesFleet({}/{})", self.owner.namespace, self.name())
+    }
+}
+
+impl KubernetesFleet {
+    /// `changed` is called, some moments later, when a process reports something that a decision could depend on.
+    pub(crate) fn new(
+        client: Client,
+        owner: Owner,
+        revision: &str,
+        caller: &Caller,
+        changed: impl Fn() + Send + 'static,
+    ) -> Self {
+        let streams = Streams::new(caller, changed);
+        Self { client, owner, revision: revision.into(), streams, overdue: Vec::new() }
+    }
+
+    /// Deletes pods for good that should have ended long ago and whose node is gone: nobody else does, and a StatefulSet
+    /// starts no successor before.
+    pub(crate) async fn end_overdue(&mut self) -> Result<(), FleetError> {
+        for Overdue { pod, uid, node } in std::mem::take(&mut self.overdue) {
+            let nodes: Api<Node> = Api::all(self.client.clone());
+            let found = nodes
+                .get_metadata_opt(&node)
+                .await
+                .map_err(|error| ApiError::new::<Node>("get", &node, error))?;
+            if found.is_some() {
+                continue; // its kubelet may still run the pod: two with one name must not be
+            }
+            info!(pod, node, "its node is gone: deleting it for good");
+            let preconditions = Preconditions { uid, resource_version: None };
+            let parameters = DeleteParams {
+                preconditions: Some(preconditions),
+                ..DeleteParams::default().grace_period(0)
+            };
+            if let Err(error) = self.api::<Pod>().delete(&pod, &parameters).await {
+                warn!("{}", ApiError::new::<Pod>("delete", &pod, error)); // seen again with the next observation
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        self.owner.of_revision(&self.revision)
+    }
+
+    fn api<K: Object>(&self) -> Api<K> {
+        Api::namespaced(self.client.clone(), &self.owner.namespace)
+    }
+
+    async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, FleetError> {
+        Ok(self.api::<K>().get_opt(name).await.map_err(|error| ApiError::new::<K>("get", name, error))?)
+    }
+
+    /// None where there is none, or none that can be read: whoever follows one reports its epoch.
+    async fn placement(&self) -> Result<Placement, FleetError> {
+        let map: Option<ConfigMap> = self.get(&self.name()).await?;
+        let text = map.and_then(|map| map.data?.remove(PLACEMENT_KEY)).unwrap_or_default();
+        if text.is_empty() {
+            return Ok(Placement::default());
+        }
+        Ok(serde_json::from_str(&text).unwrap_or_else(|error| {
+            warn!(
+                config_map = self.name(),
+                "{PLACEMENT_KEY} is no placement and will be written anew: {error}"
+            );
+            Placement::default()
+        }))
+    }
+
+    async fn pods(&self, component: Component) -> Result<Vec<Pod>, FleetError> {
+        let ours = ListParams::default().labels(&query(&self.owner.selector_of(component, &self.revision)));
+        let found = self.api::<Pod>().list(&ours).await;
+        Ok(found.map_err(|error| ApiError::new::<Pod>("list", &self.name(), error))?.items)
+    }
+
+    fn worker(&self, slot: u32, pod: Option<&Pod>) -> Seen {
+        let name = self.owner.worker_pod(&self.revision, slot);
+        let addresses = pods::addresses(&self.owner, Component::Worker, &name, pod);
+        Seen { name, addresses, failure: pod.and_then(pods::failure), ..Seen::default() }
+    }
+
+    fn frontend(&self, pod: &Pod) -> Seen {
+        let name = pod.name_any();
+        let addresses = pods::addresses(&self.owner, Component::Frontend, &name, Some(pod));
+        Seen { name, addresses, failure: pods::failure(pod), ..Seen::default() }
+    }
+
+    async fn resize(&self, size: u32) -> Result<(), FleetError> {
+        let name = self.name();
+        let patch = Patch::Merge(serde_json::json!({"spec": {"replicas": size}}));
+        let parameters = PatchParams { field_manager: Some(EXPERTMESH.into()), ..PatchParams::default() };
+        let scaled = self.api::<StatefulSet>().patch_scale(&name, &parameters, &patch).await;
+        scaled.map_err(|error| ApiError::new::<StatefulSet>("scale", &name, error))?;
+        Ok(())
+    }
+}
+
+impl Fleet for KubernetesFleet {
+    type Error = FleetError;
+
+    async fn observe(&mut self) -> Result<Observation, FleetError> {
+        let set: Option<StatefulSet> = self.get(&self.name()).await?;
+        let size =
+            set.and_then(|set| set.spec?.replicas).and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
+        let placement = self.placement().await?;
+        let workers = self.pods(Component::Worker).await?;
+        let frontends = self.pods(Component::Frontend).await?;
+        let now = Timestamp::now();
+        self.overdue = workers.iter().filter(|pod| pods::is_overdue(pod, now)).filter_map(overdue).collect();
+        // One that ends is seen no more: what it still says is no promise.
+        let lives = |pod: &&Pod| !pods::is_terminating(pod) && !pods::has_ended(pod);
+        let by_slot: BTreeMap<u32, &Pod> =
+            workers.iter().filter(lives).filter_map(|pod| Some((pods::slot(pod)?, pod))).collect();
+        let mut seen = Observation {
+            placement,
+            size,
+            workers: (0..size).map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied()))).collect(),
+            frontends: frontends.iter().filter(lives).map(|pod| self.frontend(pod)).collect(),
+        };
+        self.streams.complete(&mut seen, |slot| by_slot.contains_key(&slot)).await;
+        Ok(seen)
+    }
+
+    async fn act(&mut self, actions: &[Action]) -> Result<(), FleetError> {
+        let mut pushes: Vec<(&Member, &Placement)> = Vec::new();
+        for action in actions {
+            match action {
+                Action::Resize(size) => self.resize(*size).await?,
+                Action::Place(placement) => {
+                    apply::apply(&self.client, &config_map(&self.owner, &self.revision, Some(placement)))
+                        .await?;
+                }
+                Action::Push { to, placement } => pushes.push((to, placement)),
+                Action::Drain { slot } => self.streams.drain(*slot).await,
+            }
+        }
+        // All at once, for one that does not answer must not keep the others waiting.
+        self.streams.tell(pushes).await;
+        Ok(())
+    }
+}
+
+fn overdue(pod: &Pod) -> Option<Overdue> {
+    Some(Overdue { pod: pod.name_any(), uid: pod.uid(), node: pods::node(pod)?.to_string() })
+}

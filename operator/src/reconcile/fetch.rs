@@ -1,0 +1,107 @@
+//! Reads what a reconcile starts from. It is read from the API server, not from a watch's cache: what was written a
+//! moment ago is seen.
+
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, StatefulSet};
+use k8s_openapi::api::core::v1::Service;
+use kube::api::{Api, ListParams};
+use kube::core::{DeserializeGuard, error_boundary::InvalidObject};
+use kube::{Client, Resource, ResourceExt};
+
+use crate::api::{ModelDeployment, ModelDeploymentStatus};
+use crate::apply::{ApiError, Object};
+use crate::build::names::{EXPERTMESH, INSTANCE, MANAGED_BY, REVISION};
+use crate::build::{Owner, Revision};
+use crate::validate::ValidatedDeployment;
+
+use super::Key;
+
+/// A deployment and what runs of it.
+pub(super) struct Found {
+    pub(super) object: ModelDeployment,
+    pub(super) owner: Owner,
+    pub(super) records: Vec<ControllerRevision>,
+    /// Revisions of which there is a StatefulSet or a Deployment.
+    pub(super) running: Vec<String>,
+    /// The revision that the Service for clients selects.
+    pub(super) serving: Option<String>,
+}
+
+/// What there may be under a name.
+pub(super) enum Fetched {
+    Found(Box<Found>),
+    /// It is there, but it is no ModelDeployment that this version can read.
+    Malformed(Box<InvalidObject>),
+    /// It is gone, or about to be.
+    Gone,
+}
+
+pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiError> {
+    let api: Api<DeserializeGuard<ModelDeployment>> = Api::namespaced(client.clone(), &key.namespace);
+    let failed = |error| ApiError::new::<ModelDeployment>("get", &key.name, error);
+    let object = match api.get_opt(&key.name).await.map_err(failed)? {
+        None => return Ok(Fetched::Gone),
+        Some(DeserializeGuard(Err(invalid))) => return Ok(Fetched::Malformed(Box::new(invalid))),
+        Some(DeserializeGuard(Ok(object))) => object,
+    };
+    let Some(reference) = object.controller_owner_ref(&()) else { return Ok(Fetched::Gone) };
+    if object.metadata.deletion_timestamp.is_some() {
+        return Ok(Fetched::Gone); // what it owns goes with it
+    }
+    let owner = Owner { namespace: key.namespace.clone(), name: key.name.clone(), reference };
+    let records = list::<ControllerRevision>(client, key).await?;
+    let stateful_sets = revisions(&list::<StatefulSet>(client, key).await?);
+    let deployments = revisions(&list::<Deployment>(client, key).await?);
+    let running = stateful_sets.union(&deployments).cloned().collect();
+    let serving = serving(client, key).await?;
+    Ok(Fetched::Found(Box::new(Found { object, owner, records, running, serving })))
+}
+
+async fn list<K: Object>(client: &Client, key: &Key) -> Result<Vec<K>, ApiError> {
+    let ours = ListParams::default().labels(&format!("{INSTANCE}={},{MANAGED_BY}={EXPERTMESH}", key.name));
+    let found = Api::<K>::namespaced(client.clone(), &key.namespace).list(&ours).await;
+    Ok(found.map_err(|error| ApiError::new::<K>("list", &key.name, error))?.items)
+}
+
+fn revisions<K: Object>(objects: &[K]) -> BTreeSet<String> {
+    objects.iter().filter_map(|object| object.labels().get(REVISION).cloned()).collect()
+}
+
+async fn serving(client: &Client, key: &Key) -> Result<Option<String>, ApiError> {
+    let api: Api<Service> = Api::namespaced(client.clone(), &key.namespace);
+    let service =
+        api.get_opt(&key.name).await.map_err(|error| ApiError::new::<Service>("get", &key.name, error))?;
+    Ok(service.and_then(|service| service.spec?.selector?.remove(REVISION)))
+}
+
+impl Found {
+    pub(super) fn status(&self) -> ModelDeploymentStatus {
+        self.object.status.clone().unwrap_or_default()
+    }
+
+    /// The revision that the spec asks for: as it was recorded, or a new one. None where no image is known for it.
+    pub(super) fn wanted(&self, deployment: &ValidatedDeployment, image: Option<&str>) -> Option<Revision> {
+        let hash = crate::build::revision::hash(deployment);
+        if let Some(recorded) = self.recorded(&hash) {
+            return Some(recorded);
+        }
+        let has_images = deployment.worker_pod.image.is_some() && deployment.frontend_pod.image.is_some();
+        let image = image.or(has_images.then_some(""))?;
+        Some(Revision::new(&self.owner, deployment, image).after(&self.records))
+    }
+
+    /// One that was made before.
+    pub(super) fn recorded(&self, hash: &str) -> Option<Revision> {
+        self.records.iter().filter_map(Revision::recorded).find(|revision| revision.hash == hash)
+    }
+
+    /// Records of revisions that nothing runs from, beyond the latest that are kept.
+    pub(super) fn forgettable(&self, wanted: &str) -> Vec<String> {
+        let mut idle: Vec<_> = self.records.iter().filter_map(Revision::recorded).collect();
+        idle.retain(|revision| revision.hash != wanted && !self.running.contains(&revision.hash));
+        idle.sort_by_key(|revision| std::cmp::Reverse(revision.number));
+        let kept = crate::build::revision::KEPT.saturating_sub(self.running.len().max(1));
+        idle.into_iter().skip(kept).map(|revision| revision.hash).collect()
+    }
+}

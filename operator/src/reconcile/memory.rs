@@ -1,0 +1,104 @@
+//! What is remembered of deployments between reconciles. Losing it costs time, not correctness.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Mutex as AsyncMutex;
+
+use super::Key;
+use crate::fleet::kubernetes::KubernetesFleet;
+
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+
+pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
+
+#[derive(Default)]
+pub(crate) struct Memory(Mutex<HashMap<Key, Remembered>>);
+
+#[derive(Default)]
+struct Remembered {
+    /// Of the object: another one of the same name is remembered afresh.
+    uid: String,
+    /// By revision.
+    fleets: HashMap<String, SharedFleet>,
+    promoted: Option<Instant>,
+    failures: u32,
+}
+
+impl Memory {
+    /// The fleet of a revision: the one of before, whose streams are up, or a new one.
+    pub(crate) fn fleet(
+        &self,
+        key: &Key,
+        uid: &str,
+        revision: &str,
+        new: impl FnOnce() -> KubernetesFleet,
+    ) -> SharedFleet {
+        let mut all = self.lock();
+        let remembered = all.entry(key.clone()).or_default();
+        if remembered.uid != uid {
+            *remembered = Remembered { uid: uid.into(), ..Remembered::default() };
+        }
+        let fleet =
+            remembered.fleets.entry(revision.into()).or_insert_with(|| Arc::new(AsyncMutex::new(new())));
+        fleet.clone()
+    }
+
+    /// Ends the streams to all revisions but these.
+    pub(crate) fn keep_fleets(&self, key: &Key, revisions: &[&str]) {
+        if let Some(remembered) = self.lock().get_mut(key) {
+            remembered.fleets.retain(|revision, _| revisions.contains(&revision.as_str()));
+        }
+    }
+
+    pub(crate) fn promoted(&self, key: &Key) {
+        self.lock().entry(key.clone()).or_default().promoted = Some(Instant::now());
+    }
+
+    pub(crate) fn promoted_within(&self, key: &Key, time: Duration) -> bool {
+        self.lock().get(key).and_then(|remembered| remembered.promoted).is_some_and(|at| at.elapsed() < time)
+    }
+
+    pub(crate) fn succeeded(&self, key: &Key) {
+        if let Some(remembered) = self.lock().get_mut(key) {
+            remembered.failures = 0;
+        }
+    }
+
+    /// How long to wait before the next attempt: twice as long after every failure.
+    pub(crate) fn failed(&self, key: &Key) -> Duration {
+        let mut all = self.lock();
+        let failures = &mut all.entry(key.clone()).or_default().failures;
+        *failures = failures.saturating_add(1);
+        FIRST_RETRY.saturating_mul(1 << (*failures - 1).min(10)).min(LAST_RETRY)
+    }
+
+    pub(crate) fn forget(&self, key: &Key) {
+        self.lock().remove(key);
+    }
+
+    pub(crate) fn keys(&self) -> Vec<Key> {
+        self.lock().keys().cloned().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Remembered>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_are_ever_further_apart_but_never_more_than_a_minute() {
+        let (memory, key) = (Memory::default(), Key { namespace: "ns".into(), name: "m".into() });
+        let waits: Vec<_> = (0..12).map(|_| memory.failed(&key).as_millis()).collect();
+        assert_eq!(&waits[..4], [500, 1000, 2000, 4000]);
+        assert!(waits.iter().all(|&wait| wait <= 60_000) && waits[11] == 60_000);
+        memory.succeeded(&key);
+        assert_eq!(memory.failed(&key), FIRST_RETRY);
+    }
+}

@@ -1,0 +1,85 @@
+//! Says in the status why a deployment cannot be reconciled. What already runs is left as it is.
+
+use jiff::Timestamp;
+use kube::Resource;
+use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams};
+use kube::core::error_boundary::InvalidObject;
+use kube::runtime::controller::Action;
+use serde_json::{Value, json};
+use tracing::warn;
+
+use super::{Context, Found, Key, ReconcileError};
+use crate::api::{ModelDeployment, ModelDeploymentStatus};
+use crate::apply::ApiError;
+use crate::build::names::EXPERTMESH;
+use crate::events;
+use crate::status::{self, PROGRESSING, READY};
+
+/// What a failed reconcile means for the status: nothing, where the next attempt may succeed.
+pub(super) async fn explain(
+    context: &Context,
+    found: &Found,
+    error: &ReconcileError,
+) -> Result<(), ApiError> {
+    let (kinds, advice): (&[&str], _) = match error {
+        ReconcileError::Invalid(_) => {
+            (&[PROGRESSING, READY], "; correct the spec (what already runs is left as it is)")
+        }
+        ReconcileError::NoImage => (&[PROGRESSING, READY], ""),
+        ReconcileError::Api(error) if ["ApiForbidden", "ApiRejected"].contains(&error.reason()) => {
+            (&[PROGRESSING], "")
+        }
+        _ => return Ok(()),
+    };
+    let before = found.status();
+    let told = (error.reason(), format!("{error}{advice}"));
+    let generation = found.object.metadata.generation;
+    let after = status::blocked(&before, generation, Timestamp::now(), (kinds, told.0, &told.1));
+    context.write(found, &before, &after).await
+}
+
+/// An object that is no ModelDeployment gets its status all the same, through the raw API.
+pub(super) async fn malformed(
+    context: &Context,
+    key: &Key,
+    invalid: &InvalidObject,
+) -> Result<Action, ReconcileError> {
+    let error = ReconcileError::Malformed(invalid.error.clone());
+    warn!(namespace = key.namespace, name = key.name, reason = error.reason(), "{error}");
+    let resource = ApiResource::erase::<ModelDeployment>(&());
+    let api: Api<DynamicObject> = Api::namespaced_with(context.client.clone(), &key.namespace, &resource);
+    let failed = |verb| move |error| ApiError::new::<ModelDeployment>(verb, &key.name, error);
+    let Some(raw) = api.get_opt(&key.name).await.map_err(failed("get"))? else {
+        return Ok(Action::await_change());
+    };
+    // A status that cannot be read either is replaced.
+    let before: ModelDeploymentStatus = raw
+        .data
+        .get("status")
+        .and_then(|status| serde_json::from_value(status.clone()).ok())
+        .unwrap_or_default();
+    let (reason, text) =
+        (error.reason(), format!("{error}; correct it (what already runs is left as it is)"));
+    let generation = invalid.metadata.generation;
+    let after =
+        status::blocked(&before, generation, Timestamp::now(), (&[PROGRESSING, READY], reason, &text));
+    if before != after {
+        let patch = Patch::Apply(status_patch(&key.name, &json!(after)));
+        let parameters = PatchParams::apply(EXPERTMESH).force();
+        let written = api.patch_status(&key.name, &parameters, &patch).await;
+        if let Err(error) = written.map_err(failed("write the status of")) {
+            warn!("{error}"); // an object that breaks its schema may not be writable at all: the Event still tells
+        }
+        context.events.post(&raw.object_ref(&resource), &events::transitions(&before, &after)).await;
+    }
+    Err(error)
+}
+
+pub(super) fn status_patch(name: &str, status: &Value) -> Value {
+    json!({
+        "apiVersion": ModelDeployment::api_version(&()),
+        "kind": ModelDeployment::kind(&()),
+        "metadata": {"name": name},
+        "status": status,
+    })
+}
