@@ -1,5 +1,5 @@
 //! The gate: sigmoid scores, a bias that balances the choice, and the best groups first (DeepSeek-V3 report,
-//! sections 2.1.2 and 2.1.2 "Node-Limited Routing").
+//! section 2.1.2, "Node-Limited Routing" included).
 
 use crate::Routes;
 use crate::config::GateConfig;
@@ -33,7 +33,9 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + libm::expf(-x))
 }
 
-/// The scores (experts), -∞ outside of the groups whose two best experts have the greatest sums.
+/// The scores (experts), -∞ outside of the groups whose two best experts have the greatest sums. DeepSeek's own code
+/// masks with -∞ too; a mask of 0, as some versions of transformers have it, lets experts of a dropped group in where
+/// too few of the kept ones have positive scores.
 fn within_best_groups(gate: &GateConfig, mut scores: Vec<f32>) -> Vec<f32> {
     let size = gate.experts / gate.groups;
     let sum_of_best = |group: &[f32]| top(GROUP_TOP.min(size), group).iter().map(|&i| group[i]).sum();

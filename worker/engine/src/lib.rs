@@ -1,6 +1,6 @@
 //! ExpertMesh's engine: checkpoints, the forward pass, the paged latent cache, sampling. It knows no network.
 //!
-//! [`forward`] is the whole of a step; [`Backend`] is what a device does for it and [`Exchange`] is how the rows of
+//! [`forward()`] is the whole of a step; [`Backend`] is what a device does for it and [`Exchange`] is how the rows of
 //! a mixture-of-experts layer reach the experts that are elsewhere. [`CpuBackend`] computes the reference numerics.
 
 mod backend;

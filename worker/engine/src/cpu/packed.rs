@@ -12,7 +12,7 @@ pub(crate) fn packed_bytes(outputs: usize, inputs: usize) -> u64 {
     (outputs.next_multiple_of(LANES) * inputs * size_of::<u16>()) as u64
 }
 
-/// Weights as [outputs / 16][inputs][16] bf16, zero-padded.
+/// Weights as `[outputs / 16][inputs][16]` bf16, zero-padded.
 pub(crate) struct Packed {
     outputs: usize,
     inputs: usize,
