@@ -3,7 +3,7 @@
 //! The rules are those of the CustomResourceDefinition, run here: `up`, `plan` and the operator refuse what the API
 //! server refuses, with its words.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::api::{ModelDeployment, PodFields};
@@ -66,6 +66,11 @@ impl ValidatedDeployment {
             frontend_pod: spec.frontend.pod.clone(),
             _checked: (),
         })
+    }
+
+    /// Where the model is on a disk on which the image's root is `root`.
+    pub(crate) fn model_below(&self, root: &Path) -> PathBuf {
+        root.join(self.model_path.strip_prefix("/").unwrap_or(&self.model_path))
     }
 }
 

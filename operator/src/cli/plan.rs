@@ -1,0 +1,211 @@
+//! `expertmesh plan`: where a deployment's experts would be, decided as the operator decides it. Needs the model's
+//! config.json, and nothing that runs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use expertmesh_engine::ModelConfig;
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
+use k8s_openapi::Resource;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+
+use crate::build::{self, Owner, Revision, Size};
+use crate::decide::ModelShape;
+use crate::decide::placement::{imbalance, place};
+use crate::manifest;
+use crate::validate::ValidatedDeployment;
+
+#[derive(Args)]
+pub(crate) struct Plan {
+    /// The ModelDeployment, as YAML.
+    file: PathBuf,
+    /// Where the image's root lies on this disk: file:///models/m is ROOT/models/m.
+    #[arg(long, default_value = "/")]
+    root: PathBuf,
+    /// With so many workers, whatever the file says.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    workers: Option<u32>,
+    /// What a disk reads, for the time that an expert without a live copy takes to come back.
+    #[arg(long, value_name = "MB/S", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    disk: u32,
+}
+
+pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
+    let mut deployment = manifest::read(&plan.file)?;
+    deployment.desired.workers = plan.workers.unwrap_or(deployment.desired.workers);
+    let (copies, workers) = (deployment.desired.min_replicas, deployment.desired.workers);
+    ensure!(copies <= workers, "spec.experts.minReplicas ({copies}) must not be above --workers ({workers})");
+    let directory = deployment.model_below(&plan.root);
+    let config =
+        ModelConfig::read(&directory).with_context(|| format!("the model at {}", directory.display()))?;
+    print!("{}", render(&deployment, &shape(&config), u64::from(plan.disk) * 1_000_000));
+    Ok(())
+}
+
+fn shape(config: &ModelConfig) -> ModelShape {
+    ModelShape {
+        first_moe_layer: config.first_moe_layer() as u32,
+        layers: config.layers() as u32,
+        experts: config.experts() as u32,
+        expert_bytes: config.expert_bytes(),
+        dense_bytes: config.dense_bytes(),
+    }
+}
+
+/// `disk` in bytes a second.
+fn render(deployment: &ValidatedDeployment, shape: &ModelShape, disk: u64) -> String {
+    let (workers, copies) = (deployment.desired.workers, deployment.desired.min_replicas);
+    let slots: Vec<u32> = (0..workers).collect();
+    let target = place(shape, &slots, copies, &BTreeMap::new());
+    let all: usize = target.values().map(ExpertSet::len).sum();
+    let mut text = format!(
+        "{}: {} experts in each of {} layers, on {}, each at least {}\n\n",
+        deployment.name,
+        shape.experts,
+        shape.layers - shape.first_moe_layer,
+        counted(workers, "worker"),
+        if copies == 1 { "once".into() } else { format!("{copies} times") },
+    );
+    text += &table(&target, shape, all);
+    let held = |set: &ExpertSet| set.len() as u64 * shape.expert_bytes;
+    let most = target.values().map(held).max().unwrap_or(0);
+    let placed = target.into_iter().map(|(slot, experts)| PlacedWorker {
+        slot,
+        name: String::new(),
+        addresses: vec![],
+        experts,
+        draining: false,
+    });
+    let imbalance = Placement::new(1, placed.collect()).map_or(1.0, |placement| imbalance(&placement));
+    let lines = [
+        ("copies", format!("{all} of {} (layer, expert) pairs", all as u32 / copies.min(workers))),
+        ("dense part", format!("{} on every worker", HumanBytes(shape.dense_bytes))),
+        (
+            "resident",
+            format!(
+                "{} in all",
+                HumanBytes(all as u64 * shape.expert_bytes + u64::from(workers) * shape.dense_bytes)
+            ),
+        ),
+        ("imbalance", format!("{imbalance:.2} (most over mean)")),
+        ("recovery", recovery(shape.expert_bytes, most, disk)),
+    ];
+    text += "\n";
+    for (name, line) in lines {
+        let _ = writeln!(text, "{name:<11} {line}");
+    }
+    text += "\nobjects     ";
+    text + &objects(deployment).join("\n            ") + "\n"
+}
+
+fn recovery(expert: u64, worker: u64, disk: u64) -> String {
+    format!(
+        "without a live copy {} for one expert of one layer, {} for a whole worker's, from a disk of {}/s",
+        time(expert, disk),
+        time(worker, disk),
+        DecimalBytes(disk)
+    )
+}
+
+fn time(bytes: u64, disk: u64) -> String {
+    let time = Duration::from_secs_f64(bytes as f64 / disk as f64);
+    if time < Duration::from_secs(60) { format!("{time:.1?}") } else { HumanDuration(time).to_string() }
+}
+
+/// One row for every run of layers in which a worker holds the same experts.
+fn table(target: &BTreeMap<u32, ExpertSet>, shape: &ModelShape, all: usize) -> String {
+    let mut rows = vec![["WORKER", "LAYERS", "EXPERTS", "RESIDENT", "SHARE"].map(String::from)];
+    for (slot, set) in target {
+        let resident = HumanBytes(set.len() as u64 * shape.expert_bytes + shape.dense_bytes).to_string();
+        let share = format!("{:.1} %", 100.0 * set.len() as f64 / all.max(1) as f64);
+        let mut first = [slot.to_string(), resident, share];
+        for (layers, experts) in runs(set) {
+            let [slot, resident, share] = std::mem::take(&mut first);
+            rows.push([slot, layers, experts, resident, share]);
+        }
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths = [0, 1, 2, 3, 4].map(width);
+    let line = |row: &[String; 5]| {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
+    };
+    rows.iter().map(line).collect()
+}
+
+/// Layers that follow each other with the same experts: ("1-5", "0-7").
+fn runs(set: &ExpertSet) -> Vec<(String, String)> {
+    let mut runs: Vec<(u32, u32, String)> = vec![];
+    for (&layer, experts) in &set.0 {
+        let alone = ExpertSet(BTreeMap::from([(layer, experts.clone())]));
+        let ranges = serde_json::to_value(alone).unwrap_or_default();
+        let ranges = ranges[layer.to_string()].as_str().unwrap_or("none").to_string();
+        match runs.last_mut() {
+            Some((_, last, same)) if *same == ranges => *last = layer,
+            _ => runs.push((layer, layer, ranges)),
+        }
+    }
+    let range = |first, last| if first == last { format!("{first}") } else { format!("{first}-{last}") };
+    runs.into_iter().map(|(first, last, experts)| (range(first, last), experts)).collect()
+}
+
+/// What the operator would create, by kind and name.
+fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
+    let reference = OwnerReference::default();
+    let owner = Owner { namespace: "default".into(), name: deployment.name.clone(), reference };
+    let revision = Revision::new(&owner, deployment, "");
+    let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
+    let own = build::of_revision(&owner, &revision, size);
+    let shared = build::shared(&owner, &revision.hash, None);
+    let [workers_policy, frontends_policy] = &shared.network_policies;
+    vec![
+        named(&own.workers, &own.workers.metadata),
+        named(&own.frontends, &own.frontends.metadata),
+        named(&own.placement, &own.placement.metadata),
+        named(&own.record, &own.record.metadata),
+        named(&shared.client_service, &shared.client_service.metadata),
+        named(&shared.workers_service, &shared.workers_service.metadata),
+        named(&shared.disruption_budget, &shared.disruption_budget.metadata),
+        named(&shared.service_account, &shared.service_account.metadata),
+        named(workers_policy, &workers_policy.metadata),
+        named(frontends_policy, &frontends_policy.metadata),
+    ]
+}
+
+fn named<K: Resource>(_: &K, metadata: &ObjectMeta) -> String {
+    format!("{}/{}", K::KIND, metadata.name.as_deref().unwrap_or_default())
+}
+
+fn counted(count: u32, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn plan(workers: u32, copies: u32) -> String {
+        let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut deployment = manifest::read(&top.join("deploy/samples/tiny-r1.yaml")).unwrap();
+        (deployment.desired.workers, deployment.desired.min_replicas) = (workers, copies);
+        let config = ModelConfig::read(&deployment.model_below(&top.join("tests"))).unwrap();
+        render(&deployment, &shape(&config), 1_000_000_000)
+    }
+
+    #[test]
+    fn the_sample_is_planned_as_eight_experts_on_each_of_four_workers() {
+        insta::assert_snapshot!(plan(4, 1));
+    }
+
+    #[test]
+    fn uneven_numbers_are_planned_within_one_expert() {
+        insta::assert_snapshot!(plan(5, 2));
+    }
+}

@@ -1,0 +1,273 @@
+//! The client of the Control service of workers and frontends, for both fleets: keeps a stream of reports open to each,
+//! tells placements, asks to drain. Remembers per process what it said and was told.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use expertmesh_proto::placement::{ExpertSet, MAX_EXPERTS, Placement};
+use expertmesh_proto::v1::control_client::ControlClient;
+use expertmesh_proto::v1::report_response::State as WireState;
+use expertmesh_proto::{Invalid, v1};
+use futures::future::join_all;
+use jiff::Timestamp;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::decide::{Member, ModelShape, Report, Seen, State};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// For a call that answers at once.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Reports come at least every second.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(4);
+const RETRY: Duration = Duration::from_millis(200);
+const LONGEST_RETRY: Duration = Duration::from_secs(2);
+/// More layers than any model has; bounds what a report can make us place.
+const MAX_LAYERS: u32 = 1024;
+
+/// Connections to the members of one deployment.
+pub(crate) struct Control {
+    caller: v1::Caller,
+    changed: Arc<Notify>,
+    peers: BTreeMap<Member, Peer>,
+}
+
+struct Peer {
+    addresses: Vec<String>,
+    heard: Arc<Mutex<Heard>>,
+    listening: JoinHandle<()>,
+}
+
+/// What is known of one process.
+struct Heard {
+    channel: Option<Channel>,
+    incarnation: u64,
+    report: Option<Report>,
+    silent_since: Option<Timestamp>,
+    draining_since: Option<Timestamp>,
+    told: Option<Placement>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ControlError {
+    #[error("{0}")]
+    Connect(#[from] tonic::transport::Error),
+    #[error("{}: {}", .0.code(), .0.message())]
+    Call(#[from] Status),
+    #[error("a report that is none: {0}")]
+    Report(#[from] Invalid),
+    #[error("no report for {} s", REPORT_TIMEOUT.as_secs())]
+    Silence,
+    #[error("the stream of reports ended")]
+    Ended,
+    #[error("no address is known")]
+    NoAddress,
+}
+
+impl Control {
+    /// `name` and `incarnation` identify this process to the members; `changed` is notified at every report and loss.
+    pub(crate) fn new(name: String, incarnation: u64, changed: Arc<Notify>) -> Self {
+        let caller = v1::Caller { name, incarnation, attempt: 0, fingerprint: None };
+        Self { caller, changed, peers: BTreeMap::new() }
+    }
+
+    /// Listens to exactly these members at these addresses (in the order to try). One whose addresses changed is a new
+    /// process; one without addresses is silent.
+    pub(crate) fn listen(&mut self, members: BTreeMap<Member, Vec<String>>) {
+        self.peers.retain(|member, peer| members.get(member) == Some(&peer.addresses));
+        for (member, addresses) in members {
+            let start = || Peer::start(addresses.clone(), self.caller.clone(), self.changed.clone());
+            self.peers.entry(member).or_insert_with(start);
+        }
+    }
+
+    /// Completes what is seen of a member with what it said, and what it was told.
+    pub(crate) fn complete(&self, member: &Member, seen: &mut Seen) {
+        let Some(peer) = self.peers.get(member) else { return };
+        let heard = lock(&peer.heard);
+        seen.report = heard.report.clone();
+        seen.silent_since = heard.silent_since;
+        seen.draining_since = heard.draining_since;
+        seen.told = heard.told.clone();
+    }
+
+    /// `Control.ApplyPlacement` to all of these at once. Who cannot be told stays untold: the next decision tells again.
+    pub(crate) async fn tell(&self, pushes: Vec<(&Member, &Placement)>) {
+        let told = pushes.into_iter().filter_map(|(member, placement)| {
+            let peer = self.peers.get(member)?;
+            Some(async move {
+                if let Err(error) = peer.apply(self.caller.clone(), placement).await {
+                    tracing::warn!(?member, epoch = placement.epoch(), %error, "a placement could not be told");
+                }
+            })
+        });
+        join_all(told).await;
+    }
+
+    /// `Control.Drain`, without waiting for its end.
+    pub(crate) fn drain(&self, member: &Member) {
+        if let Some(peer) = self.peers.get(member) {
+            peer.drain(member.clone(), self.caller.clone());
+        }
+    }
+}
+
+impl Peer {
+    fn start(addresses: Vec<String>, caller: v1::Caller, changed: Arc<Notify>) -> Self {
+        let heard = Arc::new(Mutex::new(Heard {
+            channel: None,
+            incarnation: 0,
+            report: None,
+            silent_since: Some(Timestamp::now()),
+            draining_since: None,
+            told: None,
+        }));
+        let listening = tokio::spawn(listen(addresses.clone(), caller, heard.clone(), changed));
+        Self { addresses, heard, listening }
+    }
+
+    async fn apply(&self, caller: v1::Caller, placement: &Placement) -> Result<(), ControlError> {
+        let (channel, incarnation) = {
+            let heard = lock(&self.heard);
+            (heard.channel.clone().ok_or(ControlError::NoAddress)?, heard.incarnation)
+        };
+        let request =
+            v1::ApplyPlacementRequest { caller: Some(caller), placement: Some(placement.to_proto()) };
+        let mut request = tonic::Request::new(request);
+        request.set_timeout(CALL_TIMEOUT);
+        ControlClient::new(channel).apply_placement(request).await?;
+        let mut heard = lock(&self.heard);
+        if heard.incarnation == incarnation {
+            heard.told = Some(placement.clone());
+        }
+        Ok(())
+    }
+
+    fn drain(&self, member: Member, caller: v1::Caller) {
+        let channel = {
+            let mut heard = lock(&self.heard);
+            heard.draining_since.get_or_insert_with(Timestamp::now);
+            heard.channel.clone()
+        };
+        let heard = self.heard.clone();
+        tokio::spawn(async move {
+            let result = match channel {
+                Some(channel) => {
+                    let request = v1::DrainRequest { caller: Some(caller) };
+                    ControlClient::new(channel).drain(request).await.map_err(ControlError::from)
+                }
+                None => Err(ControlError::NoAddress),
+            };
+            if let Err(error) = result {
+                tracing::warn!(?member, %error, "a worker did not drain");
+                lock(&heard).draining_since = None;
+            }
+        });
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.listening.abort();
+    }
+}
+
+/// Keeps one member's reports coming, for ever.
+async fn listen(addresses: Vec<String>, caller: v1::Caller, heard: Arc<Mutex<Heard>>, changed: Arc<Notify>) {
+    let mut pause = RETRY;
+    loop {
+        for address in &addresses {
+            let Err(error) = reports(address, &caller, &heard, &changed).await;
+            tracing::debug!(%address, %error, "no reports");
+            let mut heard = lock(&heard);
+            if heard.report.take().is_some() {
+                pause = RETRY;
+                heard.silent_since = Some(Timestamp::now());
+                changed.notify_one();
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_RETRY);
+    }
+}
+
+async fn reports(
+    address: &str,
+    caller: &v1::Caller,
+    heard: &Mutex<Heard>,
+    changed: &Notify,
+) -> Result<std::convert::Infallible, ControlError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(CONNECT_TIMEOUT);
+    let channel = endpoint.tcp_nodelay(true).connect().await?;
+    let request = v1::ReportRequest { caller: Some(caller.clone()) };
+    let mut client = ControlClient::new(channel.clone());
+    let opened = tokio::time::timeout(CALL_TIMEOUT, client.report(request));
+    let mut stream = opened.await.map_err(|_| ControlError::Silence)??.into_inner();
+    loop {
+        let next = tokio::time::timeout(REPORT_TIMEOUT, stream.message());
+        let message = next.await.map_err(|_| ControlError::Silence)??.ok_or(ControlError::Ended)?;
+        let incarnation = message.callee.as_ref().map_or(0, |callee| callee.incarnation);
+        let report = checked(message)?;
+        lock(heard).take(report, incarnation, channel.clone());
+        changed.notify_one();
+    }
+}
+
+impl Heard {
+    fn take(&mut self, report: Report, incarnation: u64, channel: Channel) {
+        if self.incarnation != incarnation {
+            (self.incarnation, self.told, self.draining_since) = (incarnation, None, None);
+        }
+        if report.state == State::Draining {
+            self.draining_since.get_or_insert_with(Timestamp::now);
+        }
+        self.channel = Some(channel);
+        self.report = Some(report);
+        self.silent_since = None;
+    }
+}
+
+/// A report from the wire, or the field that is wrong in it.
+fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
+    let state = match message.state() {
+        WireState::Loading => State::Loading,
+        WireState::Ready => State::Ready,
+        WireState::Draining => State::Draining,
+        WireState::Unspecified => return Err(Invalid::new("state", "missing")),
+    };
+    Ok(Report {
+        state,
+        resident: ExpertSet::from_proto(&message.resident)?,
+        shape: message.shape.map(checked_shape).transpose()?,
+        reason: message.reason,
+        epoch: message.epoch,
+        placement_hash: message.placement_hash,
+        resident_bytes: message.resident_bytes,
+        experts_loading: message.experts_loading,
+        running: message.running,
+        waiting: message.waiting,
+        bytes_loaded: message.bytes_loaded,
+        bytes_to_load: message.bytes_to_load,
+    })
+}
+
+fn checked_shape(shape: v1::ModelShape) -> Result<ModelShape, Invalid> {
+    let v1::ModelShape { first_moe_layer, layers, experts, expert_bytes, dense_bytes, .. } = shape;
+    if layers > MAX_LAYERS || first_moe_layer > layers {
+        return Err(Invalid::new(
+            "shape.layers",
+            format!("{first_moe_layer} to {layers}; at most {MAX_LAYERS} and ascending"),
+        ));
+    }
+    if experts == 0 || experts > MAX_EXPERTS {
+        return Err(Invalid::new("shape.experts", format!("{experts}; must be from 1 to {MAX_EXPERTS}")));
+    }
+    Ok(ModelShape { first_moe_layer, layers, experts, expert_bytes, dense_bytes })
+}
+
+fn lock(heard: &Mutex<Heard>) -> MutexGuard<'_, Heard> {
+    heard.lock().unwrap_or_else(PoisonError::into_inner)
+}

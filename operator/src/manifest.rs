@@ -1,0 +1,290 @@
+//! From a YAML file to a ModelDeployment, as strict as the API server with `--validate=strict`: a field that the schema
+//! does not know is an error which names it.
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use kube::CustomResourceExt;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::api::ModelDeployment;
+use crate::validate::{ValidatedDeployment, ValidationError};
+
+/// A ModelDeployment in a file is a page; this keeps us from reading a checkpoint.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The fields of `metadata`, which a CustomResourceDefinition leaves to the API server.
+const METADATA: [&str; 15] = [
+    "annotations",
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "finalizers",
+    "generateName",
+    "generation",
+    "labels",
+    "managedFields",
+    "name",
+    "namespace",
+    "ownerReferences",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+];
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ManifestError {
+    #[error("{}: {error}", path.display())]
+    Read { path: PathBuf, error: io::Error },
+    #[error("{}: {problem}", path.display())]
+    Malformed { path: PathBuf, problem: String },
+    #[error("{}: {error}", path.display())]
+    Invalid { path: PathBuf, error: ValidationError },
+}
+
+/// Reads the one ModelDeployment of a file.
+pub(crate) fn read(path: &Path) -> Result<ValidatedDeployment, ManifestError> {
+    let unreadable = |error| ManifestError::Read { path: path.into(), error };
+    let size = fs::metadata(path).map_err(unreadable)?.len();
+    if size > MAX_BYTES {
+        return Err(unreadable(io::Error::other(format!(
+            "{size} bytes; at most {MAX_BYTES} are a ModelDeployment"
+        ))));
+    }
+    let text = fs::read_to_string(path).map_err(unreadable)?;
+    let object = parse(&text).map_err(|problem| ManifestError::Malformed { path: path.into(), problem })?;
+    ValidatedDeployment::new(&object).map_err(|error| ManifestError::Invalid { path: path.into(), error })
+}
+
+/// The one ModelDeployment of a YAML text, or what is wrong, by field.
+fn parse(text: &str) -> Result<ModelDeployment, String> {
+    let mut documents = vec![];
+    for document in serde_yaml::Deserializer::from_str(text) {
+        let document = serde_yaml::Value::deserialize(document).map_err(|error| error.to_string())?;
+        if document != serde_yaml::Value::Null {
+            documents.push(document);
+        }
+    }
+    let document = match (documents.pop(), documents.len()) {
+        (Some(document), 0) => serde_json::to_value(document).map_err(|error| error.to_string())?,
+        (Some(_), others) => return Err(format!("{} documents; expected one ModelDeployment", others + 1)),
+        (None, _) => return Err("no document; expected one ModelDeployment".into()),
+    };
+    let api_version = format!("{}/{}", group(), version());
+    for (field, expected) in [("kind", "ModelDeployment"), ("apiVersion", api_version.as_str())] {
+        match document.get(field).and_then(Value::as_str) {
+            Some(found) if found == expected => {}
+            Some(found) => return Err(format!("{field}: {found}; expected {expected}")),
+            None => return Err(format!("{field}: missing; expected {expected}")),
+        }
+    }
+    check(&schema(), &document, "")?;
+    serde_json::from_value(document).map_err(|error| error.to_string())
+}
+
+fn group() -> String {
+    ModelDeployment::crd().spec.group
+}
+
+fn version() -> String {
+    ModelDeployment::crd().spec.versions.into_iter().map(|version| version.name).next().unwrap_or_default()
+}
+
+/// The schema of the CustomResourceDefinition, with what the API server adds to every object.
+fn schema() -> Value {
+    let version = ModelDeployment::crd().spec.versions.into_iter().next();
+    let schema = version.and_then(|version| version.schema?.open_api_v3_schema);
+    let mut schema = serde_json::to_value(schema).unwrap_or_default();
+    let metadata: Map<String, Value> = METADATA.iter().map(|field| (field.to_string(), json!({}))).collect();
+    for (field, text) in [("apiVersion", json!({"type": "string"})), ("kind", json!({"type": "string"}))] {
+        schema["properties"][field] = text;
+    }
+    schema["properties"]["metadata"] = json!({"type": "object", "properties": metadata});
+    schema["properties"]["metadata"]["properties"]["name"] = json!({"type": "string"});
+    schema
+}
+
+/// Whether the value is of the schema's type, has what it requires, and nothing that it does not know.
+fn check(schema: &Value, value: &Value, path: &str) -> Result<(), String> {
+    if let Some(expected) = schema["type"].as_str().filter(|expected| !is_a(value, expected)) {
+        return Err(format!("{path}: {value} is not {}", article(expected)));
+    }
+    match value {
+        Value::Object(fields) => {
+            let of_any = schema.get("additionalProperties");
+            let known = schema["properties"].as_object();
+            for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
+                let schema = known.and_then(|known| known.get(field)).or(of_any);
+                match schema {
+                    Some(schema) => check(schema, value, &join(path, field))?,
+                    None => unknown(known, &join(path, field))?,
+                }
+            }
+            let required = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str);
+            let missing = required.into_iter().find(|field| fields.get(*field).is_none_or(Value::is_null));
+            missing.map_or(Ok(()), |field| Err(format!("{}: missing", join(path, field))))
+        }
+        Value::Array(items) => {
+            let mut numbered = items.iter().enumerate();
+            numbered.try_for_each(|(at, item)| check(&schema["items"], item, &format!("{path}[{at}]")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A schema without properties takes anything.
+fn unknown(known: Option<&Map<String, Value>>, path: &str) -> Result<(), String> {
+    let Some(known) = known else { return Ok(()) };
+    let names: Vec<&str> = known.keys().map(String::as_str).collect();
+    Err(format!("{path}: unknown field, expected one of {}", names.join(", ")))
+}
+
+fn is_a(value: &Value, expected: &str) -> bool {
+    match expected {
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        "string" => value.is_string(),
+        "boolean" => value.is_boolean(),
+        "integer" => value.is_i64() || value.is_u64(),
+        "number" => value.is_number(),
+        _ => true,
+    }
+}
+
+fn article(name: &str) -> String {
+    let vowel = name.starts_with(['a', 'e', 'i', 'o', 'u']);
+    format!("{} {name}", if vowel { "an" } else { "a" })
+}
+
+fn join(path: &str, field: &str) -> String {
+    if path.is_empty() { field.into() } else { format!("{path}.{field}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &str = include_str!("../../deploy/samples/tiny-r1.yaml");
+
+    fn validate(text: &str) -> Result<ValidatedDeployment, String> {
+        ValidatedDeployment::new(&parse(text)?).map_err(|error| error.to_string())
+    }
+
+    fn error(text: &str) -> String {
+        validate(text).expect_err(text)
+    }
+
+    /// The smallest deployment, with more lines below `spec`.
+    fn deployment(name: &str, lines: &str) -> String {
+        let head = "apiVersion: expertmesh.dev/v1alpha1\nkind: ModelDeployment\n";
+        format!("{head}metadata: {{name: {name}}}\nspec:\n  model: {{uri: file:///models/m}}\n{lines}")
+    }
+
+    #[test]
+    fn the_sample_is_four_workers_and_one_frontend() {
+        let deployment = validate(SAMPLE).unwrap();
+        assert_eq!((deployment.desired.workers, deployment.frontends), (4, 1));
+        assert_eq!(deployment.model_path, PathBuf::from("/models/tiny-r1"));
+    }
+
+    #[test]
+    fn everything_but_the_model_has_a_default() {
+        let deployment = validate(&deployment("m", "")).unwrap();
+        assert_eq!(
+            (deployment.desired.workers, deployment.desired.min_replicas, deployment.frontends),
+            (1, 1, 1)
+        );
+        assert_eq!(deployment.desired.drain_timeout.as_secs(), 300);
+        assert_eq!((deployment.max_context_tokens, deployment.desired.paused), (None, false));
+    }
+
+    #[test]
+    fn an_unknown_field_is_named_with_its_path() {
+        let typo = error(&deployment("m", "  workers: {replica: 3}"));
+        assert!(typo.starts_with("spec.workers.replica: unknown field, expected one of "), "{typo}");
+        assert!(typo.contains("replicas"), "{typo}");
+        let nested = error(&deployment("m", "  workers: {tolerations: [{key: a, efect: NoSchedule}]}"));
+        assert!(
+            nested.starts_with("spec.workers.tolerations[0].efect: unknown field, expected one of "),
+            "{nested}"
+        );
+        assert!(
+            error(&format!("{}\nsepc: {{}}", deployment("m", "")))
+                .starts_with("sepc: unknown field, expected one of ")
+        );
+    }
+
+    #[test]
+    fn another_type_or_a_missing_field_is_named() {
+        assert_eq!(
+            error(&deployment("m", "  workers: {replicas: two}")),
+            r#"spec.workers.replicas: "two" is not an integer"#
+        );
+        assert_eq!(
+            error(&deployment("m", "").replace("{uri: file:///models/m}", "{}")),
+            "spec.model.uri: missing"
+        );
+    }
+
+    #[test]
+    fn only_one_model_deployment_is_read_from_a_file() {
+        assert_eq!(error(""), "no document; expected one ModelDeployment");
+        assert_eq!(error(&format!("{SAMPLE}\n---\n{SAMPLE}")), "2 documents; expected one ModelDeployment");
+        assert_eq!(
+            error(&SAMPLE.replace("ModelDeployment", "Deployment")),
+            "kind: Deployment; expected ModelDeployment"
+        );
+        let version = error(&SAMPLE.replace("v1alpha1", "v2"));
+        assert_eq!(version, "apiVersion: expertmesh.dev/v2; expected expertmesh.dev/v1alpha1");
+    }
+
+    #[test]
+    fn every_rule_names_the_fields_and_their_values() {
+        let cases = [
+            (
+                "  workers: {replicas: 2}\n  experts: {minReplicas: 3}",
+                "spec.experts.minReplicas (3) must not be above spec.workers.replicas (2)",
+            ),
+            ("  workers: {replicas: 1025}", "spec.workers.replicas (1025) must be from 1 to 1024"),
+            ("  experts: {minReplicas: 0}", "spec.experts.minReplicas (0) must be at least 1"),
+            ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),
+            ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 1"),
+            (
+                "  serving: {drainTimeout: soon}",
+                "spec.serving.drainTimeout (soon) must be a duration from 1s to 24h, such as 90s or 5m",
+            ),
+            (
+                "  serving: {drainTimeout: 25h}",
+                "spec.serving.drainTimeout (25h) must be a duration from 1s to 24h, such as 90s or 5m",
+            ),
+        ];
+        for (lines, expected) in cases {
+            assert_eq!(error(&deployment("m", lines)), expected);
+        }
+        for uri in ["hf://a/b", "file://models/m", "file:///../m", "file:///models/..", "/models/m"] {
+            let message = error(&deployment("m", "").replace("file:///models/m", uri));
+            assert_eq!(
+                message,
+                format!(
+                    "spec.model.uri ({uri}) must be file:// and an absolute path without .., such as file:///models/tiny-r1"
+                )
+            );
+        }
+        for name in ["M", "9m", "m-", "m.m", &"m".repeat(41)] {
+            assert!(
+                error(&deployment(name, ""))
+                    .starts_with(&format!("metadata.name ({name}) must be at most 40 of ")),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_pods_get_is_read_as_everywhere_in_kubernetes() {
+        let pod = "  workers: {image: a/b:c, resources: {requests: {cpu: 2, memory: 1Gi}}, tolerations: [{operator: Exists}]}";
+        let workers = validate(&deployment("m", pod)).unwrap().worker_pod;
+        assert_eq!(workers.resources.requests["cpu"].0, "2");
+        assert_eq!(workers.tolerations[0].operator.as_deref(), Some("Exists"));
+    }
+}
