@@ -83,6 +83,11 @@ mod tests {
     }
 
     #[test]
+    fn a_negative_score_in_a_kept_group_beats_all_of_a_dropped_group() {
+        assert_eq!(route(&GATE, &[0.0; 8], &[-1.0; 8]).experts, [0, 1]);
+    }
+
+    #[test]
     fn the_bias_moves_the_choice_and_not_the_weights() {
         let bias = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -5.0, 6.0];
         let routes = route(&GATE, &[0.0; 8], &bias);
