@@ -56,7 +56,7 @@ use serde::{Deserialize, Serialize};
 )]
 #[x_kube(
     validation = Rule::new("self.experts.minReplicas <= self.workers.replicas").message(Message::Expression(
-        "'spec.experts.minReplicas (' + string(self.experts.minReplicas) + ') must not be above spec.workers.replicas (' + string(self.workers.replicas) + ')'".into()
+        "'spec.experts.minReplicas (%d) must not be above spec.workers.replicas (%d)'.format([self.experts.minReplicas, self.workers.replicas])".into()
     ))
 )]
 pub(crate) struct ModelDeploymentSpec {
@@ -93,7 +93,7 @@ pub(crate) struct Workers {
     /// How many: the only desired size. `kubectl scale` and autoscalers set it through the scale subresource.
     #[serde(default = "one")]
     #[x_kube(validation = Rule::new("self >= 1 && self <= 1024").message(Message::Expression(
-        "'spec.workers.replicas (' + string(self) + ') must be from 1 to 1024'".into()
+        "'spec.workers.replicas (%d) must be from 1 to 1024'.format([self])".into()
     )))]
     pub(crate) replicas: i32,
     #[serde(flatten)]
@@ -107,7 +107,7 @@ pub(crate) struct Experts {
     /// On how many workers every expert is resident.
     #[serde(default = "one")]
     #[x_kube(validation = Rule::new("self >= 1").message(Message::Expression(
-        "'spec.experts.minReplicas (' + string(self) + ') must be at least 1'".into()
+        "'spec.experts.minReplicas (%d) must be at least 1'.format([self])".into()
     )))]
     pub(crate) min_replicas: i32,
 }
@@ -118,7 +118,7 @@ pub(crate) struct Experts {
 pub(crate) struct Frontend {
     #[serde(default = "one")]
     #[x_kube(validation = Rule::new("self >= 1 && self <= 256").message(Message::Expression(
-        "'spec.frontend.replicas (' + string(self) + ') must be from 1 to 256'".into()
+        "'spec.frontend.replicas (%d) must be from 1 to 256'.format([self])".into()
     )))]
     pub(crate) replicas: i32,
     #[serde(flatten)]
@@ -174,7 +174,7 @@ pub(crate) struct Serving {
     /// The longest sequence, prompt and answer together. Without it: the model's own limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new("self >= 1").message(Message::Expression(
-        "'spec.serving.maxContextTokens (' + string(self) + ') must be at least 1'".into()
+        "'spec.serving.maxContextTokens (%d) must be at least 1'.format([self])".into()
     )))]
     pub(crate) max_context_tokens: Option<i32>,
     /// How long a process that leaves may go on with what it runs, such as 90s or 5m.
