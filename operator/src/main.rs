@@ -3,12 +3,73 @@
 mod api;
 mod apply;
 mod build;
+mod cli;
+mod control;
 mod decide;
 mod events;
 mod fleet;
 mod lease;
+mod manifest;
 mod metrics;
+mod reconcile;
 mod status;
 mod validate;
+mod watch;
 
-fn main() {}
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Serves mixture-of-experts models, on Kubernetes or by processes of this machine.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Drive ModelDeployments on a cluster.
+    Operator(cli::operator::Operator),
+    /// Serve a ModelDeployment by processes of this machine until Ctrl-C.
+    Up(cli::up::Up),
+    /// Print where a ModelDeployment's experts would be, without starting anything.
+    Plan(cli::plan::Plan),
+    /// Print the CustomResourceDefinition.
+    Crd,
+}
+
+fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    log(if matches!(command, Command::Operator(_)) { "info" } else { "warn" });
+    run(command).unwrap_or_else(|error| {
+        eprintln!("expertmesh: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    // Two providers in one build panic at their first use: this is the one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no runtime")?;
+    match command {
+        Command::Operator(operator) => runtime.block_on(cli::operator::run(operator)),
+        Command::Up(up) => runtime.block_on(cli::up::run(up)),
+        Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
+        Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+/// Logs to stderr; `RUST_LOG` sets the level.
+fn log(default: &str) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .init();
+}

@@ -68,6 +68,11 @@ impl ValidatedDeployment {
         })
     }
 
+    /// Whether nothing differs but what is decided anew at every step.
+    pub(crate) fn is_same_but_desired(&self, other: &Self) -> bool {
+        Self { desired: other.desired.clone(), ..self.clone() } == *other
+    }
+
     /// Where the model is on a disk on which the image's root is `root`.
     pub(crate) fn model_below(&self, root: &Path) -> PathBuf {
         root.join(self.model_path.strip_prefix("/").unwrap_or(&self.model_path))

@@ -1,1 +1,285 @@
-//! Processes on this machine.
+//! Processes of this machine: the fleet of `expertmesh up`. Every process listens on ports of the kernel's choice and
+//! announces them in a file; one that is started again has others, which the decisions then push.
+
+mod child;
+mod lines;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use std::{env, fs, io};
+
+use expertmesh_proto::placement::Placement;
+use futures::future::join_all;
+use jiff::Timestamp;
+use tokio::sync::Notify;
+
+pub(crate) use self::child::ENDED;
+use self::child::{Child, Launch};
+pub(crate) use self::lines::Lines;
+use super::Fleet;
+use crate::control::Control;
+use crate::decide::{Action, Failure, Member, Observation, Seen};
+use crate::validate::ValidatedDeployment;
+
+/// After a process's own time to drain, before it is killed.
+const KILL_AFTER: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProcessError {
+    #[error("expertmesh-worker is neither beside {} nor in PATH", .0.display())]
+    NoWorker(PathBuf),
+    #[error("{}: {error}", path.display())]
+    State { path: PathBuf, error: io::Error },
+}
+
+/// Workers and frontends that this process started. They end with it.
+pub(crate) struct ProcessFleet {
+    program: PathBuf,
+    model: PathBuf,
+    deployment: ValidatedDeployment,
+    /// Of the first frontend; the others' follow.
+    port: u16,
+    state: StateDirectory,
+    lines: Lines,
+    changed: Arc<Notify>,
+    control: Control,
+    placement: Placement,
+    workers: BTreeMap<u32, Child>,
+    /// Told to end; kept so that none is left behind.
+    ending: Vec<Child>,
+    frontends: Vec<Child>,
+    started: u64,
+    /// When each of them last reported, or was first looked for.
+    heard: BTreeMap<Member, Timestamp>,
+}
+
+impl ProcessFleet {
+    /// Starts the frontends; workers start with the first [`Action::Resize`].
+    pub(crate) fn new(
+        deployment: ValidatedDeployment,
+        model: PathBuf,
+        port: u16,
+        lines: Lines,
+        changed: Arc<Notify>,
+    ) -> Result<Self, ProcessError> {
+        let program = worker_program()?;
+        let incarnation = Timestamp::now().as_nanosecond() as u64;
+        let control = Control::new("expertmesh up".into(), incarnation, changed.clone());
+        let mut fleet = Self {
+            program,
+            model,
+            port,
+            state: StateDirectory::new()?,
+            lines,
+            changed,
+            control,
+            placement: Placement::default(),
+            workers: BTreeMap::new(),
+            ending: vec![],
+            frontends: vec![],
+            started: 0,
+            heard: BTreeMap::new(),
+            deployment,
+        };
+        for index in 0..fleet.deployment.frontends {
+            let frontend = fleet.frontend(index);
+            fleet.frontends.push(frontend);
+        }
+        Ok(fleet)
+    }
+
+    /// What ended without ever having been ready, if something did: it would end again.
+    pub(crate) fn first_failure(&self) -> Option<(String, Failure)> {
+        let children = self.workers.values().chain(&self.frontends);
+        children.filter_map(|child| Some((child.name().to_string(), child.failure()?))).next()
+    }
+
+    /// Ends the frontends when they have answered what they took, then the workers, each within its time to drain.
+    pub(crate) async fn drain(&mut self) {
+        for children in
+            [std::mem::take(&mut self.frontends), std::mem::take(&mut self.workers).into_values().collect()]
+        {
+            self.ending.extend(children);
+            self.ending.iter_mut().for_each(Child::end);
+            join_all(self.ending.iter_mut().map(Child::ended)).await;
+            self.ending.clear();
+        }
+    }
+
+    /// Kills whatever still runs.
+    pub(crate) async fn kill(&mut self) {
+        let workers = std::mem::take(&mut self.workers).into_values();
+        let mut children: Vec<Child> =
+            workers.chain(self.frontends.drain(..)).chain(self.ending.drain(..)).collect();
+        children.iter_mut().for_each(Child::kill);
+        join_all(children.iter_mut().map(Child::ended)).await;
+    }
+
+    fn resize(&mut self, size: u32) {
+        self.heard.retain(|member, _| !matches!(member, Member::Worker(slot) if *slot >= size));
+        for (_, mut worker) in self.workers.split_off(&size) {
+            worker.end();
+            self.ending.push(worker);
+        }
+        for slot in 0..size {
+            if !self.workers.contains_key(&slot) {
+                let worker = self.worker(slot);
+                self.workers.insert(slot, worker);
+            }
+        }
+    }
+
+    fn worker(&mut self, slot: u32) -> Child {
+        let name = format!("worker-{slot}");
+        let drain = self.deployment.desired.drain_timeout.as_secs().max(1);
+        let arguments = [
+            ("--slot", slot.to_string()),
+            ("--listen", "127.0.0.1:0".into()),
+            ("--drain-timeout", drain.to_string()),
+        ];
+        self.start("serve", name, arguments.to_vec())
+    }
+
+    fn frontend(&mut self, index: u32) -> Child {
+        let port = u32::from(self.port) + index;
+        let arguments = [
+            ("--served-name", self.deployment.name.clone()),
+            ("--listen", format!("127.0.0.1:{port}")),
+            ("--control", "127.0.0.1:0".into()),
+            ("--drain-timeout", format!("{}ms", self.deployment.desired.drain_timeout.as_millis())),
+            ("--drain-grace", "0s".into()),
+        ];
+        self.start("frontend", format!("frontend-{index}"), arguments.to_vec())
+    }
+
+    fn start(&mut self, command: &str, name: String, own: Vec<(&str, String)>) -> Child {
+        self.started += 1;
+        let mut arguments: Vec<OsString> = vec![command.into(), "--model".into(), self.model.clone().into()];
+        let context =
+            self.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.to_string()));
+        let common = [("--name", name.clone()), ("--metrics", "127.0.0.1:0".into())];
+        for (flag, value) in common.into_iter().chain(own).chain(context) {
+            arguments.extend([flag.into(), value.into()]);
+        }
+        let files = self.state.path().join(format!("{}-{name}.x", self.started));
+        Child::start(Launch {
+            program: self.program.clone(),
+            arguments,
+            announce: files.with_extension("json"),
+            last_words: files.with_extension("txt"),
+            placement: self.state.placement(),
+            patience: self.deployment.desired.drain_timeout + KILL_AFTER,
+            lines: self.lines.clone(),
+            changed: self.changed.clone(),
+            name,
+        })
+    }
+}
+
+impl Fleet for ProcessFleet {
+    type Error = ProcessError;
+
+    async fn observe(&mut self) -> Result<Observation, ProcessError> {
+        self.ending.retain_mut(|child| !child.has_ended());
+        let workers = self.workers.iter().map(|(&slot, child)| (Member::Worker(slot), child));
+        let frontends = self.frontends.iter().map(|child| (Member::Frontend(child.name().into()), child));
+        let members: Vec<_> = workers.chain(frontends).collect();
+        let listening =
+            members.iter().filter_map(|(member, child)| Some((member.clone(), vec![child.address()?])));
+        self.control.listen(listening.collect());
+        let mut observation = Observation {
+            placement: self.placement.clone(),
+            size: self.workers.len() as u32,
+            ..Observation::default()
+        };
+        for (member, child) in members {
+            let mut seen = Seen {
+                name: child.name().to_string(),
+                addresses: child.address().into_iter().collect(),
+                failure: child.failure(),
+                ..Seen::default()
+            };
+            self.control.complete(&member, &mut seen);
+            // Of the slot, not of the process: one that dies again and again is silent all the time.
+            let heard = self.heard.entry(member.clone()).or_insert_with(Timestamp::now);
+            match seen.report {
+                Some(_) => *heard = Timestamp::now(),
+                None => seen.silent_since = Some(*heard),
+            }
+            match member {
+                Member::Worker(slot) => drop(observation.workers.insert(slot, seen)),
+                Member::Frontend(_) => observation.frontends.push(seen),
+            }
+        }
+        Ok(observation)
+    }
+
+    async fn act(&mut self, actions: &[Action]) -> Result<(), ProcessError> {
+        let mut pushes = vec![];
+        for action in actions {
+            match action {
+                Action::Resize(size) => self.resize(*size),
+                Action::Place(placement) => {
+                    self.state.write(placement)?;
+                    self.placement = placement.clone();
+                }
+                Action::Push { to, placement } => pushes.push((to, placement)),
+                Action::Drain { slot } => self.control.drain(&Member::Worker(*slot)),
+            }
+        }
+        self.control.tell(pushes).await;
+        Ok(())
+    }
+}
+
+/// The worker's program: beside our own, as it is built and packaged, or else in PATH.
+fn worker_program() -> Result<PathBuf, ProcessError> {
+    let own = env::current_exe().unwrap_or_default();
+    let beside = own.parent().unwrap_or(Path::new("")).to_path_buf();
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut places = [beside.clone()]
+        .into_iter()
+        .chain(env::split_paths(&path))
+        .map(|folder| folder.join("expertmesh-worker"));
+    places.find(|program| program.is_file()).ok_or(ProcessError::NoWorker(beside))
+}
+
+/// A folder of this process alone, deleted with it.
+struct StateDirectory(PathBuf);
+
+impl StateDirectory {
+    fn new() -> Result<Self, ProcessError> {
+        let path = env::temp_dir().join(format!("expertmesh-up-{}", std::process::id()));
+        let failed = |error| ProcessError::State { path: path.clone(), error };
+        fs::create_dir(&path).map_err(failed)?;
+        Ok(Self(path))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn placement(&self) -> PathBuf {
+        self.0.join("placement.json")
+    }
+
+    /// Whole or not at all.
+    fn write(&self, placement: &Placement) -> Result<(), ProcessError> {
+        let path = self.placement();
+        let write = || {
+            let partial = path.with_extension("partial");
+            fs::write(&partial, serde_json::to_vec(placement)?)?;
+            fs::rename(&partial, &path)
+        };
+        write().map_err(|error| ProcessError::State { path: path.clone(), error })
+    }
+}
+
+impl Drop for StateDirectory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}

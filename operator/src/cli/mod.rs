@@ -1,0 +1,6 @@
+//! The subcommands of `expertmesh`.
+
+pub(crate) mod crd;
+pub(crate) mod operator;
+pub(crate) mod plan;
+pub(crate) mod up;

@@ -1,0 +1,276 @@
+//! `expertmesh up`: a ModelDeployment by processes of this machine, decided as on a cluster, until Ctrl-C.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use expertmesh_engine::ModelConfig;
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
+
+use crate::decide::{Decision, Member, Observation, Report, State, decide};
+use crate::fleet::Fleet;
+use crate::fleet::process::{ENDED, Lines, ProcessFleet};
+use crate::manifest;
+use crate::validate::ValidatedDeployment;
+
+/// How often to look where nothing is heard: also after edits of the file.
+const PERIOD: Duration = Duration::from_millis(500);
+/// Reports that come within this time make one decision.
+const PACE: Duration = Duration::from_millis(20);
+/// How often a process may die without a word before the deployment was ever ready.
+const TRIES: u32 = 3;
+
+#[derive(Args)]
+pub(crate) struct Up {
+    /// The ModelDeployment, as YAML. Edits take effect while it runs.
+    file: PathBuf,
+    /// Where the image's root lies on this disk: file:///models/m is ROOT/models/m.
+    #[arg(long, default_value = "/")]
+    root: PathBuf,
+    /// Where the OpenAI API is served, on 127.0.0.1; a second frontend gets the port after it, and so on.
+    #[arg(long, default_value_t = 8000, value_parser = clap::value_parser!(u16).range(1..))]
+    port: u16,
+}
+
+/// Serves until Ctrl-C or SIGTERM and drains then, which is success; a second one kills instead.
+pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
+    let mut stop = Stop::new()?;
+    let modified = modified(&up.file);
+    let deployment = manifest::read(&up.file)?;
+    let model = deployment.model_below(&up.root);
+    ModelConfig::read(&model)
+        .with_context(|| format!("{} (--root {})", model.display(), up.root.display()))?;
+    check_ports(up.port, deployment.frontends)?;
+
+    let (lines, changed) = (Lines::new(), Arc::new(Notify::new()));
+    let fleet = ProcessFleet::new(deployment.clone(), model, up.port, lines.clone(), changed.clone())?;
+    let bars = Bars { lines: lines.clone(), bars: BTreeMap::new() };
+    let mut serving =
+        Serving { up, deployment, modified, fleet, changed, bars, was_ready: false, is_settled: false };
+    let failed = tokio::select! {
+        Err(error) = serving.run() => Some(error),
+        () = stop.asked() => None,
+    };
+    serving.bars.clear();
+    if let Some(error) = failed {
+        serving.fleet.kill().await;
+        return Err(error);
+    }
+    lines.say("draining; Ctrl-C again to end it at once");
+    let drained = tokio::select! {
+        () = serving.fleet.drain() => true,
+        () = stop.asked() => false,
+    };
+    if !drained {
+        serving.fleet.kill().await;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+struct Serving {
+    up: Up,
+    deployment: ValidatedDeployment,
+    /// Of the file, as last read.
+    modified: Option<SystemTime>,
+    fleet: ProcessFleet,
+    changed: Arc<Notify>,
+    bars: Bars,
+    was_ready: bool,
+    is_settled: bool,
+}
+
+impl Serving {
+    /// Observe, decide, act, for ever. Fails only where the deployment cannot start.
+    async fn run(&mut self) -> anyhow::Result<std::convert::Infallible> {
+        loop {
+            self.read_again();
+            let seen = self.fleet.observe().await?;
+            self.check_start()?;
+            let decision = decide(&self.deployment.desired, &seen, Timestamp::now());
+            tracing::debug!(actions = ?decision.actions, waiting_for = decision.waiting_for, "decided");
+            self.fleet.act(&decision.actions).await?;
+            self.show(&seen, &decision);
+            let _ = timeout(PERIOD, self.changed.notified()).await;
+            sleep(PACE).await;
+        }
+    }
+
+    /// Takes over what was edited, where that can change while it runs.
+    fn read_again(&mut self) {
+        let modified = modified(&self.up.file);
+        if modified == self.modified || modified.is_none() {
+            return;
+        }
+        self.modified = modified;
+        let edited = match manifest::read(&self.up.file) {
+            Ok(edited) => edited,
+            Err(error) => return self.bars.lines.say(&format!("{error}; going on as before")),
+        };
+        if !edited.is_same_but_desired(&self.deployment) {
+            let file = self.up.file.display();
+            self.bars.lines.say(&format!(
+                "{file}: only spec.workers.replicas, spec.experts and spec.paused change while it runs; the rest with the next `expertmesh up`"
+            ));
+        }
+        let desired = edited.desired;
+        if desired.workers != self.deployment.desired.workers {
+            let (from, to) = (self.deployment.desired.workers, desired.workers);
+            self.bars.lines.say(&format!("spec.workers.replicas: {from} → {to}"));
+        }
+        self.deployment.desired = desired;
+    }
+
+    /// What fails before anything was ready would fail for ever.
+    fn check_start(&self) -> anyhow::Result<()> {
+        if let Some((name, failure)) = self.fleet.first_failure().filter(|_| !self.was_ready)
+            && (failure.reason != ENDED || failure.restarts >= TRIES)
+        {
+            bail!("{name}: {}", failure.message);
+        }
+        Ok(())
+    }
+
+    fn show(&mut self, seen: &Observation, decision: &Decision) {
+        self.bars.show(seen);
+        let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
+        if settled && !self.was_ready {
+            self.was_ready = true;
+            self.bars.lines.say(&self.invitation(&state_of(seen)));
+        } else if settled && !self.is_settled {
+            self.bars.lines.say(&format!("{} is ready: {}", self.deployment.name, state_of(seen)));
+        } else if self.was_ready && !settled && self.is_settled && !decision.waiting_for.is_empty() {
+            self.bars.lines.say(&format!("waiting for {}", decision.waiting_for));
+        }
+        self.is_settled = settled;
+    }
+
+    fn invitation(&self, state: &str) -> String {
+        let name = &self.deployment.name;
+        let urls: Vec<String> = (0..self.deployment.frontends)
+            .map(|index| format!("http://127.0.0.1:{}", u32::from(self.up.port) + index))
+            .collect();
+        let url = &urls[0];
+        let body = format!(
+            r#"{{"model":"{name}","stream":true,"messages":[{{"role":"user","content":"What is 46 + 37?"}}]}}"#
+        );
+        format!(
+            "\n{name} is ready: {state}, at {}\n\n  curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\nCtrl-C drains and ends it.\n",
+            urls.join(" "),
+        )
+    }
+}
+
+/// "4 workers, 32/32 experts".
+fn state_of(seen: &Observation) -> String {
+    let experts = seen.shape().map(|shape| seen.live_experts(&shape));
+    let experts = experts.map_or(String::new(), |(live, all)| format!(", {live}/{all} experts"));
+    let workers = seen.ready_workers();
+    format!("{workers} worker{}{experts}", if workers == 1 { "" } else { "s" })
+}
+
+/// A bar for every worker that loads; on a terminal only.
+struct Bars {
+    lines: Lines,
+    bars: BTreeMap<u32, ProgressBar>,
+}
+
+impl Bars {
+    fn show(&mut self, seen: &Observation) {
+        let members = seen.members().filter_map(|(member, seen)| match member {
+            Member::Worker(slot) => Some((slot, seen.report.as_ref()?, &seen.name)),
+            Member::Frontend(_) => None,
+        });
+        let loading =
+            |report: &Report| report.state == State::Loading && report.bytes_loaded < report.bytes_to_load;
+        let loading: BTreeMap<u32, (&Report, &String)> = members
+            .filter(|(_, report, _)| loading(report))
+            .map(|(slot, report, name)| (slot, (report, name)))
+            .collect();
+        self.bars.retain(|slot, bar| {
+            let stays = loading.contains_key(slot);
+            if !stays {
+                bar.finish_and_clear();
+            }
+            stays
+        });
+        for (slot, (report, name)) in loading {
+            let bar = self.bars.entry(slot).or_insert_with(|| self.lines.bars.add(bar(name)));
+            bar.set_length(report.bytes_to_load);
+            bar.set_position(report.bytes_loaded);
+        }
+    }
+
+    fn clear(&mut self) {
+        std::mem::take(&mut self.bars).into_values().for_each(|bar| bar.finish_and_clear());
+    }
+}
+
+fn bar(name: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix:<10} {bar:32} {bytes}/{total_bytes} {bytes_per_sec}");
+    let bar = ProgressBar::no_length().with_prefix(name.to_string());
+    style.map_or_else(|_| bar.clone(), |style| bar.clone().with_style(style))
+}
+
+fn modified(file: &std::path::Path) -> Option<SystemTime> {
+    std::fs::metadata(file).and_then(|metadata| metadata.modified()).ok()
+}
+
+/// Says at once what the frontends could only find out later.
+fn check_ports(first: u16, frontends: u32) -> anyhow::Result<()> {
+    for index in 0..frontends {
+        let Ok(port) = u16::try_from(u32::from(first) + index) else {
+            bail!("--port {first}: {frontends} frontends need ports up to {}", u32::from(first) + index);
+        };
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                bail!("port {port} of 127.0.0.1 is in use; choose another with --port")
+            }
+            Err(error) => bail!("port {port} of 127.0.0.1: {error}; choose another with --port"),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Ctrl-C, SIGTERM, or the end of the terminal.
+struct Stop([Signal; 3]);
+
+impl Stop {
+    fn new() -> anyhow::Result<Self> {
+        let of = |kind| signal(kind).context("signals cannot be handled");
+        Ok(Self([of(SignalKind::interrupt())?, of(SignalKind::terminate())?, of(SignalKind::hangup())?]))
+    }
+
+    async fn asked(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_in_use_is_named_with_the_flag_that_helps() {
+        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let error = check_ports(port, 1).unwrap_err().to_string();
+        assert_eq!(error, format!("port {port} of 127.0.0.1 is in use; choose another with --port"));
+        assert!(check_ports(u16::MAX, 2).unwrap_err().to_string().contains("need ports up to 65536"));
+    }
+}

@@ -1,0 +1,36 @@
+//! Where the lines of all processes go: to stderr, each with the name of who wrote it, above the progress bars.
+
+use std::io::{self, IsTerminal};
+
+use indicatif::MultiProgress;
+
+/// As wide as most names.
+const NAME: usize = 10;
+/// ANSI colours that are readable on light and dark.
+const COLOURS: [u8; 6] = [36, 33, 32, 35, 34, 31];
+
+#[derive(Clone)]
+pub(crate) struct Lines {
+    /// Draws on a terminal only.
+    pub(crate) bars: MultiProgress,
+    coloured: bool,
+}
+
+impl Lines {
+    pub(crate) fn new() -> Self {
+        Self { bars: MultiProgress::new(), coloured: io::stderr().is_terminal() }
+    }
+
+    /// A line that a process wrote.
+    pub(crate) fn of(&self, name: &str, line: &str) {
+        let colour = COLOURS[name.bytes().map(usize::from).sum::<usize>() % COLOURS.len()];
+        let (on, off) =
+            if self.coloured { (format!("\x1b[{colour}m"), "\x1b[0m") } else { (String::new(), "") };
+        self.say(&format!("{on}{name:<NAME$} │{off} {line}"));
+    }
+
+    /// A line of our own.
+    pub(crate) fn say(&self, line: &str) {
+        self.bars.suspend(|| eprintln!("{line}"));
+    }
+}
