@@ -12,6 +12,8 @@ mod openai;
 mod reasoning;
 mod resume;
 mod route;
+#[cfg(test)]
+mod scripted;
 mod server;
 mod sse;
 mod stop;
@@ -162,13 +164,15 @@ async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) -> 
             Err(_) => std::future::pending().await,
         }
     };
-    tokio::select! {
+    let served = tokio::select! {
         served = serving.into_future() => served.map_err(|error| Fatal::new("ServeFailed", error.to_string())),
         () = overdue => {
             tracing::warn!("requests were still running at the end of the drain timeout");
             Ok(())
         }
-    }
+    };
+    tracing::info!("left");
+    served
 }
 
 async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Server>) {

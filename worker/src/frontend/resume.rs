@@ -296,3 +296,5 @@ fn backoff(setbacks: u32) -> Duration {
     }
 }
 
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -169,12 +169,9 @@ pub(crate) fn router(server: Arc<Server>) -> Router {
         .with_state(server)
 }
 
-async fn generate<F: Format>(
-    State(server): State<Arc<Server>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Response {
+async fn generate<F: Format>(State(server): State<Arc<Server>>, request: Request) -> Response {
     let mut tracked = server.track(F::ENDPOINT);
-    match answer::<F>(&server, body, &mut tracked).await {
+    match answer::<F>(&server, request, &mut tracked).await {
         Ok(Answer::Whole(response)) => finish(tracked, response),
         Ok(Answer::Stream(writer, first, updates)) => sse::respond::<F>(*writer, first, updates, tracked),
         Err(error) => finish(tracked, error.into_response()),
@@ -190,7 +187,7 @@ enum Answer {
 /// Validates and generates.
 async fn answer<F: Format>(
     server: &Arc<Server>,
-    body: Result<Bytes, BytesRejection>,
+    request: Request,
     tracked: &mut Tracked,
 ) -> Result<Answer, ApiError> {
     if server.closed.load(Ordering::SeqCst) {
@@ -198,11 +195,12 @@ async fn answer<F: Format>(
     }
     let permit = server.permits.clone().try_acquire_owned();
     tracked.permit = Some(permit.map_err(|_| ApiError::TooManyRequests)?);
-    let request = validate::<F>(server.clone(), body.map_err(body_error)?).await?;
+    let body = Bytes::from_request(request, &()).await.map_err(body_error)?;
+    let request = validate::<F>(server.clone(), body).await?;
     server.metrics.prompt_tokens(request.prompt_tokens());
     let header = server.header(F::ID);
     let mut updates = choices::start(server, &request, &header.id, tracked.arrived);
-    let mut wholes = vec![Whole::default(); updates.len()];
+    let mut wholes = vec![Whole::default(); request.count()];
     let reply = request.reply();
     let writer = Writer { header, reply, request };
     if reply.stream {
@@ -275,3 +273,6 @@ async fn close_when_leaving(State(server): State<Arc<Server>>, request: Request,
     }
     response
 }
+
+#[cfg(test)]
+mod tests;

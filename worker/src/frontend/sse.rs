@@ -44,7 +44,7 @@ fn events<F: Format>(
     updates: Updates,
     tracked: Tracked,
 ) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
-    let opened = vec![false; updates.len().max(first.choice + 1)];
+    let opened = vec![false; writer.request.count()];
     let mut state =
         State { writer: Arc::new(writer), updates, opened, completion_tokens: 0, tracked: Some(tracked) };
     let opening = state.update::<F>(&first);

@@ -118,6 +118,11 @@ impl ValidRequest {
         self.reply
     }
 
+    /// Choices of all prompts.
+    pub(crate) fn count(&self) -> usize {
+        self.prompts.len() * self.n
+    }
+
     /// Tokens of all prompts.
     pub(crate) fn prompt_tokens(&self) -> usize {
         self.prompts.iter().map(|prompt| prompt.tokens.len()).sum()
@@ -148,7 +153,7 @@ impl ValidRequest {
                 reasoning: thoughts.map(Reasoning::after),
             }
         };
-        (0..self.prompts.len() * self.n).map(choice).collect()
+        (0..self.count()).map(choice).collect()
     }
 }
 
@@ -432,3 +437,5 @@ fn fit(
     Ok(Prompt { tokens, max_tokens, chat: None })
 }
 
+#[cfg(test)]
+mod tests;

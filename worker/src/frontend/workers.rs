@@ -313,5 +313,22 @@ async fn connect(address: &str) -> Result<Channel, String> {
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(REPORT_TIMEOUT)
         .keep_alive_while_idle(true);
-    endpoint.connect().await.map_err(|error| format!("{address}: {error}"))
+    // The endpoint's own limit does not cover finding the address.
+    match timeout(2 * CONNECT_TIMEOUT, endpoint.connect()).await {
+        Ok(connected) => connected.map_err(|error| format!("{address}: {error}")),
+        Err(_) => Err(format!("{address}: no connection in time")),
+    }
+}
+
+#[cfg(test)]
+impl Workers {
+    /// Workers that could take a sequence.
+    pub(crate) fn eligible(&self) -> usize {
+        self.view().known().values().filter(|known| known.eligible().is_ok()).count()
+    }
+
+    /// Our sequences on a worker.
+    pub(crate) fn in_flight(&self, slot: u32) -> Option<u32> {
+        self.view().known().get(&slot).map(|known| known.in_flight)
+    }
 }

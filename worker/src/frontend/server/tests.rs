@@ -1,0 +1,177 @@
+//! Requests through all routes, over scripted workers.
+
+use std::time::Duration;
+
+use axum::body::{Body, to_bytes};
+use expertmesh_proto::v1::report_response::State as WorkerState;
+use serde_json::Value;
+use tower::ServiceExt;
+
+use super::*;
+use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, stage, token_at};
+use crate::tokenizer::tests::tiny_r1;
+
+struct House {
+    stage: Stage,
+    server: Arc<Server>,
+}
+
+impl House {
+    async fn open(scripts: &[&[Act]], max_requests: usize) -> Self {
+        let stage = stage(scripts).await;
+        let model = Model::load(&tiny_r1(), "tiny-r1".to_string(), None).unwrap();
+        let patience = Patience { stall: Duration::from_secs(5), queue: QUEUE_TIMEOUT };
+        let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), patience, max_requests);
+        Self { stage, server }
+    }
+
+    async fn call(&self, method: &str, path: &str, body: impl Into<Body>) -> Response {
+        let request = Request::builder().method(method).uri(path).body(body.into()).unwrap();
+        router(self.server.clone()).oneshot(request).await.unwrap()
+    }
+
+    async fn chat(&self, more: Value) -> Response {
+        let mut body =
+            json!({"model": "tiny-r1", "messages": [{"role": "user", "content": "What is 46 + 37?"}]});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.call("POST", "/v1/chat/completions", body.to_string()).await
+    }
+}
+
+async fn text(response: Response) -> String {
+    String::from_utf8(to_bytes(response.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap()
+}
+
+async fn value(response: Response) -> Value {
+    serde_json::from_str(&text(response).await).unwrap()
+}
+
+/// The events of a stream, the last one being `[DONE]` or an error.
+async fn events(response: Response) -> Vec<Value> {
+    let data = |line: &str| {
+        line.strip_prefix("data: ").map(|data| serde_json::from_str(data).unwrap_or(json!(data)))
+    };
+    text(response).await.lines().filter_map(data).collect()
+}
+
+/// What the scripted workers answer to the 15 tokens of the prompt: up to the stop token at position 40.
+fn expected_tokens() -> Vec<u32> {
+    (15..=40).map(token_at).collect()
+}
+
+fn joined(events: &[Value], path: &str) -> String {
+    events.iter().filter_map(|event| event.pointer(path)?.as_str()).collect()
+}
+
+#[tokio::test]
+async fn a_stream_adds_up_to_the_whole_answer_though_its_worker_dies() {
+    let house = House::open(&[&[], &[]], 8).await;
+    let whole = value(house.chat(json!({"return_token_ids": true})).await).await;
+    assert_eq!(whole["choices"][0]["token_ids"], json!(expected_tokens()));
+    assert_eq!(whole["choices"][0]["finish_reason"], "stop");
+    assert_eq!(whole["usage"], json!({"prompt_tokens": 15, "completion_tokens": 26, "total_tokens": 41}));
+
+    let house = House::open(&[&[Act::Die(7)], &[Act::Move(9)]], 8).await;
+    let wishes = json!({"stream": true, "stream_options": {"include_usage": true}, "return_token_ids": true});
+    let events = events(house.chat(wishes).await).await;
+    assert_eq!(
+        joined(&events, "/choices/0/delta/reasoning_content"),
+        whole["choices"][0]["message"]["reasoning_content"]
+    );
+    let ids = events.iter().filter_map(|event| event.pointer("/choices/0/token_ids")?.as_array()).flatten();
+    assert_eq!(ids.cloned().collect::<Vec<_>>(), *whole["choices"][0]["token_ids"].as_array().unwrap());
+    assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert_eq!(
+        (&events[0]["prompt_token_ids"], events[1].get("prompt_token_ids")),
+        (&whole["prompt_token_ids"], None)
+    );
+    let [.., end, usage, done] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(end["choices"][0]["finish_reason"], "stop");
+    assert_eq!((&usage["usage"], &usage["choices"], done), (&whole["usage"], &json!([]), &json!("[DONE]")));
+}
+
+#[tokio::test]
+async fn a_completion_carries_its_prompts_ids_in_every_choice() {
+    let house = House::open(&[&[]], 8).await;
+    let body =
+        json!({"model": "tiny-r1", "prompt": [[5, 6], [7]], "max_tokens": 2, "return_token_ids": true});
+    let whole = value(house.call("POST", "/v1/completions", body.to_string()).await).await;
+    let ids: Vec<_> =
+        whole["choices"].as_array().unwrap().iter().map(|choice| &choice["prompt_token_ids"]).collect();
+    assert_eq!(ids, [&json!([5, 6]), &json!([7])]);
+    assert_eq!(whole["choices"][1]["token_ids"], json!([101, 102]));
+}
+
+#[tokio::test]
+async fn what_goes_wrong_before_the_first_token_has_a_status_and_after_it_an_event() {
+    let dead = [Act::Die(0); 8];
+    let house = House::open(&[&dead], 8).await;
+    let response = house.chat(json!({"stream": true})).await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(value(response).await["error"]["code"], "interrupted");
+
+    let house = House::open(&[&[&[Act::Die(2)][..], &dead].concat()], 8).await;
+    let response = house.chat(json!({"stream": true})).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(events(response).await.last().unwrap()["error"]["code"], "interrupted");
+}
+
+#[tokio::test]
+async fn without_a_worker_a_request_waits_and_is_then_told_to_come_back() {
+    let house = House::open(&[&[]], 8).await;
+    house.stage.players[0].state.send_replace(WorkerState::Loading);
+    house.stage.until_eligible(0).await;
+    let response = house.chat(json!({})).await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(response.headers().contains_key(header::RETRY_AFTER));
+    assert_eq!(value(response).await["error"]["code"], "overloaded");
+}
+
+#[tokio::test]
+async fn one_request_too_many_is_refused_at_once_and_a_client_that_leaves_makes_room() {
+    let house = House::open(&[&[Act::Stall(1)]], 1).await;
+    let stalled = house.chat(json!({"stream": true})).await;
+    assert_eq!(stalled.status(), StatusCode::OK);
+    let refused = house.chat(json!({})).await;
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    assert!(refused.headers().contains_key(header::RETRY_AFTER));
+    assert_eq!((*house.server.in_flight().borrow(), house.stage.workers.in_flight(0)), (1, Some(1)));
+    drop(stalled);
+    assert_eq!((*house.server.in_flight().borrow(), house.stage.workers.in_flight(0)), (0, Some(0)));
+    assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_frontend_that_leaves_answers_and_closes_and_at_last_refuses() {
+    let house = House::open(&[&[]], 8).await;
+    assert_eq!(house.call("GET", "/health", "").await.status(), StatusCode::OK);
+    house.server.leave();
+    assert_eq!(house.server.readiness(), Err("draining".to_string()));
+    assert_eq!(house.call("GET", "/health", "").await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let response = house.chat(json!({})).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(response.headers()[header::CONNECTION], "close");
+    house.server.close();
+    assert_eq!(house.chat(json!({})).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn every_refusal_has_the_shape_that_clients_read() {
+    let house = House::open(&[&[]], 8).await;
+    let large = vec![b' '; BODY_LIMIT + 1];
+    for (method, path, body, status, code) in [
+        ("GET", "/v1/nothing", vec![], 404, json!("not_found")),
+        ("GET", "/v1/models/org/other", vec![], 404, json!("model_not_found")),
+        ("GET", "/v1/chat/completions", vec![], 405, json!("method_not_allowed")),
+        ("POST", "/v1/chat/completions", large, 413, json!("body_too_large")),
+        ("POST", "/v1/completions", b"{".to_vec(), 400, Value::Null),
+    ] {
+        let response = house.call(method, path, body).await;
+        assert_eq!(response.status(), status, "{path}");
+        let error = value(response).await["error"].take();
+        assert_eq!(error["code"], code, "{path}");
+        assert!(error["message"].is_string() && error["type"] == "invalid_request_error", "{path}: {error}");
+    }
+    assert_eq!(value(house.call("GET", "/v1/models", "").await).await["data"][0]["id"], "tiny-r1");
+    assert_eq!(value(house.call("GET", "/v1/models/tiny-r1", "").await).await["max_model_len"], 1024);
+}
