@@ -37,7 +37,7 @@ impl Note {
 /// What to tell of the step from one status to the next: nothing where they say the same.
 pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Vec<Note> {
     let mut notes = Vec::new();
-    if before.observed_generation.is_none() {
+    if before.revision.is_none() && after.revision.is_some() {
         notes.push(Note::normal("Created", "Create", "workers, frontends and Services were created"));
     }
     notes.extend(resized(before, after));
@@ -154,6 +154,7 @@ mod tests {
         };
         ModelDeploymentStatus {
             observed_generation: Some(1),
+            revision: Some("1a2b3c4d".into()),
             replicas,
             conditions: vec![condition(READY, ready), condition(WORKERS_AVAILABLE, workers)],
             placement: Some(PlacementStatus { epoch, hash: format!("h{epoch}"), imbalance: "1.00".into() }),
@@ -185,6 +186,15 @@ mod tests {
         let after = status(("False", "WorkersStarting"), ("False", "WorkersStarting"), 2, 4);
         assert_eq!(reasons(&before, &after), ["ScaledDown", "Placed", "NotReady"]);
         assert_eq!(reasons(&after, &before), ["ScaledUp", "Placed", "Ready"]);
+    }
+
+    #[test]
+    fn a_spec_that_is_wrong_from_the_start_creates_nothing() {
+        let mut wrong = status(("False", "x"), ("False", status::INVALID_SPEC), 0, 0);
+        (wrong.revision, wrong.placement) = (None, None);
+        wrong.conditions.retain(|condition| condition.type_ == READY);
+        assert_eq!(reasons(&ModelDeploymentStatus::default(), &wrong), ["InvalidSpec"]);
+        assert_eq!(reasons(&wrong, &wrong), Vec::<String>::new());
     }
 
     #[test]

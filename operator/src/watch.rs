@@ -91,7 +91,10 @@ pub(crate) async fn watch(
         let results =
             controller.graceful_shutdown_on(stop.clone()).run(reconcile, after_error, context.clone());
         let context = context.clone();
-        results.for_each(move |result| std::future::ready(log(&context, result)))
+        results.for_each(move |result| {
+            log(&context, result);
+            std::future::ready(())
+        })
     });
     tokio::select! {
         _ = join_all(running) => {}

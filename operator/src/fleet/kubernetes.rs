@@ -29,6 +29,8 @@ pub(crate) struct KubernetesFleet {
     owner: Owner,
     revision: String,
     streams: Streams,
+    /// Before the first observation.
+    fresh: bool,
     /// Pods that should have ended long ago, with their nodes, as of the last observation.
     overdue: Vec<Overdue>,
 }
@@ -66,7 +68,7 @@ impl KubernetesFleet {
         changed: impl Fn() + Send + 'static,
     ) -> Self {
         let streams = Streams::new(caller, changed);
-        Self { client, owner, revision: revision.into(), streams, overdue: Vec::new() }
+        Self { client, owner, revision: revision.into(), streams, fresh: true, overdue: Vec::new() }
     }
 
     /// Deletes pods for good that should have ended long ago and whose node is gone: nobody else does, and a StatefulSet
@@ -172,7 +174,18 @@ impl Fleet for KubernetesFleet {
             workers: (0..size).map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied()))).collect(),
             frontends: frontends.iter().filter(lives).map(|pod| self.frontend(pod)).collect(),
         };
-        self.streams.complete(&mut seen, |slot| by_slot.contains_key(&slot)).await;
+        let runs = |slot| by_slot.contains_key(&slot);
+        self.streams.complete(&mut seen, runs).await;
+        if std::mem::take(&mut self.fresh) {
+            // Who serves already must not be taken for silent because this process has only just begun to listen.
+            let workers =
+                by_slot.iter().filter(|(_, pod)| pods::is_ready(pod)).map(|(&slot, _)| Member::Worker(slot));
+            let frontends = frontends.iter().filter(lives).filter(|pod| pods::is_ready(pod));
+            let ready: Vec<_> =
+                workers.chain(frontends.map(|pod| Member::Frontend(pod.name_any()))).collect();
+            self.streams.hear(&ready).await;
+            self.streams.complete(&mut seen, runs).await;
+        }
         Ok(seen)
     }
 

@@ -1,6 +1,7 @@
 //! Says in the status why a deployment cannot be reconciled. What already runs is left as it is.
 
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
 use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams};
 use kube::core::error_boundary::InvalidObject;
@@ -23,9 +24,9 @@ pub(super) async fn explain(
 ) -> Result<(), ApiError> {
     let (kinds, advice): (&[&str], _) = match error {
         ReconcileError::Invalid(_) => {
-            (&[PROGRESSING, READY], "; correct the spec (what already runs is left as it is)")
+            (&[READY, PROGRESSING], "; correct the spec (what already runs is left as it is)")
         }
-        ReconcileError::NoImage => (&[PROGRESSING, READY], ""),
+        ReconcileError::NoImage => (&[READY, PROGRESSING], ""),
         ReconcileError::Api(error) if ["ApiForbidden", "ApiRejected"].contains(&error.reason()) => {
             (&[PROGRESSING], "")
         }
@@ -52,17 +53,12 @@ pub(super) async fn malformed(
     let Some(raw) = api.get_opt(&key.name).await.map_err(failed("get"))? else {
         return Ok(Action::await_change());
     };
-    // A status that cannot be read either is replaced.
-    let before: ModelDeploymentStatus = raw
-        .data
-        .get("status")
-        .and_then(|status| serde_json::from_value(status.clone()).ok())
-        .unwrap_or_default();
+    let before = legible(raw.data.get("status"));
     let (reason, text) =
         (error.reason(), format!("{error}; correct it (what already runs is left as it is)"));
     let generation = invalid.metadata.generation;
     let after =
-        status::blocked(&before, generation, Timestamp::now(), (&[PROGRESSING, READY], reason, &text));
+        status::blocked(&before, generation, Timestamp::now(), (&[READY, PROGRESSING], reason, &text));
     if before != after {
         let patch = Patch::Apply(status_patch(&key.name, &json!(after)));
         let parameters = PatchParams::apply(EXPERTMESH).force();
@@ -75,6 +71,15 @@ pub(super) async fn malformed(
     Err(error)
 }
 
+/// What can be read of a status, which may itself be what is malformed.
+fn legible(status: Option<&Value>) -> ModelDeploymentStatus {
+    let Some(mut status) = status.cloned() else { return ModelDeploymentStatus::default() };
+    if let Some(conditions) = status.get_mut("conditions").and_then(Value::as_array_mut) {
+        conditions.retain(|condition| serde_json::from_value::<Condition>(condition.clone()).is_ok());
+    }
+    serde_json::from_value(status).unwrap_or_default()
+}
+
 pub(super) fn status_patch(name: &str, status: &Value) -> Value {
     json!({
         "apiVersion": ModelDeployment::api_version(&()),
@@ -82,4 +87,23 @@ pub(super) fn status_patch(name: &str, status: &Value) -> Value {
         "metadata": {"name": name},
         "status": status,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_that_cannot_be_read_hides_no_other() {
+        let condition = |kind, time| json!({"type": kind, "status": "True", "reason": "R", "message": "", "lastTransitionTime": time});
+        let conditions =
+            [condition("Odd", "2026-01-01T00:00:00+99:99"), condition(READY, "2026-01-01T00:00:00Z")];
+        let status = legible(Some(&json!({"conditions": conditions, "url": "http://x"})));
+        assert_eq!(
+            status.conditions.iter().map(|condition| condition.type_.as_str()).collect::<Vec<_>>(),
+            [READY]
+        );
+        assert_eq!(status.url.as_deref(), Some("http://x"));
+        assert_eq!(legible(Some(&json!("none"))), ModelDeploymentStatus::default());
+    }
 }

@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::{Experts, Situation, all_workers_ready, following};
 use crate::api::ModelDeploymentStatus;
-use crate::decide::{Failure, Observation, Seen, State};
+use crate::decide::{Action, Decision, Failure, Observation, Seen, State};
 
 pub(crate) const READY: &str = "Ready";
 pub(crate) const MODEL_PREPARED: &str = "ModelPrepared";
@@ -209,11 +209,16 @@ fn progressing(situation: &Situation) -> Verdict {
         };
     }
     let waiting = &situation.decision.waiting_for;
-    match (waiting.is_empty(), situation.decision.actions.is_empty()) {
-        (true, true) => Verdict::no("AsDesired", "nothing is left to do"),
-        (true, false) => Verdict::yes("Acting", "placing experts"),
+    match (waiting.is_empty(), changes(situation.decision)) {
+        (true, false) => Verdict::no("AsDesired", "nothing is left to do"),
+        (true, true) => Verdict::yes("Acting", "placing experts"),
         (false, _) => Verdict::yes("Waiting", waiting.clone()),
     }
+}
+
+/// Whether anything will be otherwise. To tell a process what it follows already, after a restart of this one, is no change.
+fn changes(decision: &Decision) -> bool {
+    decision.actions.iter().any(|action| !matches!(action, Action::Push { .. }))
 }
 
 /// Serving, but with less than was asked for.
@@ -224,7 +229,7 @@ fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
     if let Some((who, failure)) = first_failure(situation.seen).or(failed_frontend.into_iter().next()) {
         return Verdict { status: "True", ..failed_verdict(&who, failure) };
     }
-    if experts.known && experts.missing > 0 && experts.loading == 0 && situation.decision.actions.is_empty() {
+    if experts.known && experts.missing > 0 && experts.loading == 0 && !changes(situation.decision) {
         let copies = counted(situation.desired.min_replicas as usize, "worker");
         let text = format!("{} of the experts' layers are on fewer than {copies}", experts.missing);
         return Verdict::yes("UnderReplicated", text);

@@ -3,7 +3,6 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 
-use crate::build::names::{COMPONENT, Labels};
 use crate::build::{Component, Owner, ports};
 use crate::decide::Failure;
 
@@ -12,19 +11,6 @@ const STUCK_AFTER: SignedDuration = SignedDuration::from_secs(30);
 /// Of what a container logged at its end.
 const LONGEST_MESSAGE: usize = 500;
 
-/// Which process of a deployment a pod runs.
-pub(super) fn component(pod: &Pod) -> Option<Component> {
-    match labels(pod)?.get(COMPONENT)?.as_str() {
-        "worker" => Some(Component::Worker),
-        "frontend" => Some(Component::Frontend),
-        _ => None,
-    }
-}
-
-fn labels(pod: &Pod) -> Option<&Labels> {
-    pod.metadata.labels.as_ref()
-}
-
 /// A worker's ordinal.
 pub(super) fn slot(pod: &Pod) -> Option<u32> {
     pod.metadata.name.as_ref()?.rsplit_once('-')?.1.parse().ok()
@@ -32,6 +18,12 @@ pub(super) fn slot(pod: &Pod) -> Option<u32> {
 
 pub(super) fn is_terminating(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_some()
+}
+
+/// As its kubelet sees it.
+pub(super) fn is_ready(pod: &Pod) -> bool {
+    let mut conditions = status(pod).and_then(|status| status.conditions.as_ref()).into_iter().flatten();
+    conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
 /// Ended for good: evicted, or on a node that was shut down.
@@ -97,10 +89,10 @@ fn container_failure(container: &ContainerStatus) -> Option<Failure> {
 fn last_words(end: &ContainerStateTerminated, restarts: u32) -> Failure {
     let text = end.message.as_deref().unwrap_or_default();
     let line = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or_default().trim();
-    if let Some((reason, message)) = line.split_once(": ") {
-        if is_reason(reason) {
-            return named(Some(reason), Some(message), restarts);
-        }
+    if let Some((reason, message)) = line.split_once(": ")
+        && is_reason(reason)
+    {
+        return named(Some(reason), Some(message), restarts);
     }
     let killed = end.signal.filter(|&signal| signal != 0).map(|signal| format!(" by signal {signal}"));
     let ended = format!("ended with code {}{}", end.exit_code, killed.unwrap_or_default());

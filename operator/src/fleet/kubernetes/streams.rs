@@ -14,6 +14,9 @@ use crate::decide::{Member, Observation, Report, Seen, State};
 /// Reports are looked at this often at most.
 const PACE: Duration = Duration::from_millis(200);
 
+/// How long processes that are ready may take to report for the first time.
+const FIRST_REPORTS: Duration = Duration::from_secs(3);
+
 /// Who this process is to workers and frontends.
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
@@ -65,6 +68,16 @@ impl Streams {
         }
     }
 
+    /// Waits, but not for long, until all of these have reported.
+    pub(super) async fn hear(&self, members: &[Member]) {
+        let heard = async {
+            while !self.open.lock().await.heard_all(members) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let _ = tokio::time::timeout(FIRST_REPORTS, heard).await;
+    }
+
     pub(super) async fn tell(&self, pushes: Vec<(&Member, &Placement)>) {
         if !pushes.is_empty() {
             self.open.lock().await.control.tell(pushes).await;
@@ -98,12 +111,17 @@ async fn watch(open: Arc<Mutex<Open>>, reported: Arc<Notify>, changed: impl Fn()
 
 impl Open {
     fn decisive(&self) -> Vec<Option<Report>> {
-        let heard = |member| {
-            let mut seen = Seen::default();
-            self.control.complete(member, &mut seen);
-            seen.report.map(decisive)
-        };
-        self.members.iter().map(heard).collect()
+        self.members.iter().map(|member| self.report(member).map(decisive)).collect()
+    }
+
+    fn heard_all(&self, members: &[Member]) -> bool {
+        members.iter().all(|member| self.report(member).is_some())
+    }
+
+    fn report(&self, member: &Member) -> Option<Report> {
+        let mut seen = Seen::default();
+        self.control.complete(member, &mut seen);
+        seen.report
     }
 }
 
