@@ -102,3 +102,6 @@ fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::Re
         ..v1::ReportResponse::default()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use expertmesh_engine::{GenerationConfig, ModelConfig, SamplingOverrides};
 use expertmesh_proto::v1;
-use serde::Deserialize;
 
 use super::openai::ApiError;
 use crate::process::Fatal;
@@ -24,16 +23,6 @@ pub(crate) struct Model {
     /// What a plain prompt begins with, where the tokenizer says so.
     pub(crate) bos: Option<u32>,
     generation: GenerationConfig,
-    defaults: Defaults,
-}
-
-/// The numbers of generation_config.json, which [`GenerationConfig`] checks but does not show.
-#[derive(Debug, Default, Deserialize)]
-struct Defaults {
-    do_sample: Option<bool>,
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    top_k: Option<u32>,
 }
 
 impl Model {
@@ -41,7 +30,6 @@ impl Model {
     pub(crate) fn load(directory: &Path, name: String, context: Option<usize>) -> Result<Self, Fatal> {
         let config = ModelConfig::read(directory)?;
         let generation = GenerationConfig::read(directory, &config)?;
-        let text = std::fs::read_to_string(directory.join("generation_config.json")).unwrap_or_default();
         let (tokenizer, template) = (Tokenizer::load(directory)?, ChatTemplate::load(directory)?);
         let thinks = tokenizer.id("<think>").is_some() && tokenizer.id("</think>").is_some();
         let bos = template.leading_bos().and_then(|token| tokenizer.id(token));
@@ -55,7 +43,6 @@ impl Model {
             thinks,
             bos,
             generation,
-            defaults: serde_json::from_str(&text).unwrap_or_default(),
         })
     }
 
@@ -66,15 +53,13 @@ impl Model {
     /// The model's defaults with a request's choices, checked.
     pub(crate) fn sampling(&self, choices: SamplingOverrides) -> Result<v1::Sampling, ApiError> {
         let checked = self.generation.sampling(&choices);
-        checked.map_err(|error| ApiError::invalid(error.field, error.to_string()))?;
-        let defaults = &self.defaults;
-        let temperature = if defaults.do_sample == Some(false) { Some(0.0) } else { defaults.temperature };
+        let sampling = checked.map_err(|error| ApiError::invalid(error.field, error.to_string()))?;
         Ok(v1::Sampling {
-            temperature: choices.temperature.or(temperature).unwrap_or(1.0),
-            top_p: choices.top_p.or(defaults.top_p).unwrap_or(1.0),
-            top_k: choices.top_k.or(defaults.top_k).unwrap_or(0),
-            min_p: choices.min_p.unwrap_or(0.0),
-            seed: choices.seed.unwrap_or(0),
+            temperature: sampling.temperature(),
+            top_p: sampling.top_p(),
+            top_k: sampling.top_k(),
+            min_p: sampling.min_p(),
+            seed: sampling.seed(),
         })
     }
 }

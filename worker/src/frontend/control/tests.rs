@@ -1,0 +1,88 @@
+//! The operator's view of a frontend, over real gRPC.
+
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+use expertmesh_proto::v1::control_client::ControlClient;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tonic::Code;
+use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+
+use super::*;
+use crate::frontend::model::Model;
+use crate::frontend::resume::Patience;
+use crate::frontend::scripted::{Stage, stage};
+use crate::tokenizer::tests::tiny_r1;
+
+struct Post {
+    /// Keeps the scripted workers alive.
+    _stage: Stage,
+    server: Arc<Server>,
+    channel: Channel,
+    _serving: JoinSet<()>,
+}
+
+async fn post() -> Post {
+    let stage = stage(&[&[]]).await;
+    let model = Model::load(&tiny_r1(), "tiny-r1".to_string(), None).unwrap();
+    let patience = Patience { stall: Duration::from_secs(5), queue: Duration::from_secs(5) };
+    let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), patience, 8);
+    let me = v1::Caller { name: "frontend-0".to_string(), ..v1::Caller::default() };
+    let placement = CurrentPlacement::load(None).unwrap();
+    let service = ControlService { server: server.clone(), placement, me, grace: Duration::ZERO };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let mut serving = JoinSet::new();
+    serving.spawn(crate::frontend::serve_control(listener, service));
+    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    Post { _stage: stage, server, channel, _serving: serving }
+}
+
+fn placement(epoch: u64) -> v1::ApplyPlacementRequest {
+    let addresses = vec!["127.0.0.1:1".to_string()];
+    let name = "w-0".to_string();
+    let worker = PlacedWorker { slot: 0, name, addresses, experts: ExpertSet::default(), draining: false };
+    let placement = Placement::new(epoch, vec![worker]).unwrap().to_proto();
+    v1::ApplyPlacementRequest { caller: None, placement: Some(placement) }
+}
+
+#[tokio::test]
+async fn a_placement_is_taken_reported_and_never_replaced_by_an_older_one() {
+    let post = post().await;
+    let mut control = ControlClient::new(post.channel.clone());
+    let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();
+    let first = reports.message().await.unwrap().unwrap();
+    assert_eq!(
+        (first.state(), first.epoch, first.callee.unwrap().name.as_str()),
+        (State::Ready, 0, "frontend-0")
+    );
+    control.apply_placement(placement(2)).await.unwrap();
+    let hash = placement(2).placement.unwrap().hash;
+    loop {
+        let report = reports.message().await.unwrap().unwrap();
+        if report.epoch == 2 {
+            assert_eq!(report.placement_hash, hash);
+            break;
+        }
+    }
+    assert_eq!(control.apply_placement(placement(1)).await.unwrap_err().code(), Code::FailedPrecondition);
+    let nothing = v1::ApplyPlacementRequest::default();
+    assert_eq!(control.apply_placement(nothing).await.unwrap_err().code(), Code::InvalidArgument);
+}
+
+#[tokio::test]
+async fn a_drained_frontend_says_so_to_everyone_who_asks() {
+    let post = post().await;
+    let (mut control, mut health) =
+        (ControlClient::new(post.channel.clone()), HealthClient::new(post.channel.clone()));
+    let mut statuses = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
+    let serving = tonic_health::ServingStatus::Serving as i32;
+    while statuses.message().await.unwrap().unwrap().status != serving {}
+    control.drain(v1::DrainRequest::default()).await.unwrap();
+    assert_eq!(post.server.readiness(), Err("draining".to_string()));
+    while statuses.message().await.unwrap().unwrap().status == serving {}
+    let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();
+    let report = reports.message().await.unwrap().unwrap();
+    assert_eq!((report.state(), report.reason.as_str()), (State::Draining, "draining"));
+}
