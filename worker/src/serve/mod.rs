@@ -6,7 +6,9 @@ mod run;
 mod scheduler;
 
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::pin::{Pin, pin};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
@@ -16,12 +18,13 @@ use std::time::Duration;
 
 use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint};
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
+use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
 use prometheus::Registry;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
 
 use self::control::{ControlService, WorkerState};
 use self::inference::InferenceService;
@@ -73,11 +76,11 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 256)]
     kv_cache_mib: u64,
     /// Sequences in the batch
-    #[arg(long, default_value_t = 64)]
-    max_running: usize,
+    #[arg(long, default_value = "64")]
+    max_running: NonZeroUsize,
     /// Sequences that wait
-    #[arg(long, default_value_t = 1024)]
-    max_waiting: usize,
+    #[arg(long, default_value = "1024")]
+    max_waiting: NonZeroUsize,
     /// How long leaving may take, in seconds
     #[arg(long, default_value_t = 30)]
     drain_timeout: u64,
@@ -86,13 +89,12 @@ pub(crate) struct Args {
 impl Args {
     fn slot(&self) -> Result<u32, Fatal> {
         let ordinal = || self.name.rsplit_once('-').and_then(|(_, ordinal)| ordinal.parse().ok());
-        let missing = || {
-            Fatal::new(
-                "InvalidSlot",
-                format!("--slot is missing, and --name {} does not end in one", self.name),
-            )
-        };
-        self.slot.or_else(ordinal).ok_or_else(missing)
+        match self.slot.or_else(ordinal) {
+            Some(slot) if slot < MAX_WORKERS => Ok(slot),
+            Some(slot) => Err(format!("--slot {slot}: it must be below {MAX_WORKERS}")),
+            None => Err(format!("--slot is missing, and --name {} does not end in one", self.name)),
+        }
+        .map_err(|message| Fatal::new("InvalidSlot", message))
     }
 
     fn max_context(&self, config: &ModelConfig) -> Result<usize, Fatal> {
@@ -129,7 +131,12 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let (registry, loading) = (Registry::new(), Arc::new(Loading::default()));
     let router = probes::router(registry.clone(), loading.clone().readiness());
     let probes = tokio::spawn(async move { axum::serve(http, router).await });
-    let (backend, fingerprint) = load(args.model.clone(), loading.clone()).await?;
+    // A container's first process hears only the signals that it asks for: from now on.
+    let mut stop = pin!(process::asked_to_stop());
+    let (backend, fingerprint) = tokio::select! {
+        loaded = load(args.model.clone(), loading.clone()) => loaded?,
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+    };
     let identity =
         Identity { name: args.name.clone(), slot, incarnation: process::incarnation(), fingerprint };
     let worker = Worker::start(backend, identity, &args, max_context, (placement, &registry))?;
@@ -137,7 +144,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     if let Some(path) = &args.announce {
         process::announce(path, addresses)?;
     }
-    let result = worker.serve(grpc, Duration::from_secs(args.drain_timeout)).await;
+    let result = worker.serve(grpc, stop, Duration::from_secs(args.drain_timeout)).await;
     probes.abort();
     result
 }
@@ -206,7 +213,8 @@ impl Worker {
         let state = WorkerState::new(identity.clone(), config, placement.clone(), residency.clone(), told);
         state.follow();
 
-        let bounds = Bounds { step_rows: STEP_ROWS, running: args.max_running, waiting: args.max_waiting };
+        let (running, waiting) = (args.max_running.get(), args.max_waiting.get());
+        let bounds = Bounds { step_rows: STEP_ROWS, running, waiting };
         let blocks = blocks(config, args.kv_cache_mib, max_context);
         let engine = Loop {
             kv: backend.allocate_kv(blocks),
@@ -230,14 +238,20 @@ impl Worker {
         Ok(Self { state, exchange, inference, ended })
     }
 
-    /// Serves until SIGTERM, then leaves: hands its sequences back, answers what peers wait for, and ends.
-    async fn serve(mut self, grpc: tokio::net::TcpListener, drain: Duration) -> Result<ExitCode, Fatal> {
+    /// Serves until `stop`, then leaves: hands its sequences back, answers what peers wait for, and ends.
+    async fn serve(
+        mut self,
+        grpc: tokio::net::TcpListener,
+        stop: Pin<&mut impl Future<Output = ()>>,
+        drain: Duration,
+    ) -> Result<ExitCode, Fatal> {
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<InferenceServer<InferenceService>>().await;
         let state = self.state.clone();
         let (finish, finished) = oneshot::channel::<()>();
+        // Set here, since a server that is given its connections leaves them as they are: 40 ms for a small answer.
+        let incoming = TcpIncoming::from(grpc).with_nodelay(Some(true));
         let server = Server::builder()
-            .tcp_nodelay(true)
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(16 << 20)
             .http2_keepalive_interval(Some(Duration::from_secs(5)))
@@ -245,13 +259,13 @@ impl Worker {
             .add_service(self.exchange.into_service())
             .add_service(InferenceServer::new(self.inference).max_decoding_message_size(16 << 20))
             .add_service(ControlServer::new(ControlService(state.clone())))
-            .serve_with_incoming_shutdown(TcpListenerStream::new(grpc), async {
+            .serve_with_incoming_shutdown(incoming, async {
                 let _ = finished.await;
             });
         let mut server = tokio::spawn(server);
         tracing::info!(slot = state.identity.slot, "worker {} listens", state.identity.name);
         tokio::select! {
-            () = process::asked_to_stop() => {}
+            () = stop => {}
             Some(thread) = self.ended.recv() => {
                 return Err(Fatal::new("ThreadStopped", format!("the thread {thread} ended; its panic is above")));
             }
