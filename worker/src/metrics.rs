@@ -56,6 +56,15 @@ impl WorkerMetrics {
             "expertmesh_worker_step_seconds",
             "Time of one step: all layers of the rows in the batch.",
         );
+        let sequences = counters(
+            "expertmesh_worker_sequences_total",
+            "Sequences that ended, by outcome: stop, length, move, cancelled, failed, refused.",
+            &["outcome"],
+        );
+        // At zero before the first of a kind ends: a rate needs both ends of a step.
+        for outcome in ["stop", "length", "move", "cancelled", "failed", "refused"] {
+            sequences.with_label_values(&[outcome]);
+        }
         let exchange =
             seconds("expertmesh_worker_exchange_seconds", "From dispatching rows to a peer to its answer.");
         Self {
@@ -67,11 +76,7 @@ impl WorkerMetrics {
             ),
             prompt_tokens: counter("expertmesh_worker_prompt_tokens_total", "Tokens prefilled."),
             generated_tokens: counter("expertmesh_worker_generated_tokens_total", "Tokens sampled."),
-            sequences: counters(
-                "expertmesh_worker_sequences_total",
-                "Sequences that ended, by outcome: stop, length, move, cancelled, failed, refused.",
-                &["outcome"],
-            ),
+            sequences,
             preemptions: counter(
                 "expertmesh_worker_preemptions_total",
                 "Sequences that gave their cache to an older one.",
