@@ -33,7 +33,7 @@ hash_inputs() {
   for binary in expertmesh expertmesh-worker; do
     [ -x target/release/$binary ] || { echo "image: target/release/$binary is missing: cargo build --release" >&2 && exit 1; }
   done
-  find deploy/Dockerfile deploy/image.sh target/release/expertmesh target/release/expertmesh-worker tests/models/tiny-r1 -type f -print0 |
+  find deploy/Dockerfile deploy/image.sh target/release/expertmesh target/release/expertmesh-worker tests/models/tiny-r1 tests/models/foreign -type f -print0 |
     sort -z | xargs -0 sha256sum | sha256sum
 }
 

@@ -1,4 +1,7 @@
 //! The tests of the whole product, the weakest power that proves a point first.
 
 mod chaos;
+mod kubernetes;
 mod mesh;
+mod metrics;
+mod openai;

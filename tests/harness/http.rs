@@ -1,6 +1,7 @@
 //! HTTP as the tests speak it.
 
 use std::io::{BufRead, BufReader};
+use std::ops::ControlFlow;
 
 use serde_json::Value;
 
@@ -22,8 +23,8 @@ pub fn post(url: &str, body: &Value) -> Result<(u16, Value), String> {
     Ok((response.status().as_u16(), json))
 }
 
-/// POST that streams: every server-sent event's JSON, as it comes, until `[DONE]`.
-pub fn stream(url: &str, body: &Value, mut event: impl FnMut(Value)) -> Result<(), String> {
+/// POST that streams: every server-sent event's JSON, as it comes, until `[DONE]`, or until `event` hangs up.
+pub fn stream(url: &str, body: &Value, mut event: impl FnMut(Value) -> ControlFlow<()>) -> Result<(), String> {
     let response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
     let status = response.status().as_u16();
     let reader = BufReader::new(response.into_body().into_reader());
@@ -31,7 +32,11 @@ pub fn stream(url: &str, body: &Value, mut event: impl FnMut(Value)) -> Result<(
         let line = line.map_err(|error| format!("the stream broke: {error}"))?;
         match line.strip_prefix("data: ") {
             Some("[DONE]") => return Ok(()),
-            Some(data) => event(serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?),
+            Some(data) => {
+                if event(serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?).is_break() {
+                    return Ok(());
+                }
+            }
             None if status != 200 => return Err(format!("{status}: {line}")),
             None => {}
         }

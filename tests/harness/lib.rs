@@ -1,8 +1,12 @@
 //! What the tests share: the project's processes, the model they serve, and what one process says it answers.
 
+pub mod frontend;
 pub mod http;
+pub mod kubernetes;
 pub mod mesh;
+pub mod openai;
 pub mod process;
+pub mod promtool;
 pub mod reference;
 
 use std::path::PathBuf;

@@ -138,9 +138,9 @@ pub fn request(question: &Question, reference: &Generated, known: &[u32]) -> v1:
         caller: Some(test_caller()),
         request_id: question.prompt.clone(),
         tokens: [&reference.prompt_tokens, known].concat(),
-        max_tokens: 1024,
+        max_tokens: question.length.unwrap_or(1024),
         min_tokens: 0,
-        stop_tokens: vec![1],
+        stop_tokens: if question.length.is_some() { vec![] } else { vec![1] },
         sampling: Some(sampling),
     }
 }

@@ -23,11 +23,18 @@ pub struct Question {
     pub prompt: String,
     /// `None`: greedy. Some: the model's own temperature with this seed.
     pub seed: Option<u64>,
+    /// Some: so many tokens, whatever ends on the way.
+    pub length: Option<u32>,
 }
 
 impl Question {
     pub fn greedy(prompt: &str) -> Self {
-        Self { prompt: prompt.into(), seed: None }
+        Self { prompt: prompt.into(), seed: None, length: None }
+    }
+
+    /// A question whose answer takes long enough for something to happen meanwhile.
+    pub fn long(seed: u64, length: u32) -> Self {
+        Self { prompt: "Spell the word expert.".into(), seed: Some(seed), length: Some(length) }
     }
 
     /// Different questions, half of them sampled.
@@ -45,7 +52,7 @@ impl Question {
                     ["banana", "router", "expert", "kernel", "ocean"][at / 4 % 5]
                 ),
             };
-            Self { prompt, seed: (at % 2 == 1).then_some(at as u64) }
+            Self { prompt, seed: (at % 2 == 1).then_some(at as u64), length: None }
         };
         (0..count).map(question).collect()
     }
@@ -63,6 +70,9 @@ pub fn reference(question: &Question) -> Generated {
         Some(seed) => command.args(["--seed", &seed.to_string()]),
         None => command.args(["--temperature", "0"]),
     };
+    if let Some(length) = question.length {
+        command.args(["--ignore-eos", "--max-tokens", &length.to_string()]);
+    }
     let output = command.output().expect("generate runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let generated: Generated = serde_json::from_slice(&output.stdout).expect("one JSON object");

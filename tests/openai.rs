@@ -1,0 +1,92 @@
+//! The OpenAI API in front of workers that live, die and leave.
+
+use std::ops::ControlFlow;
+use std::process::Command;
+
+use expertmesh_tests::frontend::{Frontend, metrics};
+use expertmesh_tests::mesh::Mesh;
+use expertmesh_tests::openai::Load;
+use expertmesh_tests::promtool::sum;
+use expertmesh_tests::reference::{Question, reference};
+use expertmesh_tests::{http, root, skipped, wait_for};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_unmodified_openai_client_is_answered_whole_and_streamed() {
+    if skipped("openai") {
+        return;
+    }
+    let mut mesh = Mesh::start("openai", 4).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let python = root().join("target/venv/bin/python");
+    let mut client = Command::new(python);
+    client.arg(root().join("tests/openai_client.py")).arg(format!("{}/v1", frontend.api.url)).arg("tiny-r1");
+    let output = client.output().expect("python starts; `make setup` makes its environment");
+    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(output.status.success(), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sixteen_clients_at_once_get_the_tokens_of_one_process_whole_and_streamed() {
+    let mut mesh = Mesh::start("clients", 4).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let questions = Question::several(16);
+    questions.iter().for_each(|question| drop(reference(question)));
+    std::thread::scope(|scope| {
+        let api = &frontend.api;
+        let ask = |question| move || api.check(question).and_then(|()| api.check_stream(question, |_| {}));
+        let clients: Vec<_> = questions.iter().map(|question| scope.spawn(ask(question))).collect();
+        clients.into_iter().for_each(|client| client.join().unwrap().unwrap());
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_killed_in_the_middle_of_a_stream_costs_no_token() {
+    let mut mesh = Mesh::start("stream", 4).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let mut killed = None;
+    let question = Question::long(1, 500);
+    let answered = frontend.api.check_stream(&question, |tokens| {
+        if tokens > 100 && killed.is_none() {
+            let runs = |slot: &usize| sum(&metrics(&mesh.addresses[*slot]), "vllm:num_requests_running") > 0.0;
+            let slot = (0..4).find(runs).expect("one runs the sequence");
+            mesh.workers[slot].kill();
+            killed = Some(tokens);
+        }
+    });
+    answered.unwrap();
+    assert!(killed.is_some_and(|tokens| tokens < 500), "the answer was there before: {killed:?}");
+    assert!(sum(&frontend.metrics(), "expertmesh_frontend_resumes_total") > 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_is_told_to_end_under_load_fails_no_request() {
+    let mut mesh = Mesh::start("leave", 3).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let load = Load::start(&frontend.api, 4);
+    load.go_on_for(4);
+    mesh.workers[2].signal("TERM");
+    assert!(mesh.workers[2].wait().success());
+    load.go_on_for(4);
+    load.end();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_ends_its_sequence() {
+    let mut mesh = Mesh::start("left", 2).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let question = Question::long(1, 1000);
+    let mut events = 0;
+    let left = http::stream(&frontend.api.completions(), &frontend.api.body(&question, true), |_| {
+        events += 1;
+        if events < 10 { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    left.unwrap();
+    wait_for("the sequence to be cancelled", || {
+        let texts: Vec<String> = mesh.addresses.iter().map(metrics).collect();
+        let cancelled = "expertmesh_worker_sequences_total{outcome=\"cancelled\"}";
+        let count: f64 = texts.iter().map(|text| sum(text, cancelled)).sum();
+        if count == 1.0 { Ok(()) } else { Err(texts.concat()) }
+    });
+    assert_eq!(sum(&frontend.metrics(), "expertmesh_frontend_requests_total{code=\"499\""), 1.0);
+    assert_eq!(sum(&frontend.metrics(), "expertmesh_frontend_requests_in_flight"), 0.0);
+}
