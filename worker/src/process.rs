@@ -106,8 +106,8 @@ pub(crate) fn exit_when_parent_is_gone() {
         return;
     }
     std::thread::spawn(|| {
-        let ended = io::copy(&mut io::stdin(), &mut io::sink());
-        tracing::warn!(?ended, "the parent process is gone");
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        // Without a word: stderr is most likely the parent's too, and writing to it would panic.
         std::process::exit(1);
     });
 }
