@@ -242,6 +242,11 @@ impl AnswerParts {
             return Err(Damaged { ticket: part.ticket, part: part.part }.into());
         }
         check_size(part.rows.len() + 5 * part.not_resident.len(), "answer.rows")?;
+        let named = &part.not_resident;
+        if !named.is_sorted_by(|a, b| a < b) || named.last().is_some_and(|&last| last >= limits.experts) {
+            let problem = format!("must ascend and stay below {}", limits.experts);
+            return Err(Invalid::new("answer.not_resident", problem).into());
+        }
         if part.part == 0 {
             self.answers.not_resident = part.not_resident;
         }
@@ -430,6 +435,16 @@ mod tests {
         assert_eq!(field(|part| part.experts[0] = 32), "dispatch.experts");
         assert_eq!(field(|part| part.rows = to_bytes(&[f32::NAN; 3000])), "dispatch.rows");
         assert_eq!(field(|part| part.rows = part.rows.slice(4..)), "dispatch.rows");
+    }
+
+    #[test]
+    fn an_answer_that_names_what_no_layer_has_is_refused() {
+        for not_resident in [vec![32], vec![5, 5], vec![5, 4]] {
+            let answers = Answers { not_resident, values: vec![0.0; LIMITS.hidden] };
+            let part = answers.to_parts(TICKET, &LIMITS).remove(0);
+            let error = AnswerParts::new(vec![3]).push(part, &LIMITS).unwrap_err();
+            assert!(matches!(error, PartError::Invalid(invalid) if invalid.field == "answer.not_resident"));
+        }
     }
 
     #[test]

@@ -74,6 +74,12 @@ impl ExpertSet {
 /// More routed experts per layer than any open model has; bounds what a message can make us allocate.
 pub const MAX_EXPERTS: u32 = 4096;
 
+/// Workers of one deployment at most: slots are below.
+pub const MAX_WORKERS: u32 = 1024;
+
+/// Pairs of worker and expert that a placement may name.
+const MAX_PLACED: u64 = 1 << 24;
+
 fn ranges(experts: &BTreeSet<u32>) -> Vec<(u32, u32)> {
     let mut ranges: Vec<(u32, u32)> = Vec::new();
     for &expert in experts {
@@ -157,9 +163,12 @@ impl TryFrom<Fields> for Placement {
 }
 
 impl Placement {
-    /// Sorts by slot. Fails where a slot appears twice.
+    /// Sorts by slot. Fails where a slot appears twice or is not below [`MAX_WORKERS`].
     pub fn new(epoch: u64, mut workers: Vec<PlacedWorker>) -> Result<Self, Invalid> {
         workers.sort_by_key(|worker| worker.slot);
+        if let Some(worker) = workers.last().filter(|worker| worker.slot >= MAX_WORKERS) {
+            return Err(Invalid::new("workers.slot", format!("{} is not below {MAX_WORKERS}", worker.slot)));
+        }
         if let Some(pair) = workers.windows(2).find(|pair| pair[0].slot == pair[1].slot) {
             return Err(Invalid::new("workers.slot", format!("slot {} appears twice", pair[0].slot)));
         }
@@ -201,8 +210,17 @@ impl Placement {
         }
     }
 
-    /// Fails on a slot that appears twice, a range that is none, or a hash that is not of this content.
+    /// Fails on a slot that appears twice, a range that is none, too many experts, or a hash that is not of this content.
     pub fn from_proto(message: v1::Placement) -> Result<Self, Invalid> {
+        let ranges =
+            message.workers.iter().flat_map(|worker| &worker.experts).flat_map(|layer| &layer.ranges);
+        let placed: u64 = ranges.map(|range| u64::from(range.last.saturating_sub(range.first)) + 1).sum();
+        if placed > MAX_PLACED {
+            return Err(Invalid::new(
+                "experts.ranges",
+                format!("{placed} experts are more than {MAX_PLACED}"),
+            ));
+        }
         let worker = |worker: v1::PlacedWorker| {
             let experts = ExpertSet::from_proto(&worker.experts)?;
             let v1::PlacedWorker { slot, name, addresses, draining, .. } = worker;
@@ -295,6 +313,12 @@ mod tests {
     fn what_is_no_placement_is_refused_by_field() {
         let twice = Placement::new(1, vec![worker(2, &[]), worker(2, &[])]).unwrap_err();
         assert_eq!(twice.to_string(), "workers.slot: slot 2 appears twice");
+        let beyond = Placement::new(1, vec![worker(MAX_WORKERS, &[])]).unwrap_err();
+        assert_eq!(beyond.to_string(), "workers.slot: 1024 is not below 1024");
+        let all = |layer| v1::LayerExperts { layer, ranges: vec![v1::ExpertRange { first: 0, last: 4095 }] };
+        let greedy = v1::PlacedWorker { experts: (0..5000).map(all).collect(), ..Default::default() };
+        let greedy = v1::Placement { workers: vec![greedy], ..Default::default() };
+        assert_eq!(Placement::from_proto(greedy).unwrap_err().field, "experts.ranges");
         let mut forged = Placement::new(1, vec![worker(0, &[])]).unwrap().to_proto();
         forged.epoch = 2;
         assert_eq!(Placement::from_proto(forged).unwrap_err().field, "placement.hash");
