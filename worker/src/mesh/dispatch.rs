@@ -11,9 +11,9 @@ use tokio::sync::watch;
 
 use super::peers::{Outcome, Outgoing, Peers, Reply};
 use super::residency::{LoadFailed, Residency};
-use super::route::{Holders, Target, route};
+use super::route::{Holders, Known, Target, route};
 
-/// How long a holder that said "not resident" is asked to load that expert.
+/// How long a holder that said "not resident" is passed over for a copy, or asked to load where there is none.
 const COLD: Duration = Duration::from_secs(1);
 
 /// Dispatches to peers and collects from them; one per engine thread.
@@ -24,7 +24,7 @@ pub(crate) struct MeshExchange<B: Backend> {
     holders: Holders,
     outcomes: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
     next_ticket: u64,
-    /// Until when a (slot, layer, expert) counts as not resident.
+    /// Until when an expert counts as not resident in a slot: (layer, expert, slot).
     cold: BTreeMap<(u32, u32, u32), Instant>,
     layer: LayerState<B>,
 }
@@ -102,26 +102,24 @@ impl<B: Backend> MeshExchange<B> {
 
     fn target(&self, me: u32, alive: &BTreeSet<u32>, layer: usize, expert: u32) -> Target {
         let tried = self.layer.tried.get(&expert).map_or(&[][..], Vec::as_slice);
-        match route(&self.holders, me, alive, (layer as u32, expert), tried) {
-            // It should hold the expert and does not yet: nobody is better elected.
-            Target::Holder(slot) if self.cold.contains_key(&(slot, layer as u32, expert)) => {
-                Target::Elected(slot)
-            }
-            target => target,
-        }
+        let layer = layer as u32;
+        let cold = self.cold.range((layer, expert, 0)..=(layer, expert, u32::MAX));
+        let cold: Vec<u32> = cold.map(|(&(.., slot), _)| slot).collect();
+        route(&self.holders, me, (layer, expert), &Known { alive, tried, cold: &cold })
     }
 
     fn launch(&mut self, flight: Flight, rows: Rows) {
         self.next_ticket += 1;
         let ticket = self.next_ticket;
-        let slot = flight.slot;
-        let dispatched = &self.peers.shared.metrics.rows_dispatched;
-        dispatched.with_label_values(&[&slot.to_string()]).inc_by(flight.pairs.len() as u64);
+        let (slot, pairs) = (flight.slot, flight.pairs.len() as u64);
         let reply = Reply::new(ticket, self.outcomes.0.clone());
         let outgoing = Outgoing { ticket, attempt: flight.attempt, rows, reply };
         self.layer.flights.insert(ticket, flight);
         // Where the link is down, the reply that comes back says so.
-        drop(self.peers.send(slot, outgoing));
+        if self.peers.send(slot, outgoing).is_ok() {
+            let dispatched = &self.peers.shared.metrics.rows_dispatched;
+            dispatched.with_label_values(&[&slot.to_string()]).inc_by(pairs);
+        }
     }
 
     /// Computes the pairs that stayed here, loading what is missing.
@@ -179,7 +177,9 @@ impl<B: Backend> MeshExchange<B> {
             }
         };
         let label = flight.slot.to_string();
-        metrics.exchange_seconds.with_label_values(&[&label]).observe(flight.sent.elapsed().as_secs_f64());
+        // This thread may have computed meanwhile: what counts is when the answer came.
+        let took = outcome.at.duration_since(flight.sent);
+        metrics.exchange_seconds.with_label_values(&[&label]).observe(took.as_secs_f64());
         let Answers { not_resident, values } = answers;
         let absent = |pair: &u32| not_resident.contains(&routes.experts[*pair as usize]);
         let (again, answered): (Vec<u32>, Vec<u32>) = flight.pairs.iter().partition(|pair| absent(pair));
@@ -191,7 +191,7 @@ impl<B: Backend> MeshExchange<B> {
         }
         metrics.rows_rerouted.with_label_values(&["not_resident"]).inc_by(again.len() as u64);
         let until = Instant::now() + COLD;
-        self.cold.extend(not_resident.iter().map(|&expert| ((flight.slot, layer as u32, expert), until)));
+        self.cold.extend(not_resident.iter().map(|&expert| ((layer as u32, expert, flight.slot), until)));
         if flight.load {
             self.give_up(routes, &flight, |expert| not_resident.contains(&expert));
         }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use expertmesh_engine::{Backend, ExpertGroup};
 use expertmesh_proto::expert::{Answers, DispatchParts, MAX_PART_BYTES, MAX_TICKETS, Rows, Ticket};
+use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_server::{ExpertExchange, ExpertExchangeServer};
@@ -65,6 +66,11 @@ impl<B: Backend> ExpertExchange for Served<B> {
         let Some(Request::Hello(hello)) = first.and_then(|request| request.message) else {
             return Err(Invalid::new("hello", "must be the first message").into());
         };
+        if hello.slot >= MAX_WORKERS {
+            return Err(
+                Invalid::new("hello.slot", format!("{} is not below {MAX_WORKERS}", hello.slot)).into()
+            );
+        }
         exchange.shared.identity.admit(hello.caller.as_ref())?;
         let incarnation = hello.caller.map_or(0, |caller| caller.incarnation);
         exchange.shared.fence.admit(hello.slot, incarnation)?;
@@ -122,7 +128,7 @@ impl<B: Backend> Pump<B> {
         loop {
             let idle = self.work.is_empty() && self.unsent.is_empty();
             if *leaving.borrow() && idle {
-                return Err(Status::unavailable("this worker leaves"));
+                return Ok(());
             }
             tokio::select! {
                 request = requests.message() => match request.map_err(invalid_if_oversized)?.and_then(|r| r.message) {
@@ -151,7 +157,7 @@ impl<B: Backend> Pump<B> {
         let limits = &self.exchange.shared.limits;
         let id = part.ticket;
         if !self.partial.contains_key(&id) {
-            if self.partial.len() + self.work.len() >= MAX_TICKETS {
+            if self.partial.len() + self.work.len() + self.unread() >= MAX_TICKETS {
                 return Err(Status::resource_exhausted(format!("more than {MAX_TICKETS} tickets under way")));
             }
             self.partial.insert(id, DispatchParts::start(&part, limits)?);
@@ -166,6 +172,12 @@ impl<B: Backend> Pump<B> {
         Ok(())
     }
 
+    /// Tickets whose answer the peer has not taken to its end.
+    fn unread(&self) -> usize {
+        let last = |response: &&Response| matches!(response, Response::Answer(a) if a.part + 1 == a.parts);
+        self.unsent.iter().filter(last).count()
+    }
+
     fn answer(&mut self, done: Result<(Ticket, Option<Answers>), tokio::task::JoinError>) {
         if let Ok((ticket, Some(answers))) = done {
             let parts = answers.to_parts(ticket, &self.exchange.shared.limits);
@@ -177,11 +189,13 @@ impl<B: Backend> Pump<B> {
 impl<B: Backend> Exchange<B> {
     /// Waits for the loader where this worker was elected, then for the serving thread. `None` while shutting down.
     async fn serve(&self, slot: u32, rows: Rows) -> Option<Answers> {
+        let experts = distinct(&rows.experts);
         if rows.load {
-            let loads =
-                distinct(&rows.experts).into_iter().map(|expert| self.residency.ensured(rows.layer, expert));
+            let loads = experts.into_iter().map(|expert| self.residency.ensured(rows.layer, expert));
             // What cannot be loaded in time is answered as not resident.
             let _ = timeout(LOAD, futures::future::join_all(loads)).await;
+        } else {
+            self.residency.used(rows.layer, &experts);
         }
         let served = &self.shared.metrics.rows_served;
         served.with_label_values(&[&slot.to_string()]).inc_by(rows.experts.len() as u64);

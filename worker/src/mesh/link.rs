@@ -34,26 +34,29 @@ pub(crate) async fn keep(
     mut addresses: watch::Receiver<Vec<String>>,
     mut outgoing: mpsc::Receiver<Outgoing>,
 ) {
-    let mut backoff = BACKOFF.0;
+    let (mut backoff, mut told) = (BACKOFF.0, "");
     for session in 1.. {
         let current = addresses.borrow_and_update().clone();
         match refusing(&mut outgoing, open(&shared, slot, session, &current)).await {
             Ok(stream) => {
                 tracing::info!(slot, "peer is up");
-                shared.set_alive(slot, true);
-                backoff = BACKOFF.0;
+                let alive = shared.alive(slot);
+                (backoff, told) = (BACKOFF.0, "");
                 let mut pump = Pump { session, pending: BTreeMap::new(), unsent: VecDeque::new() };
                 let verdict = pump.run(stream, &shared.limits, &mut outgoing).await;
-                shared.set_alive(slot, false);
+                drop(alive);
                 shared.metrics.peer_failures.with_label_values(&[&slot.to_string(), verdict.reason]).inc();
                 tracing::warn!(slot, reason = verdict.reason, "peer is down: {}", verdict.message);
                 pump.pending
                     .into_values()
                     .for_each(|pending| pending.outgoing.reply.send(Err(verdict.reason)));
             }
-            Err(verdict) => {
-                tracing::debug!(slot, reason = verdict.reason, "peer does not answer: {}", verdict.message)
+            // It is tried again and again, and told once for every reason.
+            Err(verdict) if verdict.reason != told => {
+                tracing::warn!(slot, reason = verdict.reason, "peer is not up: {}", verdict.message);
+                told = verdict.reason;
             }
+            Err(_) => {}
         }
         let pause = async {
             tokio::select! {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use expertmesh_proto::expert::{Answers, Limits, MAX_TICKETS, Rows};
 use expertmesh_proto::placement::Placement;
@@ -42,13 +43,14 @@ impl Drop for Reply {
     fn drop(&mut self) {
         let result = std::mem::replace(&mut self.result, Err("down"));
         // The engine's thread may be gone: then nobody waits.
-        let _ = self.sender.send(Outcome { ticket: self.ticket, result });
+        let _ = self.sender.send(Outcome { ticket: self.ticket, at: Instant::now(), result });
     }
 }
 
 /// What became of a ticket: the answers, or why the peer counts as dead.
 pub(crate) struct Outcome {
     pub(crate) ticket: u64,
+    pub(crate) at: Instant,
     pub(crate) result: Result<Answers, &'static str>,
 }
 
@@ -62,8 +64,18 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn set_alive(&self, slot: u32, lives: bool) {
-        self.alive.send_if_modified(|alive| if lives { alive.insert(slot) } else { alive.remove(&slot) });
+    /// The peer of this slot counts as alive until the result is dropped, also by a link that is torn down.
+    pub(crate) fn alive(self: &Arc<Self>, slot: u32) -> Alive {
+        self.alive.send_if_modified(|alive| alive.insert(slot));
+        Alive(self.clone(), slot)
+    }
+}
+
+pub(crate) struct Alive(Arc<Shared>, u32);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.alive.send_if_modified(|alive| alive.remove(&self.1));
     }
 }
 
@@ -117,7 +129,6 @@ impl Peers {
             let stays = placement.worker(slot).is_some();
             if !stays {
                 link.task.abort();
-                self.shared.set_alive(slot, false);
             }
             stays
         });

@@ -32,6 +32,7 @@ pub(crate) struct Snapshot {
     /// Assigned and not resident yet.
     pub(crate) missing: u32,
     pub(crate) bytes_loaded: u64,
+    /// Why one of those that are missing is.
     pub(crate) failure: Option<String>,
 }
 
@@ -69,16 +70,16 @@ impl<B: Backend> Residency<B> {
 
     /// What the placement wants here; what it no longer wants leaves once it is idle.
     pub(crate) fn assign(&self, experts: ExpertSet) {
-        let mut state = self.lock();
-        state.extras = state
-            .resident
-            .keys()
-            .filter(|key| !experts.contains(key.0, key.1))
-            .map(|&key| (key, Instant::now()))
-            .collect();
-        state.assigned = experts;
-        drop(state);
+        self.lock().assign(experts);
         self.notify();
+    }
+
+    /// A peer's rows are about to use these experts of a layer: those that are here are not idle.
+    pub(crate) fn used(&self, layer: u32, experts: &BTreeSet<u32>) {
+        let mut state = self.lock();
+        for &expert in experts {
+            state.touch((layer, expert));
+        }
     }
 
     /// Waits until the expert is resident. For the engine's own thread.
@@ -128,7 +129,7 @@ impl<B: Backend> Residency<B> {
             resident_bytes: state.resident.values().sum(),
             missing: state.missing().count() as u32,
             bytes_loaded: state.bytes_loaded,
-            failure: state.failed.values().next().map(|(_, failure)| failure.to_string()),
+            failure: state.failure(),
         }
     }
 
@@ -175,8 +176,21 @@ impl<B: Backend> Residency<B> {
 }
 
 impl State {
+    /// What was superfluous before goes on being idle since then.
+    fn assign(&mut self, experts: ExpertSet) {
+        let extras = self.resident.keys().filter(|key| !experts.contains(key.0, key.1));
+        let used = |key: &Key| self.extras.get(key).copied().unwrap_or_else(Instant::now);
+        self.extras = extras.map(|key| (*key, used(key))).collect();
+        self.assigned = experts;
+    }
+
     fn missing(&self) -> impl Iterator<Item = Key> + '_ {
         self.assigned.iter().filter(|key| !self.resident.contains_key(key))
+    }
+
+    /// Of what is missing; an expert that only a peer wanted says nothing about this worker.
+    fn failure(&self) -> Option<String> {
+        self.missing().find_map(|key| Some(self.failed.get(&key)?.1.to_string()))
     }
 
     fn touch(&mut self, key: Key) -> bool {
@@ -234,4 +248,37 @@ impl State {
 /// The distinct experts of a list, ascending.
 pub(crate) fn distinct(experts: &[u32]) -> BTreeSet<u32> {
     experts.iter().copied().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_use_keeps_what_the_placement_does_not_name() {
+        let mut assigned = ExpertSet::default();
+        assigned.insert(1, 0);
+        let mut state = State { resident: [((1, 0), 10), ((1, 7), 10)].into(), ..State::default() };
+        state.assign(assigned.clone());
+        let since = state.extras[&(1, 7)];
+        assert_eq!(state.extras.len(), 1);
+        std::thread::sleep(Duration::from_millis(1));
+        state.assign(assigned.clone());
+        assert_eq!(state.extras[&(1, 7)], since, "the same placement once more is no use");
+        assert!(state.touch((1, 7)));
+        assert!(state.extras[&(1, 7)] > since);
+        assigned.insert(1, 7);
+        state.assign(assigned);
+        assert!(state.extras.is_empty());
+    }
+
+    #[test]
+    fn what_failed_is_told_while_it_is_missing_here() {
+        let mut state = State::default();
+        state.assigned.insert(1, 0);
+        state.record((1, 5), Err("elected and damaged".into()));
+        assert_eq!(state.failure(), None);
+        state.record((1, 0), Err("damaged".into()));
+        assert_eq!(state.failure().unwrap(), "expert 0 of layer 1 cannot be loaded: damaged");
+    }
 }

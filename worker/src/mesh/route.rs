@@ -28,6 +28,15 @@ impl Holders {
     }
 }
 
+/// What an owner knows of the others when it looks for an expert.
+pub(crate) struct Known<'a> {
+    pub(crate) alive: &'a BTreeSet<u32>,
+    /// Slots that failed this expert's rows.
+    pub(crate) tried: &'a [u32],
+    /// Slots that said lately that the expert is not resident.
+    pub(crate) cold: &'a [u32],
+}
+
 /// Who computes an expert's rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Target {
@@ -35,27 +44,27 @@ pub(crate) enum Target {
     Local,
     /// A peer, as it is.
     Holder(u32),
-    /// A peer that nobody's placement named: it loads the expert.
+    /// A peer that loads the expert first.
     Elected(u32),
 }
 
 /// Chooses among the live holders that were not `tried`, then by election among all live workers, `me` included;
 /// this worker where nothing else is left, so that every expert can always be computed.
-pub(crate) fn route(
-    holders: &Holders,
-    me: u32,
-    alive: &BTreeSet<u32>,
-    expert: (u32, u32),
-    tried: &[u32],
-) -> Target {
-    let usable = |slot: &u32| alive.contains(slot) && !tried.contains(slot);
+pub(crate) fn route(holders: &Holders, me: u32, expert: (u32, u32), known: &Known) -> Target {
+    let usable = |slot: &u32| known.alive.contains(slot) && !known.tried.contains(slot);
     let named = holders.by_expert.get(&expert).map_or(&[][..], Vec::as_slice);
-    if named.contains(&me) && !tried.contains(&me) {
+    if named.contains(&me) && !known.tried.contains(&me) {
         return Target::Local;
     }
     // Different owners spread over the copies, each always on the same one.
-    if let Some(slot) = named.iter().copied().filter(usable).max_by_key(|&slot| weight(slot, expert, me)) {
+    let live = named.iter().copied().filter(usable);
+    let warm = live.clone().filter(|slot| !known.cold.contains(slot));
+    if let Some(slot) = warm.max_by_key(|&slot| weight(slot, expert, me)) {
         return Target::Holder(slot);
+    }
+    // It should hold the expert and does not yet: nobody is better elected.
+    if let Some(slot) = live.max_by_key(|&slot| weight(slot, expert, me)) {
+        return Target::Elected(slot);
     }
     let candidates = holders.electorate.iter().copied().filter(|slot| *slot == me || usable(slot));
     match candidates.max_by_key(|&slot| weight(slot, expert, u32::MAX)) {
@@ -99,21 +108,33 @@ mod tests {
         Holders::of(&Placement::new(1, (0..slots).map(worker).collect()).unwrap())
     }
 
-    fn alive(slots: &[u32]) -> BTreeSet<u32> {
-        slots.iter().copied().collect()
+    fn to(holders: &Holders, me: u32, alive: &[u32], expert: (u32, u32), tried: &[u32]) -> Target {
+        let alive = alive.iter().copied().collect();
+        route(holders, me, expert, &Known { alive: &alive, tried, cold: &[] })
     }
 
     #[test]
     fn rows_go_to_the_holder_and_stay_where_the_expert_is_local() {
         let holders = holders(4, None);
-        assert_eq!(route(&holders, 0, &alive(&[1, 2, 3]), (1, 9), &[]), Target::Holder(1));
-        assert_eq!(route(&holders, 1, &alive(&[0, 2, 3]), (1, 9), &[]), Target::Local);
+        assert_eq!(to(&holders, 0, &[1, 2, 3], (1, 9), &[]), Target::Holder(1));
+        assert_eq!(to(&holders, 1, &[0, 2, 3], (1, 9), &[]), Target::Local);
     }
 
     #[test]
     fn a_dead_holders_rows_go_to_its_copy() {
-        assert_eq!(route(&holders(4, Some(3)), 1, &alive(&[2, 3]), (1, 0), &[]), Target::Holder(3));
-        assert_eq!(route(&holders(4, Some(3)), 1, &alive(&[0, 2, 3]), (1, 0), &[0]), Target::Holder(3));
+        assert_eq!(to(&holders(4, Some(3)), 1, &[2, 3], (1, 0), &[]), Target::Holder(3));
+        assert_eq!(to(&holders(4, Some(3)), 1, &[0, 2, 3], (1, 0), &[0]), Target::Holder(3));
+    }
+
+    #[test]
+    fn a_copy_that_is_there_comes_before_one_that_still_loads() {
+        let (holders, alive) = (holders(4, Some(3)), [0, 2, 3].into());
+        let to =
+            |tried: &[u32], cold: &[u32]| route(&holders, 1, (1, 0), &Known { alive: &alive, tried, cold });
+        assert_eq!(to(&[], &[0]), Target::Holder(3));
+        assert_eq!(to(&[], &[3]), Target::Holder(0));
+        assert!(matches!(to(&[], &[0, 3]), Target::Elected(0 | 3)));
+        assert_eq!(to(&[3], &[0]), Target::Elected(0));
     }
 
     #[test]
@@ -124,7 +145,7 @@ mod tests {
             // Worker 0 is dead: the others agree, whoever asks.
             let choice = |me: u32| {
                 let others: Vec<u32> = [1, 2, 3].into_iter().filter(|&slot| slot != me).collect();
-                match route(&holders, me, &alive(&others), (1, expert), &[]) {
+                match to(&holders, me, &others, (1, expert), &[]) {
                     Target::Local => me,
                     Target::Elected(slot) => slot,
                     Target::Holder(slot) => panic!("worker {slot} does not hold it"),
@@ -139,8 +160,8 @@ mod tests {
 
     #[test]
     fn who_has_tried_everyone_computes_the_expert_itself() {
-        assert_eq!(route(&holders(4, None), 0, &alive(&[1, 2, 3]), (1, 9), &[1, 2, 3]), Target::Local);
-        assert_eq!(route(&holders(4, None), 0, &alive(&[]), (1, 9), &[]), Target::Local);
-        assert_eq!(route(&Holders::default(), 0, &alive(&[1]), (1, 9), &[]), Target::Local);
+        assert_eq!(to(&holders(4, None), 0, &[1, 2, 3], (1, 9), &[1, 2, 3]), Target::Local);
+        assert_eq!(to(&holders(4, None), 0, &[], (1, 9), &[]), Target::Local);
+        assert_eq!(to(&Holders::default(), 0, &[1], (1, 9), &[]), Target::Local);
     }
 }
