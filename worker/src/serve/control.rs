@@ -1,8 +1,8 @@
 //! `Control`: the placement to follow, what this worker says of itself, and how it leaves.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use expertmesh_engine::{Backend, ModelConfig};
@@ -36,6 +36,8 @@ pub(crate) struct WorkerState<B> {
     /// The process ends: a later placement does not call it back.
     pub(crate) stopping: AtomicBool,
     drained: watch::Sender<bool>,
+    /// Held while what to load, or whether to drain, changes: the latest placement has the last word.
+    turn: Mutex<()>,
     /// True once this worker is drained and leaves: streams end.
     left: watch::Sender<bool>,
 }
@@ -60,14 +62,25 @@ impl<B: Backend> WorkerState<B> {
         (shared, commands): (Arc<Shared>, SyncSender<Command>),
     ) -> Arc<Self> {
         let (shape, stopping) = (shape(config), AtomicBool::new(false));
-        let (drained, left) = (watch::Sender::new(false), watch::Sender::new(false));
-        Arc::new(Self { identity, shape, placement, residency, shared, commands, stopping, drained, left })
+        let (drained, left, turn) = (watch::Sender::new(false), watch::Sender::new(false), Mutex::new(()));
+        Arc::new(Self {
+            identity,
+            shape,
+            placement,
+            residency,
+            shared,
+            commands,
+            stopping,
+            drained,
+            turn,
+            left,
+        })
     }
 
     /// Ready, or why not. Local: it asks nobody else, so that a cold start cannot deadlock.
     pub(crate) fn readiness(&self) -> Result<(), String> {
         let placement = self.placement.get();
-        if self.shared.draining.load(Ordering::SeqCst) {
+        if self.is_draining() {
             return Err("draining".into());
         }
         if placement.epoch() == 0 {
@@ -91,7 +104,7 @@ impl<B: Backend> WorkerState<B> {
     pub(crate) fn report(&self) -> v1::ReportResponse {
         let readiness = self.readiness();
         let state = match &readiness {
-            _ if self.shared.draining.load(Ordering::SeqCst) => State::Draining,
+            _ if self.is_draining() => State::Draining,
             Ok(()) => State::Ready,
             Err(_) => State::Loading,
         };
@@ -117,12 +130,11 @@ impl<B: Backend> WorkerState<B> {
         }
     }
 
-    /// Takes no new sequences, hands the running ones back, and returns when none is left.
+    /// Takes no new sequences, hands the running ones back, and returns when none is left or a placement calls back.
     pub(crate) async fn drain(&self) {
-        self.shared.draining.store(true, Ordering::SeqCst);
-        self.drained.send_replace(true);
+        self.set_draining(&self.turn(), true);
         let mut load = self.shared.load.subscribe();
-        loop {
+        while self.is_draining() {
             // A full queue of commands is being worked off: the next round tries again.
             let _ = self.commands.try_send(Command::Drain);
             let empty = load.wait_for(|load| load.running + load.waiting == 0);
@@ -130,6 +142,19 @@ impl<B: Backend> WorkerState<B> {
                 return;
             }
         }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_draining(&self, _turn: &MutexGuard<()>, draining: bool) {
+        self.shared.draining.store(draining, Ordering::SeqCst);
+        self.drained.send_replace(draining);
+    }
+
+    fn is_draining(&self) -> bool {
+        self.shared.draining.load(Ordering::SeqCst)
     }
 
     /// Ends the streams that peers, frontends and the operator hold.
@@ -149,12 +174,12 @@ impl<B: Backend> WorkerState<B> {
 
     /// Loads what the placement wants here; a placement that keeps this worker calls it back from draining.
     pub(crate) fn follow(&self) {
+        let turn = self.turn();
         let placement = self.placement.get();
         let Some(mine) = placement.worker(self.identity.slot) else { return };
         self.residency.assign(mine.experts.clone());
         if !mine.draining && !self.stopping.load(Ordering::SeqCst) {
-            self.shared.draining.store(false, Ordering::SeqCst);
-            self.drained.send_replace(false);
+            self.set_draining(&turn, false);
         }
     }
 
@@ -244,6 +269,9 @@ impl<B: Backend> Control for ControlService<B> {
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         self.0.identity.admit(request.into_inner().caller.as_ref())?;
         self.0.drain().await;
+        if !self.0.is_draining() {
+            return Err(Status::aborted("a later placement keeps this worker"));
+        }
         Ok(Response::new(v1::DrainResponse {}))
     }
 }
