@@ -133,7 +133,6 @@ where
     /// Computes a plan and hands its tokens out.
     fn step(&mut self, plan: &Plan, live: &mut BTreeMap<u64, Live>) {
         let start = Instant::now();
-        let preempted = self.scheduler.preemptions();
         let logits = forward(&*self.backend, &plan.step, &mut self.kv, &mut self.exchange, &mut |_| {});
         let logits = match logits {
             Ok(rows) => self.backend.download(&rows), // (spans that want logits, vocabulary)
@@ -146,7 +145,6 @@ where
         self.scheduler.computed(plan);
         let metrics = self.shared.metrics.clone();
         metrics.step_seconds.observe(start.elapsed().as_secs_f64());
-        metrics.preemptions.inc_by(self.scheduler.preemptions() - preempted);
         let sampled = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
         let prefilled = plan.step.rows() - sampled.clone().filter(|(_, span)| span.tokens.len() == 1).count();
         metrics.prompt_tokens.inc_by(prefilled as u64);
@@ -208,6 +206,8 @@ where
     }
 
     fn publish(&self) {
+        let preemptions = &self.shared.metrics.preemptions;
+        preemptions.inc_by(self.scheduler.preemptions() - preemptions.get());
         let (running, waiting) = (self.scheduler.running() as u32, self.scheduler.waiting() as u32);
         let load = Load { running, waiting, kv_usage: self.scheduler.usage() };
         self.shared.load.send_if_modified(|current| std::mem::replace(current, load) != load);
@@ -239,5 +239,71 @@ fn next_command(commands: &Receiver<Command>, idle: bool, empty: bool) -> Next {
         Ok(command) => Next::Command(command),
         Err(TryRecvError::Empty) => Next::Nothing,
         Err(TryRecvError::Disconnected) => Next::Closed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use expertmesh_engine::{CpuBackend, LocalExchange};
+    use prometheus::Registry;
+
+    use super::super::scheduler::Bounds;
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds { step_rows: 64, running: 4, waiting: 8 };
+
+    fn submission(seed: u64, events: Events) -> Submission {
+        let tokens: Vec<u32> = (0..100).map(|at| (at * 7 + seed as u32 * 13) % 256).collect();
+        let sampling = Sampling::new(1.0, 1.0, 0, 0.0, seed).unwrap();
+        Submission { tokens, sampling, stop_tokens: vec![], min_length: 0, max_length: 140, events }
+    }
+
+    /// What three sequences answer with a cache of so many blocks, and how often one gave its blocks back.
+    fn answers(backend: &Arc<CpuBackend>, blocks: usize) -> (Vec<Vec<v1::GenerateEvent>>, u64) {
+        let metrics = Arc::new(WorkerMetrics::new(&Registry::new()));
+        let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
+        let engine = Loop {
+            kv: backend.allocate_kv(blocks),
+            exchange: LocalExchange,
+            scheduler: Scheduler::new(BOUNDS, blocks),
+            shared: Arc::new(Shared { load, draining, metrics: metrics.clone() }),
+            backend: backend.clone(),
+        };
+        let (commands, receiver) = mpsc::sync_channel(8);
+        let submit = |seed| {
+            let (events, answer) = tokio_mpsc::channel(EVENTS);
+            commands.send(Command::Submit(submission(seed, events))).unwrap();
+            answer
+        };
+        let answers: Vec<_> = (0..3).map(submit).collect();
+        let thread = std::thread::spawn(move || engine.run(&receiver));
+        let read = |mut answer: tokio_mpsc::Receiver<Result<v1::GenerateEvent, Status>>| {
+            std::iter::from_fn(|| answer.blocking_recv()).map(Result::unwrap).collect()
+        };
+        let answers = answers.into_iter().map(read).collect();
+        drop(commands);
+        thread.join().unwrap();
+        (answers, metrics.preemptions.get())
+    }
+
+    #[test]
+    fn a_sequence_that_gave_its_cache_to_an_older_one_goes_on_with_the_same_tokens() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
+        let backend = Arc::new(CpuBackend::load(&model, |_, _| ()).unwrap());
+        let config = backend.config();
+        for layer in config.first_moe_layer()..config.layers() {
+            for expert in 0..config.experts() as u32 {
+                backend.load(layer, expert).unwrap();
+            }
+        }
+        let (wanted, preemptions) = answers(&backend, 64);
+        assert_eq!(preemptions, 0);
+        assert!(wanted.iter().all(|events| events.len() == 41), "40 tokens and the end each");
+        // Two prompts fit, and not what they grow to.
+        let (found, preemptions) = answers(&backend, 4);
+        assert!(preemptions > 0);
+        assert_eq!(found, wanted);
     }
 }

@@ -149,10 +149,13 @@ impl Scheduler {
 
     /// Lets waiting sequences in while there is a place and their prompt fits beside the others'.
     fn admit(&mut self) {
+        let needed = |sequence: &Sequence| BlockAllocator::needed(sequence.tokens.len());
+        // Blocks that the batch has or is about to take: a prompt gets its own chunk by chunk.
+        let mut promised: usize = self.running.iter().map(needed).sum();
         while self.running.len() < self.bounds.running {
             let Some(next) = self.waiting.front() else { return };
-            let needed = BlockAllocator::needed(next.tokens.len());
-            if needed > self.allocator.total() - self.allocator.used() && !self.running.is_empty() {
+            promised += needed(next);
+            if promised > self.allocator.total() && !self.running.is_empty() {
                 return;
             }
             self.running.extend(self.waiting.pop_front());
