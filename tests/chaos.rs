@@ -87,6 +87,9 @@ async fn a_silent_worker_is_passed_over() {
     while let Some(answer) = answers.join_next().await {
         answer.unwrap();
     }
+    let (_, text) = http::get(&format!("http://{}/metrics", mesh.addresses[0].metrics)).unwrap();
+    let verdict = r#"expertmesh_worker_peer_failures_total{peer="1",reason="silent"}"#;
+    assert!(text.contains(verdict), "worker 1 was not silent: {text}");
     mesh.workers[1].signal("CONT");
     let alive = || {
         let (_, text) = http::get(&format!("http://{}/metrics", mesh.addresses[0].metrics))?;

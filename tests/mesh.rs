@@ -72,8 +72,28 @@ async fn a_drained_worker_hands_its_sequences_back_and_a_later_placement_calls_i
     let mut mesh = Mesh::start("drain", 2).await;
     let question = Question::greedy("What is 46 + 37?");
     let wanted = reference(&question);
+    let long = Question::long(1, 400);
+    let whole = reference(&long);
+    let (mut client, asked) = (mesh.inference(0).await, request(&long, &whole, &[]));
+    let (first, mut came) = tokio::sync::mpsc::unbounded_channel();
+    let running = tokio::spawn(async move {
+        let mut tokens = Vec::new();
+        let end = read(&mut client, asked, |token| {
+            tokens.push(token);
+            let _ = first.send(());
+        });
+        (end.await, tokens)
+    });
+    came.recv().await.unwrap();
     let mut control = mesh.control(0).await.unwrap();
     control.drain(v1::DrainRequest { caller: Some(test_caller()) }).await.unwrap();
+    let (end, mut tokens) = running.await.unwrap();
+    assert!(matches!(end, End::Finished(Reason::Move)), "{end:?} after {} tokens", tokens.len());
+    let mut rest = request(&long, &whole, &tokens);
+    rest.max_tokens = 400 - tokens.len() as u32;
+    read(&mut mesh.inference(1).await, rest, |token| tokens.push(token)).await;
+    assert_eq!(tokens, whole.tokens);
+
     let end = read(&mut mesh.inference(0).await, request(&question, &wanted, &[]), |_| {}).await;
     assert!(matches!(&end, End::Lost(status) if status.code() == Code::Unavailable), "{end:?}");
     mesh.until(0, "draining", |report| report.state() == State::Draining).await;
