@@ -5,3 +5,4 @@ mod kubernetes;
 mod mesh;
 mod metrics;
 mod openai;
+mod up;

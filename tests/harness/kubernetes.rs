@@ -318,7 +318,8 @@ fn install() {
         let build = format!("podAnnotations.build={}", &build[..16]);
         let timeout = format!("--timeout={}s", PATIENCE.as_secs());
         let arguments = ["upgrade", "--install", "expertmesh", "charts/expertmesh", "--namespace", SYSTEM];
-        let waiting = ["--create-namespace", "--wait", &timeout, "--set-string", &build];
+        let waiting =
+            ["--create-namespace", "--take-ownership", "--wait", &timeout, "--set-string", &build];
         let installed = run("helm", &[&arguments[..], &waiting[..]].concat(), None);
         installed.unwrap_or_else(|problem| {
             let pods = kubectl(&["describe", "pods", "--namespace", SYSTEM]).unwrap_or_default();

@@ -8,6 +8,7 @@ pub mod openai;
 pub mod process;
 pub mod promtool;
 pub mod reference;
+pub mod up;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

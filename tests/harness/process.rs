@@ -58,23 +58,40 @@ pub struct Process {
 impl Process {
     /// Starts a binary that announces its addresses. Its name names its files.
     pub fn start(scratch: &Scratch, name: &str, program: &str, args: &[&str]) -> Self {
-        let log = scratch.path().join(format!("{name}.log"));
         let announce = scratch.path().join(format!("{name}.json"));
         let _ = std::fs::remove_file(&announce);
+        let path = announce.to_str().expect("a UTF-8 path").to_string();
+        let mut process = Self::spawn(scratch, name, program, &[args, &["--announce", &path]].concat());
+        process.announce = announce;
+        process
+    }
+
+    /// Starts a binary, at the root of the checkout. Its name names its files.
+    pub fn spawn(scratch: &Scratch, name: &str, program: &str, args: &[&str]) -> Self {
+        let log = scratch.path().join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log).expect("a log file");
         let mut command = Command::new(binary(program));
-        command.args(args).arg("--announce").arg(&announce).current_dir(root()).stdin(Stdio::null());
+        command.args(args).current_dir(root()).stdin(Stdio::null());
         let errors = file.try_clone().expect("a second handle");
         let child = command.stdout(file).stderr(errors).spawn().expect("the binary starts");
-        Self { child, log, announce }
+        Self { child, log, announce: PathBuf::new() }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Fails with its log where it has ended.
+    pub fn assert_runs(&mut self) {
+        if let Ok(Some(status)) = self.child.try_wait() {
+            panic!("it ended with {status}:\n{}", self.log());
+        }
     }
 
     /// Waits until the process listens.
     pub fn addresses(&mut self) -> Addresses {
         wait_for("a process to announce its addresses", || {
-            if let Ok(Some(status)) = self.child.try_wait() {
-                panic!("it ended with {status}:\n{}", self.log());
-            }
+            self.assert_runs();
             let text = std::fs::read_to_string(&self.announce).map_err(|error| error.to_string())?;
             serde_json::from_str(&text).map_err(|error| error.to_string())
         })
@@ -92,7 +109,11 @@ impl Process {
 
     /// Sends a signal by name: TERM, STOP, CONT.
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        Self::signal_to(self.id(), name);
+    }
+
+    pub fn signal_to(id: u32, name: &str) {
+        let status = Command::new("kill").arg(format!("-{name}")).arg(id.to_string()).status();
         assert!(status.expect("kill runs").success());
     }
 

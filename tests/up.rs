@@ -1,0 +1,122 @@
+//! `expertmesh up`: the same resource and the same decisions on processes of this machine.
+
+use std::net::TcpListener;
+use std::ops::ControlFlow;
+use std::process::Command;
+
+use expertmesh_tests::http;
+use expertmesh_tests::openai::Load;
+use expertmesh_tests::process::{Process, Scratch, binary};
+use expertmesh_tests::reference::Question;
+use expertmesh_tests::up::Up;
+use expertmesh_tests::{root, wait_for};
+
+#[test]
+fn a_newcomer_pastes_the_printed_line_and_gets_the_answer() {
+    let mut up = Up::start("newcomer");
+    let line = up.process.log().lines().find(|line| line.contains("curl -N")).expect("a line to paste").to_string();
+    let word = |start: &str, end: &str| line.split_once(start).and_then(|(_, rest)| rest.split_once(end)).unwrap().0;
+    let url = format!("http://{}", word("http://", " "));
+    let body = serde_json::from_str(word("-d '", "'")).unwrap();
+    let mut text = String::new();
+    let streamed = http::stream(&url, &body, |event| {
+        text += event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+        ControlFlow::Continue(())
+    });
+    streamed.unwrap();
+    assert!(text.contains("83"), "46 + 37 is {text:?}");
+    for question in Question::several(8) {
+        up.api.check_stream(&question, |_| {}).unwrap();
+    }
+    up.end("INT");
+}
+
+#[test]
+fn a_worker_process_killed_under_load_costs_no_request_and_is_started_again() {
+    let mut up = Up::start("restarts");
+    let load = Load::start(&up.api, 4);
+    load.go_on_for(4);
+    let before = up.workers();
+    Process::signal_to(before[1], "KILL");
+    load.go_on_for(4);
+    wait_for("another process in its place", || {
+        let workers = up.workers();
+        let healed = workers.len() == 4 && !workers.contains(&before[1]);
+        if healed { up.is_ready_with(4) } else { Err(format!("{workers:?}")) }
+    });
+    load.go_on_for(4);
+    load.end();
+    let after = up.workers();
+    assert!([0, 2, 3].iter().all(|&at| after.contains(&before[at])), "no other restarts: {before:?} {after:?}");
+    up.end("TERM");
+}
+
+#[test]
+fn replicas_edited_from_four_to_two_and_back_under_load_cost_no_request() {
+    let mut up = Up::start("edited");
+    let load = Load::start(&up.api, 4);
+    load.go_on_for(4);
+    let before = up.workers();
+    for size in [2, 4] {
+        up.edit("replicas: ", &size.to_string());
+        wait_for("the new size", || {
+            let workers = up.workers();
+            if workers.len() == size { up.is_ready_with(size) } else { Err(format!("{workers:?}")) }
+        });
+        load.go_on_for(4);
+    }
+    load.end();
+    let stayed = before.iter().filter(|worker| up.workers().contains(worker)).count();
+    assert_eq!(stayed, 2, "no other restarts: {before:?} {:?}", up.workers());
+    up.end("INT");
+}
+
+#[test]
+fn a_request_under_way_is_answered_before_everything_ends() {
+    let mut up = Up::start("drained");
+    let mut asked = false;
+    let process = up.process.id();
+    let answered = up.api.check_stream(&Question::long(3, 300), |tokens| {
+        if tokens > 5 && !asked {
+            Process::signal_to(process, "TERM");
+            asked = true;
+        }
+    });
+    answered.unwrap();
+    up.wait_for_the_end(true);
+}
+
+#[test]
+fn a_killed_up_leaves_no_process_behind() {
+    let mut up = Up::start("orphans");
+    up.process.signal("KILL");
+    up.wait_for_the_end(false);
+}
+
+#[test]
+fn what_cannot_start_is_told_in_one_line() {
+    let scratch = Scratch::new("refused");
+    let sample = std::fs::read_to_string(root().join("deploy/samples/tiny-r1.yaml")).unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let free = Up::free_port().to_string();
+    let in_use = format!("port {port} of 127.0.0.1 is in use; choose another with --port");
+    for (name, from, to, port, told) in [
+        ("port", "", "", &port, in_use.as_str()),
+        ("model", "models/tiny-r1", "models/nope", &free, "no model at tests/models/nope"),
+        ("foreign", "models/tiny-r1", "models/foreign", &free, "LlamaForCausalLM is not supported"),
+        ("field", "replicas: 4", "replcas: 4", &free, "spec.workers.replcas"),
+        ("bounds", "  frontend:", "  experts: {minReplicas: 5}\n  frontend:", &free, "spec.experts.minReplicas (5) must not be above"),
+        ("scheme", "file:///", "s3://", &free, "spec.model.uri (s3://models/tiny-r1) must be file://"),
+        ("yaml", "spec:", "spec", &free, "yaml.yaml"),
+    ] {
+        let file = scratch.path().join(format!("{name}.yaml"));
+        std::fs::write(&file, sample.replace(from, to)).unwrap();
+        let mut command = Command::new(binary("expertmesh"));
+        command.current_dir(root()).arg("up").arg(&file).args(["--root", "tests", "--port", port]);
+        let output = command.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{name}: {said}");
+        assert!(said.lines().count() == 1 && said.contains(told), "{name}: {said}");
+    }
+}
