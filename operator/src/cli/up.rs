@@ -48,8 +48,7 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
     let modified = modified(&up.file);
     let deployment = manifest::read(&up.file)?;
     let model = deployment.model_below(&up.root);
-    ModelConfig::read(&model)
-        .with_context(|| format!("{} (--root {})", model.display(), up.root.display()))?;
+    ModelConfig::read(&model).with_context(|| format!("--root {}", up.root.display()))?;
     check_ports(up.port, deployment.frontends)?;
 
     let (lines, changed) = (Lines::new(), Arc::new(Notify::new()));
@@ -145,7 +144,7 @@ impl Serving {
         let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
         if settled && !self.was_ready {
             self.was_ready = true;
-            self.bars.lines.say(&self.invitation(&state_of(seen)));
+            self.bars.lines.answer(&self.invitation(&state_of(seen)));
         } else if settled && !self.is_settled {
             self.bars.lines.say(&format!("{} is ready: {}", self.deployment.name, state_of(seen)));
         } else if self.was_ready && !settled && self.is_settled && !decision.waiting_for.is_empty() {

@@ -27,7 +27,10 @@ pub(crate) fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> D
     }
     if seen.size < step.keep {
         let resize = vec![Action::Resize(step.keep)];
-        let waiting_for = format!("{} workers to start", step.keep - seen.size);
+        let waiting_for = match (seen.size, step.keep - 1) {
+            (first, last) if first == last => format!("worker {first} to start"),
+            (first, last) => format!("workers {first} to {last} to start"),
+        };
         return Decision { actions: resize.into_iter().chain(told()).collect(), waiting_for };
     }
     let Some(shape) = seen.shape().or_else(|| implied_shape(&seen.placement)) else {

@@ -254,6 +254,12 @@ impl StateDirectory {
     fn new() -> Result<Self, ProcessError> {
         let path = env::temp_dir().join(format!("expertmesh-up-{}", std::process::id()));
         let failed = |error| ProcessError::State { path: path.clone(), error };
+        match fs::remove_dir_all(&path) {
+            // Left by one that was killed and had our number.
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed(error)),
+        }
         fs::create_dir(&path).map_err(failed)?;
         Ok(Self(path))
     }

@@ -29,6 +29,11 @@ impl Lines {
         self.say(&format!("{on}{name:<NAME$} │{off} {line}"));
     }
 
+    /// To stdout: what was asked for.
+    pub(crate) fn answer(&self, text: &str) {
+        self.bars.suspend(|| println!("{text}"));
+    }
+
     /// A line of our own.
     pub(crate) fn say(&self, line: &str) {
         self.bars.suspend(|| eprintln!("{line}"));
