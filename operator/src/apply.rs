@@ -2,24 +2,26 @@
 //!
 //! What the operator may do, and does nowhere else (`charts/expertmesh/templates/rbac.yaml` grants exactly this):
 //!
-//! | group              | resource                                   | verbs                              | where |
-//! |--------------------|--------------------------------------------|------------------------------------|-------|
-//! | expertmesh.dev     | modeldeployments                           | get list watch                     | `reconcile.rs`, `cli/operator.rs` |
-//! | expertmesh.dev     | modeldeployments/status                    | patch                              | here |
-//! | apps               | statefulsets, deployments                  | get list watch create patch delete | here, `fleet/kubernetes.rs` |
-//! | apps               | statefulsets/scale                         | patch                              | `fleet/kubernetes.rs` |
-//! | apps               | controllerrevisions                        | list create patch delete           | here |
-//! | (core)             | configmaps                                 | list watch create patch delete     | here, `fleet/kubernetes.rs` |
-//! | (core)             | services                                   | get list watch create patch        | here |
-//! | (core)             | serviceaccounts                            | create patch                       | here |
-//! | policy             | poddisruptionbudgets                       | list watch create patch            | here |
-//! | networking.k8s.io  | networkpolicies                            | list watch create patch            | here |
-//! | (core)             | pods                                       | list watch delete                  | `fleet/kubernetes.rs` |
-//! | (core)             | nodes                                      | get                                | `fleet/kubernetes.rs` |
-//! | events.k8s.io      | events                                     | create patch                       | `events.rs` |
-//! | coordination.k8s.io| leases (in the operator's own namespace)   | get create update                  | `lease.rs` |
+//! | group               | resource                            | verbs                              | where                                   |
+//! |---------------------|-------------------------------------|------------------------------------|-----------------------------------------|
+//! | expertmesh.dev      | modeldeployments                    | get list watch                     | `reconcile/fetch.rs`, `watch.rs`        |
+//! | expertmesh.dev      | modeldeployments/status             | patch                              | `reconcile.rs`, `reconcile/refuse.rs`   |
+//! | apps                | statefulsets                        | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs` |
+//! | apps                | statefulsets/scale                  | patch                              | `fleet/kubernetes.rs`                   |
+//! | apps                | deployments                         | list watch create patch delete     | here, `reconcile/fetch.rs`, `watch.rs`  |
+//! | apps                | controllerrevisions                 | list create patch delete           | here, `reconcile/fetch.rs`              |
+//! | (core)              | configmaps                          | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs` |
+//! | (core)              | services                            | get list watch create patch        | here, `reconcile/fetch.rs`, `watch.rs`  |
+//! | (core)              | serviceaccounts                     | create patch                       | here                                    |
+//! | policy              | poddisruptionbudgets                | list watch create patch            | here, `watch.rs`                        |
+//! | networking.k8s.io   | networkpolicies                     | list watch create patch            | here, `watch.rs`                        |
+//! | (core)              | pods                                | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs` |
+//! | (core)              | nodes                               | get                                | `fleet/kubernetes.rs`                   |
+//! | events.k8s.io       | events                              | create patch                       | `events.rs`                             |
+//! | coordination.k8s.io | leases, in the operator's namespace | get create update                  | `lease.rs`                              |
 //!
-//! Server-side apply needs `patch`, and `create` where the object does not exist yet.
+//! Server-side apply needs `patch`, and `create` where the object does not exist yet. Owner references do not block
+//! deletion, so that the finalizers subresource is not needed.
 
 use std::fmt::Debug;
 

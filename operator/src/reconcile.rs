@@ -17,7 +17,7 @@ use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Client, Resource, ResourceExt};
 use tokio::sync::mpsc;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::{self, ApiError};
@@ -224,7 +224,11 @@ impl<'a> Side<'a> {
             apply::revision(&context.client, &objects).await?;
         }
         for action in &self.decision.actions {
-            debug!(deployment = self.found.owner.name, revision = self.revision.hash, ?action, "acting");
+            let (name, what) = (&self.found.owner.name, told(action));
+            match action {
+                decide::Action::Push { .. } => debug!(name, revision = self.revision.hash, "{what}"),
+                _ => info!(name, revision = self.revision.hash, "{what}"),
+            }
             context.metrics.acted(kind(action));
         }
         let mut fleet = self.fleet.lock().await;
@@ -312,6 +316,16 @@ impl Context {
                 self.forget(&key);
             }
         }
+    }
+}
+
+/// One line for the log.
+fn told(action: &decide::Action) -> String {
+    match action {
+        decide::Action::Resize(size) => format!("running {size} workers"),
+        decide::Action::Place(placement) => format!("placing epoch {}", placement.epoch()),
+        decide::Action::Push { to, placement } => format!("telling {to:?} epoch {}", placement.epoch()),
+        decide::Action::Drain { slot } => format!("draining worker {slot}"),
     }
 }
 

@@ -75,7 +75,12 @@ pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
 }
 
 fn all_workers_ready(desired: &Desired, seen: &Observation) -> bool {
-    seen.size == desired.workers && seen.ready_workers() == seen.size as usize
+    seen.size == desired.workers && are_all_ready(seen)
+}
+
+/// Of those that there are, however many there should be.
+fn are_all_ready(seen: &Observation) -> bool {
+    seen.size > 0 && seen.ready_workers() == seen.size as usize
 }
 
 /// Frontends that are ready and follow the current placement.

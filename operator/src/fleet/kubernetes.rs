@@ -3,7 +3,7 @@
 mod pods;
 mod streams;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use expertmesh_proto::placement::Placement;
@@ -18,7 +18,7 @@ use super::Fleet;
 use crate::apply::{self, ApiError, Object};
 use crate::build::names::{EXPERTMESH, query};
 use crate::build::{Component, Owner, PLACEMENT_KEY, config_map};
-use crate::decide::{Action, Member, Observation, Seen};
+use crate::decide::{Action, Member, Observation, Seen, State};
 
 use streams::Streams;
 
@@ -185,6 +185,14 @@ impl Fleet for KubernetesFleet {
                 workers.chain(frontends.map(|pod| Member::Frontend(pod.name_any()))).collect();
             self.streams.hear(&ready).await;
             self.streams.complete(&mut seen, runs).await;
+        }
+        let reached: BTreeSet<_> =
+            frontends.iter().filter(|pod| pods::is_ready(pod)).map(ResourceExt::name_any).collect();
+        for frontend in seen.frontends.iter_mut().filter(|frontend| !reached.contains(&frontend.name)) {
+            // Ready as it may be, the Service sends nobody there before its kubelet says so.
+            if let Some(report) = &mut frontend.report {
+                report.state = State::Loading;
+            }
         }
         Ok(seen)
     }

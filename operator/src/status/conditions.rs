@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::{Experts, Situation, all_workers_ready, following};
+use super::{Experts, Situation, all_workers_ready, are_all_ready, following};
 use crate::api::ModelDeploymentStatus;
 use crate::decide::{Action, Decision, Failure, Observation, Seen, State};
 
@@ -106,7 +106,9 @@ fn stamped(
 
 /// Requests are answered: by frontends that follow the placement, by all workers, with every expert resident.
 fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict {
-    for part in [workers, experts] {
+    // Whoever is to come or to leave does not count: those that there are answer.
+    let workers = (!are_all_ready(situation.seen)).then_some(workers);
+    for part in workers.into_iter().chain([experts]) {
         if part.status != "True" {
             return Verdict { status: "False", ..part.clone() };
         }
@@ -157,7 +159,7 @@ fn workers_available(situation: &Situation) -> Verdict {
     if ready == seen.size as usize {
         return Verdict::no(
             WORKERS_SCALING,
-            format!("{} of {} run", seen.size, counted(wanted as usize, "worker")),
+            format!("{} run, {wanted} are wanted", counted(seen.size as usize, "worker")),
         );
     }
     let waiting =
@@ -250,7 +252,7 @@ fn failed_verdict(who: &str, failure: &Failure) -> Verdict {
 fn described(who: &str, failure: &Failure) -> String {
     let advice = match failure.reason.as_str() {
         "ReplicasUnschedulable" => "; lower spec.workers.resources or add nodes",
-        "ImagePullBackOff" | "ErrImagePull" | "InvalidImageName" | "ErrImageNeverPull" => {
+        "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
             "; check the image and imagePullSecrets of spec.workers and spec.frontend"
         }
         "OOMKilled" => "; raise the memory limit in resources, or the number of workers",

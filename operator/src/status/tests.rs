@@ -171,9 +171,10 @@ fn it_is_not_ready_before_a_frontend_follows_the_placement() {
 #[test]
 fn scaling_is_told_from_failing() {
     let status = computed(&desired(4), &healthy());
-    let text = "2 of 4 workers run";
+    let text = "2 workers run, 4 are wanted";
     assert_eq!(told(&status, "WorkersAvailable"), ("False".into(), "WorkersScaling".into(), text.into()));
     assert_eq!(status.workers.as_deref(), Some("2/4"));
+    assert_eq!(told(&status, "Ready").0, "True", "the two that there are answer");
 }
 
 #[test]

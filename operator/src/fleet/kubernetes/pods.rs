@@ -81,6 +81,8 @@ fn container_failure(container: &ContainerStatus) -> Option<Failure> {
     let waiting = container.state.as_ref()?.waiting.as_ref()?;
     match waiting.reason.as_deref() {
         None | Some("ContainerCreating" | "PodInitializing") => None,
+        // It alternates with the other, and both say the same.
+        Some("ErrImagePull") => Some(named(Some("ImagePullBackOff"), waiting.message.as_deref(), restarts)),
         reason => Some(named(reason, waiting.message.as_deref(), restarts)),
     }
 }
