@@ -66,7 +66,8 @@ impl Simulation {
 
     fn observation(&self) -> Observation {
         let seen = |name: String, process: &Process| Seen {
-            addresses: vec![format!("{name}.{}:1", process.address)],
+            // A process that has not said anything yet may be anywhere.
+            addresses: process.reported.iter().map(|_| format!("{name}.{}:1", process.address)).collect(),
             name,
             report: process.reported.clone(),
             silent_since: process.silent_since,
@@ -340,6 +341,16 @@ fn a_worker_with_a_new_address_makes_everybody_hear_of_it() {
     let told = simulation.frontend.told.as_ref().unwrap();
     assert_eq!(told.worker(1).unwrap().addresses, simulation.observation().workers[&1].addresses);
     assert_eq!(simulation.written.epoch(), 1, "its experts stay placed on it");
+}
+
+#[test]
+fn nobody_is_told_that_the_address_of_a_dead_worker_is_unknown() {
+    let mut simulation = Simulation::new(3, 1, 7);
+    simulation.settle();
+    simulation.kill(1, true);
+    for _ in 0..20 {
+        assert_eq!(simulation.tick().actions, vec![]);
+    }
 }
 
 #[derive(Debug, Clone)]

@@ -320,22 +320,31 @@ impl Step<'_> {
     }
 }
 
-/// Tells the placement, with the addresses of now, to everybody who can be reached and was not told it.
+/// Tells the placement, with the addresses of now, to everybody who can be reached and was not told it. Of a process
+/// whose address is not known now, that of before is as good as any: nobody is told anew because of it.
 fn pushes(seen: &Observation, placement: &Placement) -> Vec<Action> {
     if placement.epoch() == 0 {
         return vec![];
     }
+    let known = |slot: &u32| {
+        seen.workers.get(slot).map(|seen| &seen.addresses).filter(|addresses| !addresses.is_empty())
+    };
     let addressed = |worker: &PlacedWorker| {
-        let addresses = seen.workers.get(&worker.slot).map(|seen| seen.addresses.clone());
-        PlacedWorker { addresses: addresses.unwrap_or_else(|| worker.addresses.clone()), ..worker.clone() }
+        let addresses = known(&worker.slot).unwrap_or(&worker.addresses).clone();
+        PlacedWorker { addresses, ..worker.clone() }
     };
     let Ok(placement) =
         Placement::new(placement.epoch(), placement.workers().iter().map(addressed).collect())
     else {
         return vec![];
     };
+    let is_told = |told: &Placement| {
+        let mut pairs = placement.workers().iter().zip(told.workers());
+        (told.epoch(), told.hash()) == (placement.epoch(), placement.hash())
+            && pairs.all(|(now, told)| known(&now.slot).is_none_or(|addresses| *addresses == told.addresses))
+    };
     let untold =
-        |(_, member): &(Member, &Seen)| member.report.is_some() && member.told.as_ref() != Some(&placement);
+        |(_, member): &(Member, &Seen)| member.report.is_some() && !member.told.as_ref().is_some_and(is_told);
     seen.members().filter(untold).map(|(to, _)| Action::Push { to, placement: placement.clone() }).collect()
 }
 
