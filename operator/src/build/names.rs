@@ -116,7 +116,10 @@ impl Owner {
 /// Everything, where there are no labels. An empty map must not be written: the API server drops it, finds it again in
 /// the next apply, and takes that for a change, every time.
 pub(crate) fn matching(labels: Labels) -> LabelSelector {
-    LabelSelector { match_labels: Some(labels).filter(|labels| !labels.is_empty()), ..LabelSelector::default() }
+    LabelSelector {
+        match_labels: Some(labels).filter(|labels| !labels.is_empty()),
+        ..LabelSelector::default()
+    }
 }
 
 /// As the API takes it in a query.
