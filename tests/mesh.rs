@@ -1,5 +1,8 @@
 //! Several workers answer as one process does.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
 use expertmesh_proto::v1::finished::Reason;
@@ -43,11 +46,14 @@ async fn experts_move_under_load_and_no_token_changes() {
     let wanted = reference(&question);
     let mut client = mesh.inference(0).await;
     let asked = request(&question, &wanted, &[]);
+    let moved = Arc::new(AtomicBool::new(false));
+    let done = moved.clone();
     let answer = tokio::spawn(async move {
         let mut all = Vec::new();
-        for _ in 0..6 {
+        while !done.load(Ordering::SeqCst) {
             let mut tokens = Vec::new();
-            read(&mut client, asked.clone(), |token| tokens.push(token)).await;
+            let end = read(&mut client, asked.clone(), |token| tokens.push(token)).await;
+            assert!(matches!(end, End::Finished(_)), "{end:?}");
             all.push(tokens);
         }
         all
@@ -62,7 +68,10 @@ async fn experts_move_under_load_and_no_token_changes() {
             .await;
         }
     }
-    for tokens in answer.await.unwrap() {
+    moved.store(true, Ordering::SeqCst);
+    let answers = answer.await.unwrap();
+    assert!(!answers.is_empty());
+    for tokens in answers {
         assert_eq!(tokens, wanted.tokens);
     }
 }
@@ -158,7 +167,9 @@ async fn a_worker_refuses_what_breaks_the_protocol_and_goes_on_serving() {
 async fn a_malformed_oversized_or_non_finite_row_is_an_invalid_argument() {
     use v1::exchange_request::Message;
     let mesh = Mesh::start("rows", 1).await;
-    let caller = v1::Caller { name: "peer".into(), incarnation: 5, ..Default::default() };
+    let fingerprint = mesh.until(0, "reporting", |_| true).await.callee.unwrap().fingerprint;
+    let caller = v1::Caller { name: "peer".into(), incarnation: 5, attempt: 0, fingerprint };
+    let nobody = Message::Hello(v1::Hello { caller: Some(test_caller()), slot: 9, session: 3 });
     let hello = Message::Hello(v1::Hello { caller: Some(caller), slot: 9, session: 3 });
     let rows = |rows: Vec<u8>| {
         let crc = [1u32, 1, 0]
@@ -181,6 +192,7 @@ async fn a_malformed_oversized_or_non_finite_row_is_an_invalid_argument() {
     let nan: Vec<u8> = f32::NAN.to_le_bytes().repeat(192);
     for (what, code, messages) in [
         ("no hello", Code::InvalidArgument, vec![rows(vec![0; 768])]),
+        ("no fingerprint", Code::InvalidArgument, vec![nobody]),
         ("two hellos", Code::InvalidArgument, vec![hello.clone(), hello.clone()]),
         ("half a row", Code::InvalidArgument, vec![hello.clone(), rows(vec![0; 100])]),
         ("a NaN", Code::InvalidArgument, vec![hello.clone(), rows(nan)]),

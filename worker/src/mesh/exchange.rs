@@ -71,7 +71,7 @@ impl<B: Backend> ExpertExchange for Served<B> {
                 Invalid::new("hello.slot", format!("{} is not below {MAX_WORKERS}", hello.slot)).into()
             );
         }
-        exchange.shared.identity.admit(hello.caller.as_ref())?;
+        exchange.shared.identity.admit_peer(hello.caller.as_ref())?;
         let incarnation = hello.caller.map_or(0, |caller| caller.incarnation);
         exchange.shared.fence.admit(hello.slot, incarnation)?;
         let (responses, receiver) = mpsc::channel(4);
@@ -197,11 +197,12 @@ impl<B: Backend> Exchange<B> {
         } else {
             self.residency.used(rows.layer, &experts);
         }
-        let served = &self.shared.metrics.rows_served;
-        served.with_label_values(&[&slot.to_string()]).inc_by(rows.experts.len() as u64);
         let (answer, answered) = oneshot::channel();
         self.jobs.send(Job { rows, answer }).await.ok()?;
-        answered.await.ok()
+        let answers = answered.await.ok()?;
+        let served = answers.values.len() / self.shared.limits.hidden;
+        self.shared.metrics.rows_served.with_label_values(&[&slot.to_string()]).inc_by(served as u64);
+        Some(answers)
     }
 }
 
@@ -209,7 +210,9 @@ impl<B: Backend> Exchange<B> {
 pub(crate) fn run<B: Backend>(backend: &B, hidden: usize, mut jobs: mpsc::Receiver<Job>) {
     while let Some(Job { rows, answer }) = jobs.blocking_recv() {
         // A peer that went away meanwhile does not want it.
-        let _ = answer.send(compute(backend, hidden, &rows));
+        if !answer.is_closed() {
+            let _ = answer.send(compute(backend, hidden, &rows));
+        }
     }
 }
 

@@ -39,6 +39,15 @@ impl Identity {
             }
         }
     }
+
+    /// Refuses a peer that does not say what it computes, too: its rows would become ours.
+    pub(crate) fn admit_peer(&self, caller: Option<&v1::Caller>) -> Result<(), Status> {
+        self.admit(caller)?;
+        match caller.and_then(|caller| caller.fingerprint.as_ref()) {
+            Some(_) => Ok(()),
+            None => Err(Status::invalid_argument("caller.fingerprint: missing")),
+        }
+    }
 }
 
 pub(crate) fn fingerprint_message(fingerprint: &ModelFingerprint) -> v1::ModelFingerprint {
@@ -92,6 +101,10 @@ mod tests {
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
         assert!(refused.message().contains("weights"), "{}", refused.message());
         assert_eq!(us.admit(None).unwrap_err().code(), tonic::Code::InvalidArgument);
+        us.admit_peer(Some(&identity("w1").caller(0))).unwrap();
+        assert!(us.admit_peer(Some(&identity("w2").caller(0))).is_err());
+        let silent = us.admit_peer(Some(&v1::Caller::default())).unwrap_err();
+        assert_eq!(silent.code(), tonic::Code::InvalidArgument);
     }
 
     #[test]

@@ -139,7 +139,7 @@ async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Resul
     if welcome.slot != slot {
         return Err(Verdict::new("fenced", format!("{address} is slot {}, not {slot}", welcome.slot)));
     }
-    identity.admit(welcome.callee.as_ref())?;
+    identity.admit_peer(welcome.callee.as_ref())?;
     shared.fence.admit(slot, welcome.callee.map_or(0, |callee| callee.incarnation))?;
     Ok(Stream { requests, responses })
 }

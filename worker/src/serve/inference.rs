@@ -36,20 +36,26 @@ impl Inference for InferenceService {
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
         self.identity.admit(request.caller.as_ref())?;
-        if self.shared.draining.load(Ordering::SeqCst) {
-            return Err(Status::unavailable("this worker leaves"));
-        }
         let (events, receiver) = mpsc::channel(EVENTS);
         let submission = self.check(request, events)?;
-        self.commands.try_send(Command::Submit(submission)).map_err(|error| match error {
-            TrySendError::Full(_) => Status::resource_exhausted("the queue is full"),
-            TrySendError::Disconnected(_) => Status::unavailable("this worker leaves"),
+        self.submit(submission).inspect_err(|_| {
+            self.shared.metrics.sequences.with_label_values(&["refused"]).inc();
         })?;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
 
 impl InferenceService {
+    fn submit(&self, submission: Submission) -> Result<(), Status> {
+        if self.shared.draining.load(Ordering::SeqCst) {
+            return Err(Status::unavailable("this worker leaves"));
+        }
+        self.commands.try_send(Command::Submit(submission)).map_err(|error| match error {
+            TrySendError::Full(_) => Status::resource_exhausted("the queue is full"),
+            TrySendError::Disconnected(_) => Status::unavailable("this worker leaves"),
+        })
+    }
+
     fn check(&self, request: v1::GenerateRequest, events: Events) -> Result<Submission, Invalid> {
         let v1::GenerateRequest { tokens, max_tokens, min_tokens, stop_tokens, sampling, .. } = request;
         if tokens.is_empty() || tokens.len() >= self.max_context {

@@ -72,7 +72,7 @@ pub(crate) struct Args {
     /// Positions of a sequence, prompt and answer together; without it, what the model was made for
     #[arg(long)]
     max_context_tokens: Option<usize>,
-    /// Memory of the latent cache, in MiB
+    /// Memory of the latent cache, in MiB; more where one sequence that fills its context needs it
     #[arg(long, default_value_t = 256)]
     kv_cache_mib: u64,
     /// Sequences in the batch
