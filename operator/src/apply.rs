@@ -38,7 +38,7 @@ use crate::build::{Component, OfRevision, Owner, Shared};
 
 /// A call to the API server that failed: what was attempted on which object.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {verb} {kind} {name}: {source}")]
+#[error("cannot {verb} {kind} {name}: {}", said(source))]
 pub(crate) struct ApiError {
     verb: &'static str,
     kind: String,
@@ -72,6 +72,14 @@ impl ApiError {
 
     pub(crate) fn is_not_found(&self) -> bool {
         self.reason() == "ApiNotFound"
+    }
+}
+
+/// The API server's own words, without what only a program wants.
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) if !status.message.is_empty() => status.message.clone(),
+        other => other.to_string(),
     }
 }
 

@@ -27,9 +27,7 @@ pub(super) async fn explain(
             (&[READY, PROGRESSING], "; correct the spec (what already runs is left as it is)")
         }
         ReconcileError::NoImage => (&[READY, PROGRESSING], ""),
-        ReconcileError::Api(error) if ["ApiForbidden", "ApiRejected"].contains(&error.reason()) => {
-            (&[PROGRESSING], "")
-        }
+        error if ["ApiForbidden", "ApiRejected"].contains(&error.reason()) => (&[PROGRESSING], ""),
         _ => return Ok(()),
     };
     let before = found.status();
