@@ -254,6 +254,10 @@ impl Step<'_> {
                 .next()
                 .map(|seen| format!("{} to follow placement {}", seen.name, self.seen.placement.epoch()))
         };
+        let silent = || {
+            let seen = self.seen.members().map(|(_, seen)| seen).find(|seen| seen.report.is_none())?;
+            Some(format!("{} to report", seen.name))
+        };
         let loading = || {
             let (slot, set) = uncovered.iter().find(|(_, set)| !set.is_empty())?;
             Some(format!("worker {slot} to load {} experts", set.len()))
@@ -281,6 +285,7 @@ impl Step<'_> {
         };
         self.first_failure()
             .or_else(behind)
+            .or_else(silent)
             .or_else(loading)
             .or_else(draining)
             .or_else(unready)

@@ -226,7 +226,14 @@ impl Fleet for ProcessFleet {
                     self.state.write(placement)?;
                     self.placement = placement.clone();
                 }
-                Action::Push { to, placement } => pushes.push((to, placement)),
+                Action::Push { to, placement } => {
+                    // With newer addresses, perhaps: what starts again should know them from the file.
+                    if *placement != self.placement && placement.epoch() == self.placement.epoch() {
+                        self.state.write(placement)?;
+                        self.placement = placement.clone();
+                    }
+                    pushes.push((to, placement));
+                }
                 Action::Drain { slot } => self.control.drain(&Member::Worker(*slot)),
             }
         }
