@@ -369,7 +369,7 @@ mod tests {
         let row_experts: Vec<u32> = (0..count).map(|row| row as u32 % 4 + 1).collect();
         let experts = row_experts.iter().flat_map(|&n| (0..n).map(move |e| e * 3 + n)).collect();
         let values = (0..count * LIMITS.hidden).map(|at| at as f32 / 3.0).collect();
-        Rows { layer: 2, load: count % 2 == 0, row_experts, experts, values }
+        Rows { layer: 2, load: count.is_multiple_of(2), row_experts, experts, values }
     }
 
     fn join(parts: Vec<v1::Dispatch>) -> Result<Rows, PartError> {

@@ -47,10 +47,10 @@ pub(crate) fn exit_code(result: Result<ExitCode, Fatal>) -> ExitCode {
     eprintln!("expertmesh-worker: {}", fatal.message);
     let log = std::env::var("EXPERTMESH_TERMINATION_LOG").ok();
     let path = Path::new(log.as_deref().unwrap_or(TERMINATION_LOG));
-    if log.is_some() || path.exists() {
-        if let Err(error) = fs::write(path, fatal.to_string()) {
-            eprintln!("expertmesh-worker: cannot write {}: {error}", path.display());
-        }
+    if (log.is_some() || path.exists())
+        && let Err(error) = fs::write(path, fatal.to_string())
+    {
+        eprintln!("expertmesh-worker: cannot write {}: {error}", path.display());
     }
     ExitCode::FAILURE
 }

@@ -74,8 +74,7 @@ impl<B: Backend> MeshExchange<B> {
         layer: usize,
         normed: &B::Rows,
         routes: &Routes,
-        pairs: &[u32],
-        attempt: u32,
+        (pairs, attempt): (&[u32], u32),
     ) {
         let (me, alive) = (self.peers.shared.identity.slot, self.peers.alive());
         let mut targets: BTreeMap<u32, Target> = BTreeMap::new();
@@ -115,8 +114,7 @@ impl<B: Backend> MeshExchange<B> {
         let reply = Reply::new(ticket, self.outcomes.0.clone());
         let outgoing = Outgoing { ticket, attempt: flight.attempt, rows, reply };
         self.layer.flights.insert(ticket, flight);
-        // Where the link is down, the reply that comes back says so.
-        if self.peers.send(slot, outgoing).is_ok() {
+        if self.peers.send(slot, outgoing) {
             let dispatched = &self.peers.shared.metrics.rows_dispatched;
             dispatched.with_label_values(&[&slot.to_string()]).inc_by(pairs);
         }
@@ -224,7 +222,7 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
         self.cold.retain(|_, until| *until > now);
         self.layer = LayerState::new(Some(backend.zeros(routes.experts.len())));
         let pairs: Vec<u32> = (0..routes.experts.len() as u32).collect();
-        self.send(backend, layer, normed, routes, &pairs, 0);
+        self.send(backend, layer, normed, routes, (&pairs, 0));
         Ok(())
     }
 
@@ -243,7 +241,7 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
             // Every flight has its outcome: the link, or its teardown, sends one.
             let Ok(outcome) = self.outcomes.1.recv() else { break };
             if let Some((pairs, attempt)) = self.take(backend, layer, routes, outcome) {
-                self.send(backend, layer, normed, routes, &pairs, attempt);
+                self.send(backend, layer, normed, routes, (&pairs, attempt));
             }
         }
         Ok(self.layer.answers.take().unwrap_or_else(|| backend.zeros(0)))

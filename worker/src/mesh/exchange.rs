@@ -163,11 +163,11 @@ impl<B: Backend> Pump<B> {
             self.partial.insert(id, DispatchParts::start(&part, limits)?);
         }
         let Some(parts) = self.partial.get_mut(&id) else { return Ok(()) };
-        if parts.push(part, limits)? {
-            if let Some(parts) = self.partial.remove(&id) {
-                let (exchange, ticket, slot) = (self.exchange.clone(), parts.ticket(), self.slot);
-                self.work.spawn(async move { (ticket, exchange.serve(slot, parts.into_rows()).await) });
-            }
+        if parts.push(part, limits)?
+            && let Some(parts) = self.partial.remove(&id)
+        {
+            let (exchange, ticket, slot) = (self.exchange.clone(), parts.ticket(), self.slot);
+            self.work.spawn(async move { (ticket, exchange.serve(slot, parts.into_rows()).await) });
         }
         Ok(())
     }

@@ -223,10 +223,10 @@ impl Pump {
             return Ok(());
         }
         let ticket = answer.ticket;
-        if pending.parts.push(answer, limits).map_err(Status::from)? {
-            if let Some(Pending { outgoing, parts, .. }) = self.pending.remove(&ticket) {
-                outgoing.reply.send(Ok(parts.into_answers()));
-            }
+        if pending.parts.push(answer, limits).map_err(Status::from)?
+            && let Some(Pending { outgoing, parts, .. }) = self.pending.remove(&ticket)
+        {
+            outgoing.reply.send(Ok(parts.into_answers()));
         }
         Ok(())
     }

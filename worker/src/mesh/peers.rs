@@ -103,13 +103,11 @@ impl Peers {
         self.shared.alive.borrow().clone()
     }
 
-    /// Hands rows to a peer's link; gives them back where it is down or has its tickets under way.
-    pub(crate) fn send(&self, slot: u32, outgoing: Outgoing) -> Result<(), Outgoing> {
+    /// Whether a peer's link took the rows. Where it is down or has its tickets under way, their reply says so.
+    pub(crate) fn send(&self, slot: u32, outgoing: Outgoing) -> bool {
         let links = self.lock();
-        let Some(link) = links.get(&slot).filter(|_| self.shared.alive.borrow().contains(&slot)) else {
-            return Err(outgoing);
-        };
-        link.outgoing.try_send(outgoing).map_err(mpsc::error::TrySendError::into_inner)
+        let link = links.get(&slot).filter(|_| self.shared.alive.borrow().contains(&slot));
+        link.is_some_and(|link| link.outgoing.try_send(outgoing).is_ok())
     }
 
     /// Keeps one link per other worker of the current placement.
