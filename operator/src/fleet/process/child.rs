@@ -256,9 +256,24 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 mod tests {
     use super::*;
 
-    fn shell(script: &str, folder: &str) -> Launch {
-        let folder = std::env::temp_dir().join(format!("expertmesh-child-{folder}-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
+    /// A folder that goes when the test ends.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("expertmesh-child-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn shell(script: &str, Folder(folder): &Folder) -> Launch {
         Launch {
             name: "child".into(),
             program: "/bin/sh".into(),
@@ -286,7 +301,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_process_is_found_where_it_announces_and_ends_when_asked() {
-        let mut child = Child::start(shell(&format!("{ANNOUNCE} exec sleep 60"), "announces"));
+        let folder = Folder::new("announces");
+        let mut child = Child::start(shell(&format!("{ANNOUNCE} exec sleep 60"), &folder));
         assert_eq!(until(&child, Child::address).await, "127.0.0.1:5");
         assert!(!child.has_ended());
         child.end();
@@ -306,7 +322,8 @@ mod tests {
     #[tokio::test]
     async fn one_that_dies_is_started_again_and_says_why_it_died() {
         let script = r#"echo 'ModelNotFound: no such model' >"$EXPERTMESH_TERMINATION_LOG"; exit 1"#;
-        let mut child = Child::start(shell(script, "dies"));
+        let folder = Folder::new("dies");
+        let mut child = Child::start(shell(script, &folder));
         let failure = until(&child, |child| child.failure().filter(|failure| failure.restarts >= 2)).await;
         assert_eq!((failure.reason.as_str(), failure.message.as_str()), ("ModelNotFound", "no such model"));
         child.kill();
