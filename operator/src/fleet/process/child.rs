@@ -312,8 +312,9 @@ mod tests {
 
     #[tokio::test]
     async fn one_that_ignores_sigterm_is_killed_when_its_patience_is_over() {
+        let folder = Folder::new("ignores");
         let mut child =
-            Child::start(shell(&format!("trap '' TERM; {ANNOUNCE} while :; do sleep 1; done"), "ignores"));
+            Child::start(shell(&format!("trap '' TERM; {ANNOUNCE} while :; do sleep 1; done"), &folder));
         until(&child, Child::address).await;
         child.end();
         child.ended().await;
@@ -332,7 +333,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_pipe_of_a_process_lives_as_long_as_it_is_kept() {
-        let mut child = Child::start(shell(&format!("{ANNOUNCE} cat; exit 7"), "pipe"));
+        let folder = Folder::new("pipe");
+        let mut child = Child::start(shell(&format!("{ANNOUNCE} cat; exit 7"), &folder));
         until(&child, Child::address).await;
         assert!(child.failure().is_none(), "stdin is open");
         child.kill();
