@@ -7,7 +7,7 @@ use expertmesh_tests::openai::Load;
 use expertmesh_tests::promtool;
 use expertmesh_tests::reference::Question;
 use expertmesh_tests::{skipped, wait_for};
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[test]
 fn a_model_is_applied_serves_the_tokens_of_one_process_and_leaves_nothing_behind() {
@@ -148,15 +148,14 @@ fn a_spec_that_cannot_work_is_told_why() {
     }
     let namespace = Namespace::new("specs");
     for (name, uri) in [("missing", "file:///models/nope"), ("foreign", "file:///models/foreign")] {
-        let mut object = sample();
-        object["metadata"]["name"] = json!(name);
+        let mut object = sample(name);
         object["spec"]["model"]["uri"] = json!(uri);
         object["spec"]["workers"]["replicas"] = json!(1);
         namespace.apply(&object).unwrap();
     }
     for (name, reason, words) in [
         ("missing", "ModelNotFound", ["no model at /models/nope", "check spec.model.uri"]),
-        ("foreign", "UnsupportedArchitecture", ["LlamaForCausalLM is not supported", "deepseek_v3"]),
+        ("foreign", "UnsupportedArchitecture", ["LlamaForCausalLM is not supported", "supported: DeepseekV3ForCausalLM"]),
     ] {
         wait_for("the status to tell", || {
             let status = namespace.deployment(name).status();
@@ -167,19 +166,17 @@ fn a_spec_that_cannot_work_is_told_why() {
         });
     }
 
-    let refused = |change: &[(&str, serde_json::Value)]| {
-        let mut object = sample();
-        for (path, value) in change {
-            *object["spec"].pointer_mut(path).expect("the sample has it") = value.clone();
-        }
+    let refused = |change: fn(&mut Value)| {
+        let mut object = sample("refused");
+        change(&mut object["spec"]);
         namespace.apply(&object).unwrap_err()
     };
-    let message = refused(&[("/experts", json!({"minReplicas": 5}))]);
+    let message = refused(|spec| spec["experts"]["minReplicas"] = json!(5));
     let told = "spec.experts.minReplicas (5) must not be above spec.workers.replicas (4)";
     assert!(message.contains(told), "{message}");
-    let message = refused(&[("/workers", json!({"replcas": 3}))]);
+    let message = refused(|spec| spec["workers"]["replcas"] = json!(3));
     assert!(message.contains("unknown field \"spec.workers.replcas\""), "{message}");
-    let message = refused(&[("/model/uri", json!("models/tiny-r1"))]);
+    let message = refused(|spec| spec["model"]["uri"] = json!("models/tiny-r1"));
     assert!(message.contains("spec.model.uri (models/tiny-r1) must be file:// and an absolute path"), "{message}");
 }
 
@@ -196,8 +193,7 @@ fn an_object_that_cannot_be_read_stops_no_other() {
 
 /// An object that the API server takes and no program with its schema can read: its status names an impossible time zone.
 fn malform(namespace: &Namespace) {
-    let mut object = sample();
-    object["metadata"]["name"] = json!("odd");
+    let mut object = sample("odd");
     object["spec"]["workers"]["replicas"] = json!(1);
     object["spec"]["paused"] = json!(true);
     namespace.apply(&object).unwrap();
@@ -217,7 +213,7 @@ fn malform(namespace: &Namespace) {
     });
 }
 
-fn condition_message(status: &serde_json::Value) -> String {
+fn condition_message(status: &Value) -> String {
     condition(status, "Ready")["message"].as_str().unwrap_or_default().to_string()
 }
 

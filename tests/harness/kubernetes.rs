@@ -91,8 +91,7 @@ impl Namespace {
 
     /// The sample under another name, changed, applied and ready.
     pub fn deploy(&self, name: &str, change: impl FnOnce(&mut Value)) -> Deployment<'_> {
-        let mut object = sample();
-        object["metadata"]["name"] = json!(name);
+        let mut object = sample(name);
         change(&mut object["spec"]);
         self.apply(&object).expect("a good object is taken");
         let deployment = Deployment { namespace: self, name: name.into() };
@@ -268,10 +267,12 @@ impl Drop for Forward {
     }
 }
 
-/// deploy/samples/tiny-r1.yaml as JSON.
-pub fn sample() -> Value {
+/// deploy/samples/tiny-r1.yaml as JSON, under another name and of no namespace yet.
+pub fn sample(name: &str) -> Value {
     let arguments = ["create", "--dry-run=client", "--output=json", "--filename=deploy/samples/tiny-r1.yaml"];
-    json_of(&kubectl(&arguments).expect("the sample is a good object"))
+    let mut object = json_of(&kubectl(&arguments).expect("the sample is a good object"));
+    object["metadata"] = json!({"name": name});
+    object
 }
 
 /// The condition of one type.
@@ -288,7 +289,8 @@ pub fn operator_pods() -> Vec<Pod> {
 }
 
 pub fn metrics(namespace: &str, pod: &str) -> Result<String, String> {
-    kubectl(&["get", "--raw", &format!("/api/v1/namespaces/{namespace}/pods/{pod}:9090/proxy/metrics")])
+    let path = format!("/api/v1/namespaces/{namespace}/pods/{pod}:9090/proxy/metrics");
+    Ok(kubectl(&["get", "--raw", &path])? + "\n")
 }
 
 /// Waits until so many operator pods run, and as many are ready.
