@@ -67,6 +67,10 @@ impl<B: Backend> MeshExchange<B> {
         Self { peers, residency, placement, holders, outcomes: mpsc::channel(), next_ticket: 0, cold, layer }
     }
 
+    fn me(&self) -> u32 {
+        self.peers.shared.identity.slot
+    }
+
     /// Sends pairs where their experts are; keeps those that are computed here.
     fn send(
         &mut self,
@@ -76,12 +80,13 @@ impl<B: Backend> MeshExchange<B> {
         routes: &Routes,
         (pairs, attempt): (&[u32], u32),
     ) {
-        let (me, alive) = (self.peers.shared.identity.slot, self.peers.alive());
+        let alive = self.peers.alive();
         let mut targets: BTreeMap<u32, Target> = BTreeMap::new();
         let mut tickets: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
         for &pair in pairs {
             let expert = routes.experts[pair as usize];
-            let target = *targets.entry(expert).or_insert_with(|| self.target(me, &alive, layer, expert));
+            let target =
+                *targets.entry(expert).or_insert_with(|| self.target(backend, &alive, layer, expert));
             match target {
                 Target::Local => self.layer.local.push(pair),
                 peer => tickets.entry(peer).or_default().push(pair),
@@ -99,11 +104,15 @@ impl<B: Backend> MeshExchange<B> {
         }
     }
 
-    fn target(&self, me: u32, alive: &BTreeSet<u32>, layer: usize, expert: u32) -> Target {
+    fn target(&self, backend: &B, alive: &BTreeSet<u32>, layer: usize, expert: u32) -> Target {
+        let me = self.me();
         let tried = self.layer.tried.get(&expert).map_or(&[][..], Vec::as_slice);
         let layer = layer as u32;
         let cold = self.cold.range((layer, expert, 0)..=(layer, expert, u32::MAX));
-        let cold: Vec<u32> = cold.map(|(&(.., slot), _)| slot).collect();
+        let mut cold: Vec<u32> = cold.map(|(&(.., slot), _)| slot).collect();
+        if !backend.is_resident(layer as usize, expert) {
+            cold.push(me);
+        }
         route(&self.holders, me, (layer, expert), &Known { alive, tried, cold: &cold })
     }
 
@@ -120,29 +129,26 @@ impl<B: Backend> MeshExchange<B> {
         }
     }
 
-    /// Computes the pairs that stayed here, loading what is missing.
+    /// Computes the pairs that stayed here. Gives back those whose expert cannot be loaded, once; then it is an error.
     fn compute(
         &mut self,
         backend: &B,
         layer: usize,
         normed: &B::Rows,
         routes: &Routes,
-    ) -> Result<(), LoadFailed> {
+    ) -> Result<Vec<u32>, LoadFailed> {
+        let again = self.load(layer, routes)?;
         let mut pairs = std::mem::take(&mut self.layer.local);
+        if pairs.is_empty() {
+            return Ok(again);
+        }
         pairs.sort_unstable_by_key(|&pair| (routes.experts[pair as usize], pair));
-        let groups: Vec<ExpertGroup> = pairs
-            .chunk_by(|a, b| routes.experts[*a as usize] == routes.experts[*b as usize])
-            .map(|chunk| ExpertGroup {
-                expert: routes.experts[chunk[0] as usize],
-                rows: chunk.iter().map(|pair| pair / routes.top_k as u32).collect(),
-            })
-            .collect();
-        if groups.is_empty() {
-            return Ok(());
-        }
-        for group in &groups {
-            self.residency.ensure(layer as u32, group.expert)?;
-        }
+        let same = |a: &u32, b: &u32| routes.experts[*a as usize] == routes.experts[*b as usize];
+        let group = |chunk: &[u32]| ExpertGroup {
+            expert: routes.experts[chunk[0] as usize],
+            rows: chunk.iter().map(|pair| pair / routes.top_k as u32).collect(),
+        };
+        let groups: Vec<ExpertGroup> = pairs.chunk_by(same).map(group).collect();
         let outputs = loop {
             match backend.experts(layer, normed, &groups) {
                 Ok(outputs) => break outputs,
@@ -153,7 +159,32 @@ impl<B: Backend> MeshExchange<B> {
         if let Some(answers) = &mut self.layer.answers {
             backend.scatter(&outputs, &pairs, answers);
         }
-        Ok(())
+        Ok(again)
+    }
+
+    /// Loads the experts of the pairs that stayed here. Those that fail leave, to be tried elsewhere.
+    fn load(&mut self, layer: usize, routes: &Routes) -> Result<Vec<u32>, LoadFailed> {
+        let (me, mut again) = (self.me(), Vec::new());
+        let expert_of = |pair: &u32| routes.experts[*pair as usize];
+        let experts: BTreeSet<u32> = self.layer.local.iter().map(expert_of).collect();
+        for expert in experts {
+            let Err(failure) = self.residency.ensure(layer as u32, expert) else { continue };
+            let tried = self.layer.tried.entry(expert).or_default();
+            if tried.contains(&me) {
+                return Err(failure);
+            }
+            tried.push(me);
+            tracing::warn!("{failure}; asking the others");
+            again.extend(self.layer.local.extract_if(.., |pair| routes.experts[*pair as usize] == expert));
+        }
+        again.sort_unstable();
+        self.peers
+            .shared
+            .metrics
+            .rows_rerouted
+            .with_label_values(&["load_failed"])
+            .inc_by(again.len() as u64);
+        Ok(again)
     }
 
     /// Takes one outcome: answers into their places; what has none becomes pairs to send again.
@@ -234,7 +265,11 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
         routes: &Routes,
     ) -> Result<B::Rows, LoadFailed> {
         loop {
-            self.compute(backend, layer, normed, routes)?;
+            let again = self.compute(backend, layer, normed, routes)?;
+            if !again.is_empty() {
+                self.send(backend, layer, normed, routes, (&again, 1));
+                continue;
+            }
             if self.layer.flights.is_empty() && self.layer.local.is_empty() {
                 break;
             }

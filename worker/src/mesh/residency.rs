@@ -49,6 +49,7 @@ struct State {
     assigned: ExpertSet,
     /// Wanted by a row that waits.
     urgent: VecDeque<Key>,
+    loading: Option<Key>,
     resident: BTreeMap<Key, u64>,
     /// Resident but not assigned, with the last use.
     extras: BTreeMap<Key, Instant>,
@@ -94,6 +95,7 @@ impl<B: Backend> Residency<B> {
             if let Some(result) = state.settled((layer, expert)) {
                 return result;
             }
+            state.keep_wanting((layer, expert));
             state = self.turn.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -110,8 +112,12 @@ impl<B: Backend> Residency<B> {
         }
         self.turn.notify_all();
         loop {
-            if let Some(result) = self.lock().settled((layer, expert)) {
-                return result;
+            {
+                let mut state = self.lock();
+                if let Some(result) = state.settled((layer, expert)) {
+                    return result;
+                }
+                state.keep_wanting((layer, expert));
             }
             // The sender lives in self: this cannot fail while we wait.
             let _ = changes.changed().await;
@@ -138,9 +144,11 @@ impl<B: Backend> Residency<B> {
         let mut state = self.lock();
         while !state.stop {
             if let Some(key) = state.next() {
+                state.loading = Some(key);
                 drop(state);
                 let result = self.backend.load(key.0 as usize, key.1);
                 state = self.lock();
+                state.loading = None;
                 state.record(key, result.map_err(|error| error.to_string()));
             } else if let Some(key) = state.idle() {
                 self.backend.evict(key.0 as usize, key.1);
@@ -204,6 +212,13 @@ impl State {
         self.failed.remove(&key);
         if !self.urgent.contains(&key) {
             self.urgent.push_back(key);
+        }
+    }
+
+    /// An expert that came and was evicted before its waiter woke is wanted again.
+    fn keep_wanting(&mut self, key: Key) {
+        if self.loading != Some(key) {
+            self.want(key);
         }
     }
 

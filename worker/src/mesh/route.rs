@@ -28,12 +28,13 @@ impl Holders {
     }
 }
 
-/// What an owner knows of the others when it looks for an expert.
+/// What an owner knows of all workers, itself included, when it looks for an expert.
 pub(crate) struct Known<'a> {
+    /// Peers whose link is up.
     pub(crate) alive: &'a BTreeSet<u32>,
     /// Slots that failed this expert's rows.
     pub(crate) tried: &'a [u32],
-    /// Slots that said lately that the expert is not resident.
+    /// Slots where the expert was not resident when last asked.
     pub(crate) cold: &'a [u32],
 }
 
@@ -51,23 +52,20 @@ pub(crate) enum Target {
 /// Chooses among the live holders that were not `tried`, then by election among all live workers, `me` included;
 /// this worker where nothing else is left, so that every expert can always be computed.
 pub(crate) fn route(holders: &Holders, me: u32, expert: (u32, u32), known: &Known) -> Target {
-    let usable = |slot: &u32| known.alive.contains(slot) && !known.tried.contains(slot);
+    let usable = |slot: &u32| (*slot == me || known.alive.contains(slot)) && !known.tried.contains(slot);
     let named = holders.by_expert.get(&expert).map_or(&[][..], Vec::as_slice);
-    if named.contains(&me) && !known.tried.contains(&me) {
-        return Target::Local;
-    }
-    // Different owners spread over the copies, each always on the same one.
     let live = named.iter().copied().filter(usable);
     let warm = live.clone().filter(|slot| !known.cold.contains(slot));
-    if let Some(slot) = warm.max_by_key(|&slot| weight(slot, expert, me)) {
-        return Target::Holder(slot);
+    // Nothing is nearer than this worker; different owners spread over the copies, each always on the same one.
+    let nearest = |slot: &u32| (*slot == me, weight(*slot, expert, me));
+    if let Some(slot) = warm.max_by_key(nearest) {
+        return if slot == me { Target::Local } else { Target::Holder(slot) };
     }
     // It should hold the expert and does not yet: nobody is better elected.
-    if let Some(slot) = live.max_by_key(|&slot| weight(slot, expert, me)) {
-        return Target::Elected(slot);
-    }
-    let candidates = holders.electorate.iter().copied().filter(|slot| *slot == me || usable(slot));
-    match candidates.max_by_key(|&slot| weight(slot, expert, u32::MAX)) {
+    let candidates = || holders.electorate.iter().copied().filter(usable);
+    let elected =
+        live.max_by_key(nearest).or_else(|| candidates().max_by_key(|&slot| weight(slot, expert, u32::MAX)));
+    match elected {
         Some(slot) if slot != me => Target::Elected(slot),
         _ => Target::Local,
     }
@@ -156,6 +154,16 @@ mod tests {
             elected.insert(choice(1));
         }
         assert!(elected.len() > 1, "one worker would take all of a dead peer's experts");
+    }
+
+    #[test]
+    fn a_worker_that_still_loads_or_cannot_asks_a_copy_and_loads_where_there_is_none() {
+        let (copied, single, alive) = (holders(4, Some(3)), holders(4, None), [1, 2, 3].into());
+        let known = |tried, cold| Known { alive: &alive, tried, cold };
+        assert_eq!(route(&copied, 0, (1, 0), &known(&[], &[0])), Target::Holder(3));
+        assert_eq!(route(&single, 0, (1, 0), &known(&[], &[0])), Target::Local);
+        assert!(matches!(route(&single, 0, (1, 0), &known(&[0], &[0])), Target::Elected(1..=3)));
+        assert_eq!(route(&single, 0, (1, 0), &known(&[0, 1, 2, 3], &[0])), Target::Local);
     }
 
     #[test]

@@ -102,7 +102,8 @@ impl Backend for CpuBackend {
 
     fn allocate_kv(&self, blocks: usize) -> CpuKv {
         let elements = blocks * BLOCK_TOKENS * self.config.attention.cached();
-        CpuKv { layers: vec![vec![0.0; elements]; self.config.layers] }
+        // Layer by layer: zeroed pages cost nothing until they are used, copies of them would.
+        CpuKv { layers: (0..self.config.layers).map(|_| vec![0.0; elements]).collect() }
     }
 
     fn embed(&self, step: &Step) -> CpuRows {
