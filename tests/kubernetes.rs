@@ -118,14 +118,24 @@ fn without_the_operator_serving_goes_on_and_pods_heal_and_when_it_is_back_it_cha
     load.go_on_for(8);
     load.end();
 
+    wait_for("others to have written what they see", || {
+        let (set, budget) = (namespace.get(&["statefulsets"]), namespace.get(&["poddisruptionbudgets"]));
+        let counts =
+            [&set["items"][0]["status"]["readyReplicas"], &budget["items"][0]["status"]["currentHealthy"]];
+        if counts.iter().all(|count| **count == 4) { Ok(()) } else { Err(format!("{counts:?}")) }
+    });
     let everything = settled(&namespace);
     scale_operator(1);
     let operator = operator_pods().remove(0).name;
-    wait_for("the new operator to have looked at everything, and again", || {
-        let text = metrics(SYSTEM, &operator)?;
-        let reconciles = promtool::sum(&text, "expertmesh_reconciles_total{result=\"ok\"}");
-        if reconciles >= 2.0 { Ok(()) } else { Err(text) }
-    });
+    wait_for(
+        "the new operator to have looked again and again, and to have told everyone the placement",
+        || {
+            let text = metrics(SYSTEM, &operator)?;
+            let reconciles = promtool::sum(&text, "expertmesh_reconciles_total{result=\"ok\"}");
+            let told = promtool::sum(&text, "expertmesh_actions_total{kind=\"push\"}");
+            if reconciles >= 2.0 && told >= 5.0 { Ok(()) } else { Err(text) }
+        },
+    );
     deployment.wait_until_ready();
     assert_eq!(everything, settled(&namespace), "nothing was to be changed");
     assert_eq!(ready, condition(&deployment.status(), "Ready"), "it was ready all the time");
@@ -155,14 +165,22 @@ fn a_spec_that_cannot_work_is_told_why() {
     }
     for (name, reason, words) in [
         ("missing", "ModelNotFound", ["no model at /models/nope", "check spec.model.uri"]),
-        ("foreign", "UnsupportedArchitecture", ["LlamaForCausalLM is not supported", "supported: DeepseekV3ForCausalLM"]),
+        (
+            "foreign",
+            "UnsupportedArchitecture",
+            ["LlamaForCausalLM is not supported", "supported: DeepseekV3ForCausalLM"],
+        ),
     ] {
         wait_for("the status to tell", || {
             let status = namespace.deployment(name).status();
             let ready = condition(&status, "Ready");
             let message = ready["message"].as_str().unwrap_or_default();
             let told = ready["status"] == "False" && ready["reason"] == reason;
-            if told && words.iter().all(|word| message.contains(word)) { Ok(()) } else { Err(format!("{status:#}")) }
+            if told && words.iter().all(|word| message.contains(word)) {
+                Ok(())
+            } else {
+                Err(format!("{status:#}"))
+            }
         });
     }
 
@@ -177,7 +195,10 @@ fn a_spec_that_cannot_work_is_told_why() {
     let message = refused(|spec| spec["workers"]["replcas"] = json!(3));
     assert!(message.contains("unknown field \"spec.workers.replcas\""), "{message}");
     let message = refused(|spec| spec["model"]["uri"] = json!("models/tiny-r1"));
-    assert!(message.contains("spec.model.uri (models/tiny-r1) must be file:// and an absolute path"), "{message}");
+    assert!(
+        message.contains("spec.model.uri (models/tiny-r1) must be file:// and an absolute path"),
+        "{message}"
+    );
 }
 
 #[test]
@@ -225,10 +246,13 @@ fn the_operator_may_do_what_it_does_and_nothing_else() {
     let _namespace = Namespace::new("rights");
     let may = |verb: &str, what: &str| {
         let user = format!("--as=system:serviceaccount:{SYSTEM}:expertmesh");
-        kubectl(&["auth", "can-i", verb, what, "--all-namespaces", &user]).is_ok_and(|said| said.starts_with("yes"))
+        kubectl(&["auth", "can-i", verb, what, "--all-namespaces", &user])
+            .is_ok_and(|said| said.starts_with("yes"))
     };
     assert!(may("patch", "statefulsets.apps"));
-    for (verb, what) in [("get", "secrets"), ("create", "pods"), ("create", "clusterroles"), ("delete", "namespaces")] {
+    for (verb, what) in
+        [("get", "secrets"), ("create", "pods"), ("create", "clusterroles"), ("delete", "namespaces")]
+    {
         assert!(!may(verb, what), "it may {verb} {what}");
     }
 }

@@ -52,7 +52,11 @@ async fn workers_and_frontends_export_what_dashboards_ask_for_each_series_from_o
         }
     }
     for name in WORKER {
-        assert!(workers.iter().all(|text| promtool::declares(text, name)), "{name} is missing: {}", workers[0]);
+        assert!(
+            workers.iter().all(|text| promtool::declares(text, name)),
+            "{name} is missing: {}",
+            workers[0]
+        );
         assert!(!promtool::declares(&front, name), "{name} has two exporters");
     }
     for name in FRONTEND {

@@ -21,7 +21,8 @@ async fn the_unmodified_openai_client_is_answered_whole_and_streamed() {
     let mut client = Command::new(python);
     client.arg(root().join("tests/openai_client.py")).arg(format!("{}/v1", frontend.api.url)).arg("tiny-r1");
     let output = client.output().expect("python starts; `make setup` makes its environment");
-    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    let said =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     assert!(output.status.success(), "{said}");
 }
 
@@ -47,7 +48,8 @@ async fn a_worker_killed_in_the_middle_of_a_stream_costs_no_token() {
     let question = Question::long(1, 500);
     let answered = frontend.api.check_stream(&question, |tokens| {
         if tokens > 100 && killed.is_none() {
-            let runs = |slot: &usize| sum(&metrics(&mesh.addresses[*slot]), "vllm:num_requests_running") > 0.0;
+            let runs =
+                |slot: &usize| sum(&metrics(&mesh.addresses[*slot]), "vllm:num_requests_running") > 0.0;
             let slot = (0..4).find(runs).expect("one runs the sequence");
             mesh.workers[slot].kill();
             killed = Some(tokens);

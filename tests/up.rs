@@ -14,8 +14,10 @@ use expertmesh_tests::{root, wait_for};
 #[test]
 fn a_newcomer_pastes_the_printed_line_and_gets_the_answer() {
     let mut up = Up::start("newcomer");
-    let line = up.process.log().lines().find(|line| line.contains("curl -N")).expect("a line to paste").to_string();
-    let word = |start: &str, end: &str| line.split_once(start).and_then(|(_, rest)| rest.split_once(end)).unwrap().0;
+    let line =
+        up.process.log().lines().find(|line| line.contains("curl -N")).expect("a line to paste").to_string();
+    let word =
+        |start: &str, end: &str| line.split_once(start).and_then(|(_, rest)| rest.split_once(end)).unwrap().0;
     let url = format!("http://{}", word("http://", " "));
     let body = serde_json::from_str(word("-d '", "'")).unwrap();
     let mut text = String::new();
@@ -47,7 +49,10 @@ fn a_worker_process_killed_under_load_costs_no_request_and_is_started_again() {
     load.go_on_for(4);
     load.end();
     let after = up.workers();
-    assert!([0, 2, 3].iter().all(|&at| after.contains(&before[at])), "no other restarts: {before:?} {after:?}");
+    assert!(
+        [0, 2, 3].iter().all(|&at| after.contains(&before[at])),
+        "no other restarts: {before:?} {after:?}"
+    );
     up.end("TERM");
 }
 
@@ -106,7 +111,13 @@ fn what_cannot_start_is_told_in_one_line() {
         ("model", "models/tiny-r1", "models/nope", &free, "no model at tests/models/nope"),
         ("foreign", "models/tiny-r1", "models/foreign", &free, "LlamaForCausalLM is not supported"),
         ("field", "replicas: 4", "replcas: 4", &free, "spec.workers.replcas"),
-        ("bounds", "  frontend:", "  experts: {minReplicas: 5}\n  frontend:", &free, "spec.experts.minReplicas (5) must not be above"),
+        (
+            "bounds",
+            "  frontend:",
+            "  experts: {minReplicas: 5}\n  frontend:",
+            &free,
+            "spec.experts.minReplicas (5) must not be above",
+        ),
         ("scheme", "file:///", "s3://", &free, "spec.model.uri (s3://models/tiny-r1) must be file://"),
         ("yaml", "spec:", "spec", &free, "yaml.yaml"),
     ] {

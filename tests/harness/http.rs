@@ -24,7 +24,11 @@ pub fn post(url: &str, body: &Value) -> Result<(u16, Value), String> {
 }
 
 /// POST that streams: every server-sent event's JSON, as it comes, until `[DONE]`, or until `event` hangs up.
-pub fn stream(url: &str, body: &Value, mut event: impl FnMut(Value) -> ControlFlow<()>) -> Result<(), String> {
+pub fn stream(
+    url: &str,
+    body: &Value,
+    mut event: impl FnMut(Value) -> ControlFlow<()>,
+) -> Result<(), String> {
     let response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
     let status = response.status().as_u16();
     let reader = BufReader::new(response.into_body().into_reader());
@@ -33,7 +37,8 @@ pub fn stream(url: &str, body: &Value, mut event: impl FnMut(Value) -> ControlFl
         match line.strip_prefix("data: ") {
             Some("[DONE]") => return Ok(()),
             Some(data) => {
-                if event(serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?).is_break() {
+                let json = serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?;
+                if let ControlFlow::Break(()) = event(json) {
                     return Ok(());
                 }
             }

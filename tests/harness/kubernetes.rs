@@ -31,7 +31,11 @@ pub fn run(program: &str, arguments: &[&str], input: Option<&str>) -> Result<Str
     drop(stdin);
     let Output { status, stdout, stderr } = child.wait_with_output().expect("it ends");
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim_end().to_string();
-    if status.success() { Ok(text(stdout)) } else { Err(format!("{}\n{}", text(stdout), text(stderr)).trim().into()) }
+    if status.success() {
+        Ok(text(stdout))
+    } else {
+        Err(format!("{}\n{}", text(stdout), text(stderr)).trim().into())
+    }
 }
 
 pub fn kubectl(arguments: &[&str]) -> Result<String, String> {
@@ -105,7 +109,8 @@ impl Namespace {
 
     /// `kind/name` and resourceVersion of everything in the namespace but Events and what is always there.
     pub fn everything(&self) -> Vec<(String, String)> {
-        let kinds = kubectl(&["api-resources", "--verbs=list", "--namespaced", "--output=name"]).expect("kinds");
+        let kinds =
+            kubectl(&["api-resources", "--verbs=list", "--namespaced", "--output=name"]).expect("kinds");
         let kinds: Vec<&str> = kinds.lines().filter(|kind| !kind.starts_with("events")).collect();
         let list = self.get(&[&kinds.join(",")]);
         let objects = list["items"].as_array().expect("a list").iter().map(|object| {
@@ -204,7 +209,11 @@ impl Deployment<'_> {
             let (status, pods) = (self.status(), self.namespace.pods("worker").len());
             let all = status["workers"] == format!("{workers}/{workers}") && pods == workers;
             let condition = condition(&status, "Ready");
-            if all && condition["status"] == "True" { Ok(()) } else { Err(format!("{pods} pods, {status:#}")) }
+            if all && condition["status"] == "True" {
+                Ok(())
+            } else {
+                Err(format!("{pods} pods, {status:#}"))
+            }
         });
     }
 
@@ -234,7 +243,8 @@ impl Deployment<'_> {
         let service = format!("service/{}", self.name);
         let arguments = ["--namespace", &self.namespace.name, "port-forward", &service, ":80"];
         let mut command = Command::new("kubectl");
-        let child = command.args(arguments).stdin(Stdio::null()).stdout(file).spawn().expect("kubectl starts");
+        let child =
+            command.args(arguments).stdin(Stdio::null()).stdout(file).spawn().expect("kubectl starts");
         let forward = Forward { child, _scratch: scratch };
         let address = wait_for("the port to be forwarded", || {
             let said = std::fs::read_to_string(&log).map_err(|error| error.to_string())?;
@@ -299,7 +309,11 @@ pub fn scale_operator(replicas: usize) {
     kubectl(&["scale", "--namespace", SYSTEM, OPERATOR, &count]).expect("it is scaled");
     wait_for("the operator's pods", || {
         let pods = operator_pods();
-        if pods.len() == replicas && pods.iter().all(|pod| pod.ready) { Ok(()) } else { Err(format!("{pods:?}")) }
+        if pods.len() == replicas && pods.iter().all(|pod| pod.ready) {
+            Ok(())
+        } else {
+            Err(format!("{pods:?}"))
+        }
     });
 }
 
@@ -320,8 +334,7 @@ fn install() {
         let build = format!("podAnnotations.build={}", &build[..16]);
         let timeout = format!("--timeout={}s", PATIENCE.as_secs());
         let arguments = ["upgrade", "--install", "expertmesh", "charts/expertmesh", "--namespace", SYSTEM];
-        let waiting =
-            ["--create-namespace", "--take-ownership", "--wait", &timeout, "--set-string", &build];
+        let waiting = ["--create-namespace", "--take-ownership", "--wait", &timeout, "--set-string", &build];
         let installed = run("helm", &[&arguments[..], &waiting[..]].concat(), None);
         installed.unwrap_or_else(|problem| {
             let pods = kubectl(&["describe", "pods", "--namespace", SYSTEM]).unwrap_or_default();

@@ -158,8 +158,11 @@ impl Load {
     /// Lets every client finish its answer. Fails where one was not as it should be; else says how many there were.
     pub fn end(self) -> usize {
         self.stop.store(true, Ordering::SeqCst);
-        let failed: Vec<String> =
-            self.clients.into_iter().filter_map(|client| client.join().expect("clients do not panic").err()).collect();
+        let failed: Vec<String> = self
+            .clients
+            .into_iter()
+            .filter_map(|client| client.join().expect("clients do not panic").err())
+            .collect();
         assert!(failed.is_empty(), "{} requests failed: {failed:#?}", failed.len());
         self.answers.load(Ordering::SeqCst)
     }

@@ -12,7 +12,8 @@ pub fn check(text: &str) {
     stdin.write_all(text.as_bytes()).expect("it reads");
     drop(stdin);
     let output = child.wait_with_output().expect("it ends");
-    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    let said =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     let known = |line: &str| line.starts_with("vllm:") && line.ends_with("should not contain ':'");
     let complaints: Vec<&str> = said.lines().filter(|line| !line.is_empty() && !known(line)).collect();
     assert!(complaints.is_empty(), "{complaints:#?}\n{text}");

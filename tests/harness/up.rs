@@ -89,9 +89,9 @@ impl Up {
 
     fn children(&self) -> Vec<u32> {
         let parent = self.process.id().to_string();
-        let pids = std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| {
-            entry.ok()?.file_name().to_str()?.parse::<u32>().ok()
-        });
+        let pids = std::fs::read_dir("/proc")
+            .expect("/proc")
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
         let is_child = |pid: &u32| {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             // pid (name) state parent …
@@ -104,5 +104,7 @@ impl Up {
 /// Whether a process lives and has such a word in its command line.
 fn runs(pid: u32, word: &str) -> bool {
     let command = std::fs::read(Path::new("/proc").join(pid.to_string()).join("cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&command).split('\0').any(|argument| argument == word || argument.ends_with(&format!("/{word}")))
+    String::from_utf8_lossy(&command)
+        .split('\0')
+        .any(|argument| argument == word || argument.ends_with(&format!("/{word}")))
 }
