@@ -208,7 +208,10 @@ fn an_object_that_cannot_be_read_stops_no_other() {
     }
     let namespace = Namespace::new("odd");
     malform(&namespace);
-    let deployment = namespace.deploy("even", |spec| spec["workers"]["replicas"] = json!(1));
+    let deployment = namespace.deploy("even", |spec| {
+        spec["workers"]["replicas"] = json!(1);
+        spec["workers"]["resources"]["requests"]["cpu"] = json!(1); // a number, as people write it
+    });
     deployment.reach().api.check(&Question::greedy("What is 46 + 37?")).unwrap();
 }
 
