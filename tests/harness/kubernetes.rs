@@ -329,6 +329,11 @@ fn create_namespace(name: &str) {
 fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
+        let cluster = std::env::var_os("KUBECONFIG");
+        assert!(
+            cluster.is_some(),
+            "KUBECONFIG is not set; `make test` and tests/cluster/with.sh start a cluster"
+        );
         create_namespace(SYSTEM);
         let build = run("sha256sum", &[&binary("expertmesh").display().to_string()], None).expect("a hash");
         let build = format!("podAnnotations.build={}", &build[..16]);
