@@ -160,7 +160,8 @@ impl Observation {
 
     /// Experts of which every layer is resident on a worker that reports it, of all experts.
     pub(crate) fn live_experts(&self, shape: &ModelShape) -> (u32, u32) {
-        let resident = |layer, expert| self.reports().any(|(_, report)| report.resident.contains(layer, expert));
+        let resident =
+            |layer, expert| self.reports().any(|(_, report)| report.resident.contains(layer, expert));
         let live = |expert: &u32| (shape.first_moe_layer..shape.layers).all(|layer| resident(layer, *expert));
         ((0..shape.experts).filter(live).count() as u32, shape.experts)
     }
