@@ -72,9 +72,9 @@ impl Scheduler {
         Ok(())
     }
 
-    /// The next step. `paused` sequences keep their place and compute nothing. Empty where there is nothing to do.
+    /// The next step. `paused` sequences compute nothing, and keep their place while nobody else needs it. Empty where there is nothing to do.
     pub(crate) fn plan(&mut self, paused: impl Fn(u64) -> bool) -> Plan {
-        self.admit();
+        self.admit(&paused);
         let mut plan = Plan::default();
         let mut budget = self.bounds.step_rows;
         let mut prompts = Vec::new();
@@ -147,18 +147,22 @@ impl Scheduler {
         self.preemptions
     }
 
-    /// Lets waiting sequences in while there is a place and their prompt fits beside the others'.
-    fn admit(&mut self) {
+    /// Lets waiting sequences in while there is a place and their prompt fits beside the others'. One whose reader is
+    /// slow gives its place up for one that can go on: slow clients alone would fill the batch.
+    fn admit(&mut self, paused: &impl Fn(u64) -> bool) {
         let needed = |sequence: &Sequence| BlockAllocator::needed(sequence.tokens.len());
-        // Blocks that the batch has or is about to take: a prompt gets its own chunk by chunk.
-        let mut promised: usize = self.running.iter().map(needed).sum();
-        while self.running.len() < self.bounds.running {
-            let Some(next) = self.waiting.front() else { return };
-            promised += needed(next);
-            if promised > self.allocator.total() && !self.running.is_empty() {
+        while let Some(next) = self.waiting.iter().position(|sequence| !paused(sequence.id)) {
+            // Blocks that the batch has or is about to take: a prompt gets its own chunk by chunk.
+            let promised = self.running.iter().map(needed).sum::<usize>() + needed(&self.waiting[next]);
+            let fits = promised <= self.allocator.total() || self.running.is_empty();
+            if fits && self.running.len() < self.bounds.running {
+                self.running.extend(self.waiting.remove(next));
+            } else if let Some(slow) = self.running.iter().rposition(|sequence| paused(sequence.id)) {
+                let sequence = self.preempt(slow);
+                self.waiting.push_back(sequence);
+            } else {
                 return;
             }
-            self.running.extend(self.waiting.pop_front());
         }
     }
 
@@ -171,7 +175,8 @@ impl Scheduler {
         while self.allocator.grow(&mut self.running[at].blocks, end).is_err() {
             // The youngest other than this one; this one itself where it is the youngest.
             let youngest = self.running.len() - 1;
-            self.preempt(youngest);
+            let sequence = self.preempt(youngest);
+            self.waiting.push_front(sequence);
             if youngest == at {
                 return;
             }
@@ -184,12 +189,12 @@ impl Scheduler {
         *budget -= rows;
     }
 
-    fn preempt(&mut self, at: usize) {
+    fn preempt(&mut self, at: usize) -> Sequence {
         let mut sequence = self.running.remove(at);
         self.allocator.release(&mut sequence.blocks);
         sequence.computed = 0;
         self.preemptions += 1;
-        self.waiting.push_front(sequence);
+        sequence
     }
 }
 
@@ -227,11 +232,17 @@ mod tests {
     }
 
     #[test]
-    fn a_paused_sequence_keeps_its_place() {
-        let mut scheduler = Scheduler::new(BOUNDS, 4);
+    fn a_paused_sequence_keeps_its_place_until_another_needs_it() {
+        let mut scheduler = Scheduler::new(Bounds { running: 1, ..BOUNDS }, 4);
         scheduler.submit(Sequence::new(1, vec![1])).unwrap();
-        assert_eq!(scheduler.plan(|id| id == 1).ids, [0u64; 0]);
         assert_eq!(scheduler.plan(|_| false).ids, [1]);
+        assert_eq!(scheduler.plan(|id| id == 1).ids, [0u64; 0]);
+        assert_eq!((scheduler.running(), scheduler.waiting()), (1, 0));
+        scheduler.submit(Sequence::new(2, vec![1])).unwrap();
+        assert_eq!(scheduler.plan(|id| id == 1).ids, [2]);
+        assert_eq!((scheduler.running(), scheduler.waiting()), (1, 1));
+        scheduler.remove(2);
+        assert_eq!(scheduler.plan(|_| false).ids, [1], "it goes on once it is read again");
     }
 
     proptest! {
