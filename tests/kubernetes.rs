@@ -79,10 +79,15 @@ fn scaling_from_four_to_two_and_back_under_load_costs_no_request_and_restarts_no
     let load = Load::start(&reached.api, 4);
     load.go_on_for(4);
     let (workers, frontends) = (namespace.pods("worker"), namespace.pods("frontend"));
+    let ready = condition(&deployment.status(), "Ready")["lastTransitionTime"].clone();
     for size in [2, 4] {
         namespace.kubectl(&["scale", "mdep/tiny", &format!("--replicas={size}")]).unwrap();
         deployment.wait_until_sized(size);
-        assert_eq!(deployment.status()["experts"], "32/32");
+        let status = deployment.status();
+        assert_eq!(status["experts"], "32/32");
+        if size == 2 {
+            assert_eq!(condition(&status, "Ready")["lastTransitionTime"], ready, "it was ready all the time");
+        }
         load.go_on_for(4);
     }
     load.end();

@@ -75,12 +75,20 @@ pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
 }
 
 fn all_workers_ready(desired: &Desired, seen: &Observation) -> bool {
-    seen.size == desired.workers && are_all_ready(seen)
+    seen.size == desired.workers && those_that_stay_are_ready(desired, seen)
 }
 
-/// Of those that there are, however many there should be.
-fn are_all_ready(seen: &Observation) -> bool {
-    seen.size > 0 && seen.ready_workers() == seen.size as usize
+/// Of those that there are and that do not leave, however many there should be.
+fn those_that_stay_are_ready(desired: &Desired, seen: &Observation) -> bool {
+    let staying = seen.size.min(desired.workers);
+    let ready = seen.reports().filter(|(slot, report)| *slot < staying && report.state == State::Ready);
+    staying > 0 && ready.count() == staying as usize
+}
+
+/// Frontends that are ready. One that does not follow the current placement yet answers all the same.
+fn answering(seen: &Observation) -> usize {
+    let reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
+    reports.filter(|report| report.state == State::Ready).count()
 }
 
 /// Frontends that are ready and follow the current placement.

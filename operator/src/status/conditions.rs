@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::{Experts, Situation, all_workers_ready, are_all_ready, following};
+use super::{Experts, Situation, all_workers_ready, answering, those_that_stay_are_ready};
 use crate::api::ModelDeploymentStatus;
 use crate::decide::{Action, Decision, Failure, Observation, Seen, State};
 
@@ -104,17 +104,17 @@ fn stamped(
     }
 }
 
-/// Requests are answered: by frontends that follow the placement, by all workers, with every expert resident.
+/// Requests are answered: by a frontend, by all workers, with every expert resident.
 fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict {
     // Whoever is to come or to leave does not count: those that there are answer.
-    let workers = (!are_all_ready(situation.seen)).then_some(workers);
+    let workers = (!those_that_stay_are_ready(situation.desired, situation.seen)).then_some(workers);
     for part in workers.into_iter().chain([experts]) {
         if part.status != "True" {
             return Verdict { status: "False", ..part.clone() };
         }
     }
     let seen = situation.seen;
-    let ready = following(seen);
+    let ready = answering(seen);
     if ready > 0 {
         return Verdict::yes(
             "Serving",
@@ -130,7 +130,7 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
         seen.frontends.iter().find_map(|frontend| Some((&frontend.name, frontend.failure.as_ref()?)));
     match failed {
         Some((name, failure)) => failed_verdict(&format!("frontend {name}"), failure),
-        None => Verdict::no("FrontendsStarting", "no frontend is ready and follows the placement yet"),
+        None => Verdict::no("FrontendsStarting", "no frontend is ready yet"),
     }
 }
 

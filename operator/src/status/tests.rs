@@ -154,9 +154,9 @@ fn an_expert_with_too_few_copies_still_serves_but_is_degraded() {
 }
 
 #[test]
-fn it_is_not_ready_before_a_frontend_follows_the_placement() {
+fn it_is_not_ready_before_a_frontend_is() {
     let mut seen = healthy();
-    seen.frontends[0].report.as_mut().unwrap().epoch = 2;
+    seen.frontends[0].report.as_mut().unwrap().state = State::Loading;
     assert_eq!(told(&computed(&desired(2), &seen), "Ready").1, "FrontendsStarting");
     seen.frontends[0] = Seen {
         name: "tiny-x".into(),
@@ -175,6 +175,17 @@ fn scaling_is_told_from_failing() {
     assert_eq!(told(&status, "WorkersAvailable"), ("False".into(), "WorkersScaling".into(), text.into()));
     assert_eq!(status.workers.as_deref(), Some("2/4"));
     assert_eq!(told(&status, "Ready").0, "True", "the two that there are answer");
+}
+
+#[test]
+fn a_worker_that_leaves_and_a_frontend_that_has_not_heard_of_it_leave_the_rest_ready() {
+    let mut seen = healthy();
+    seen.size = 3;
+    let leaves = report(State::Draining, 3, experts(&[]));
+    seen.workers.insert(2, Seen { report: Some(leaves), ..Seen::default() });
+    seen.placement = placement(4);
+    assert_eq!(told(&computed(&desired(2), &seen), "Ready").0, "True");
+    assert_eq!(told(&computed(&desired(3), &seen), "Ready").0, "False", "this one should stay");
 }
 
 #[test]
