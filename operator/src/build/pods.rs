@@ -137,6 +137,7 @@ fn frontend_arguments(owner: &Owner, process: &Process) -> Vec<String> {
     let mut arguments = vec!["frontend".into(), "--served-name".into(), owner.name.clone()];
     arguments.extend(listening(process, "--listen", ports::HTTP_NUMBER));
     arguments.extend(["--control".into(), anywhere(ports::GRPC_NUMBER)]);
+    arguments.extend(["--drain-timeout".into(), process.drain_seconds().to_string()]);
     arguments
 }
 
