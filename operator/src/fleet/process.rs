@@ -132,16 +132,13 @@ impl ProcessFleet {
         }
     }
 
-    fn drain_seconds(&self) -> u64 {
-        self.deployment.desired.drain_timeout.as_secs().max(1)
-    }
-
     fn worker(&mut self, slot: u32) -> Child {
         let name = format!("worker-{slot}");
+        let drain = self.deployment.desired.drain_timeout.as_secs().max(1);
         let arguments = [
             ("--slot", slot.to_string()),
             ("--listen", "127.0.0.1:0".into()),
-            ("--drain-timeout", self.drain_seconds().to_string()),
+            ("--drain-timeout", drain.to_string()),
         ];
         self.start("serve", name, arguments.to_vec())
     }
@@ -151,7 +148,6 @@ impl ProcessFleet {
         let arguments = [
             ("--served-name", self.deployment.name.clone()),
             ("--listen", format!("127.0.0.1:{port}")),
-            ("--drain-timeout", self.drain_seconds().to_string()),
             ("--control", "127.0.0.1:0".into()),
             ("--drain-timeout", format!("{}ms", self.deployment.desired.drain_timeout.as_millis())),
             ("--drain-grace", "0s".into()),
