@@ -50,6 +50,11 @@ impl Owner {
         format!("{}-frontends", self.name)
     }
 
+    /// `<name>-pods`: the ServiceAccount of both. Not `<name>`, which may well be another's; `default` surely is.
+    pub(crate) fn pods(&self) -> String {
+        format!("{}-pods", self.name)
+    }
+
     /// `<name>-<rev8>`: everything of a revision.
     pub(crate) fn of_revision(&self, revision: &str) -> String {
         format!("{}-{revision}", self.name)

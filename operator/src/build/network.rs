@@ -13,7 +13,7 @@ use super::ports;
 /// A ServiceAccount that may do nothing, and whose token no pod gets.
 pub(crate) fn service_account(owner: &Owner) -> ServiceAccount {
     ServiceAccount {
-        metadata: owner.metadata(owner.name.clone(), owner.labels()),
+        metadata: owner.metadata(owner.pods(), owner.labels()),
         automount_service_account_token: Some(false),
         ..ServiceAccount::default()
     }

@@ -48,7 +48,7 @@ pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodT
             ..ObjectMeta::default()
         }),
         spec: Some(PodSpec {
-            service_account_name: Some(owner.name.clone()),
+            service_account_name: Some(owner.pods()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
             termination_grace_period_seconds: Some(grace_seconds(process.drain_seconds())),
@@ -126,10 +126,7 @@ fn container(owner: &Owner, process: &Process) -> Container {
 fn worker_arguments(process: &Process) -> Vec<String> {
     let mut arguments = vec!["serve".into(), "--name".into(), "$(POD_NAME)".into()];
     arguments.extend(listening(process, "--listen", ports::GRPC_NUMBER));
-    if let Some(tokens) = process.deployment.max_context_tokens {
-        arguments.extend(["--max-context-tokens".into(), tokens.to_string()]);
-    }
-    arguments.extend(["--drain-timeout".into(), process.drain_seconds().to_string()]);
+    arguments.extend(limits(process));
     arguments
 }
 
@@ -137,8 +134,15 @@ fn frontend_arguments(owner: &Owner, process: &Process) -> Vec<String> {
     let mut arguments = vec!["frontend".into(), "--served-name".into(), owner.name.clone()];
     arguments.extend(listening(process, "--listen", ports::HTTP_NUMBER));
     arguments.extend(["--control".into(), anywhere(ports::GRPC_NUMBER)]);
-    arguments.extend(["--drain-timeout".into(), process.drain_seconds().to_string()]);
+    arguments.extend(limits(process));
     arguments
+}
+
+/// Of spec.serving: a frontend refuses what no worker would take.
+fn limits(process: &Process) -> Vec<String> {
+    let context = process.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.into()));
+    let limits = context.into_iter().chain([("--drain-timeout", process.drain_seconds())]);
+    limits.flat_map(|(flag, limit)| [flag.to_string(), limit.to_string()]).collect()
 }
 
 /// What both take alike: the model, the placement, and where they listen.

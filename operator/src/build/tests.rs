@@ -79,6 +79,15 @@ fn pod_fields_reach_the_pods_and_our_labels_win() {
 }
 
 #[test]
+fn workers_and_frontends_are_told_the_same_limits() {
+    let revision = revision("  serving: {maxContextTokens: 512, drainTimeout: 1500ms}\n");
+    for template in [revision.workers, revision.frontend] {
+        let arguments = template.spec.unwrap().containers[0].args.clone().unwrap().join(" ");
+        assert!(arguments.contains("--max-context-tokens 512 --drain-timeout 2"), "{arguments}");
+    }
+}
+
+#[test]
 fn a_revision_is_what_may_not_mix_and_nothing_else() {
     let base = revision("").hash;
     for same in [
