@@ -91,6 +91,8 @@ pub(crate) enum ReconcileError {
         "spec.workers.image and spec.frontend.image: one is missing, and the operator was given no --image for it"
     )]
     NoImage,
+    #[error("the Service {0} is somebody else's: choose another metadata.name, or delete it")]
+    NameTaken(String),
     #[error(transparent)]
     Api(#[from] ApiError),
     #[error(transparent)]
@@ -106,6 +108,7 @@ impl ReconcileError {
             Self::Invalid(error) => error.reason(),
             Self::Malformed(_) => status::INVALID_SPEC,
             Self::NoImage => "NoImage",
+            Self::NameTaken(_) => "NameTaken",
             Self::Api(error) => error.reason(),
             Self::Fleet(error) => error.reason(),
             Self::TimedOut => "TimedOut",
@@ -135,22 +138,32 @@ async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
             return Ok(Action::await_change());
         }
     };
-    let result = deploy(context, key, &found).await;
-    if let Err(error) = &result {
-        refuse::explain(context, &found, error).await?;
+    match deploy(context, key, &found).await {
+        Ok(acted) => acted,
+        Err(error) => {
+            refuse::explain(context, &found, &error).await?;
+            Err(error)
+        }
     }
-    result
 }
 
-async fn deploy(context: &Context, key: &Key, found: &Found) -> Result<Action, ReconcileError> {
+/// `Ok(Err)` where acting failed and the status tells of it, along with what was seen.
+async fn deploy(
+    context: &Context,
+    key: &Key,
+    found: &Found,
+) -> Result<Result<Action, ReconcileError>, ReconcileError> {
     let deployment = ValidatedDeployment::new(&found.object)?;
+    if found.name_is_taken {
+        return Err(ReconcileError::NameTaken(key.name.clone()));
+    }
     let wanted = found.wanted(&deployment, context.image.as_deref()).ok_or(ReconcileError::NoImage)?;
     let mut wanted = Side::observe(context, found, wanted).await?;
     let plan = rollout(Revisions {
         wanted: &wanted.revision.hash,
         serving: found.serving.as_deref(),
         running: &found.running,
-        wanted_serves: status::serves(&deployment.desired, &wanted.seen),
+        wanted_serves: !deployment.desired.paused && status::serves(&deployment.desired, &wanted.seen),
         just_promoted: context.memory.promoted_within(key, PROMOTION_SPREADS),
     });
     let mut old = match found.recorded(&plan.serving).filter(|_| plan.next.is_some()) {
@@ -166,10 +179,9 @@ async fn deploy(context: &Context, key: &Key, found: &Found) -> Result<Action, R
     }
     let serving = old.as_ref().unwrap_or(&wanted);
     let next = old.is_some().then_some((wanted.revision.hash.as_str(), &wanted.seen));
-    let settled = context.tell(found, &deployment, &plan, serving, next).await?;
-    acted?;
+    let settled = context.tell(found, &deployment, &plan, (serving, next), acted.as_ref().err()).await?;
     let idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
-    Ok(Action::requeue(if idle { LATER } else { SOON }))
+    Ok(acted.map(|()| Action::requeue(if idle { LATER } else { SOON })))
 }
 
 /// What the deployment has once, the end of what it no longer needs, and whom clients reach.
@@ -252,18 +264,18 @@ impl Context {
         self.memory.fleet(&key, &found.owner.reference.uid, revision, new)
     }
 
-    /// Writes the status where it changed, posts Events of what changed, and shows the figures. True where nothing is
-    /// left to do.
+    /// Writes the status where it changed, posts Events of what changed, and shows the figures; `failed` is why acting
+    /// failed, if it did. True where nothing is left to do.
     async fn tell(
         &self,
         found: &Found,
         deployment: &ValidatedDeployment,
         plan: &Rollout,
-        serving: &Side<'_>,
-        next: Option<(&str, &Observation)>,
+        (serving, next): (&Side<'_>, Option<(&str, &Observation)>),
+        failed: Option<&ReconcileError>,
     ) -> Result<bool, ApiError> {
         let before = found.status();
-        let after = status::status(&Situation {
+        let mut after = status::status(&Situation {
             owner: &found.owner,
             generation: found.object.metadata.generation,
             desired: &deployment.desired,
@@ -279,6 +291,9 @@ impl Context {
             &found.owner.name,
             status::figures(&deployment.desired, &serving.seen),
         );
+        if let Some(error) = failed {
+            after = refuse::explained(&before, after, found.object.metadata.generation, error);
+        }
         self.write(found, &before, &after).await?;
         Ok(serving.decision.waiting_for.is_empty() && serving.decision.actions.is_empty())
     }

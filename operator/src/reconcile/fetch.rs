@@ -26,6 +26,8 @@ pub(super) struct Found {
     pub(super) running: Vec<String>,
     /// The revision that the Service for clients selects.
     pub(super) serving: Option<String>,
+    /// Whether a Service of this name is not ours to change.
+    pub(super) name_is_taken: bool,
 }
 
 /// What there may be under a name.
@@ -53,9 +55,12 @@ pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiErro
     let records = list::<ControllerRevision>(client, key).await?;
     let stateful_sets = revisions(&list::<StatefulSet>(client, key).await?);
     let deployments = revisions(&list::<Deployment>(client, key).await?);
-    let running = stateful_sets.union(&deployments).cloned().collect();
-    let serving = serving(client, key).await?;
-    Ok(Fetched::Found(Box::new(Found { object, owner, records, running, serving })))
+    let running: Vec<String> = stateful_sets.union(&deployments).cloned().collect();
+    let service = service(client, key).await?;
+    let name_is_taken = service.as_ref().is_some_and(|service| !is_ours(service, key));
+    let selected = service.and_then(|service| service.spec?.selector?.remove(REVISION));
+    let serving = selected.or_else(|| served_before(&object, &running));
+    Ok(Fetched::Found(Box::new(Found { object, owner, records, running, serving, name_is_taken })))
 }
 
 async fn list<K: Object>(client: &Client, key: &Key) -> Result<Vec<K>, ApiError> {
@@ -68,11 +73,22 @@ fn revisions<K: Object>(objects: &[K]) -> BTreeSet<String> {
     objects.iter().filter_map(|object| object.labels().get(REVISION).cloned()).collect()
 }
 
-async fn serving(client: &Client, key: &Key) -> Result<Option<String>, ApiError> {
+async fn service(client: &Client, key: &Key) -> Result<Option<Service>, ApiError> {
     let api: Api<Service> = Api::namespaced(client.clone(), &key.namespace);
-    let service =
-        api.get_opt(&key.name).await.map_err(|error| ApiError::new::<Service>("get", &key.name, error))?;
-    Ok(service.and_then(|service| service.spec?.selector?.remove(REVISION)))
+    api.get_opt(&key.name).await.map_err(|error| ApiError::new::<Service>("get", &key.name, error))
+}
+
+/// Labelled as ours, or owned by a ModelDeployment of this name: perhaps by one before this one.
+fn is_ours(service: &Service, key: &Key) -> bool {
+    let mut owners = service.owner_references().iter();
+    service.labels().get(MANAGED_BY).is_some_and(|by| by == EXPERTMESH)
+        || owners.any(|owner| owner.kind == ModelDeployment::kind(&()) && owner.name == key.name)
+}
+
+/// What the status says, where the Service was deleted: what serves must not be taken for what nobody uses.
+fn served_before(object: &ModelDeployment, running: &[String]) -> Option<String> {
+    let revision = object.status.as_ref()?.revision.clone()?;
+    running.contains(&revision).then_some(revision)
 }
 
 impl Found {
@@ -103,5 +119,36 @@ impl Found {
         idle.sort_by_key(|revision| std::cmp::Reverse(revision.number));
         let kept = crate::build::revision::KEPT.saturating_sub(self.running.len().max(1));
         idle.into_iter().skip(kept).map(|revision| revision.hash).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn a_service_is_ours_by_its_label_or_by_an_owner_of_this_name() {
+        let key = Key { namespace: "ns".into(), name: "m".into() };
+        let is_ours =
+            |metadata: Value| is_ours(&serde_json::from_value(json!({"metadata": metadata})).unwrap(), &key);
+        let owned = |kind: &str, name: &str| json!({"ownerReferences": [{"apiVersion": "v1", "kind": kind, "name": name, "uid": "earlier"}]});
+        assert!(is_ours(json!({"labels": {MANAGED_BY: EXPERTMESH}})));
+        assert!(is_ours(owned("ModelDeployment", "m")));
+        assert!(!is_ours(owned("ModelDeployment", "n")) && !is_ours(owned("Gateway", "m")));
+        assert!(!is_ours(json!({"name": "m", "labels": {MANAGED_BY: "Helm"}})));
+    }
+
+    #[test]
+    fn what_served_before_its_service_was_deleted_still_serves_as_long_as_it_runs() {
+        let object: ModelDeployment = serde_json::from_value(json!({
+            "metadata": {"name": "m"},
+            "spec": {"model": {"uri": "file:///m"}},
+            "status": {"revision": "1a2b3c4d"},
+        }))
+        .unwrap();
+        assert_eq!(served_before(&object, &["1a2b3c4d".into(), "b".into()]).as_deref(), Some("1a2b3c4d"));
+        assert_eq!(served_before(&object, &["b".into()]), None);
     }
 }

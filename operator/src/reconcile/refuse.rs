@@ -16,25 +16,41 @@ use crate::build::names::EXPERTMESH;
 use crate::events;
 use crate::status::{self, PROGRESSING, READY};
 
-/// What a failed reconcile means for the status: nothing, where the next attempt may succeed.
+/// Says in the status why a reconcile failed before it saw anything.
 pub(super) async fn explain(
     context: &Context,
     found: &Found,
     error: &ReconcileError,
 ) -> Result<(), ApiError> {
+    let before = found.status();
+    let after = explained(&before, before.clone(), found.object.metadata.generation, error);
+    context.write(found, &before, &after).await
+}
+
+/// What was seen, with what a failure means for it: nothing, where the next attempt may succeed.
+pub(super) fn explained(
+    before: &ModelDeploymentStatus,
+    mut seen: ModelDeploymentStatus,
+    generation: Option<i64>,
+    error: &ReconcileError,
+) -> ModelDeploymentStatus {
     let (kinds, advice): (&[&str], _) = match error {
         ReconcileError::Invalid(_) => {
             (&[READY, PROGRESSING], "; correct the spec (what already runs is left as it is)")
         }
-        ReconcileError::NoImage => (&[READY, PROGRESSING], ""),
+        ReconcileError::NoImage | ReconcileError::NameTaken(_) => (&[READY, PROGRESSING], ""),
         error if ["ApiForbidden", "ApiRejected"].contains(&error.reason()) => (&[PROGRESSING], ""),
-        _ => return Ok(()),
+        _ => return seen,
     };
-    let before = found.status();
-    let told = (error.reason(), format!("{error}{advice}"));
-    let generation = found.object.metadata.generation;
-    let after = status::blocked(&before, generation, Timestamp::now(), (kinds, told.0, &told.1));
-    context.write(found, &before, &after).await
+    // What was told before keeps its time: told again, it changes nothing.
+    for condition in &mut seen.conditions {
+        let was = status::condition(before, &condition.type_);
+        if let Some(was) = was.filter(|was| kinds.contains(&was.type_.as_str())) {
+            *condition = was.clone();
+        }
+    }
+    let text = format!("{error}{advice}");
+    status::blocked(&seen, generation, Timestamp::now(), (kinds, error.reason(), &text))
 }
 
 /// An object that is no ModelDeployment gets its status all the same, through the raw API.
@@ -89,7 +105,34 @@ pub(super) fn status_patch(name: &str, status: &Value) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+    use kube::core::Status;
+
     use super::*;
+
+    fn rejected() -> ReconcileError {
+        let refusal = Status::failure("requests must not be above limits", "Invalid").with_code(422);
+        let error = kube::Error::Api(refusal.boxed());
+        ApiError::new::<ModelDeployment>("apply", "m", error).into()
+    }
+
+    #[test]
+    fn a_failure_that_lasts_is_told_once_beside_what_is_seen() {
+        let condition = |kind: &str, time: &str| json!({"type": kind, "status": "True", "reason": "Waiting", "message": "", "lastTransitionTime": time});
+        let seen = |time| {
+            let conditions = [condition(READY, time), condition(PROGRESSING, "2026-01-01T00:00:01Z")];
+            legible(Some(&json!({"url": "http://x", "conditions": conditions})))
+        };
+        let explained = |before: &_, seen| explained(before, seen, Some(2), &rejected());
+        let mut first = explained(&ModelDeploymentStatus::default(), seen("2026-01-01T00:00:00Z"));
+        assert_eq!((first.observed_generation, first.url.as_deref()), (Some(2), Some("http://x")));
+        let told = |kind| status::condition(&first, kind).map(|told| (&*told.status, &*told.reason));
+        assert_eq!(told(READY), Some(("True", "Waiting")));
+        assert_eq!(told(PROGRESSING), Some(("False", "ApiRejected")));
+        let earlier = Time("2026-01-02T00:00:00Z".parse().unwrap());
+        first.conditions.iter_mut().for_each(|told| told.last_transition_time = earlier.clone());
+        assert_eq!(explained(&first, seen("2026-01-02T00:00:00Z")), first, "nothing new to write");
+    }
 
     #[test]
     fn a_condition_that_cannot_be_read_hides_no_other() {
