@@ -61,10 +61,9 @@ impl Memory {
         self.lock().get(key).and_then(|remembered| remembered.promoted).is_some_and(|at| at.elapsed() < time)
     }
 
+    /// Remembers the deployment, whatever was forgotten meanwhile: what is shown of it is then forgotten with it.
     pub(crate) fn succeeded(&self, key: &Key) {
-        if let Some(remembered) = self.lock().get_mut(key) {
-            remembered.failures = 0;
-        }
+        self.lock().entry(key.clone()).or_default().failures = 0;
     }
 
     /// How long to wait before the next attempt: twice as long after every failure.
@@ -100,5 +99,13 @@ mod tests {
         assert!(waits.iter().all(|&wait| wait <= 60_000) && waits[11] == 60_000);
         memory.succeeded(&key);
         assert_eq!(memory.failed(&key), FIRST_RETRY);
+    }
+
+    #[test]
+    fn one_that_was_forgotten_while_it_was_reconciled_is_found_by_the_next_sweep() {
+        let (memory, key) = (Memory::default(), Key { namespace: "ns".into(), name: "m".into() });
+        memory.forget(&key);
+        memory.succeeded(&key);
+        assert_eq!(memory.keys(), [key]);
     }
 }
