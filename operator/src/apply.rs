@@ -138,8 +138,9 @@ pub(crate) async fn retire(client: &Client, owner: &Owner, revision: &str) -> Re
     let frontends = ListParams::default().labels(&query(&owner.selector_of(Component::Frontend, revision)));
     let pods = Api::<Pod>::namespaced(client.clone(), &owner.namespace).list_metadata(&frontends).await;
     if pods.map_err(|error| ApiError::new::<Pod>("list", &name, error))?.items.is_empty() {
-        delete::<StatefulSet>(client, at).await?;
+        // The placement first: a revision without a StatefulSet is not looked for again. Pods do without it.
         delete::<ConfigMap>(client, at).await?;
+        delete::<StatefulSet>(client, at).await?;
     }
     Ok(())
 }
