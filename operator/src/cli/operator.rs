@@ -40,7 +40,7 @@ pub(crate) struct Operator {
     /// The image of workers and frontends whose spec names none.
     #[arg(long, env = "EXPERTMESH_IMAGE", value_name = "IMAGE")]
     image: Option<String>,
-    /// This process's name in the Lease and in Events: in a cluster, the pod's.
+    /// This process's name in the Lease and in Events, which no other may have: in a cluster, the pod's.
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
     name: Option<String>,
     /// Where the Lease is: in a cluster, the pod's namespace; else KUBECONFIG's.
@@ -55,7 +55,8 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     serve(arguments.metrics, metrics.clone(), standing.clone()).await?;
     let client = Client::try_default().await.context("no cluster to work on")?;
     let namespace = arguments.lease_namespace.unwrap_or_else(|| client.default_namespace().to_string());
-    let name = arguments.name.unwrap_or_else(|| format!("expertmesh-{}", std::process::id()));
+    let incarnation = incarnation();
+    let name = arguments.name.unwrap_or_else(|| format!("expertmesh-{}-{incarnation}", std::process::id()));
     let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
     let mut election = Election::new(leases, LEASE, &name);
     standing.set(Stand::By);
@@ -72,7 +73,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     let (trigger, triggers) = Triggers::new();
     let context = Arc::new(Context {
         events: Events::new(client.clone(), &name),
-        caller: Caller { incarnation: incarnation(), name },
+        caller: Caller { incarnation, name },
         image: arguments.image,
         operator_namespace: std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| namespace),
         memory: Memory::default(),
