@@ -26,6 +26,8 @@ pub(crate) enum ApiError {
     BodyTooLarge,
     #[error("the body did not arrive: {0}")]
     BodyLost(String),
+    #[error("the body did not arrive in time")]
+    BodyTooSlow,
     #[error("the model `{0}` does not exist")]
     ModelNotFound(String),
     #[error("there is no {0}")]
@@ -57,6 +59,7 @@ impl ApiError {
             Self::Malformed(_) => "MalformedBody",
             Self::BodyTooLarge => "BodyTooLarge",
             Self::BodyLost(_) => "BodyLost",
+            Self::BodyTooSlow => "BodyTooSlow",
             Self::ModelNotFound(_) => "ModelNotFound",
             Self::RouteNotFound(_) => "RouteNotFound",
             Self::MethodNotAllowed(_) => "MethodNotAllowed",
@@ -74,6 +77,7 @@ impl ApiError {
                 StatusCode::BAD_REQUEST
             }
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::ModelNotFound(_) | Self::RouteNotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
@@ -101,6 +105,7 @@ impl ApiError {
             Self::RouteNotFound(_) => Some("not_found"),
             Self::MethodNotAllowed(_) => Some("method_not_allowed"),
             Self::BodyTooLarge => Some("body_too_large"),
+            Self::BodyTooSlow => Some("body_too_slow"),
             Self::TooManyRequests => Some("too_many_requests"),
             Self::NoWorker(_) | Self::ShuttingDown => Some("overloaded"),
             Self::Interrupted(_) => Some("interrupted"),

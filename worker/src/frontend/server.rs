@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -15,6 +15,7 @@ use axum::{Json, Router};
 use futures::StreamExt;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::timeout;
 
 use super::chat::Chat;
 use super::choices::{self, Update, Updates};
@@ -28,6 +29,9 @@ use super::valid::ValidRequest;
 use super::workers::Workers;
 use crate::metrics::{Counted, FrontendMetrics};
 
+/// A client that takes longer to send its body holds a place that others could have.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Everything that a request needs.
 pub(crate) struct Server {
     pub(crate) model: Model,
@@ -35,6 +39,8 @@ pub(crate) struct Server {
     pub(crate) metrics: FrontendMetrics,
     pub(crate) patience: Patience,
     permits: Arc<Semaphore>,
+    /// Bytes of bodies that may be parsed and tokenized at once: each takes some hundred bytes of memory meanwhile.
+    reading: Arc<Semaphore>,
     in_flight: watch::Sender<u32>,
     leaving: watch::Sender<bool>,
     closed: AtomicBool,
@@ -57,6 +63,7 @@ impl Server {
             metrics,
             patience,
             permits: Arc::new(Semaphore::new(max_requests)),
+            reading: Arc::new(Semaphore::new(BODY_LIMIT)),
             in_flight: watch::Sender::new(0),
             leaving: watch::Sender::new(false),
             closed: AtomicBool::new(false),
@@ -195,7 +202,7 @@ async fn answer<F: Format>(
     }
     let permit = server.permits.clone().try_acquire_owned();
     tracked.permit = Some(permit.map_err(|_| ApiError::TooManyRequests)?);
-    let body = Bytes::from_request(request, &()).await.map_err(body_error)?;
+    let body = receive(request, BODY_TIMEOUT).await?;
     let request = validate::<F>(server.clone(), body).await?;
     server.metrics.prompt_tokens(request.prompt_tokens());
     let header = server.header(F::ID);
@@ -215,9 +222,21 @@ async fn answer<F: Format>(
     Ok(Answer::Whole(Json(writer.whole::<F>(&wholes)).into_response()))
 }
 
+async fn receive(request: Request, patience: Duration) -> Result<Bytes, ApiError> {
+    let received = timeout(patience, Bytes::from_request(request, &())).await;
+    received.map_err(|_| ApiError::BodyTooSlow)?.map_err(body_error)
+}
+
 /// Parsing, the template and the tokenizer take as long as the prompt is: not on a thread that moves messages.
 async fn validate<F: Format>(server: Arc<Server>, body: Bytes) -> Result<ValidRequest, ApiError> {
-    let valid = tokio::task::spawn_blocking(move || F::validate(&server.model, &body)).await;
+    let share = server.reading.clone().acquire_many_owned(body.len() as u32).await;
+    let share = share.map_err(|_| ApiError::ShuttingDown)?;
+    let valid = tokio::task::spawn_blocking(move || {
+        // Kept to the end, also where the client has left.
+        let _share = share;
+        F::validate(&server.model, &body)
+    });
+    let valid = valid.await;
     valid.unwrap_or_else(|error| Err(ApiError::Internal(format!("the request could not be read: {error}"))))
 }
 

@@ -156,6 +156,23 @@ async fn a_frontend_that_leaves_answers_and_closes_and_at_last_refuses() {
 }
 
 #[tokio::test]
+async fn a_body_that_does_not_arrive_is_not_waited_for() {
+    let body = Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
+    let slow = receive(Request::new(body), Duration::from_millis(10)).await.unwrap_err();
+    assert_eq!((&slow, slow.status()), (&ApiError::BodyTooSlow, StatusCode::REQUEST_TIMEOUT));
+}
+
+#[tokio::test]
+async fn bodies_are_read_in_bounded_memory() {
+    let house = House::open(&[&[]], 8).await;
+    let whole = house.server.reading.clone().try_acquire_many_owned(BODY_LIMIT as u32).unwrap();
+    assert!(timeout(Duration::from_millis(50), house.chat(json!({}))).await.is_err(), "it was read");
+    drop(whole);
+    assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
+    assert_eq!(house.server.reading.available_permits(), BODY_LIMIT);
+}
+
+#[tokio::test]
 async fn every_refusal_has_the_shape_that_clients_read() {
     let house = House::open(&[&[]], 8).await;
     let large = vec![b' '; BODY_LIMIT + 1];
