@@ -33,7 +33,7 @@ use expertmesh_proto::v1::control_server::ControlServer;
 use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::TcpListenerStream;
 
 use self::control::ControlService;
@@ -45,6 +45,9 @@ use crate::mesh::identity::fingerprint_message;
 use crate::mesh::placement::CurrentPlacement;
 use crate::metrics::FrontendMetrics;
 use crate::process::{self, Addresses, Fatal};
+
+/// How long connections may stay open that no running request needs, once this frontend closes.
+const LINGER: Duration = Duration::from_secs(2);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -149,7 +152,7 @@ async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) -> 
         // A token's packet must not wait for the next one.
         let _ = connection.set_nodelay(true);
     });
-    let (grace, leaving) = (args.drain_grace, server.clone());
+    let (grace, leaving, mut in_flight) = (args.drain_grace, server.clone(), server.in_flight());
     let (closing, closed) = tokio::sync::oneshot::channel();
     let serving = axum::serve(listener, server::router(server)).with_graceful_shutdown(async move {
         process::asked_to_stop().await;
@@ -159,15 +162,22 @@ async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) -> 
         let _ = closing.send(());
     });
     let overdue = async {
-        match closed.await {
-            Ok(()) => sleep(args.drain_timeout).await,
-            Err(_) => std::future::pending().await,
+        if closed.await.is_err() {
+            return std::future::pending().await;
         }
+        // A client that sends half a request has none that runs; the last bytes of the others still go out.
+        let idle = async {
+            let _ = in_flight.wait_for(|&count| count == 0).await;
+            sleep(LINGER).await;
+        };
+        timeout(args.drain_timeout, idle).await.is_err()
     };
     let served = tokio::select! {
         served = serving.into_future() => served.map_err(|error| Fatal::new("ServeFailed", error.to_string())),
-        () = overdue => {
-            tracing::warn!("requests were still running at the end of the drain timeout");
+        overdue = overdue => {
+            if overdue {
+                tracing::warn!("requests were still running at the end of the drain timeout");
+            }
             Ok(())
         }
     };
