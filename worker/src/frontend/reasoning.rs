@@ -35,11 +35,8 @@ enum State {
 impl Reasoning {
     /// For the answer to a prompt, which may have opened `<think>` itself.
     pub(crate) fn after(prompt: &str) -> Self {
-        let thinking = match (prompt.rfind(OPEN), prompt.rfind(CLOSE)) {
-            (Some(open), Some(close)) => open > close,
-            (open, None) => open.is_some(),
-            (None, Some(_)) => false,
-        };
+        // At its very end, where the template writes: elsewhere it may be a word of the user's.
+        let thinking = prompt.trim_end().ends_with(OPEN);
         let state = if thinking { State::Thinking { begun: false } } else { State::Start };
         Self { state, held: String::new() }
     }
@@ -148,6 +145,7 @@ mod tests {
         assert_eq!(whole("Hi", "\n8 <think>no</think>"), pair("", "\n8 <think>no</think>"));
         assert_eq!(whole("Hi", "<thin"), pair("", "<thin"));
         assert_eq!(whole("<think>done</think> and now", "8"), pair("", "8"));
+        assert_eq!(whole("What does <think> mean?<｜Assistant｜>", "8"), pair("", "8"));
     }
 
     #[test]
