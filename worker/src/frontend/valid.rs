@@ -306,11 +306,15 @@ impl ChatMessage {
         let content = match self.content {
             Some(Content::Text(text)) => text,
             Some(Content::Parts(parts)) => {
-                if let Some((at, part)) = parts.iter().enumerate().find(|(_, part)| part.r#type != "text") {
-                    let problem = format!("{:?} is not supported; supported: text", part.r#type);
-                    return Err(invalid(&format!("content[{at}].type"), problem));
-                }
-                parts.into_iter().filter_map(|part| part.text).collect::<Vec<_>>().join("\n")
+                let text = |(at, part): (usize, Part)| match part.text {
+                    _ if part.r#type != "text" => {
+                        let problem = format!("{:?} is not supported; supported: text", part.r#type);
+                        Err(invalid(&format!("content[{at}].type"), problem))
+                    }
+                    Some(text) => Ok(text),
+                    None => Err(invalid(&format!("content[{at}].text"), "missing".into())),
+                };
+                parts.into_iter().enumerate().map(text).collect::<Result<Vec<_>, _>>()?.join("\n")
             }
             None if role == "assistant" => String::new(),
             None => return Err(invalid("content", "missing".into())),

@@ -106,6 +106,13 @@ fn content_may_be_text_parts_and_a_developer_is_the_system() {
 }
 
 #[test]
+fn a_part_without_text_is_named() {
+    let parts = json!({"model": "tiny-r1", "messages": [{"role": "user", "content": [{"type": "text"}]}]});
+    let expected = ApiError::invalid("messages[0].content[0].text", "messages[0].content[0].text: missing");
+    assert_eq!(chat(parts).unwrap_err(), expected);
+}
+
+#[test]
 fn a_bad_field_is_named() {
     for (param, value) in [
         ("max_tokens", json!(0)),
