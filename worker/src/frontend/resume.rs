@@ -230,7 +230,7 @@ impl Sequence {
     }
 
     async fn start(&mut self) -> Result<Result<(), Setback>, SequenceError> {
-        let mut lease = self.workers.lease(&self.avoided).await?;
+        let mut lease = self.workers.lease(&self.avoided, self.progress.generated() > 0).await?;
         let request = self.progress.rest(self.workers.caller(self.attempt));
         self.attempt += 1;
         let started = timeout(self.patience.stall, lease.client.generate(request)).await;
@@ -264,14 +264,13 @@ impl Sequence {
         if let Some((_, lease)) = self.running.take() {
             self.avoided.insert((lease.slot, lease.incarnation));
         }
-        self.metrics.resumed(setback.reason);
         let Progress { request, .. } = &self.progress;
         tracing::info!(
             request = request.id,
             generated = self.progress.generated(),
             reason = setback.reason,
             problem = setback.problem,
-            "resuming"
+            "set back"
         );
         self.setbacks.all += 1;
         if setback.is_failure() {
@@ -283,6 +282,7 @@ impl Sequence {
         if failures >= MAX_FAILURES {
             return Err(SequenceError::GaveUp { failures, last: setback.problem });
         }
+        self.metrics.resumed(setback.reason);
         sleep(backoff(self.setbacks.all)).await;
         Ok(())
     }

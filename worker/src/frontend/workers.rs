@@ -144,13 +144,17 @@ impl Workers {
         v1::Caller { attempt, fingerprint, ..self.0.me.clone() }
     }
 
-    /// The least loaded worker; waits for one, bounded in time and in number.
-    pub(crate) async fn lease(&self, avoided: &Avoided) -> Result<Lease, NoWorker> {
+    /// The least loaded worker; waits for one, bounded in time and in number. A sequence that is under way is not
+    /// turned away for those that have not begun: how many there are is bounded already.
+    pub(crate) async fn lease(&self, avoided: &Avoided, under_way: bool) -> Result<Lease, NoWorker> {
         let mut changes = self.changes();
         if let Some(lease) = self.try_lease(avoided) {
             return Ok(lease);
         }
-        let _place = self.0.queue.try_acquire().map_err(|_| NoWorker::QueueFull)?;
+        let place = self.0.queue.try_acquire();
+        if place.is_err() && !under_way {
+            return Err(NoWorker::QueueFull);
+        }
         let _counted = self.0.metrics.queued();
         let waiting = async {
             loop {
@@ -265,9 +269,7 @@ impl Workers {
             tracing::info!(worker = entry.placed.name, slot = report.slot, ?readiness, reason, "worker");
         }
         let (running, waiting, incarnation) = (report.running, report.waiting, callee.incarnation);
-        if before.is_none() {
-            entry.client = Some(InferenceClient::new(channel.clone()));
-        }
+        entry.client = Some(InferenceClient::new(channel.clone()));
         entry.load = Some(Load { readiness, running, waiting, incarnation });
         entry.since_report = 0;
         self.settle(view);
@@ -325,6 +327,11 @@ impl Workers {
     /// Workers that could take a sequence.
     pub(crate) fn eligible(&self) -> usize {
         self.view().known().values().filter(|known| known.eligible().is_ok()).count()
+    }
+
+    /// No other sequence may wait.
+    pub(crate) fn fill_queue(&self) {
+        self.0.queue.try_acquire_many(QUEUE as u32).unwrap().forget();
     }
 
     /// Our sequences on a worker.

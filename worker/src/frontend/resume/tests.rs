@@ -110,6 +110,22 @@ async fn a_sequence_waits_for_a_worker_that_becomes_ready_and_not_for_ever() {
 }
 
 #[tokio::test]
+async fn a_sequence_under_way_waits_though_the_queue_is_full() {
+    let stage = stage(&[&[Act::Die(2)]]).await;
+    stage.workers.fill_queue();
+    let patience = Patience { stall: Duration::from_secs(9), queue: QUEUE_TIMEOUT };
+    let mut sequence = stage.sequence(4, patience);
+    sequence.next().await.unwrap();
+    stage.players[0].state.send_replace(State::Draining);
+    stage.until_eligible(0).await;
+    assert_eq!(stage.run(4).await, Err(SequenceError::NoWorker(NoWorker::QueueFull)));
+    let rest = tokio::spawn(collect(sequence));
+    sleep(Duration::from_millis(50)).await;
+    stage.players[0].state.send_replace(State::Ready);
+    assert_eq!(rest.await.unwrap().unwrap().0, tokens(4)[1..]);
+}
+
+#[tokio::test]
 async fn a_worker_of_another_model_gets_nothing() {
     let stage = stage(&[&[], &[]]).await;
     *stage.players[0].fingerprint.lock().unwrap() = fingerprint("other");
