@@ -103,7 +103,8 @@ impl Simulation {
                 Action::Resize(size) => self.resize(size),
                 Action::Place(placement) => {
                     assert!(placement.epoch() > self.written.epoch(), "an epoch never goes back");
-                    self.written = placement;
+                    // As it is read again.
+                    self.written = serde_json::from_str(&serde_json::to_string(&placement).unwrap()).unwrap();
                 }
                 // As a fleet does: what is on its way is not sent twice.
                 later if self.in_flight.contains(&later) => {}
@@ -278,6 +279,13 @@ fn four_workers_start_with_eight_experts_each_after_one_placement() {
     assert_eq!(simulation.written.epoch(), 1);
     let first = serde_json::to_string(&simulation.written.workers()[0].experts).unwrap();
     assert_eq!(first, r#"{"1":"0-2","2":"0-2"}"#);
+}
+
+#[test]
+fn workers_that_get_no_expert_of_a_layer_are_no_reason_to_place_again() {
+    let mut simulation = Simulation::new(14, 1, 7);
+    simulation.settle();
+    assert_eq!(simulation.written.epoch(), 1);
 }
 
 #[test]
