@@ -71,5 +71,6 @@ fn log(default: &str) {
         .with_env_filter(filter)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr)
+        .log_internal_errors(false) // it would panic where stderr is closed
         .init();
 }

@@ -1,6 +1,6 @@
 //! Where the lines of all processes go: to stderr, each with the name of who wrote it, above the progress bars.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 
 use indicatif::MultiProgress;
 
@@ -31,11 +31,16 @@ impl Lines {
 
     /// To stdout: what was asked for.
     pub(crate) fn answer(&self, text: &str) {
-        self.bars.suspend(|| println!("{text}"));
+        self.bars.suspend(|| write(io::stdout(), text));
     }
 
     /// A line of our own.
     pub(crate) fn say(&self, line: &str) {
-        self.bars.suspend(|| eprintln!("{line}"));
+        self.bars.suspend(|| write(io::stderr(), line));
     }
+}
+
+/// Where nobody reads any more, since the terminal was closed, there is still much to drain: no panic.
+fn write(mut to: impl Write, line: &str) {
+    let _ = writeln!(to, "{line}");
 }
