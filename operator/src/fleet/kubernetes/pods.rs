@@ -56,7 +56,7 @@ fn status(pod: &Pod) -> Option<&PodStatus> {
 /// Why the process in it does not run, where the cluster knows.
 pub(super) fn failure(pod: &Pod) -> Option<Failure> {
     let status = status(pod)?;
-    if let Some(container) = status.container_statuses.as_ref().and_then(|containers| containers.first()) {
+    if let Some(container) = status.container_statuses.iter().flatten().find(is_ours) {
         return container_failure(container);
     }
     if status.phase.as_deref() == Some("Failed") {
@@ -65,6 +65,11 @@ pub(super) fn failure(pod: &Pod) -> Option<Failure> {
     let scheduled = status.conditions.iter().flatten().find(|condition| condition.type_ == "PodScheduled")?;
     (scheduled.reason.as_deref() == Some("Unschedulable"))
         .then(|| named(Some("ReplicasUnschedulable"), scheduled.message.as_deref(), 0))
+}
+
+/// Not one that was injected into the pod.
+fn is_ours(container: &&ContainerStatus) -> bool {
+    [Component::Worker, Component::Frontend].iter().any(|component| component.as_str() == container.name)
 }
 
 /// Its last words, as long as it has not become ready since. They outweigh CrashLoopBackOff, which only says that it ended.
@@ -173,6 +178,16 @@ mod tests {
         assert_eq!(failed(killed), Some(("OOMKilled".into(), "ended with code 137".into(), 1)));
         let drained = json!({"state": {"terminated": {"exitCode": 0, "reason": "Completed"}}});
         assert_eq!(failed(drained), None);
+    }
+
+    #[test]
+    fn a_container_beside_ours_does_not_speak_for_it() {
+        let killed = json!({"lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}});
+        let mut pod = pod(killed);
+        let containers = pod.status.as_mut().unwrap().container_statuses.as_mut().unwrap();
+        let proxy = ContainerStatus { name: "proxy".into(), ready: true, ..ContainerStatus::default() };
+        containers.insert(0, proxy);
+        assert_eq!(failure(&pod).map(|failure| failure.reason).as_deref(), Some("OOMKilled"));
     }
 
     #[test]
