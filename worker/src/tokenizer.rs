@@ -21,6 +21,7 @@ struct Inner {
     tokenizer: tokenizers::Tokenizer,
     /// Special tokens without [`KEPT`].
     skipped: HashSet<u32>,
+    longest: usize,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +50,9 @@ impl Tokenizer {
         let skipped =
             |token: &tokenizers::AddedToken| token.special && !KEPT.contains(&token.content.as_str());
         let skipped = added.iter().filter(|(_, token)| skipped(token)).map(|(&id, _)| id).collect();
-        Ok(Self(Arc::new(Inner { tokenizer, skipped })))
+        // As the vocabulary spells them, which takes no fewer bytes than the text.
+        let longest = tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(0);
+        Ok(Self(Arc::new(Inner { tokenizer, skipped, longest })))
     }
 
     /// Adds no special tokens; those that the text spells are recognised.
@@ -65,6 +68,11 @@ impl Tokenizer {
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         let kept: Vec<u32> = ids.iter().copied().filter(|id| !self.0.skipped.contains(id)).collect();
         self.0.tokenizer.decode(&kept, false).unwrap_or_default()
+    }
+
+    /// Bytes of text that one token stands for at most.
+    pub(crate) fn longest(&self) -> usize {
+        self.0.longest
     }
 
     /// The id of a token spelled exactly so.

@@ -407,7 +407,16 @@ fn template_error(error: &TemplateError) -> ApiError {
     ApiError::invalid("messages", format!("messages: {error}"))
 }
 
-fn encode(model: &Model, text: &str, param: &str) -> Result<Vec<u32>, ApiError> {
+fn encode(model: &Model, text: &str, param: &'static str) -> Result<Vec<u32>, ApiError> {
+    // Tokenizing takes time and some hundred bytes of memory for each byte: not where it is in vain.
+    if text.len() > model.tokenizer.longest().saturating_mul(model.context) {
+        let problem = format!(
+            "this model's maximum context length is {} tokens, which cannot hold the {} bytes in the {param}",
+            model.context,
+            text.len()
+        );
+        return Err(ApiError::ContextLength { param, problem });
+    }
     model.tokenizer.encode(text).map_err(|error| ApiError::invalid(param, format!("{param}: {error}")))
 }
 

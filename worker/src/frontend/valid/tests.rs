@@ -178,6 +178,14 @@ fn what_does_not_fit_the_context_is_counted() {
 }
 
 #[test]
+fn a_text_that_cannot_fit_is_not_tokenized_and_the_longest_that_can_is() {
+    let refused = |text: String| completion(json!({"prompt": text})).err().map(|error| error.to_string());
+    assert_eq!(refused("<｜begin▁of▁sentence｜>".repeat(1000)), None);
+    let problem = refused("a".repeat(1 << 20)).unwrap();
+    assert!(problem.ends_with("which cannot hold the 1048576 bytes in the prompt"), "{problem}");
+}
+
+#[test]
 fn what_is_not_json_is_refused_as_such() {
     for body in ["", "{", "[]", "\"model\"", "{\"model\": \"tiny-r1\", \"messages\": [}"] {
         assert!(
