@@ -78,10 +78,11 @@ async fn service(client: &Client, key: &Key) -> Result<Option<Service>, ApiError
     api.get_opt(&key.name).await.map_err(|error| ApiError::new::<Service>("get", &key.name, error))
 }
 
-/// Labelled as ours, or owned by a ModelDeployment of this name: perhaps by one before this one.
+/// Labelled as this deployment's (another's may be called `<name>-workers`), or owned by a ModelDeployment of this name: perhaps by one before this one.
 fn is_ours(service: &Service, key: &Key) -> bool {
     let mut owners = service.owner_references().iter();
-    service.labels().get(MANAGED_BY).is_some_and(|by| by == EXPERTMESH)
+    let is = |label, value: &str| service.labels().get(label).is_some_and(|found| found == value);
+    (is(MANAGED_BY, EXPERTMESH) && is(INSTANCE, &key.name))
         || owners.any(|owner| owner.kind == ModelDeployment::kind(&()) && owner.name == key.name)
 }
 
@@ -134,7 +135,8 @@ mod tests {
         let is_ours =
             |metadata: Value| is_ours(&serde_json::from_value(json!({"metadata": metadata})).unwrap(), &key);
         let owned = |kind: &str, name: &str| json!({"ownerReferences": [{"apiVersion": "v1", "kind": kind, "name": name, "uid": "earlier"}]});
-        assert!(is_ours(json!({"labels": {MANAGED_BY: EXPERTMESH}})));
+        assert!(is_ours(json!({"labels": {MANAGED_BY: EXPERTMESH, INSTANCE: "m"}})));
+        assert!(!is_ours(json!({"labels": {MANAGED_BY: EXPERTMESH, INSTANCE: "n"}})));
         assert!(is_ours(owned("ModelDeployment", "m")));
         assert!(!is_ours(owned("ModelDeployment", "n")) && !is_ours(owned("Gateway", "m")));
         assert!(!is_ours(json!({"name": "m", "labels": {MANAGED_BY: "Helm"}})));
