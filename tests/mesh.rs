@@ -11,6 +11,10 @@ use expertmesh_tests::mesh::{End, Mesh, apply, read, request, test_caller};
 use expertmesh_tests::reference::{Question, reference};
 use tokio::task::JoinSet;
 use tonic::Code;
+use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn four_workers_answer_sixteen_requests_at_once_with_the_tokens_of_one_process() {
@@ -123,6 +127,27 @@ async fn a_drained_worker_hands_its_sequences_back_and_a_later_placement_calls_i
     let mut tokens = Vec::new();
     read(&mut mesh.inference(0).await, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
     assert_eq!(tokens, wanted.tokens);
+}
+
+#[tokio::test]
+async fn grpc_health_says_whether_a_worker_is_ready() {
+    let mesh = Mesh::start("health", 1).await;
+    let address = format!("http://{}", mesh.addresses[0].grpc);
+    let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel);
+    let mut watches = Vec::new();
+    for service in ["", "expertmesh.v1.Inference"] {
+        let request = HealthCheckRequest { service: service.into() };
+        watches.push(health.watch(request).await.unwrap().into_inner());
+    }
+    for watch in &mut watches {
+        while watch.message().await.unwrap().unwrap().status() != ServingStatus::Serving {}
+    }
+    let mut control = mesh.control(0).await.unwrap();
+    control.drain(v1::DrainRequest { caller: Some(test_caller()) }).await.unwrap();
+    for watch in &mut watches {
+        while watch.message().await.unwrap().unwrap().status() != ServingStatus::NotServing {}
+    }
 }
 
 #[tokio::test]

@@ -23,8 +23,11 @@ use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
 use prometheus::Registry;
 use tokio::sync::{mpsc, oneshot, watch};
+use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use self::control::{ControlService, WorkerState};
 use self::inference::InferenceService;
@@ -246,8 +249,8 @@ impl Worker {
         drain: Duration,
     ) -> Result<ExitCode, Fatal> {
         let (health, health_service) = tonic_health::server::health_reporter();
-        health.set_serving::<InferenceServer<InferenceService>>().await;
         let state = self.state.clone();
+        tokio::spawn(keep_health(state.clone(), health));
         let (finish, finished) = oneshot::channel::<()>();
         // Set here, since a server that is given its connections leaves them as they are: 40 ms for a small answer.
         let incoming = TcpIncoming::from(grpc).with_nodelay(Some(true));
@@ -273,7 +276,6 @@ impl Worker {
         }
         tracing::info!("leaving");
         state.stopping.store(true, Ordering::SeqCst);
-        health.set_not_serving::<InferenceServer<InferenceService>>().await;
         let _ = tokio::time::timeout(drain, state.drain()).await;
         state.leave();
         let _ = finish.send(());
@@ -323,6 +325,19 @@ fn blocks(config: &ModelConfig, mib: u64, max_context: usize) -> usize {
     let block = config.kv_bytes(expertmesh_engine::BLOCK_TOKENS).max(1);
     let wanted = (mib << 20) / block;
     (wanted as usize).max(BlockAllocator::needed(max_context))
+}
+
+/// gRPC health is readiness, for the whole and for `Inference`.
+async fn keep_health(state: Arc<WorkerState<CpuBackend>>, health: HealthReporter) {
+    let mut changes = state.changes();
+    loop {
+        let status =
+            if state.readiness().is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for service in ["", InferenceServer::<InferenceService>::NAME] {
+            health.set_service_status(service, status).await;
+        }
+        changes.next().await;
+    }
 }
 
 async fn keep_gauges(state: Arc<WorkerState<CpuBackend>>, peers: Arc<Peers>) {
