@@ -1,12 +1,14 @@
 //! On a real Kubernetes: a model is applied, serves, survives, changes its size, and leaves nothing behind.
 
+use std::collections::BTreeSet;
+
 use expertmesh_tests::kubernetes::{
     Namespace, Pod, SYSTEM, condition, kubectl, metrics, operator_pods, run, sample, scale_operator,
 };
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::promtool;
 use expertmesh_tests::reference::Question;
-use expertmesh_tests::{skipped, wait_for};
+use expertmesh_tests::{root, skipped, wait_for};
 use serde_json::{Value, json};
 
 #[test]
@@ -263,4 +265,33 @@ fn the_operator_may_do_what_it_does_and_nothing_else() {
     {
         assert!(!may(verb, what), "it may {verb} {what}");
     }
+
+    let role = |kind: &str| {
+        let said = kubectl(&["get", kind, "expertmesh", "--namespace", SYSTEM, "--output=json"]).unwrap();
+        serde_json::from_str::<Value>(&said).unwrap()["rules"].as_array().unwrap().clone()
+    };
+    let names = |rule: &Value, field: &str| -> Vec<String> {
+        rule[field].as_array().unwrap().iter().map(|name| name.as_str().unwrap().to_string()).collect()
+    };
+    let mut granted = BTreeSet::new();
+    for rule in role("clusterrole").iter().chain(&role("role")) {
+        for resource in names(rule, "resources") {
+            granted.extend(names(rule, "verbs").into_iter().map(|verb| (resource.clone(), verb)));
+        }
+    }
+    assert_eq!(granted, documented_rights(), "the chart grants what operator/src/apply.rs says is used");
+}
+
+/// (resource, verb) of the table at the top of operator/src/apply.rs.
+fn documented_rights() -> BTreeSet<(String, String)> {
+    let text = std::fs::read_to_string(root().join("operator/src/apply.rs")).unwrap();
+    let mut rights = BTreeSet::new();
+    for row in text.lines().filter_map(|line| line.strip_prefix("//! | ")).skip(1) {
+        let columns: Vec<&str> = row.split('|').map(str::trim).collect();
+        let resources = columns[1].split(" (").next().unwrap_or_default();
+        for resource in resources.split(", ") {
+            rights.extend(columns[2].split_whitespace().map(|verb| (resource.to_string(), verb.to_string())));
+        }
+    }
+    rights
 }

@@ -79,15 +79,19 @@ fn replicas_edited_from_four_to_two_and_back_under_load_cost_no_request() {
 #[test]
 fn a_request_under_way_is_answered_before_everything_ends() {
     let mut up = Up::start("drained");
-    let mut asked = false;
+    let mut asked_at = None;
     let process = up.process.id();
-    let answered = up.api.check_stream(&Question::long(3, 300), |tokens| {
-        if tokens > 5 && !asked {
+    let answered = up.api.check_stream(&Question::long(3, 900), |tokens| {
+        if tokens > 5 && asked_at.is_none() {
             Process::signal_to(process, "TERM");
-            asked = true;
+            asked_at = Some(tokens);
         }
     });
     answered.unwrap();
+    assert!(
+        asked_at.is_some_and(|tokens| tokens < 900),
+        "it was asked to end after its answer: {asked_at:?}"
+    );
     up.wait_for_the_end(true);
 }
 

@@ -173,8 +173,8 @@ impl Resources {
 pub(crate) struct Serving {
     /// The longest sequence, prompt and answer together. Without it: the model's own limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[x_kube(validation = Rule::new("self >= 1").message(Message::Expression(
-        "'spec.serving.maxContextTokens (%d) must be at least 1'.format([self])".into()
+    #[x_kube(validation = Rule::new("self >= 2").message(Message::Expression(
+        "'spec.serving.maxContextTokens (%d) must be at least 2'.format([self])".into()
     )))]
     pub(crate) max_context_tokens: Option<i32>,
     /// How long a process that leaves may go on with what it runs, such as 90s or 5m.

@@ -18,7 +18,7 @@
 //! | (core)              | pods                                | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs` |
 //! | (core)              | nodes                               | get                                | `fleet/kubernetes.rs`                   |
 //! | events.k8s.io       | events                              | create patch                       | `events.rs`                             |
-//! | coordination.k8s.io | leases, in the operator's namespace | get create update                  | `lease.rs`                              |
+//! | coordination.k8s.io | leases (in its own namespace)       | get create update                  | `lease.rs`                              |
 //!
 //! Server-side apply needs `patch`, and `create` where the object does not exist yet. Owner references do not block
 //! deletion, so that the finalizers subresource is not needed.

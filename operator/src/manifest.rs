@@ -249,7 +249,7 @@ mod tests {
             ("  workers: {replicas: 1025}", "spec.workers.replicas (1025) must be from 1 to 1024"),
             ("  experts: {minReplicas: 0}", "spec.experts.minReplicas (0) must be at least 1"),
             ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),
-            ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 1"),
+            ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 2"),
             (
                 "  serving: {drainTimeout: soon}",
                 "spec.serving.drainTimeout (soon) must be a duration from 1s to 24h, such as 90s or 5m",

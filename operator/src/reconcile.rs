@@ -42,8 +42,7 @@ pub(crate) type Watched = DeserializeGuard<ModelDeployment>;
 
 /// However slow the API server or a worker is, a reconcile ends.
 const LONGEST: Duration = Duration::from_secs(30);
-/// When to look again where nothing changes: as long as something is under way, and otherwise.
-const SOON: Duration = Duration::from_secs(2);
+/// When to look again where nothing is under way. Watches and reports tell of changes at once.
 const LATER: Duration = Duration::from_secs(60);
 /// How long after a promotion clients may still be sent to the old revision.
 const PROMOTION_SPREADS: Duration = Duration::from_secs(10);
@@ -179,9 +178,11 @@ async fn deploy(
     }
     let serving = old.as_ref().unwrap_or(&wanted);
     let next = old.is_some().then_some((wanted.revision.hash.as_str(), &wanted.seen));
-    let settled = context.tell(found, &deployment, &plan, (serving, next), acted.as_ref().err()).await?;
+    let changed = context.tell(found, &deployment, &plan, (serving, next), acted.as_ref().err()).await?;
+    let settled = serving.decision.waiting_for.is_empty() && serving.decision.actions.is_empty();
     let idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
-    Ok(acted.map(|()| Action::requeue(if idle { LATER } else { SOON })))
+    let pause = if idle { LATER } else { context.memory.pause(key, changed) };
+    Ok(acted.map(|()| Action::requeue(pause)))
 }
 
 /// What the deployment has once, the end of what it no longer needs, and whom clients reach.
@@ -265,7 +266,7 @@ impl Context {
     }
 
     /// Writes the status where it changed, posts Events of what changed, and shows the figures; `failed` is why acting
-    /// failed, if it did. True where nothing is left to do.
+    /// failed, if it did. True where the status changed.
     async fn tell(
         &self,
         found: &Found,
@@ -295,7 +296,7 @@ impl Context {
             after = refuse::explained(&before, after, found.object.metadata.generation, error);
         }
         self.write(found, &before, &after).await?;
-        Ok(serving.decision.waiting_for.is_empty() && serving.decision.actions.is_empty())
+        Ok(before != after)
     }
 
     /// By server-side apply, so that a field that is left out goes away. Nothing where nothing changed.

@@ -58,7 +58,7 @@ pub(crate) fn figures(desired: &Desired, seen: &Observation) -> Figures {
     Figures {
         workers_desired: desired.workers,
         workers_ready: seen.ready_workers() as u32,
-        frontends_ready: following(seen) as u32,
+        frontends_ready: answering(seen) as u32,
         experts_missing: Experts::count(seen, desired.min_replicas).missing as u64,
         placement_epoch: seen.placement.epoch(),
         placement_imbalance: imbalance(&seen.placement),

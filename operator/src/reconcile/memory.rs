@@ -11,6 +11,8 @@ use crate::fleet::kubernetes::KubernetesFleet;
 
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(60);
+const FIRST_PAUSE: Duration = Duration::from_secs(2);
+const LAST_PAUSE: Duration = Duration::from_secs(16);
 
 pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
 
@@ -25,6 +27,8 @@ struct Remembered {
     fleets: HashMap<String, SharedFleet>,
     promoted: Option<Instant>,
     failures: u32,
+    /// Looks in a row that found something under way and nothing new.
+    fruitless: u32,
 }
 
 impl Memory {
@@ -74,6 +78,15 @@ impl Memory {
         FIRST_RETRY.saturating_mul(1 << (*failures - 1).min(10)).min(LAST_RETRY)
     }
 
+    /// How long to wait before the next look while something is under way: twice as long after every one that found
+    /// nothing new.
+    pub(crate) fn pause(&self, key: &Key, changed: bool) -> Duration {
+        let mut all = self.lock();
+        let fruitless = &mut all.entry(key.clone()).or_default().fruitless;
+        *fruitless = if changed { 0 } else { fruitless.saturating_add(1) };
+        FIRST_PAUSE.saturating_mul(1 << (*fruitless).min(10)).min(LAST_PAUSE)
+    }
+
     pub(crate) fn forget(&self, key: &Key) {
         self.lock().remove(key);
     }
@@ -99,6 +112,14 @@ mod tests {
         assert!(waits.iter().all(|&wait| wait <= 60_000) && waits[11] == 60_000);
         memory.succeeded(&key);
         assert_eq!(memory.failed(&key), FIRST_RETRY);
+    }
+
+    #[test]
+    fn looks_that_find_nothing_new_are_ever_further_apart_until_one_does() {
+        let (memory, key) = (Memory::default(), Key { namespace: "ns".into(), name: "m".into() });
+        let pauses =
+            [true, false, false, false, false, true].map(|changed| memory.pause(&key, changed).as_secs());
+        assert_eq!(pauses, [2, 4, 8, 16, 16, 2]);
     }
 
     #[test]

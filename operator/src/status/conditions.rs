@@ -104,26 +104,26 @@ fn stamped(
     }
 }
 
-/// Requests are answered: by a frontend, by all workers, with every expert resident.
+/// Requests are answered. To become so it takes a frontend, all workers, and every expert resident; to stay so, one of each
+/// kind of process: the others serve what a dead one held, and WorkersAvailable and Degraded tell of it.
 fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict {
-    // Whoever is to come or to leave does not count: those that there are answer.
-    let workers = (!those_that_stay_are_ready(situation.desired, situation.seen)).then_some(workers);
-    for part in workers.into_iter().chain([experts]) {
-        if part.status != "True" {
-            return Verdict { status: "False", ..part.clone() };
+    let seen = situation.seen;
+    let (ready_workers, ready_frontends) = (seen.ready_workers(), answering(seen));
+    let was = condition(situation.before, READY).is_some_and(|was| was.status == "True");
+    if !was || ready_workers == 0 {
+        // Whoever is to come or to leave does not count: those that there are answer.
+        let workers = (!those_that_stay_are_ready(situation.desired, seen)).then_some(workers);
+        for part in workers.into_iter().chain([experts]) {
+            if part.status != "True" {
+                return Verdict { status: "False", ..part.clone() };
+            }
         }
     }
-    let seen = situation.seen;
-    let ready = answering(seen);
-    if ready > 0 {
+    if ready_frontends > 0 {
+        let (workers, frontends) = (counted(ready_workers, "worker"), counted(ready_frontends, "frontend"));
         return Verdict::yes(
             "Serving",
-            format!(
-                "{} and {} answer at {}",
-                counted(seen.size as usize, "worker"),
-                counted(ready, "frontend"),
-                situation.owner.url()
-            ),
+            format!("{workers} and {frontends} answer at {}", situation.owner.url()),
         );
     }
     let failed =

@@ -189,13 +189,29 @@ fn a_worker_that_leaves_and_a_frontend_that_has_not_heard_of_it_leave_the_rest_r
 }
 
 #[test]
+fn a_dead_worker_leaves_the_others_answering_and_the_last_one_does_not() {
+    let first = computed(&desired(2), &healthy());
+    let mut seen = healthy();
+    seen.workers.insert(1, Seen { failure: failure("OOMKilled", "ended with code 137"), ..Seen::default() });
+    let later = at("2026-11-24T13:00:00Z");
+    let status = computed_after(&first, &desired(2), &seen, later);
+    let (ready, _, message) = told(&status, "Ready");
+    assert_eq!((ready.as_str(), &message[..32]), ("True", "1 worker and 1 frontend answer a"));
+    assert_eq!(told(&status, "WorkersAvailable").1, "OOMKilled");
+    assert_eq!(told(&status, "Degraded").0, "True");
+    assert_eq!(told(&computed(&desired(2), &seen), "Ready").0, "False", "it was never ready before");
+    seen.workers.insert(0, Seen::default());
+    assert_eq!(told(&computed_after(&status, &desired(2), &seen, later), "Ready").0, "False");
+}
+
+#[test]
 fn a_condition_keeps_its_time_until_its_status_changes() {
     let first = computed(&desired(2), &healthy());
     let later = at("2026-11-24T13:00:00Z");
     assert_eq!(computed_after(&first, &desired(2), &healthy(), later), first);
     let mut seen = healthy();
-    seen.workers.get_mut(&0).unwrap().failure = failure("OOMKilled", "ended with code 137");
-    seen.workers.get_mut(&0).unwrap().report = None;
+    seen.frontends[0].failure = failure("OOMKilled", "ended with code 137");
+    seen.frontends[0].report = None;
     let failed = computed_after(&first, &desired(2), &seen, later);
     assert_eq!(condition(&failed, "Ready").unwrap().last_transition_time.0, later);
     assert_eq!(condition(&failed, "Progressing"), condition(&first, "Progressing"));
