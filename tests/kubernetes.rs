@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use expertmesh_tests::kubernetes::{
-    Namespace, Pod, SYSTEM, condition, kubectl, metrics, operator_pods, run, sample, scale_operator,
+    CutOff, Namespace, Pod, SYSTEM, condition, kubectl, metrics, operator_pods, run, sample, scale_operator,
 };
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::promtool;
@@ -68,6 +68,40 @@ fn a_worker_pod_deleted_by_force_under_load_costs_no_request_and_no_token() {
     let after = namespace.pods("worker");
     assert_eq!((&before[0], &before[2]), (&after[0], &after[2]), "no other pod restarts");
     assert_eq!(frontends, namespace.pods("frontend"));
+}
+
+#[test]
+fn a_node_that_is_cut_off_under_load_costs_no_request_and_no_token_and_comes_back() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::alone("parted");
+    let deployment = namespace.deploy("tiny", |_| {});
+    let reached = deployment.forward();
+    let (workers, frontend) = (namespace.pods("worker"), namespace.pods("frontend").remove(0));
+    let bystanders = [&frontend.node, &operator_pods().remove(0).node];
+    let lost = workers
+        .iter()
+        .find(|pod| !bystanders.contains(&&&pod.node))
+        .expect("workers are spread over the nodes");
+    let load = Load::start(&reached.api, 4);
+    load.go_on_for(4);
+    let Some(cut) = CutOff::node(&lost.node) else {
+        eprintln!("skipped: a node can be cut off in the test cluster only");
+        return;
+    };
+    wait_for("the lost worker to be missed", || {
+        let status = deployment.status();
+        let available = condition(&status, "WorkersAvailable");
+        if available["status"] == "False" { Ok(()) } else { Err(format!("{status:#}")) }
+    });
+    load.go_on_for(12);
+    assert_eq!(condition(&deployment.status(), "Ready")["status"], "True", "the others answer");
+    drop(cut);
+    deployment.wait_until_sized(4);
+    load.go_on_for(8);
+    load.end();
+    assert_eq!(workers, namespace.pods("worker"), "no pod had to restart");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -174,6 +175,7 @@ impl Drop for Namespace {
 pub struct Pod {
     pub name: String,
     pub uid: String,
+    pub node: String,
     pub restarts: u64,
     pub ready: bool,
 }
@@ -184,6 +186,7 @@ impl Pod {
         Self {
             name: pod["metadata"]["name"].as_str().unwrap_or_default().into(),
             uid: pod["metadata"]["uid"].as_str().unwrap_or_default().into(),
+            node: pod["spec"]["nodeName"].as_str().unwrap_or_default().into(),
             restarts: status["restartCount"].as_u64().unwrap_or(0),
             ready: status["ready"].as_bool().unwrap_or(false),
         }
@@ -296,6 +299,36 @@ pub fn operator_pods() -> Vec<Pod> {
     let selector = "--selector=app.kubernetes.io/name=expertmesh-operator";
     let list = kubectl(&["get", "pods", "--namespace", SYSTEM, selector, "--output=json"]).expect("pods");
     json_of(&list)["items"].as_array().expect("a list").iter().map(Pod::new).collect()
+}
+
+/// A node of the test cluster without its network, for as long as this is kept.
+pub struct CutOff {
+    switch: String,
+    node: String,
+}
+
+impl CutOff {
+    /// `None` on somebody else's cluster, whose nodes are not ours to cut.
+    pub fn node(name: &str) -> Option<Self> {
+        let state = root().join("target/cluster/state");
+        let ours = std::env::var("KUBECONFIG")
+            .is_ok_and(|path| Path::new(&path) == root().join("target/cluster/kubeconfig"));
+        let switch = std::fs::read_to_string(state.join("switch.pid")).ok().filter(|_| ours)?;
+        let cut = Self { switch: switch.trim().into(), node: name.into() };
+        cut.set("down");
+        Some(cut)
+    }
+
+    fn set(&self, state: &str) {
+        let arguments = ["--target", &self.switch, "--net", "ip", "link", "set", &self.node, state];
+        run("nsenter", &arguments, None).expect("the switch is there");
+    }
+}
+
+impl Drop for CutOff {
+    fn drop(&mut self) {
+        self.set("up");
+    }
 }
 
 pub fn metrics(namespace: &str, pod: &str) -> Result<String, String> {
