@@ -4,6 +4,7 @@ mod answer;
 mod chat;
 mod choices;
 mod completions;
+mod connections;
 mod control;
 mod fields;
 mod format;
@@ -26,7 +27,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use expertmesh_engine::ModelFingerprint;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::ControlServer;
@@ -143,18 +143,15 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     aside.spawn(serve_control(grpc, control));
     aside.spawn(serve_probes(probes, registry, server.clone()));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
-    serve_http(http, server, &args).await
+    serve_http(http, server, &args).await;
+    Ok(())
 }
 
 /// Answers clients; at SIGTERM it takes requests for the grace and then lets the running ones finish.
-async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) -> Result<(), Fatal> {
-    let listener = listener.tap_io(|connection| {
-        // A token's packet must not wait for the next one.
-        let _ = connection.set_nodelay(true);
-    });
+async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) {
     let (grace, leaving, mut in_flight) = (args.drain_grace, server.clone(), server.in_flight());
     let (closing, closed) = tokio::sync::oneshot::channel();
-    let serving = axum::serve(listener, server::router(server)).with_graceful_shutdown(async move {
+    let serving = connections::serve(listener, server::router(server), async move {
         process::asked_to_stop().await;
         tracing::info!("leaving");
         leaving.leave();
@@ -172,17 +169,13 @@ async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) -> 
         };
         timeout(args.drain_timeout, idle).await.is_err()
     };
-    let served = tokio::select! {
-        served = serving.into_future() => served.map_err(|error| Fatal::new("ServeFailed", error.to_string())),
-        overdue = overdue => {
-            if overdue {
-                tracing::warn!("requests were still running at the end of the drain timeout");
-            }
-            Ok(())
-        }
-    };
+    tokio::select! {
+        () = serving => {}
+        overdue = overdue => if overdue {
+            tracing::warn!("requests were still running at the end of the drain timeout");
+        },
+    }
     tracing::info!("left");
-    served
 }
 
 async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Server>) {
