@@ -82,7 +82,7 @@ fn a_node_that_is_cut_off_under_load_costs_no_request_and_no_token_and_comes_bac
     let bystanders = [&frontend.node, &operator_pods().remove(0).node];
     let lost = workers
         .iter()
-        .find(|pod| !bystanders.contains(&&&pod.node))
+        .find(|pod| !bystanders.contains(&&pod.node))
         .expect("workers are spread over the nodes");
     let load = Load::start(&reached.api, 4);
     load.go_on_for(4);
