@@ -171,7 +171,7 @@ impl Drop for Namespace {
 }
 
 /// A pod as the tests compare it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Pod {
     pub name: String,
     pub uid: String,
@@ -181,6 +181,11 @@ pub struct Pod {
 }
 
 impl Pod {
+    /// Which life of which pod this is. Readiness is not part of it: a kubelet notices that later than clients do.
+    pub fn life(&self) -> (&str, &str, u64) {
+        (&self.name, &self.uid, self.restarts)
+    }
+
     fn new(pod: &Value) -> Self {
         let status = &pod["status"]["containerStatuses"][0];
         Self {
@@ -329,6 +334,11 @@ impl Drop for CutOff {
     fn drop(&mut self) {
         self.set("up");
     }
+}
+
+/// The lives of pods.
+pub fn lives(pods: &[Pod]) -> Vec<(&str, &str, u64)> {
+    pods.iter().map(Pod::life).collect()
 }
 
 pub fn metrics(namespace: &str, pod: &str) -> Result<String, String> {
