@@ -7,7 +7,7 @@ use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::report_response::State;
 use expertmesh_tests::mesh::{EXPERTS, End, Mesh, read, request};
 use expertmesh_tests::reference::{Question, reference};
-use expertmesh_tests::{http, wait_for};
+use expertmesh_tests::{http, promtool, wait_for};
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
@@ -53,9 +53,14 @@ async fn a_killed_workers_experts_are_served_by_others_and_it_comes_back() {
     while let Some(answer) = answers.join_next().await {
         answer.unwrap();
     }
-    let metrics = format!("http://{}/metrics", mesh.addresses[0].metrics);
-    let (_, text) = http::get(&metrics).unwrap();
-    assert!(text.contains("expertmesh_worker_rows_rerouted_total"), "nothing was rerouted: {text}");
+    wait_for("the others to hold what it held", || {
+        let resident = |slot: usize| {
+            let (_, text) = http::get(&format!("http://{}/metrics", mesh.addresses[slot].metrics))?;
+            Ok::<f64, String>(promtool::sum(&text, "expertmesh_worker_experts_resident "))
+        };
+        let resident = [resident(0)?, resident(1)?, resident(3)?];
+        if resident.iter().sum::<f64>() > 120.0 { Ok(()) } else { Err(format!("{resident:?}")) }
+    });
 
     // It comes back with a new address, and its share is its own again.
     mesh.restart(2).await;

@@ -177,13 +177,11 @@ impl<B: Backend> MeshExchange<B> {
             tracing::warn!("{failure}; asking the others");
             again.extend(self.layer.local.extract_if(.., |pair| routes.experts[*pair as usize] == expert));
         }
-        again.sort_unstable();
-        self.peers
-            .shared
-            .metrics
-            .rows_rerouted
-            .with_label_values(&["load_failed"])
-            .inc_by(again.len() as u64);
+        if !again.is_empty() {
+            again.sort_unstable();
+            let rerouted = &self.peers.shared.metrics.rows_rerouted;
+            rerouted.with_label_values(&["load_failed"]).inc_by(again.len() as u64);
+        }
         Ok(again)
     }
 

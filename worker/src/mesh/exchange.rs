@@ -227,20 +227,22 @@ fn compute<B: Backend>(backend: &B, hidden: usize, rows: &Rows) -> Answers {
         pairs.entry(expert).or_default().push((pair, row));
     }
     let mut answers = Answers::default();
-    let mut by_pair: Vec<Option<Vec<f32>>> = vec![None; rows.experts.len()];
+    let mut computed: Vec<f32> = Vec::with_capacity(rows.experts.len() * hidden); // by expert
+    let mut starts: Vec<Option<usize>> = vec![None; rows.experts.len()]; // of a pair's row in it
     // An expert may be evicted between a check and its use: each is computed or named, never assumed.
     for (expert, pairs) in pairs {
         let group = ExpertGroup { expert, rows: pairs.iter().map(|&(_, row)| row).collect() };
         match backend.experts(layer, &inputs, &[group]) {
             Ok(outputs) => {
-                let outputs = backend.download(&outputs);
-                for (&(pair, _), output) in pairs.iter().zip(outputs.chunks_exact(hidden)) {
-                    by_pair[pair] = Some(output.to_vec());
+                for (row, &(pair, _)) in pairs.iter().enumerate() {
+                    starts[pair] = Some(computed.len() + row * hidden);
                 }
+                computed.extend(backend.download(&outputs));
             }
             Err(_) => answers.not_resident.push(expert),
         }
     }
-    answers.values = by_pair.into_iter().flatten().flatten().collect();
+    answers.values =
+        starts.into_iter().flatten().flat_map(|start| &computed[start..][..hidden]).copied().collect();
     answers
 }
