@@ -14,6 +14,7 @@ mod gate;
 mod generation;
 mod kv;
 mod norm;
+mod numerics;
 mod rope;
 mod sample;
 
@@ -21,9 +22,12 @@ pub use backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Rou
 pub use checkpoint::SafetensorsFile;
 pub use config::ModelConfig;
 pub use cpu::CpuBackend;
+pub use cpu::isa::Isa;
+pub use cpu::threads::compute_threads;
 pub use error::EngineError;
 pub use fingerprint::ModelFingerprint;
 pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
 pub use generation::{GenerationConfig, SamplingOverrides};
 pub use kv::{BlockAllocator, OutOfBlocks};
+pub use numerics::Numerics;
 pub use sample::{InvalidSampling, Sampling, sample};

@@ -3,12 +3,21 @@
 //! Weights are widened exactly; a product is rounded and then added in f32; every sum has one order that depends on
 //! shapes and positions alone; exponentials and angles come from the `libm` crate.
 
+#![allow(unsafe_code, reason = "kernels, threads that borrow, and memory that is mapped")]
+
 mod attention;
+mod blob;
+pub(crate) mod isa;
+pub(crate) mod kernel;
 mod latent;
+mod math;
 #[cfg(test)]
 mod oracle;
 mod packed;
+mod pool;
+mod rows;
 mod swiglu;
+pub(crate) mod threads;
 mod weights;
 
 use std::path::Path;
