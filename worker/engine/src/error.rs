@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// Why a model cannot be loaded.
+/// Why a model cannot be loaded, or not compute what it is asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
     #[error("no model at {}: {problem}", path.display())]
@@ -23,6 +23,9 @@ pub enum EngineError {
 
     #[error("{}: {problem}", file.display())]
     InvalidCheckpoint { file: PathBuf, problem: String },
+
+    #[error("token {token} is not in the vocabulary of {vocabulary}")]
+    UnknownToken { token: u32, vocabulary: usize },
 }
 
 impl EngineError {
@@ -35,6 +38,7 @@ impl EngineError {
             Self::MissingTensor { .. } => "MissingTensor",
             Self::InvalidTensor { .. } => "InvalidTensor",
             Self::InvalidCheckpoint { .. } => "InvalidCheckpoint",
+            Self::UnknownToken { .. } => "UnknownToken",
         }
     }
 }

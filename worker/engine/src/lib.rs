@@ -1,7 +1,8 @@
 //! ExpertMesh's engine: checkpoints, the forward pass, the paged latent cache, sampling. It knows no network.
 //!
 //! [`forward()`] is the whole of a step; [`Backend`] is what a device does for it and [`Exchange`] is how the rows of
-//! a mixture-of-experts layer reach the experts that are elsewhere. [`CpuBackend`] computes the reference numerics.
+//! a mixture-of-experts layer reach the experts that are elsewhere. [`CpuBackend`] computes fast, [`Reference`] as the
+//! papers write it.
 
 mod backend;
 mod checkpoint;
@@ -10,10 +11,13 @@ mod cpu;
 mod error;
 mod fingerprint;
 mod forward;
+mod fp8;
 mod gate;
 mod generation;
 mod kv;
+mod names;
 mod norm;
+mod reference;
 mod rope;
 mod sample;
 
@@ -26,4 +30,5 @@ pub use fingerprint::ModelFingerprint;
 pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
 pub use generation::{GenerationConfig, SamplingOverrides};
 pub use kv::{BlockAllocator, OutOfBlocks};
+pub use reference::{Reference, Trace};
 pub use sample::{InvalidSampling, Sampling, sample};

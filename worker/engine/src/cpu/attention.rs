@@ -4,16 +4,16 @@
 use super::latent::{self, Context, HEADS, Lanes};
 use super::packed::Packed;
 use crate::backend::{BLOCK_TOKENS, Step};
-use crate::config::AttentionConfig;
+use crate::config::LatentConfig;
 use crate::norm::rms_norm;
-use crate::rope::{Rope, rotate};
+use crate::rope::Rope;
 
 /// The latents' norms have this in DeepSeek's own code and in transformers, whatever `rms_norm_eps` says.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
 /// A layer's attention. The names are the paper's.
 pub(crate) struct Attention {
-    pub(crate) shape: AttentionConfig,
+    pub(crate) shape: LatentConfig,
     /// W_DQ: hidden → query_latent, and its norm.
     pub(crate) q_down: Packed,
     pub(crate) q_norm: Vec<f32>,
@@ -42,14 +42,14 @@ impl Attention {
     /// latents are written before any row looks at them, so that one step may hold several spans of a sequence.
     pub(crate) fn attend(&self, rope: &Rope, step: &Step, normed: &[f32], cache: &mut [f32]) -> Vec<f32> {
         let places = places(rope, step);
-        self.write_latents(&places, normed, cache);
-        let queries = self.queries(&places, normed); // (rows, groups, latent + rope, 8)
+        self.write_latents(rope, &places, normed, cache);
+        let queries = self.queries(rope, &places, normed); // (rows, groups, latent + rope, 8)
         let mixed = self.mix(rope.softmax_scale, &places, &queries, cache); // (heads, rows, latent)
         let values = self.values(places.len(), &mixed); // (rows, heads · value)
         self.out.multiply(&values) // (rows, hidden)
     }
 
-    fn write_latents(&self, places: &[Place], normed: &[f32], cache: &mut [f32]) {
+    fn write_latents(&self, rope: &Rope, places: &[Place], normed: &[f32], cache: &mut [f32]) {
         let (latent, cached) = (self.shape.latent, self.shape.cached());
         let down = self.kv_down.multiply(normed); // (rows, latent + rope)
         for (place, down) in places.iter().zip(down.chunks_exact(cached)) {
@@ -58,13 +58,13 @@ impl Attention {
             let row = &mut cache[slot * cached..][..cached];
             row[..latent].copy_from_slice(&rms_norm(&down[..latent], &self.kv_norm, LATENT_NORM_EPS));
             row[latent..].copy_from_slice(&down[latent..]);
-            rotate(&mut row[latent..], &place.angles);
+            rope.rotate(&mut row[latent..], &place.angles);
         }
     }
 
     /// Absorbed and rotated, a lane per head: (rows, groups of 8 heads, latent + rope, 8).
-    fn queries(&self, places: &[Place], normed: &[f32]) -> Vec<Lanes> {
-        let AttentionConfig { heads, nope, latent, .. } = self.shape;
+    fn queries(&self, rope: &Rope, places: &[Place], normed: &[f32]) -> Vec<Lanes> {
+        let LatentConfig { heads, nope, latent, .. } = self.shape;
         let (width, cached, groups) = (self.shape.query(), self.shape.cached(), heads.div_ceil(HEADS));
         let down = self.q_down.multiply(normed); // (rows, query_latent)
         let down = rms_norm(&down, &self.q_norm, LATENT_NORM_EPS);
@@ -76,7 +76,7 @@ impl Attention {
             let absorbed = absorb.multiply(&parts.copied().collect::<Vec<_>>()); // (rows, latent)
             for (row, place) in places.iter().enumerate() {
                 let rotated = &mut up[(row * heads + head) * width + nope..][..width - nope]; // (rope)
-                rotate(rotated, &place.angles);
+                rope.rotate(rotated, &place.angles);
                 let query = absorbed[row * latent..][..latent].iter().chain(&*rotated); // (latent + rope)
                 let lanes = &mut queries[(row * groups + group) * cached..][..cached];
                 lanes.iter_mut().zip(query).for_each(|(lanes, &element)| lanes[lane] = element);
@@ -87,7 +87,7 @@ impl Attention {
 
     /// The softmax's mixture of latents: (heads, rows, latent).
     fn mix(&self, softmax_scale: f32, places: &[Place], queries: &[Lanes], cache: &[f32]) -> Vec<f32> {
-        let AttentionConfig { heads, latent, .. } = self.shape;
+        let LatentConfig { heads, latent, .. } = self.shape;
         let (cached, rows) = (self.shape.cached(), places.len());
         let mut mixed = vec![0.0; heads * rows * latent];
         for (row, (place, queries)) in
@@ -108,7 +108,7 @@ impl Attention {
 
     /// (heads, rows, latent) → (rows, heads · value).
     fn values(&self, rows: usize, mixed: &[f32]) -> Vec<f32> {
-        let AttentionConfig { heads, value, latent, .. } = self.shape;
+        let LatentConfig { heads, value, latent, .. } = self.shape;
         let mut values = vec![0.0; rows * heads * value];
         for (head, (up, mixed)) in self.v_up.iter().zip(mixed.chunks_exact(rows * latent)).enumerate() {
             let up = up.multiply(mixed); // (rows, value)

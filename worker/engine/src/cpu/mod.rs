@@ -14,12 +14,12 @@ mod weights;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-pub(crate) use packed::packed_bytes;
 use swiglu::SwiGlu;
 use weights::{Dense, FeedForward, Loader};
 
 use crate::backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Routes, Step};
 use crate::checkpoint::{Checkpoint, widen};
+use crate::config::{AttentionConfig, LatentConfig};
 use crate::rope::Rope;
 use crate::{EngineError, ModelConfig, gate, norm};
 
@@ -29,7 +29,7 @@ pub struct CpuBackend {
     checkpoint: Checkpoint,
     rope: Rope,
     dense: Dense,
-    /// (mixture-of-experts layers, experts)
+    /// (layers, experts)
     experts: Vec<RwLock<Option<Arc<SwiGlu>>>>,
 }
 
@@ -53,16 +53,14 @@ impl CpuBackend {
         let config = ModelConfig::read(model)?;
         let checkpoint = Checkpoint::open(model)?;
         let dense = Loader::new(&checkpoint, &config, progress).dense()?;
-        let experts = (config.layers - config.first_moe_layer) * config.experts();
+        let experts = config.layers * config.experts();
         let experts = (0..experts).map(|_| RwLock::new(None)).collect();
-        Ok(Self { rope: Rope::new(&config.attention), config, checkpoint, dense, experts })
+        Ok(Self { rope: Rope::new(&config.rope, &config.attention), config, checkpoint, dense, experts })
     }
 
     fn slot(&self, layer: usize, expert: u32) -> Option<&RwLock<Option<Arc<SwiGlu>>>> {
         let known = self.config.is_moe(layer) && (expert as usize) < self.config.experts();
-        known.then(|| {
-            &self.experts[(layer - self.config.first_moe_layer) * self.config.experts() + expert as usize]
-        })
+        known.then(|| &self.experts[layer * self.config.experts() + expert as usize])
     }
 
     fn resident(&self, layer: usize, expert: u32) -> Option<Arc<SwiGlu>> {
@@ -88,6 +86,18 @@ impl CpuRows {
     }
 }
 
+/// The shape of latent attention and of its queries' latent: there is no other attention here yet.
+fn latent_config(config: &ModelConfig) -> Result<(&LatentConfig, usize), EngineError> {
+    let problem = "this kind of attention is not supported by the processor's kernels yet".to_owned();
+    let unsupported = EngineError::InvalidConfig { file: "config.json", problem };
+    match &config.attention {
+        AttentionConfig::Latent(shape) if config.gate.bias && config.shared_inner > 0 => {
+            shape.query_latent.map(|query_latent| (shape, query_latent)).ok_or(unsupported)
+        }
+        _ => Err(unsupported),
+    }
+}
+
 fn add(to: &mut [f32], what: &[f32]) {
     to.iter_mut().zip(what).for_each(|(to, what)| *to += what);
 }
@@ -101,7 +111,8 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_kv(&self, blocks: usize) -> CpuKv {
-        let elements = blocks * BLOCK_TOKENS * self.config.attention.cached();
+        let elements =
+            self.config.kv_bytes(blocks * BLOCK_TOKENS) as usize / self.config.layers / size_of::<f32>();
         // Layer by layer: zeroed pages cost nothing until they are used, copies of them would.
         CpuKv { layers: (0..self.config.layers).map(|_| vec![0.0; elements]).collect() }
     }

@@ -7,11 +7,6 @@ const LANES: usize = 16;
 /// Rows that share a pass over the weights.
 const ROWS: usize = 2;
 
-/// Bytes of a matrix of `outputs` × `inputs`, packed.
-pub(crate) fn packed_bytes(outputs: usize, inputs: usize) -> u64 {
-    (outputs.next_multiple_of(LANES) * inputs * size_of::<u16>()) as u64
-}
-
 /// Weights as `[outputs / 16][inputs][16]` bf16, zero-padded.
 pub(crate) struct Packed {
     outputs: usize,
@@ -94,6 +89,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::config::packed_bytes;
 
     /// Finite bf16 of moderate size.
     fn bits(seed: usize) -> u16 {

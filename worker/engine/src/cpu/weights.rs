@@ -67,7 +67,9 @@ impl<'a, P: FnMut(u64, u64)> Loader<'a, P> {
     }
 
     fn attention(&mut self, name: &str) -> Result<Attention, EngineError> {
-        let (shape, hidden) = (self.config.attention.clone(), self.config.hidden);
+        let hidden = self.config.hidden;
+        let (shape, query_latent) = super::latent_config(self.config)?;
+        let shape = shape.clone();
         let (heads, nope, value, latent) = (shape.heads, shape.nope, shape.value, shape.latent);
         // kv_b_proj is (heads · (nope + value), latent): of each head W_UK's rows, then W_UV's.
         let kv_up =
@@ -79,13 +81,9 @@ impl<'a, P: FnMut(u64, u64)> Loader<'a, P> {
         let v_up: Vec<_> = (0..heads).map(up).collect();
         self.advance(k_absorb.iter().chain(&v_up).map(Packed::bytes).sum());
         Ok(Attention {
-            q_down: self.matrix(&format!("{name}.q_a_proj.weight"), shape.query_latent, hidden)?,
-            q_norm: self.vector(&format!("{name}.q_a_layernorm.weight"), shape.query_latent)?,
-            q_up: self.matrix(
-                &format!("{name}.q_b_proj.weight"),
-                heads * shape.query(),
-                shape.query_latent,
-            )?,
+            q_down: self.matrix(&format!("{name}.q_a_proj.weight"), query_latent, hidden)?,
+            q_norm: self.vector(&format!("{name}.q_a_layernorm.weight"), query_latent)?,
+            q_up: self.matrix(&format!("{name}.q_b_proj.weight"), heads * shape.query(), query_latent)?,
             kv_down: self.matrix(&format!("{name}.kv_a_proj_with_mqa.weight"), shape.cached(), hidden)?,
             kv_norm: self.vector(&format!("{name}.kv_a_layernorm.weight"), latent)?,
             k_absorb,

@@ -7,7 +7,8 @@ mod malformed;
 use std::path::PathBuf;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, LocalExchange, Routes, SafetensorsFile, Span, Step, forward,
+    Backend, BlockAllocator, CpuBackend, LocalExchange, Reference, Routes, SafetensorsFile, Span, Step,
+    forward,
 };
 
 /// A folder of the repository's tests.
@@ -17,7 +18,7 @@ fn model(folder: &str) -> PathBuf {
 
 fn load(folder: &str) -> CpuBackend {
     let backend = CpuBackend::load(&model(folder), |_, _| ()).unwrap();
-    for layer in backend.config().first_moe_layer()..backend.config().layers() {
+    for layer in backend.config().moe_layers() {
         for expert in 0..backend.config().experts() {
             backend.load(layer, expert as u32).unwrap();
         }

@@ -234,7 +234,7 @@ fn what_a_config_asks_for_and_the_engine_lacks_is_named_with_its_value() {
         (
             "DeepseekV3ForCausalLM",
             "FooForCausalLM",
-            "UnsupportedArchitecture: config.json: architectures: FooForCausalLM is not supported; supported: DeepseekV3ForCausalLM",
+            "UnsupportedArchitecture: config.json: architectures: FooForCausalLM is not supported; supported: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, OlmoeForCausalLM",
         ),
         (
             "\"hidden_size\": 64",
@@ -275,7 +275,7 @@ fn what_a_config_asks_for_and_the_engine_lacks_is_named_with_its_value() {
         (
             "\"vocab_size\"",
             "\"quantization_config\": {\"quant_method\": \"fp8\"}, \"vocab_size\"",
-            "InvalidConfig: config.json: quantization_config: {\"quant_method\":\"fp8\"} is not supported; expected: null",
+            "InvalidConfig: config.json: weight_block_size: missing",
         ),
         (
             "\"eos_token_id\": 1",
