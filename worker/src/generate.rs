@@ -129,12 +129,12 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
 /// The model with all its experts; a progress bar where stderr is a terminal.
 pub(crate) fn load(model: &Path) -> Result<CpuBackend, Fatal> {
     let config = ModelConfig::read(model)?;
-    let experts = (config.layers() - config.first_moe_layer()) * config.experts();
+    let experts = config.moe_layers().count() * config.experts();
     let bar = ProgressBar::new(config.dense_bytes() + experts as u64 * config.expert_bytes());
     let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
     bar.set_style(style.expect("the template is a constant"));
     let backend = CpuBackend::load(model, |done, _| bar.set_position(done))?;
-    for layer in config.first_moe_layer()..config.layers() {
+    for layer in config.moe_layers() {
         for expert in 0..config.experts() as u32 {
             bar.inc(backend.load(layer, expert)?);
         }

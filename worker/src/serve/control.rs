@@ -44,7 +44,7 @@ pub(crate) struct WorkerState<B> {
 
 fn shape(config: &ModelConfig) -> v1::ModelShape {
     v1::ModelShape {
-        first_moe_layer: config.first_moe_layer() as u32,
+        first_moe_layer: config.moe_layers().next().unwrap_or(config.layers()) as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token() as u32,

@@ -124,6 +124,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 
 async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let config = ModelConfig::read(&args.model)?;
+    config.placed_layers()?;
     let (slot, max_context) = (args.slot()?, args.max_context(&config)?);
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
     let grpc = process::bind("--listen", args.listen).await?;
@@ -313,7 +314,7 @@ fn thread(
 fn limits(config: &ModelConfig) -> Limits {
     Limits {
         hidden: config.hidden(),
-        first_moe_layer: config.first_moe_layer() as u32,
+        first_moe_layer: config.moe_layers().next().unwrap_or(config.layers()) as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token(),

@@ -293,7 +293,7 @@ mod tests {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
         let backend = Arc::new(CpuBackend::load(&model, |_, _| ()).unwrap());
         let config = backend.config();
-        for layer in config.first_moe_layer()..config.layers() {
+        for layer in config.moe_layers() {
             for expert in 0..config.experts() as u32 {
                 backend.load(layer, expert).unwrap();
             }

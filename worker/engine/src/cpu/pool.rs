@@ -4,6 +4,8 @@
 //! others up, and they burn what it waits for. Here units are small and claimed one by one, so that whoever runs does
 //! the work, and whoever waits soon sleeps.
 
+use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
@@ -17,6 +19,31 @@ const SLOTS: usize = 2;
 
 /// Units of one call at most; `state` counts them in 32 bits.
 const MAX_UNITS: usize = u32::MAX as usize / 2;
+
+/// A slice of which each unit of some work takes its own part.
+pub(crate) struct Shares<'a, T> {
+    start: *mut T,
+    length: usize,
+    place: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: units take different parts, as `take` demands.
+unsafe impl<T: Send> Sync for Shares<'_, T> {}
+
+impl<'a, T> Shares<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), length: slice.len(), place: PhantomData }
+    }
+
+    /// # Safety
+    /// No two parts that live at the same time overlap.
+    #[allow(clippy::mut_from_ref, reason = "that is what it is for")]
+    pub(crate) unsafe fn take(&self, part: Range<usize>) -> &mut [T] {
+        assert!(part.start <= part.end && part.end <= self.length, "a part outside of its slice");
+        // SAFETY: within the slice; the caller promises that nobody else has it.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(part.start), part.len()) }
+    }
+}
 
 type Work<'a> = dyn Fn(usize) + Sync + 'a;
 

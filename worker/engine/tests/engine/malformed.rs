@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use expertmesh_engine::{EngineError, ModelConfig, ModelFingerprint};
+use expertmesh_engine::{EngineError, ModelConfig, ModelFingerprint, Numerics, WeightFormat};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -53,7 +53,7 @@ impl Copy {
     }
 
     fn load(&self) -> Result<CpuBackend, EngineError> {
-        CpuBackend::load(&self.0, |_, _| ())
+        CpuBackend::load(&self.0, &LoadOptions::default(), |_, _| ())
     }
 
     /// The error, with the temporary folder's name taken out.
@@ -121,7 +121,7 @@ fn a_broken_expert_is_named_when_it_is_loaded_and_stays_absent() {
     assert!(!backend.is_resident(2, 11));
     backend.load(2, 10).unwrap();
     for (layer, expert) in [(0, 0), (2, 16), (3, 0)] {
-        assert_eq!(backend.load(layer, expert).unwrap_err().reason(), "MissingTensor");
+        assert_eq!(backend.load(layer, expert).unwrap_err().reason(), "UnknownExpert");
         assert!(!backend.is_resident(layer, expert));
     }
 }
@@ -181,7 +181,7 @@ fn shards_give_what_one_file_gives() {
 
 #[test]
 fn a_model_that_is_not_there_is_named() {
-    let error = CpuBackend::load(Path::new("/nowhere/model"), |_, _| ()).err().unwrap();
+    let error = CpuBackend::load(Path::new("/nowhere/model"), &LoadOptions::default(), |_, _| ()).err().unwrap();
     assert_eq!(error.reason(), "ModelNotFound");
     assert_eq!(error.to_string(), "no model at /nowhere/model: no such directory");
     let copy = Copy::new("no-weights");
@@ -192,19 +192,23 @@ fn a_model_that_is_not_there_is_named() {
 #[test]
 fn progress_ends_with_all_bytes() {
     let mut last = (0, 0);
-    let backend = CpuBackend::load(&model("golden/v3"), |done, total| {
+    let backend = CpuBackend::load(&model("golden/v3"), &LoadOptions::default(), |done, total| {
         assert!(done > last.0 && done <= total);
         last = (done, total);
     });
-    assert_eq!(last, (backend.unwrap().config().dense_bytes(), last.0));
+    assert_eq!(last, (backend.unwrap().config().dense_bytes(WeightFormat::Native), last.0));
+}
+
+fn fingerprint(model: &Path) -> Result<ModelFingerprint, EngineError> {
+    ModelFingerprint::read(model, WeightFormat::Native, Numerics::Pair)
 }
 
 #[test]
 fn a_fingerprint_says_which_part_differs() {
-    let original = ModelFingerprint::read(&model("golden/v3")).unwrap();
-    assert_eq!(original, ModelFingerprint::read(&model("golden/v3")).unwrap());
+    let original = fingerprint(&model("golden/v3")).unwrap();
+    assert_eq!(original, fingerprint(&model("golden/v3")).unwrap());
     let copy = Copy::new("fingerprint");
-    let read = || ModelFingerprint::read(&copy.0).unwrap();
+    let read = || fingerprint(&copy.0).unwrap();
     assert_eq!(original.difference(&read()), None);
 
     let config = fs::read_to_string(copy.0.join("config.json")).unwrap();
@@ -234,7 +238,7 @@ fn what_a_config_asks_for_and_the_engine_lacks_is_named_with_its_value() {
         (
             "DeepseekV3ForCausalLM",
             "FooForCausalLM",
-            "UnsupportedArchitecture: config.json: architectures: FooForCausalLM is not supported; supported: DeepseekV3ForCausalLM",
+            "UnsupportedArchitecture: config.json: architectures: FooForCausalLM is not supported; supported: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, OlmoeForCausalLM",
         ),
         (
             "\"hidden_size\": 64",
@@ -275,7 +279,7 @@ fn what_a_config_asks_for_and_the_engine_lacks_is_named_with_its_value() {
         (
             "\"vocab_size\"",
             "\"quantization_config\": {\"quant_method\": \"fp8\"}, \"vocab_size\"",
-            "InvalidConfig: config.json: quantization_config: {\"quant_method\":\"fp8\"} is not supported; expected: null",
+            "InvalidConfig: config.json: weight_block_size: missing",
         ),
         (
             "\"eos_token_id\": 1",

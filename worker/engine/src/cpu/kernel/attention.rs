@@ -128,49 +128,26 @@ impl State {
     }
 }
 
-/// The new maximum and the weights' sum.
-#[inline]
-fn weigh(isa: Isa, max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
-    match isa {
-        // SAFETY: `isa` says that the processor has the features.
-        #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { weigh_avx512(max, scale, scores) },
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { weigh_avx2(max, scale, scores) },
-        _ => weigh_lanes(max, scale, scores),
-    }
-}
-
-#[inline(always)]
-fn weigh_lanes(max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
-    let mut maxima = [max; LANES];
-    for scores in scores.as_chunks_mut::<LANES>().0 {
-        for (max, score) in maxima.iter_mut().zip(scores) {
-            *score *= scale;
-            *max = if *score > *max { *score } else { *max };
+super::for_each_isa! {
+    /// Scores to weights: the new maximum and the weights' sum.
+    fn weigh(max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
+        let mut maxima = [max; LANES];
+        for scores in scores.as_chunks_mut::<LANES>().0 {
+            for (max, score) in maxima.iter_mut().zip(scores) {
+                *score *= scale;
+                *max = if *score > *max { *score } else { *max };
+            }
         }
-    }
-    let max = maxima.into_iter().fold(max, f32::max);
-    let mut sums = [0.0; LANES];
-    for scores in scores.as_chunks_mut::<LANES>().0 {
-        for (sum, score) in sums.iter_mut().zip(scores) {
-            *score = widen(round_bf16(exp(*score - max)));
-            *sum += *score;
+        let max = maxima.into_iter().fold(max, f32::max);
+        let mut sums = [0.0; LANES];
+        for scores in scores.as_chunks_mut::<LANES>().0 {
+            for (sum, score) in sums.iter_mut().zip(scores) {
+                *score = widen(round_bf16(exp(*score - max)));
+                *sum += *score;
+            }
         }
+        (max, tree(sums))
     }
-    (max, tree(sums))
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn weigh_avx2(max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
-    weigh_lanes(max, scale, scores)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-fn weigh_avx512(max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
-    weigh_lanes(max, scale, scores)
 }
 
 /// Halves onto halves.

@@ -41,7 +41,7 @@ pub(crate) const fn element(lane: usize, k: usize) -> usize {
 pub(crate) fn multiply(isa: Isa, numerics: Numerics, weights: &[u8], rows: Bf16Rows, out: &mut Tile) {
     let (weights, []) = weights.as_chunks::<{ PAIR * 4 }>() else { panic!("a ragged panel") };
     let k = weights.len() * 2;
-    assert!(k <= rows.stride && rows.rows <= out.len(), "rows are too short or too many");
+    assert!(k <= rows.width && rows.rows <= out.len(), "rows are too short or too many");
     assert!(rows.rows == 0 || rows.data.len() >= (rows.rows - 1) * rows.stride + k, "rows are missing");
     match (isa, numerics) {
         // SAFETY: `isa` says that the processor has the features; the asserts above say that all that is read is there.
@@ -237,7 +237,7 @@ pub(crate) mod tests {
         for numerics in [Numerics::Pair, Numerics::Tile] {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
                 let mut out = [[7.0; PAIR]; ROWS];
-                multiply(isa, numerics, &packed, Bf16Rows { data: &x, stride, rows }, &mut out);
+                multiply(isa, numerics, &packed, Bf16Rows { data: &x, stride, width: stride, rows }, &mut out);
                 for (row, out) in out.iter().enumerate() {
                     for lane in 0..PAIR {
                         let expected = if row < rows {

@@ -13,7 +13,7 @@
 //! 3. [`avx512`]: the table in registers, by VPERMI2B.
 
 use super::{Bf16Rows, LANES, PAIR, ROWS, Tile, bf16};
-use crate::{Isa, Numerics};
+use crate::{Isa, Numerics, fp8};
 
 /// K per scale.
 pub(crate) const BLOCK: usize = 128;
@@ -36,21 +36,9 @@ pub(crate) const fn element(lane: usize, k: usize) -> usize {
     (k / 4 * 2 + panel) * 64 + lane / 4 * 16 + k % 4 / 2 * 8 + lane % 4 * 2 + k % 2
 }
 
-/// E4M3 to bf16, exactly: four bits of exponent with a bias of 7, three of mantissa. 0x7f and 0xff are NaN.
+/// E4M3 to bf16, exactly.
 pub(crate) const fn to_bf16(code: u8) -> u16 {
-    let sign = ((code & 0x80) as u16) << 8;
-    let (exponent, mantissa) = ((code >> 3 & 15) as u16, (code & 7) as u16);
-    let magnitude = match (exponent, mantissa) {
-        (15, 7) => 0x7fc0,
-        (0, 0) => 0,
-        (0, subnormal) => {
-            // mantissa · 2⁻⁹: the leading bit becomes the hidden one.
-            let shift = subnormal.leading_zeros() as u16 - 13; // 0 for 4 to 7, 2 for 1
-            (120 - shift) << 7 | (subnormal << (shift + 1) & 7) << 4
-        }
-        _ => (exponent + 120) << 7 | mantissa << 4,
-    };
-    sign | magnitude
+    (fp8::NUMBERS[code as usize].to_bits() >> 16) as u16
 }
 
 /// The bf16 of every code.
@@ -74,7 +62,7 @@ pub(crate) fn multiply(isa: Isa, numerics: Numerics, weights: &[u8], rows: Bf16R
         let (codes, scales) = block.split_at(block.len() - SCALE_BYTES);
         let decoded = &mut decoded.0[..codes.len() * 2];
         decode_block(isa, codes, decoded);
-        let rows = Bf16Rows { data: &rows.data[at * BLOCK..], ..rows };
+        let rows = Bf16Rows { data: &rows.data[at * BLOCK..], width: rows.width - at * BLOCK, ..rows };
         bf16::multiply(isa, numerics, decoded, rows, &mut partial);
         let scale = |panel: usize| f32::from_le_bytes(std::array::from_fn(|byte| scales[panel * 4 + byte]));
         let scales = [scale(0), scale(1)];
@@ -223,7 +211,7 @@ mod tests {
         for numerics in [Numerics::Pair, Numerics::Tile] {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
                 let mut out = [[7.0; PAIR]; ROWS];
-                multiply(isa, numerics, &packed, Bf16Rows { data: &x, stride: padded, rows }, &mut out);
+                multiply(isa, numerics, &packed, Bf16Rows { data: &x, stride: padded, width: padded, rows }, &mut out);
                 for (row, lane) in (0..rows).flat_map(|row| (0..PAIR).map(move |lane| (row, lane))) {
                     let expected = (0..padded).step_by(BLOCK).fold(0.0f32, |sum, from| {
                         let to = padded.min(from + BLOCK);

@@ -38,13 +38,9 @@ pub(crate) const fn element(lane: usize, k: usize) -> (usize, usize) {
 #[inline]
 pub(crate) fn multiply(isa: Isa, weights: &[u8], rows: Int8Rows, out: &mut Tile) {
     let (blocks, []) = weights.as_chunks::<BLOCK_BYTES>() else { panic!("a ragged panel") };
-    assert!(blocks.len() <= rows.blocks && rows.rows <= out.len(), "rows are too short or too many");
-    assert!(
-        rows.stride >= rows.blocks * BLOCK && rows.data.len() >= rows.rows * rows.stride,
-        "rows are missing"
-    );
+    rows.check(blocks.len(), BLOCK);
     match isa {
-        // SAFETY: `isa` says that the processor has the features; the asserts above say that all that is read is there.
+        // SAFETY: `isa` says that the processor has the features; `check` that all that is read is there.
         #[cfg(target_arch = "x86_64")]
         Isa::Amx | Isa::Avx512 => unsafe { avx512::multiply(blocks, rows, out) },
         #[cfg(target_arch = "x86_64")]
@@ -61,7 +57,7 @@ fn lanes(blocks: &[Block], rows: Int8Rows, out: &mut Tile) {
         *out = [0.0; PAIR];
         for (at, block) in blocks.iter().enumerate() {
             let x = &rows.data[row * rows.stride + at * BLOCK..][..BLOCK];
-            let index = row * rows.blocks + at;
+            let index = row * rows.block_stride + at;
             let exact = exact_sums(block, x, rows.sums[index]);
             add_block(out, &exact, rows.scales[index], &block[BLOCK * PAIR / 2..]);
         }
@@ -124,7 +120,7 @@ mod avx512 {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         for (at, block) in blocks.iter().enumerate() {
             let mut exact: [[__m512i; 2]; R] = std::array::from_fn(|row| {
-                [_mm512_set1_epi32(-OFFSET * rows.sums[(first + row) * rows.blocks + at]); 2]
+                [_mm512_set1_epi32(-OFFSET * rows.sums[(first + row) * rows.block_stride + at]); 2]
             });
             for step in 0..BLOCK / 8 {
                 // SAFETY: a block has 4 steps of two registers; a row has the block's 32 bytes.
@@ -148,7 +144,7 @@ mod avx512 {
             // SAFETY: a block ends with two registers' halves of scales.
             let scales = unsafe { scales(block.as_ptr().add(BLOCK * PAIR / 2)) };
             for (row, (sums, exact)) in sums.iter_mut().zip(exact).enumerate() {
-                let row_scale = rows.scales[(first + row) * rows.blocks + at];
+                let row_scale = rows.scales[(first + row) * rows.block_stride + at];
                 for panel in 0..2 {
                     sums[panel] = add(sums[panel], exact[panel], row_scale, scales[panel]);
                 }
@@ -201,6 +197,7 @@ mod tests {
             scales: &x.scales,
             sums: &x.sums,
             blocks: x.stride / BLOCK,
+            block_stride: x.stride / BLOCK,
         };
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             let mut out = [[7.0; PAIR]; ROWS];

@@ -45,13 +45,9 @@ pub(crate) const fn element(lane: usize, k: usize) -> usize {
 #[inline]
 pub(crate) fn multiply(isa: Isa, weights: &[u8], rows: Int8Rows, out: &mut Tile) {
     let (blocks, []) = weights.as_chunks::<BLOCK_BYTES>() else { panic!("a ragged panel") };
-    assert!(blocks.len() <= rows.blocks && rows.rows <= out.len(), "rows are too short or too many");
-    assert!(
-        rows.stride >= rows.blocks * BLOCK && rows.data.len() >= rows.rows * rows.stride,
-        "rows are missing"
-    );
+    rows.check(blocks.len(), BLOCK);
     match isa {
-        // SAFETY: `isa` says that the processor has the features; the asserts above say that all that is read is there.
+        // SAFETY: `isa` says that the processor has the features; `check` that all that is read is there.
         #[cfg(target_arch = "x86_64")]
         Isa::Amx if rows.rows >= TILED_ROWS => unsafe { tiled(blocks, rows, out) },
         #[cfg(target_arch = "x86_64")]
@@ -84,7 +80,7 @@ fn lanes(blocks: &[Block], rows: Int8Rows, out: &mut Tile) {
         *out = [0.0; PAIR];
         for (at, block) in blocks.iter().enumerate() {
             let x = &rows.data[row * rows.stride + at * BLOCK..][..BLOCK];
-            let index = row * rows.blocks + at;
+            let index = row * rows.block_stride + at;
             let exact = exact_sums(block, x, rows.sums[index]);
             add_block(out, &exact, rows.scales[index], &block[BLOCK * PAIR..]);
         }
@@ -160,7 +156,7 @@ pub(super) mod avx512 {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         for (at, block) in blocks.iter().enumerate() {
             let mut exact: [[__m512i; 2]; R] = std::array::from_fn(|row| {
-                [_mm512_set1_epi32(-OFFSET * rows.sums[(first + row) * rows.blocks + at]); 2]
+                [_mm512_set1_epi32(-OFFSET * rows.sums[(first + row) * rows.block_stride + at]); 2]
             });
             for step in 0..BLOCK / 4 {
                 // SAFETY: a block has 16 steps of two registers; a row has the block's 64 bytes.
@@ -179,7 +175,7 @@ pub(super) mod avx512 {
             // SAFETY: a block ends with two registers' halves of scales.
             let scales = unsafe { scales(block.as_ptr().add(BLOCK * PAIR)) };
             for (row, (sums, exact)) in sums.iter_mut().zip(exact).enumerate() {
-                let row_scale = rows.scales[(first + row) * rows.blocks + at];
+                let row_scale = rows.scales[(first + row) * rows.block_stride + at];
                 for panel in 0..2 {
                     sums[panel] = add(sums[panel], exact[panel], row_scale, scales[panel]);
                 }
@@ -229,7 +225,7 @@ pub(super) mod avx512 {
         // SAFETY: a block ends with two registers' halves of scales.
         let scales = unsafe { scales(block.as_ptr().add(BLOCK * PAIR)) };
         for (row, out) in out[..rows.rows].iter_mut().enumerate() {
-            let index = row * rows.blocks + at;
+            let index = row * rows.block_stride + at;
             let offset = _mm512_set1_epi32(OFFSET * rows.sums[index]);
             for panel in 0..2 {
                 // SAFETY: a row of either tile is two registers long.
@@ -282,6 +278,7 @@ mod tests {
             scales: &x.scales,
             sums: &x.sums,
             blocks: x.stride / BLOCK,
+            block_stride: x.stride / BLOCK,
         };
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             let mut out = [[7.0; PAIR]; ROWS];

@@ -28,6 +28,8 @@ pub(crate) type Tile = [[f32; PAIR]; ROWS];
 pub(crate) struct Bf16Rows<'a> {
     pub(crate) data: &'a [u16],
     pub(crate) stride: usize,
+    /// Elements of a row, zeros included.
+    pub(crate) width: usize,
     pub(crate) rows: usize,
 }
 
@@ -37,11 +39,23 @@ pub(crate) struct Int8Rows<'a> {
     pub(crate) data: &'a [i8],
     pub(crate) stride: usize,
     pub(crate) rows: usize,
-    /// (rows, blocks)
+    /// (rows, blocks), rows a `block_stride` apart.
     pub(crate) scales: &'a [f32],
-    /// (rows, blocks)
+    /// As `scales`.
     pub(crate) sums: &'a [i32],
     pub(crate) blocks: usize,
+    pub(crate) block_stride: usize,
+}
+
+impl Int8Rows<'_> {
+    /// Panics unless rows of so many blocks are there.
+    fn check(&self, blocks: usize, block: usize) {
+        let last = self.rows.saturating_sub(1);
+        assert!(self.rows <= ROWS && blocks <= self.blocks, "rows are too many or too short");
+        assert!(self.rows == 0 || self.data.len() >= last * self.stride + self.blocks * block, "rows are missing");
+        let scales = self.scales.len().min(self.sums.len());
+        assert!(self.rows == 0 || scales >= last * self.block_stride + self.blocks, "scales are missing");
+    }
 }
 
 impl Bf16Rows<'_> {
@@ -55,6 +69,39 @@ impl Bf16Rows<'_> {
 fn exact_product_plus<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
+
+/// Compiles functions in plain Rust once more for AVX2 and for AVX-512, and calls what the instruction set allows, which
+/// becomes the first parameter. Rust never fuses or reorders, so that all have the same bits.
+macro_rules! for_each_isa {
+    ($($(#[$doc:meta])* $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => { $(
+        $(#[$doc])*
+        #[inline]
+        $visibility fn $name(isa: $crate::Isa, $($argument: $type),*) $(-> $result)? {
+            #[inline(always)]
+            fn plain($($argument: $type),*) $(-> $result)? $body
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($argument: $type),*) $(-> $result)? {
+                plain($($argument),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+            fn avx512($($argument: $type),*) $(-> $result)? {
+                plain($($argument),*)
+            }
+            match isa {
+                // SAFETY: `isa` says that the processor has the features.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Isa::Amx | $crate::Isa::Avx512 => unsafe { avx512($($argument),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::Isa::Avx2 => unsafe { avx2($($argument),*) },
+                _ => plain($($argument),*),
+            }
+        }
+    )* };
+}
+pub(crate) use for_each_isa;
 
 #[cfg(test)]
 pub(crate) mod tests {
