@@ -1,6 +1,8 @@
 //! The engine against what transformers recorded, against itself, and against broken models.
 
 mod bits;
+mod configs;
+mod corrupted;
 mod golden;
 mod malformed;
 
