@@ -1,9 +1,12 @@
 //! Text to token ids and back, as the model's tokenizer.json says.
 
+mod spelling;
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use self::spelling::Spelling;
 use crate::process::Fatal;
 
 /// Special tokens that are part of the text all the same: they delimit what a model thinks.
@@ -21,6 +24,7 @@ struct Inner {
     tokenizer: tokenizers::Tokenizer,
     /// Special tokens without [`KEPT`].
     skipped: HashSet<u32>,
+    spelling: Spelling,
     longest: usize,
 }
 
@@ -46,13 +50,14 @@ impl Tokenizer {
         if let Err(error) = tokenizer.with_truncation(None) {
             return Err(Fatal::new("InvalidTokenizer", format!("{}: {error}", file.display())));
         }
+        let spelling = Spelling::of(&tokenizer);
         let added = tokenizer.get_added_tokens_decoder();
         let skipped =
             |token: &tokenizers::AddedToken| token.special && !KEPT.contains(&token.content.as_str());
         let skipped = added.iter().filter(|(_, token)| skipped(token)).map(|(&id, _)| id).collect();
         // As the vocabulary spells them, which takes no fewer bytes than the text.
         let longest = tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(0);
-        Ok(Self(Arc::new(Inner { tokenizer, skipped, longest })))
+        Ok(Self(Arc::new(Inner { tokenizer, skipped, spelling, longest })))
     }
 
     /// Adds no special tokens; those that the text spells are recognised.
@@ -68,6 +73,12 @@ impl Tokenizer {
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         let kept: Vec<u32> = ids.iter().copied().filter(|id| !self.0.skipped.contains(id)).collect();
         self.0.tokenizer.decode(&kept, false).unwrap_or_default()
+    }
+
+    /// The bytes that one token stands for, special or not; they need not be whole characters. None where the id is no
+    /// token.
+    pub(crate) fn bytes(&self, id: u32) -> Vec<u8> {
+        self.0.spelling.bytes(&self.0.tokenizer, id)
     }
 
     /// Bytes of text that one token stands for at most.

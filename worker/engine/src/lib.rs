@@ -26,4 +26,7 @@ pub use fingerprint::ModelFingerprint;
 pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
 pub use generation::{GenerationConfig, SamplingOverrides};
 pub use kv::{BlockAllocator, OutOfBlocks};
-pub use sample::{InvalidSampling, Sampling, sample};
+pub use sample::{
+    History, InvalidSampling, Logprobs, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampler, Sampling, SamplingParams,
+    logprobs,
+};
