@@ -50,7 +50,7 @@ impl InferenceService {
         if self.shared.draining.load(Ordering::SeqCst) {
             return Err(Status::unavailable("this worker leaves"));
         }
-        self.commands.try_send(Command::Submit(submission)).map_err(|error| match error {
+        self.commands.try_send(Command::Submit(Box::new(submission))).map_err(|error| match error {
             TrySendError::Full(_) => Status::resource_exhausted("the queue is full"),
             TrySendError::Disconnected(_) => Status::unavailable("this worker leaves"),
         })

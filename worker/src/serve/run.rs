@@ -25,7 +25,7 @@ pub(crate) type Events = tokio_mpsc::Sender<Result<v1::GenerateEvent, Status>>;
 
 /// What the thread is told.
 pub(crate) enum Command {
-    Submit(Submission),
+    Submit(Box<Submission>),
     /// Hand every sequence back, to go on elsewhere.
     Drain,
     Stop,
@@ -87,7 +87,7 @@ where
             match next_command(commands, idle, live.is_empty()) {
                 Next::Command(Command::Submit(submission)) => {
                     next_id += 1;
-                    self.submit(next_id, submission, &mut live);
+                    self.submit(next_id, *submission, &mut live);
                     idle = false;
                     continue;
                 }
@@ -288,7 +288,7 @@ mod tests {
         let (commands, receiver) = mpsc::sync_channel(8);
         let submit = |seed| {
             let (events, answer) = tokio_mpsc::channel(EVENTS);
-            commands.send(Command::Submit(submission(seed, events))).unwrap();
+            commands.send(Command::Submit(Box::new(submission(seed, events)))).unwrap();
             answer
         };
         let answers: Vec<_> = (0..3).map(submit).collect();

@@ -212,10 +212,10 @@ proptest! {
         }
         let resumed = &tokens[..prompt.len() + cut];
         let mut history = History::new(&sampling, resumed, prompt.len());
-        for position in resumed.len()..tokens.len() {
+        for (position, &wanted) in tokens.iter().enumerate().skip(resumed.len()) {
             // A sampler that saw nothing before.
             let token = Sampler::default().choose(&logits_at(logits.into(), position), &sampling, &history);
-            prop_assert_eq!(token, tokens[position]);
+            prop_assert_eq!(token, wanted);
             history.push(token);
         }
     }
