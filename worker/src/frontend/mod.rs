@@ -8,6 +8,7 @@ mod connections;
 mod control;
 mod fields;
 mod format;
+mod logprobs;
 mod model;
 mod openai;
 mod reasoning;
@@ -17,7 +18,6 @@ mod route;
 mod scripted;
 mod server;
 mod sse;
-mod stop;
 mod valid;
 mod workers;
 

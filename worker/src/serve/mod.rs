@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint};
+use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
@@ -223,6 +223,7 @@ impl Worker {
         let engine = Loop {
             kv: backend.allocate_kv(blocks),
             exchange: MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe()),
+            sampler: Sampler::default(),
             scheduler: Scheduler::new(bounds, blocks),
             shared: shared.clone(),
             backend: backend.clone(),

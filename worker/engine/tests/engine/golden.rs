@@ -107,16 +107,15 @@ struct Conversation {
 
 #[test]
 fn our_most_probable_token_is_transformers_wherever_theirs_is_clear() {
-    let backend = load("models/tiny-r1");
+    let reference = Reference::open(&model("models/tiny-r1")).unwrap();
     let heldout = std::fs::read(model("models/tiny-r1").join("heldout.json")).unwrap();
     let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
     assert_eq!(conversations.len(), 40);
     let (mut compared, mut positions) = (0, 0);
     for Conversation { ids, top } in &conversations {
-        let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
-        let logits = compute(&backend, &every_row(ids, &blocks(ids.len())), &mut kv).logits;
+        let logits = reference.forward(ids).unwrap().logits;
         for (position, (logits, [first, second])) in
-            logits.chunks_exact(backend.config().vocabulary()).zip(top).enumerate()
+            logits.chunks_exact(reference.config().vocabulary()).zip(top).enumerate()
         {
             positions += 1;
             if first.1 - second.1 > 0.02 {
