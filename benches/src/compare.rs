@@ -6,8 +6,9 @@ use std::process::Command;
 
 use crate::ours::Engine;
 use crate::peer::Peer;
-use crate::rows::{self, Numerics, Row};
+use crate::rows::{self, Row};
 use crate::{bandwidth, machine, model};
+use expertmesh_engine::Numerics;
 
 pub(crate) const MODEL: &str = "target/bench/model";
 pub(crate) const LLAMA: &str = "target/bench/llama";

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, LocalExchange, ModelConfig, NotResident, Span, Step, forward,
+    Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, ModelConfig, NotResident, Span, Step,
+    WeightFormat, forward,
 };
 
 use crate::busy::Busy;
 use crate::model::split_mix;
-use crate::rows::{self, Numerics, Row, Weights, Work};
+use crate::rows::{self, Row, Work};
 use crate::{compare, machine};
 
 #[derive(clap::Args)]
@@ -62,17 +63,17 @@ impl Engine {
     /// The model with all its experts, ready for a row; `None` where the engine has no such weights or numerics yet.
     ///
     /// The only place that knows how weights, numerics and threads are asked for.
-    pub(crate) fn load(model: &Path, row: &Row, _threads: usize) -> anyhow::Result<Option<Self>> {
-        if row.weights != Weights::Bf16 || row.numerics != Numerics::Pair {
-            return Ok(None);
-        }
-        let backend = CpuBackend::load(model, |_, _| ())?;
-        let config = backend.config();
-        for layer in config.first_moe_layer()..config.layers() {
-            for expert in 0..config.experts() as u32 {
-                backend.load(layer, expert)?;
-            }
-        }
+    pub(crate) fn load(model: &Path, row: &Row, threads: usize) -> anyhow::Result<Option<Self>> {
+        let options =
+            LoadOptions { weights: row.weights, numerics: row.numerics, threads, ..LoadOptions::default() };
+        let backend = CpuBackend::load(model, &options, |_, _| ())?;
+        let experts = backend.config().experts() as u32;
+        let all: Vec<_> = backend
+            .config()
+            .moe_layers()
+            .flat_map(|layer| (0..experts).map(move |expert| (layer, expert)))
+            .collect();
+        backend.load_experts(&all, |_| ())?;
         Ok(Some(Self { backend }))
     }
 
@@ -95,11 +96,11 @@ impl Engine {
 }
 
 /// Bytes of everything that every step reads, and of so many experts.
-fn bytes(config: &ModelConfig, weights: Weights, experts: f64) -> f64 {
+fn bytes(config: &ModelConfig, weights: WeightFormat, experts: f64) -> f64 {
     // Of the embeddings' table a step reads a row per token; the head is a matrix of its own.
     let embeddings = (config.vocabulary() * config.hidden() * 2) as u64;
-    let always = config.dense_bytes() - embeddings;
-    (always as f64 + experts * config.expert_bytes() as f64) * weights.bits() / Weights::Bf16.bits()
+    let always = config.dense_bytes(weights) - embeddings;
+    always as f64 + experts * config.expert_bytes(weights) as f64
 }
 
 /// Tokens per second of one sample; `observe` gets the experts that the rows of each layer and step chose.

@@ -11,6 +11,7 @@ use expertmesh_engine::{
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::generate::load;
 use crate::process::Fatal;
 
@@ -27,6 +28,10 @@ pub(crate) struct Args {
     /// Directory of the model: config.json, safetensors, golden.safetensors
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    computed_as: ComputedAs,
+    #[command(flatten)]
+    computed_with: ComputedWith,
     /// Write what was computed under the golden's names, f32 and i64
     #[arg(long, value_name = "OUT.safetensors")]
     dump: Option<PathBuf>,
@@ -45,7 +50,7 @@ fn verify(args: &Args) -> Result<bool, Fatal> {
 
     println!("{:<12} {:<12} {:<12} {:>10} {:>10}", "tensor", "shape", "verdict", "largest", "relative");
     let mut all_ok = reference_and_golden(&ours, &golden)?;
-    all_ok &= whole_and_chunks(&load(&args.model)?, &tokens)?;
+    all_ok &= whole_and_chunks(&load(&args.model, &args.computed_as.with(args.computed_with))?, &tokens)?;
     if let Some(path) = &args.dump {
         dump(&ours, path)?;
     }

@@ -107,7 +107,9 @@ fn a_wrong_shape_is_named_with_the_file_and_both_shapes() {
 fn a_wrong_type_is_named_with_the_file_and_both_types() {
     let copy = Copy::new("dtype");
     copy.change(O_PROJ, |tensor| tensor.1 = Dtype::I16);
-    let message = format!("tensor {O_PROJ} in model.safetensors: expected dtype BF16 or F16 or F32 or F8_E4M3, found I16");
+    let message = format!(
+        "tensor {O_PROJ} in model.safetensors: expected dtype BF16 or F16 or F32 or F8_E4M3, found I16"
+    );
     assert_eq!(copy.error(), ("InvalidTensor", message));
 }
 
