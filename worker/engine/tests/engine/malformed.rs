@@ -232,6 +232,47 @@ fn weights_in_f32_and_f16_are_the_numbers_they_are() {
 }
 
 #[test]
+fn biases_are_wanted_where_the_configuration_says_so_and_added_to_what_their_matrices_give() {
+    // qwen3-moe: 4 heads in 2 groups, of 24 each. The weights of a softmax sum to one, so that a bias of the values
+    // comes out multiplied with the output's matrix.
+    let copy = Copy::of("qwen3-moe", "bias");
+    let config = fs::read_to_string(copy.0.join("config.json")).unwrap();
+    fs::write(copy.0.join("config.json"), config.replacen('{', "{ \"attention_bias\": true,", 1)).unwrap();
+    assert_eq!(copy.reference_error().0, "MissingTensor");
+
+    let tensors = copy.tensors();
+    let name = |part: &str| format!("model.layers.0.self_attn.{part}");
+    let values: Vec<f32> = (0..48).map(|i| (i as f32 - 20.0) / 16.0).collect();
+    let out = tensors.iter().find(|tensor| tensor.0 == name("o_proj.weight")).unwrap();
+    let out = |row: usize, column: usize| {
+        let at = (row * 96 + column) * 2;
+        f32::from_bits(u32::from(u16::from_le_bytes([out.3[at], out.3[at + 1]])) << 16)
+    };
+    let mixed = |row| (0..96).map(|c| out(row, c) * values[c / 48 * 24 + c % 24]).sum::<f32>();
+    let moved: Vec<f32> = (0..64).map(mixed).collect();
+    let hidden = |biased: &str, bias: &[f32]| {
+        let mut tensors = tensors.clone();
+        for layer in 0..3 {
+            for (part, width) in [("q_proj", 96), ("k_proj", 48), ("v_proj", 48), ("o_proj", 64)] {
+                let chosen = layer == 0 && part == biased;
+                let bias = if chosen { bias.to_vec() } else { vec![0.0; width] };
+                let bytes = bias.iter().flat_map(|x: &f32| x.to_le_bytes()).collect();
+                let name = format!("model.layers.{layer}.self_attn.{part}.bias");
+                tensors.push((name, Dtype::F32, vec![width], bytes));
+            }
+        }
+        copy.write("model.safetensors", &tensors);
+        Reference::open(&copy.0).unwrap().forward(&[2, 3, 4, 5]).unwrap().hidden.concat()
+    };
+    let (of_values, of_output) = (hidden("v_proj", &values), hidden("o_proj", &moved));
+    assert!(relative(&of_values, &of_output) < 1e-5);
+    let unbiased = Reference::open(&model("golden/qwen3-moe")).unwrap().forward(&[2, 3, 4, 5]).unwrap();
+    assert_eq!(hidden("", &[]), unbiased.hidden.concat());
+    assert!(relative(&of_values, &unbiased.hidden.concat()) > 0.1);
+    assert!(relative(&hidden("k_proj", &values), &unbiased.hidden.concat()) > 1e-3);
+}
+
+#[test]
 fn a_module_that_predicts_further_may_be_left_out_and_not_by_half() {
     let copy = Copy::of("v3-mtp", "no-mtp");
     let whole = Reference::open(&copy.0).unwrap().forward(&[2, 3, 4]).unwrap();
