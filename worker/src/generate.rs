@@ -189,7 +189,7 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
     let template = ChatTemplate::load(&args.model)?;
     let text = if args.chat {
         let message = Message { role: "user".to_owned(), content: args.prompt.clone() };
-        let rendered = template.render(&[message], true);
+        let rendered = template.render(&[message], true, &serde_json::Map::new());
         rendered.map_err(|error| Fatal::new(error.reason(), error.to_string()))?
     } else {
         args.prompt.clone()
