@@ -33,20 +33,26 @@ impl Options {
             ValueKind::Number => out.push_str(&python::text(value)),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), out),
             ValueKind::Seq | ValueKind::Iterable => {
-                let write = |item: Value, out: &mut String| self.write(&item, depth + 1, out);
-                self.items(('[', ']'), value.try_iter()?.collect(), depth, out, write)?;
+                out.push('[');
+                for (at, item) in value.try_iter()?.enumerate() {
+                    self.before(at, depth, out);
+                    self.write(&item, depth + 1, out)?;
+                }
+                self.end(']', depth, out);
             }
             ValueKind::Map => {
+                out.push('{');
                 let mut keys: Vec<Value> = value.try_iter()?.collect();
                 if self.sort_keys {
                     keys.sort();
                 }
-                let write = |key: Value, out: &mut String| {
+                for (at, key) in keys.into_iter().enumerate() {
+                    self.before(at, depth, out);
                     self.string(&python::text(&key), out);
                     out.push_str(self.separators.as_ref().map_or(": ", |(_, colon)| colon));
-                    self.write(&value.get_item(&key)?, depth + 1, out)
-                };
-                self.items(('{', '}'), keys, depth, out, write)?;
+                    self.write(&value.get_item(&key)?, depth + 1, out)?;
+                }
+                self.end('}', depth, out);
             }
             kind => {
                 let problem = format!("{kind} is not JSON serializable");
@@ -56,28 +62,20 @@ impl Options {
         Ok(())
     }
 
-    fn items(
-        &self,
-        (open, close): (char, char),
-        items: Vec<Value>,
-        depth: usize,
-        out: &mut String,
-        write: impl Fn(Value, &mut String) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        out.push(open);
-        let empty = items.is_empty();
+    /// What stands before item `at` of a collection.
+    fn before(&self, at: usize, depth: usize, out: &mut String) {
         let default = if self.indent.is_some() { "," } else { ", " };
         let comma = self.separators.as_ref().map_or(default, |(comma, _)| comma);
-        for (at, item) in items.into_iter().enumerate() {
-            out.push_str(if at > 0 { comma } else { "" });
-            self.line(depth + 1, out);
-            write(item, out)?;
-        }
-        if !empty {
+        out.push_str(if at > 0 { comma } else { "" });
+        self.line(depth + 1, out);
+    }
+
+    /// Closes a collection, on a line of its own where it has items.
+    fn end(&self, close: char, depth: usize, out: &mut String) {
+        if !out.ends_with(['[', '{']) {
             self.line(depth, out);
         }
         out.push(close);
-        Ok(())
     }
 
     fn line(&self, depth: usize, out: &mut String) {
