@@ -74,18 +74,20 @@ def chats(client, model):
 def sampled(client, model):
     """What changes which tokens come: each field by an effect that only it has."""
     create = client.chat.completions.create
-    wishes = dict(model=model, messages=QUESTION, temperature=0, max_tokens=40, logprobs=True)
+    wishes = dict(model=model, messages=QUESTION, temperature=0, max_tokens=60, logprobs=True)
     ids = lambda **more: create(**{**wishes, **more, "extra_body": {"return_token_ids": True, **more.pop("extra_body", {})}}).choices[0].token_ids
     plain = ids()
     expect(plain[0] not in ids(logit_bias={str(plain[0]): -100}), "a token came though its bias is -100")
-    expect(ids(logit_bias={str(plain[5]): 100}) == [plain[5]] * 40, "another token came though one's bias is 100")
+    expect(ids(logit_bias={str(plain[5]): 100}) == [plain[5]] * 60, "another token came though one's bias is 100")
     expect(ids(max_tokens=6, logit_bias={str(plain[5]): 100}, frequency_penalty=2) == [plain[5]] * 6, "a penalty of 12 outweighed a bias of 100")
-    for field in ("frequency_penalty", "presence_penalty"):
-        expect(len(set(ids(**{field: 2}))) > len(set(plain)), f"{field} brought no other tokens")
-        expect(ids(**{field: 0}) == plain, f"{field} 0 changed the answer")
+    different = lambda **more: len(set(ids(temperature=2, seed=1, max_tokens=300, extra_body={"ignore_eos": True}, **more)))
+    for field in ("presence_penalty", "frequency_penalty"):
+        few, many = different(**{field: -2}), different(**{field: 2})
+        expect(few < many, f"{field} -2 gave {few} different tokens and 2 gave {many}")
+    expect(ids(frequency_penalty=0, presence_penalty=0, extra_body={"repetition_penalty": 1}) == plain, "penalties that are none changed the answer")
     expect(ids(extra_body={"repetition_penalty": 3}) != plain, "repetition_penalty changed nothing")
     last = plain[-1]
-    expect(last == 1 and len(plain) < 40, f"the answer has no end within 40 tokens: {plain}")
+    expect(last == 1 and len(plain) < 60, f"the answer has no end within 60 tokens: {plain}")
     longer = ids(extra_body={"min_tokens": len(plain) + 3})
     expect(longer[: len(plain) - 1] == plain[:-1] and last not in longer[: len(plain) + 2], "min_tokens let the answer end")
     expect(ids(extra_body={"stop_token_ids": [plain[4]]}) == plain[: plain.index(plain[4]) + 1], "a stop token did not end the answer")
