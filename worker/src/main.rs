@@ -10,6 +10,7 @@ mod sampling;
 mod serve;
 mod stop;
 mod template;
+mod text;
 mod tokenizer;
 mod verify;
 
