@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{
-    Backend, CpuBackend, GenerationConfig, Logprobs, ModelConfig, Sampling, SamplingOverrides,
+    Backend, CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::request::{Generated, Request};
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
 use crate::stop::Checked;
 use crate::template::{ChatTemplate, Message};
@@ -27,6 +28,10 @@ pub(crate) struct Args {
     /// The text to continue, or with --chat the user's message
     #[arg(long)]
     prompt: String,
+    #[command(flatten)]
+    computed_as: ComputedAs,
+    #[command(flatten)]
+    computed_with: ComputedWith,
     /// Render the prompt with the model's chat template
     #[arg(long)]
     chat: bool,
@@ -108,7 +113,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let prompt = encode(&args, &tokenizer, &config)?;
     let most = args.max_tokens.or(generation.max_new_tokens().map(|most| most as usize));
     let limit = most.unwrap_or(usize::MAX).min(config.max_positions() - prompt.len());
-    let backend = load(&args.model)?;
+    let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
     let mut text = Text::new(&tokenizer, args.stop.clone(), args.min_tokens);
@@ -209,18 +214,19 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
 }
 
 /// The model with all its experts; a progress bar where stderr is a terminal.
-pub(crate) fn load(model: &Path) -> Result<CpuBackend, Fatal> {
+pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
     let config = ModelConfig::read(model)?;
-    let experts = (config.layers() - config.first_moe_layer()) * config.experts();
-    let bar = ProgressBar::new(config.dense_bytes() + experts as u64 * config.expert_bytes());
+    let experts = config.moe_layers().count() * config.experts();
+    let bar = ProgressBar::new(
+        config.dense_bytes(options.weights) + experts as u64 * config.expert_bytes(options.weights),
+    );
     let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
     bar.set_style(style.expect("the template is a constant"));
-    let backend = CpuBackend::load(model, |done, _| bar.set_position(done))?;
-    for layer in config.first_moe_layer()..config.layers() {
-        for expert in 0..config.experts() as u32 {
-            bar.inc(backend.load(layer, expert)?);
-        }
-    }
+    let backend = CpuBackend::load(model, options, |done, _| bar.set_position(done))?;
+    let experts = config.experts() as u32;
+    let all: Vec<_> =
+        config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    backend.load_experts(&all, |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     Ok(backend)
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use expertmesh_engine::ModelConfig;
+use expertmesh_engine::{EngineError, ModelConfig, WeightFormat};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
 use k8s_openapi::Resource;
@@ -43,18 +43,19 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     let directory = deployment.model_below(&plan.root);
     let config =
         ModelConfig::read(&directory).with_context(|| format!("the model at {}", directory.display()))?;
-    print!("{}", render(&deployment, &shape(&config), u64::from(plan.disk) * 1_000_000));
+    let shape = shape(&config).with_context(|| format!("the model at {}", directory.display()))?;
+    print!("{}", render(&deployment, &shape, u64::from(plan.disk) * 1_000_000));
     Ok(())
 }
 
-fn shape(config: &ModelConfig) -> ModelShape {
-    ModelShape {
-        first_moe_layer: config.first_moe_layer() as u32,
+fn shape(config: &ModelConfig) -> Result<ModelShape, EngineError> {
+    Ok(ModelShape {
+        first_moe_layer: config.placed_layers()?.start as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
-        expert_bytes: config.expert_bytes(),
-        dense_bytes: config.dense_bytes(),
-    }
+        expert_bytes: config.expert_bytes(WeightFormat::Native),
+        dense_bytes: config.dense_bytes(WeightFormat::Native),
+    })
 }
 
 /// `disk` in bytes a second.
@@ -196,7 +197,7 @@ mod tests {
         let mut deployment = manifest::read(&top.join("deploy/samples/tiny-r1.yaml")).unwrap();
         (deployment.desired.workers, deployment.desired.min_replicas) = (workers, copies);
         let config = ModelConfig::read(&deployment.model_below(&top.join("tests"))).unwrap();
-        render(&deployment, &shape(&config), 1_000_000_000)
+        render(&deployment, &shape(&config).unwrap(), 1_000_000_000)
     }
 
     #[test]

@@ -53,11 +53,11 @@ pub struct ExpertGroup {
 }
 
 /// What a layer's first half leaves to do.
-pub enum Attended<Rows> {
+pub enum Attended<Activations> {
     /// A dense layer: complete.
     Dense,
     /// A mixture-of-experts layer: its normed rows (rows, hidden) and where they go.
-    Moe { normed: Rows, routes: Routes },
+    Moe { normed: Activations, routes: Routes },
 }
 
 /// An expert that was asked to compute and is not resident.
@@ -72,9 +72,11 @@ pub struct NotResident {
 /// serves peers, so that computing takes `&self`. It trusts its caller: a token, a position, a block or a row that
 /// does not exist panics.
 pub trait Backend: Send + Sync + 'static {
-    /// A matrix of rows on the device.
+    /// A matrix of f32 rows on the device: the residual stream, logits.
     type Rows: Send;
-    /// The paged latent cache, all layers.
+    /// A matrix of bf16 rows on the device, (n, hidden): what goes into experts and comes out of them, here and elsewhere.
+    type Activations: Send;
+    /// The paged cache, all layers.
     type Kv: Send;
 
     fn config(&self) -> &ModelConfig;
@@ -93,19 +95,19 @@ pub trait Backend: Send + Sync + 'static {
         step: &Step,
         hidden: &mut Self::Rows,
         kv: &mut Self::Kv,
-    ) -> Attended<Self::Rows>;
+    ) -> Attended<Self::Activations>;
 
-    /// The shared expert of every row: (rows, hidden).
-    fn shared(&self, layer: usize, normed: &Self::Rows) -> Self::Rows;
+    /// The shared expert of every row: (rows, hidden); zeros where the model has none.
+    fn shared(&self, layer: usize, normed: &Self::Activations) -> Self::Rows;
 
     /// Experts of their groups' rows: (Σ rows of groups, hidden), in the groups' order, unweighted. A row's
     /// result depends on nothing else that is in `inputs`.
     fn experts(
         &self,
         layer: usize,
-        inputs: &Self::Rows,
+        inputs: &Self::Activations,
         groups: &[ExpertGroup],
-    ) -> Result<Self::Rows, NotResident>;
+    ) -> Result<Self::Activations, NotResident>;
 
     /// `hidden + (shared + Σ wₑ·yₑ)`, e ascending; `answers` is (rows · top_k, hidden) in the order of `routes`.
     fn combine(
@@ -114,23 +116,23 @@ pub trait Backend: Send + Sync + 'static {
         hidden: &mut Self::Rows,
         shared: &Self::Rows,
         routes: &Routes,
-        answers: &Self::Rows,
+        answers: &Self::Activations,
     );
 
     /// The last norm and the head for every span that wants logits: (spans, vocabulary).
     fn logits(&self, step: &Step, hidden: &Self::Rows) -> Self::Rows;
 
-    /// A zeroed matrix of `rows` rows of the model's hidden size.
-    fn zeros(&self, rows: usize) -> Self::Rows;
-
-    /// The chosen rows, in the order of `which`.
-    fn select(&self, rows: &Self::Rows, which: &[u32]) -> Self::Rows;
+    /// Zeros: (rows, hidden).
+    fn zeros(&self, rows: usize) -> Self::Activations;
 
     /// Copies row i of `from` to row `at[i]` of `into`.
-    fn scatter(&self, from: &Self::Rows, at: &[u32], into: &mut Self::Rows);
+    fn scatter(&self, from: &Self::Activations, at: &[u32], into: &mut Self::Activations);
 
-    /// From host memory: (n, hidden).
-    fn upload(&self, rows: &[f32]) -> Self::Rows;
+    /// Bits of bf16 from host memory: (n, hidden).
+    fn upload(&self, rows: &[u16]) -> Self::Activations;
+
+    /// To host memory, row-major: (n, hidden). Waits for what was enqueued.
+    fn download_activations(&self, rows: &Self::Activations) -> Vec<u16>;
 
     /// To host memory, row-major. Waits for what was enqueued.
     fn download(&self, rows: &Self::Rows) -> Vec<f32>;

@@ -10,6 +10,9 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::EngineError;
+use crate::config::FP8_BLOCK;
+use crate::fp8;
+use crate::names::scales_of;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -86,6 +89,22 @@ impl SafetensorsFile {
         }
         self.typed(name, dtypes)
     }
+
+    /// A tensor of exactly this shape and one of these types of weights without NaN or infinity; in fp8 its scales
+    /// are still to be read.
+    fn weights(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<Tensor<'_>, EngineError> {
+        let (dtype, bytes) = self.shaped(name, shape, dtypes)?;
+        let tensor = match dtype {
+            Dtype::BF16 => Tensor::Bf16(Bf16(bytes.as_chunks().0)),
+            Dtype::F16 => Tensor::F16(bytes.as_chunks().0),
+            Dtype::F32 => Tensor::F32(bytes.as_chunks().0),
+            _ => Tensor::Fp8 { codes: bytes, scales: Vec::new() },
+        };
+        match tensor.not_finite() {
+            Some(at) => Err(self.invalid(name, format!("element {at} is not finite"))),
+            None => Ok(tensor),
+        }
+    }
 }
 
 /// Maps a file for reading.
@@ -113,6 +132,62 @@ impl Bf16<'_> {
     #[inline(always)]
     pub(crate) fn bits(&self, at: usize) -> u16 {
         u16::from_le_bytes(self.0[at])
+    }
+}
+
+/// A matrix as it is stored, checked: none of its elements is NaN or infinite.
+pub(crate) enum Tensor<'a> {
+    Bf16(Bf16<'a>),
+    /// The bits of IEEE 754 halves, row-major.
+    F16(&'a [[u8; 2]]),
+    /// Row-major.
+    F32(&'a [[u8; 4]]),
+    /// An element is its code's number (e4m3) times its block's scale.
+    Fp8 {
+        /// Row-major.
+        codes: &'a [u8],
+        /// (⌈rows / 128⌉, ⌈columns / 128⌉), positive.
+        scales: Vec<f32>,
+    },
+}
+
+impl Tensor<'_> {
+    /// The first element that is NaN or infinite: all its exponent bits are set, in fp8 all but the sign.
+    fn not_finite(&self) -> Option<usize> {
+        let all_set = |bits: &[u8; 2], exponent: u16| u16::from_le_bytes(*bits) & exponent == exponent;
+        match self {
+            Self::Bf16(Bf16(weights)) => weights.iter().position(|bits| all_set(bits, 0x7f80)),
+            Self::F16(weights) => weights.iter().position(|bits| all_set(bits, 0x7c00)),
+            Self::F32(weights) => weights.iter().position(|&bits| !f32::from_le_bytes(bits).is_finite()),
+            Self::Fp8 { codes, .. } => codes.iter().position(|code| code & 0x7f == 0x7f),
+        }
+    }
+
+    /// One row in f32: exact, but for fp8, whose product with the scale is rounded. `out` is (columns).
+    pub(crate) fn widen_row(&self, row: usize, out: &mut [f32]) {
+        let first = row * out.len();
+        match self {
+            Self::Bf16(weights) => {
+                (first..).zip(out).for_each(|(at, out)| *out = widen(weights.bits(at)));
+            }
+            Self::F16(weights) => {
+                let weights = weights[first..].iter().map(|&bits| widen_half(u16::from_le_bytes(bits)));
+                out.iter_mut().zip(weights).for_each(|(out, weight)| *out = weight);
+            }
+            Self::F32(weights) => {
+                let weights = weights[first..].iter().map(|&bits| f32::from_le_bytes(bits));
+                out.iter_mut().zip(weights).for_each(|(out, weight)| *out = weight);
+            }
+            Self::Fp8 { codes, scales } => {
+                let codes = &codes[first..][..out.len()];
+                let blocks = out.len().div_ceil(FP8_BLOCK);
+                let scales = &scales[row / FP8_BLOCK * blocks..][..blocks];
+                let blocks = codes.chunks(FP8_BLOCK).zip(out.chunks_mut(FP8_BLOCK)).zip(scales);
+                for ((codes, out), scale) in blocks {
+                    codes.iter().zip(out).for_each(|(&code, out)| *out = fp8::NUMBERS[code as usize] * scale);
+                }
+            }
+        }
     }
 }
 
@@ -164,30 +239,55 @@ impl Checkpoint {
         self.homes.get(name).map(|&home| &self.files[home]).ok_or_else(missing)
     }
 
+    /// Whether there is a tensor of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.homes.contains_key(name)
+    }
+
     /// A bf16 tensor of exactly this shape without NaN or infinity.
     pub(crate) fn bf16(&self, name: &str, shape: &[usize]) -> Result<Bf16<'_>, EngineError> {
-        let file = self.home(name)?;
-        let bits = file.shaped(name, shape, &[Dtype::BF16])?.1.as_chunks().0;
-        // All exponent bits set: NaN or infinity.
-        match bits.iter().position(|&bits| u16::from_le_bytes(bits) & 0x7f80 == 0x7f80) {
-            Some(at) => Err(file.invalid(name, format!("element {at} is not finite"))),
-            None => Ok(Bf16(bits)),
+        match self.home(name)?.weights(name, shape, &[Dtype::BF16])? {
+            Tensor::Bf16(bits) => Ok(bits),
+            _ => unreachable!("its type was asked for"),
         }
     }
 
-    /// A small tensor, widened to f32: bf16 or f32, of exactly this shape, without NaN or infinity.
-    pub(crate) fn widened(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
-        let file = self.home(name)?;
-        let values: Vec<f32> = match file.shaped(name, shape, &[Dtype::BF16, Dtype::F32])? {
-            (Dtype::F32, bytes) => {
-                bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
-            }
-            (_, bytes) => bytes.as_chunks().0.iter().map(|&bits| widen(u16::from_le_bytes(bits))).collect(),
-        };
-        match values.iter().position(|value| !value.is_finite()) {
-            Some(at) => Err(file.invalid(name, format!("element {at} is not finite"))),
-            None => Ok(values),
+    /// A matrix of exactly this shape without NaN or infinity: bf16, f16, f32, or fp8 with the scales of its blocks.
+    pub(crate) fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor<'_>, EngineError> {
+        let dtypes = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
+        let mut tensor = self.home(name)?.weights(name, &[rows, columns], &dtypes)?;
+        if let Tensor::Fp8 { scales, .. } = &mut tensor {
+            *scales = self.scales(name, rows, columns)?;
         }
+        Ok(tensor)
+    }
+
+    /// The scales of an fp8 matrix: (⌈rows / 128⌉, ⌈columns / 128⌉), in f32, bf16 or ue8m0. Where
+    /// `scale_fmt` says that they are powers of two, f32 holds them as well.
+    fn scales(&self, matrix: &str, rows: usize, columns: usize) -> Result<Vec<f32>, EngineError> {
+        let name = scales_of(matrix);
+        let file = self.home(&name)?;
+        let shape = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
+        let scales = match file.shaped(&name, &shape, &[Dtype::F32, Dtype::BF16, Dtype::F8_E8M0])? {
+            (Dtype::F32, bytes) => bytes.as_chunks().0.iter().map(|&bits| f32::from_le_bytes(bits)).collect(),
+            (Dtype::BF16, bytes) => {
+                bytes.as_chunks().0.iter().map(|&bits| widen(u16::from_le_bytes(bits))).collect()
+            }
+            (_, bytes) => bytes.iter().map(|&exponent| fp8::power_of_two(exponent)).collect::<Vec<f32>>(),
+        };
+        let usable = |scale: f32| scale > 0.0 && (scale * fp8::MAX).is_finite();
+        match scales.iter().position(|&scale| !usable(scale)) {
+            Some(at) => Err(file.invalid(&name, format!("element {at} is {}, not a scale", scales[at]))),
+            None => Ok(scales),
+        }
+    }
+
+    /// A small tensor, widened to f32: bf16, f16 or f32, of exactly this shape, without NaN or infinity.
+    pub(crate) fn widened(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
+        let tensor = self.home(name)?.weights(name, shape, &[Dtype::BF16, Dtype::F16, Dtype::F32])?;
+        let mut values = vec![0.0; shape.iter().product()];
+        tensor.widen_row(0, &mut values);
+        Ok(values)
     }
 
     /// Every tensor, sorted by name: (name, dtype, shape, bytes).
@@ -214,4 +314,37 @@ impl Checkpoint {
 #[inline(always)]
 pub(crate) fn widen(bits: u16) -> f32 {
     f32::from_bits((bits as u32) << 16)
+}
+
+/// An IEEE 754 half to f32, exactly.
+fn widen_half(bits: u16) -> f32 {
+    let sign = u32::from(bits & 0x8000) << 16;
+    let magnitude = u32::from(bits & 0x7fff);
+    let scaled = match magnitude >> 10 {
+        // Subnormal: multiples of 2⁻²⁴.
+        0 => magnitude as f32 / (1 << 24) as f32,
+        31 => f32::from_bits(0x7f80_0000 | magnitude << 13),
+        _ => f32::from_bits((magnitude << 13) + (112 << 23)),
+    };
+    f32::from_bits(scaled.to_bits() | sign)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_widen_to_the_numbers_they_are() {
+        let numbers = [
+            (0x3c00, 1.0),
+            (0xc000, -2.0),
+            (0x7bff, 65504.0),
+            (0x0001, 5.960_464_5e-8),
+            (0x3555, 0.333_251_95),
+        ];
+        numbers.iter().for_each(|&(bits, number)| assert_eq!(widen_half(bits), number));
+        assert_eq!(widen_half(0x8000).to_bits(), (-0.0f32).to_bits());
+        assert_eq!(widen_half(0x0400), 2f32.powi(-14));
+        assert!(widen_half(0x7c00).is_infinite() && widen_half(0x7e00).is_nan());
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-/// Why a model cannot be loaded.
+/// Why a model cannot be loaded, or not compute what it is asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
     #[error("no model at {}: {problem}", path.display())]
@@ -21,8 +21,17 @@ pub enum EngineError {
     #[error("tensor {tensor} in {}: {problem}", file.display())]
     InvalidTensor { tensor: String, file: PathBuf, problem: String },
 
+    #[error("the model has no expert {expert} in layer {layer}")]
+    UnknownExpert { layer: usize, expert: u32 },
+
+    #[error("no memory for {bytes} bytes of weights: {problem}")]
+    OutOfMemory { bytes: usize, problem: String },
+
     #[error("{}: {problem}", file.display())]
     InvalidCheckpoint { file: PathBuf, problem: String },
+
+    #[error("token {token} is not in the vocabulary of {vocabulary}")]
+    UnknownToken { token: u32, vocabulary: usize },
 }
 
 impl EngineError {
@@ -34,7 +43,10 @@ impl EngineError {
             Self::InvalidConfig { .. } => "InvalidConfig",
             Self::MissingTensor { .. } => "MissingTensor",
             Self::InvalidTensor { .. } => "InvalidTensor",
+            Self::UnknownExpert { .. } => "UnknownExpert",
+            Self::OutOfMemory { .. } => "OutOfMemory",
             Self::InvalidCheckpoint { .. } => "InvalidCheckpoint",
+            Self::UnknownToken { .. } => "UnknownToken",
         }
     }
 }

@@ -5,9 +5,9 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::EngineError;
 use crate::checkpoint::Checkpoint;
 use crate::config::read_json;
+use crate::{EngineError, ModelConfig, Numerics, WeightFormat};
 
 /// Tensors whose bytes are looked at, evenly chosen among all, and how many bytes of each.
 const SAMPLED_TENSORS: usize = 1024;
@@ -21,7 +21,11 @@ const IRRELEVANT: &[&str] = &[
     "aux_loss_alpha",
     "ep_size",
     "initializer_range",
+    "max_window_layers",
+    "output_router_logits",
     "pretraining_tp",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
     "seq_aux",
     "transformers_version",
     "use_cache",
@@ -40,13 +44,9 @@ pub struct ModelFingerprint {
     pub numerics: String,
 }
 
-/// The reference's rules. The number goes up whenever any sum, product or function may round otherwise than before, so
-/// that workers of two releases do not mix their bits.
-const NUMERICS: &str = "f32-1";
-
 impl ModelFingerprint {
-    /// Reads the fingerprint of a model's directory, as [`CpuBackend`](crate::CpuBackend) computes it.
-    pub fn read(model: &Path) -> Result<Self, EngineError> {
+    /// Reads the fingerprint of a model's directory, as [`CpuBackend`](crate::CpuBackend) computes it with these options.
+    pub fn read(model: &Path, weights: WeightFormat, numerics: Numerics) -> Result<Self, EngineError> {
         let config = read_json(model, "config.json")?.unwrap_or_default();
         let config: Value = serde_json::from_str(&config).map_err(|error| EngineError::InvalidConfig {
             file: "config.json",
@@ -54,9 +54,9 @@ impl ModelFingerprint {
         })?;
         Ok(Self {
             architecture: format!("{:x}", Sha256::digest(canonical(&config))),
-            weights: weights(&Checkpoint::open(model)?),
-            format: "bf16".to_owned(),
-            numerics: NUMERICS.to_owned(),
+            weights: weights_of(&Checkpoint::open(model)?),
+            format: weights.resolved(&ModelConfig::read(model)?).name().to_owned(),
+            numerics: numerics.id().to_owned(),
         })
     }
 
@@ -99,7 +99,7 @@ fn sorted(value: &Value) -> String {
     }
 }
 
-fn weights(checkpoint: &Checkpoint) -> String {
+fn weights_of(checkpoint: &Checkpoint) -> String {
     let mut hash = Sha256::new();
     for size in checkpoint.sizes() {
         hash.update(size.to_le_bytes());

@@ -11,7 +11,7 @@ pub trait Exchange<B: Backend> {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
     ) -> Result<(), Self::Error>;
 
@@ -20,9 +20,9 @@ pub trait Exchange<B: Backend> {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
-    ) -> Result<B::Rows, Self::Error>;
+    ) -> Result<B::Activations, Self::Error>;
 }
 
 /// What a layer left behind, for whoever compares.
@@ -87,7 +87,7 @@ pub struct LocalExchange;
 impl<B: Backend> Exchange<B> for LocalExchange {
     type Error = NotResident;
 
-    fn dispatch(&mut self, _: &B, _: usize, _: &B::Rows, _: &Routes) -> Result<(), NotResident> {
+    fn dispatch(&mut self, _: &B, _: usize, _: &B::Activations, _: &Routes) -> Result<(), NotResident> {
         Ok(())
     }
 
@@ -95,9 +95,9 @@ impl<B: Backend> Exchange<B> for LocalExchange {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
-    ) -> Result<B::Rows, NotResident> {
+    ) -> Result<B::Activations, NotResident> {
         let grouped = group(routes, |_| true);
         let computed = backend.experts(layer, normed, &grouped.groups)?; // (rows · top_k, hidden), by expert
         let mut answers = backend.zeros(routes.experts.len()); // (rows · top_k, hidden), by row

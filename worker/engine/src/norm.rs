@@ -14,7 +14,8 @@ pub(crate) fn rms_norm(rows: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 }
 
 /// Lane i sums the squares of elements i, i + 16, …; then the lanes are summed, ascending.
-fn mean_square(row: &[f32]) -> f32 {
+#[inline(always)]
+pub(crate) fn mean_square(row: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
     for chunk in row.chunks(LANES) {
         for (lane, x) in lanes.iter_mut().zip(chunk) {

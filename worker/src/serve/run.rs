@@ -249,7 +249,7 @@ fn next_command(commands: &Receiver<Command>, idle: bool, empty: bool) -> Next {
 mod tests {
     use std::path::Path;
 
-    use expertmesh_engine::{CpuBackend, LocalExchange, SamplingParams};
+    use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange, SamplingParams};
     use prometheus::Registry;
 
     use super::super::scheduler::Bounds;
@@ -305,9 +305,9 @@ mod tests {
     #[test]
     fn a_sequence_that_gave_its_cache_to_an_older_one_goes_on_with_the_same_tokens() {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
-        let backend = Arc::new(CpuBackend::load(&model, |_, _| ()).unwrap());
+        let backend = Arc::new(CpuBackend::load(&model, &LoadOptions::default(), |_, _| ()).unwrap());
         let config = backend.config();
-        for layer in config.first_moe_layer()..config.layers() {
+        for layer in config.moe_layers() {
             for expert in 0..config.experts() as u32 {
                 backend.load(layer, expert).unwrap();
             }

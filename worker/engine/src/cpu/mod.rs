@@ -1,90 +1,191 @@
-//! The reference: f32 on bf16 weights, one thread, the same bits on every machine.
+//! The processor: packed weights, kernels for its instruction sets, threads. The same bits on every machine.
 //!
-//! Weights are widened exactly; a product is rounded and then added in f32; every sum has one order that depends on
-//! shapes and positions alone; exponentials and angles come from the `libm` crate.
+//! What a row computes depends on the numerics, on the weights' format and on the row's own sequence; not on the
+//! instruction set, the number of threads, or what else is computed with it.
+
+#![allow(unsafe_code, reason = "kernels, threads that borrow, and memory that is mapped")]
 
 mod attention;
-mod latent;
-#[cfg(test)]
-mod oracle;
-mod packed;
+mod blob;
+pub(crate) mod isa;
+mod kernel;
+mod math;
+mod matrix;
+mod norm;
+pub(crate) mod parts;
+mod pool;
+mod products;
+mod rows;
 mod swiglu;
+pub(crate) mod threads;
 mod weights;
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-pub(crate) use packed::packed_bytes;
-use swiglu::SwiGlu;
-use weights::{Dense, FeedForward, Loader};
+pub(crate) use attention::kv_stride;
+use attention::{Surroundings, places};
+use isa::Isa;
+use norm::norm_rows;
+use parts::{Plan, WeightFormat};
+use pool::{Pool, Shares};
+use products::{Columns, Compute, Input, Product, multiply};
+pub use rows::{CpuActivations, CpuRows};
+use swiglu::{SwiGlu, gate_up};
+use weights::{Ends, FeedForward, Layer, pack_blob};
 
 use crate::backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Routes, Step};
 use crate::checkpoint::{Checkpoint, widen};
 use crate::rope::Rope;
-use crate::{EngineError, ModelConfig, gate, norm};
+use crate::{EngineError, ModelConfig, Numerics, gate};
+
+/// Rows from which on the gate's choice is spread over threads.
+const ROUTED_ROWS: usize = 32;
+
+/// How a model is held and computed.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    pub weights: WeightFormat,
+    pub numerics: Numerics,
+    pub isa: Isa,
+    /// The calling thread included.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    /// The weights as they are stored, `pair`, all that this machine has.
+    fn default() -> Self {
+        Self {
+            weights: WeightFormat::default(),
+            numerics: Numerics::default(),
+            isa: Isa::detect(),
+            threads: threads::compute_threads(),
+        }
+    }
+}
 
 /// The processor.
 pub struct CpuBackend {
     config: ModelConfig,
+    weights: WeightFormat,
     checkpoint: Checkpoint,
     rope: Rope,
-    dense: Dense,
-    /// (mixture-of-experts layers, experts)
+    compute: Compute,
+    ends: Ends,
+    layers: Vec<Layer>,
+    /// (layers, experts); those of dense layers stay empty.
     experts: Vec<RwLock<Option<Arc<SwiGlu>>>>,
 }
 
-/// A matrix in memory.
-#[derive(Debug, Clone, PartialEq)]
-pub struct CpuRows {
-    width: usize,
-    /// (rows, width)
-    data: Vec<f32>,
-}
-
-/// Latents and rotated keys in f32, normed and rotated before they are stored.
+/// Keys and values in bf16, normed and rotated before they are stored.
 pub struct CpuKv {
-    /// Per layer (blocks, 64, latent + rope).
-    layers: Vec<Vec<f32>>,
+    /// Per layer (blocks, 64, stride).
+    layers: Vec<Vec<u16>>,
 }
 
 impl CpuBackend {
     /// Reads and packs all but the routed experts; `progress` gets (done, total) in bytes.
-    pub fn load(model: &Path, progress: impl FnMut(u64, u64)) -> Result<Self, EngineError> {
+    pub fn load(
+        model: &Path,
+        options: &LoadOptions,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
         let config = ModelConfig::read(model)?;
         let checkpoint = Checkpoint::open(model)?;
-        let dense = Loader::new(&checkpoint, &config, progress).dense()?;
-        let experts = (config.layers - config.first_moe_layer) * config.experts();
-        let experts = (0..experts).map(|_| RwLock::new(None)).collect();
-        Ok(Self { rope: Rope::new(&config.attention), config, checkpoint, dense, experts })
+        let plan = Plan::new(&config, options.weights);
+        let (mut done, total) = (0, config.dense_bytes(options.weights));
+        let mut advance = |bytes: usize| {
+            done += bytes as u64;
+            progress(done, total);
+        };
+        let ends = pack_blob(&checkpoint, &plan.ends())?;
+        advance(ends.bytes().len());
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            let blob = pack_blob(&checkpoint, &plan.layer(layer))?;
+            advance(blob.bytes().len());
+            layers.push(Layer::view(&config, &plan, layer, &blob));
+        }
+        Ok(Self {
+            ends: Ends::view(&plan, &ends),
+            weights: options.weights,
+            rope: Rope::new(&config.rope, &config.attention, config.max_positions),
+            compute: Compute {
+                pool: Pool::new(options.threads),
+                isa: options.isa,
+                numerics: options.numerics,
+            },
+            experts: (0..config.layers * config.experts()).map(|_| RwLock::new(None)).collect(),
+            layers,
+            checkpoint,
+            config,
+        })
+    }
+
+    /// How weights are stored, how sums are ordered, which instructions compute, and on how many threads.
+    pub fn options(&self) -> LoadOptions {
+        let Compute { pool, isa, numerics } = &self.compute;
+        LoadOptions { weights: self.weights, numerics: *numerics, isa: *isa, threads: pool.threads() }
+    }
+
+    /// Makes experts resident on all threads, while nothing is computed; `progress` gets each one's bytes.
+    pub fn load_experts(
+        &self,
+        experts: &[(usize, u32)],
+        progress: impl Fn(u64) + Sync,
+    ) -> Result<(), EngineError> {
+        let failure = std::sync::Mutex::new(None);
+        self.compute.pool.run(experts.len(), &|unit| {
+            let (layer, expert) = experts[unit];
+            match self.load(layer, expert) {
+                Ok(bytes) => progress(bytes),
+                Err(error) => {
+                    drop(failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error))
+                }
+            }
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     fn slot(&self, layer: usize, expert: u32) -> Option<&RwLock<Option<Arc<SwiGlu>>>> {
         let known = self.config.is_moe(layer) && (expert as usize) < self.config.experts();
-        known.then(|| {
-            &self.experts[(layer - self.config.first_moe_layer) * self.config.experts() + expert as usize]
-        })
+        known.then(|| &self.experts[layer * self.config.experts() + expert as usize])
     }
 
     fn resident(&self, layer: usize, expert: u32) -> Option<Arc<SwiGlu>> {
         self.slot(layer, expert)?.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn rows(&self, data: Vec<f32>) -> CpuRows {
-        CpuRows { width: self.config.hidden, data }
+    fn norm(&self, rows: &CpuRows, weight: &[f32]) -> CpuActivations {
+        norm_rows(&self.compute, rows, weight, self.config.norm_eps)
     }
 
-    fn norm(&self, rows: &[f32], weight: &[f32]) -> Vec<f32> {
-        norm::rms_norm(rows, weight, self.config.norm_eps)
+    /// One feed-forward part of all rows: (rows, hidden).
+    fn swiglu(&self, part: &SwiGlu, x: &CpuActivations) -> CpuRows {
+        let inner = gate_up(&self.compute, &[(part, 0..x.rows())], x); // (rows, inner)
+        let mut out = CpuRows::zeros(x.rows(), self.config.hidden);
+        let input = Input::new(&inner, part.down.shape.format);
+        multiply(&self.compute, &[Product::to_f32(&part.down, &input, 0..x.rows(), &mut out)]);
+        out
     }
-}
 
-impl CpuRows {
-    fn row(&self, row: usize) -> &[f32] {
-        &self.data[row * self.width..][..self.width]
-    }
-
-    fn select(&self, which: &[u32]) -> Vec<f32> {
-        which.iter().flat_map(|&row| self.row(row as usize)).copied().collect() // (which, width)
+    fn route(&self, logits: &CpuRows, bias: &[f32]) -> Routes {
+        let gate = &self.config.gate;
+        if logits.rows() < ROUTED_ROWS {
+            return gate::route(gate, &logits.data, bias);
+        }
+        let chunks: Vec<&[f32]> = logits.data.chunks(ROUTED_ROWS / 4 * gate.experts).collect();
+        let routed: Vec<std::sync::OnceLock<Routes>> =
+            chunks.iter().map(|_| std::sync::OnceLock::new()).collect();
+        self.compute.pool.run(chunks.len(), &|unit| {
+            routed[unit].get_or_init(|| gate::route(gate, chunks[unit], bias));
+        });
+        let mut all = Routes { top_k: gate.top_k, experts: Vec::new(), weights: Vec::new() };
+        for routes in routed.into_iter().filter_map(std::sync::OnceLock::into_inner) {
+            all.experts.extend(routes.experts);
+            all.weights.extend(routes.weights);
+        }
+        all
     }
 }
 
@@ -92,8 +193,18 @@ fn add(to: &mut [f32], what: &[f32]) {
     to.iter_mut().zip(what).for_each(|(to, what)| *to += what);
 }
 
+kernel::for_each_isa! {
+    /// sum += weight · answer
+    fn add_weighted(sum: &mut [f32], weight: f32, answer: &[u16]) {
+        for (sum, &answer) in sum.iter_mut().zip(answer) {
+            *sum += weight * widen(answer);
+        }
+    }
+}
+
 impl Backend for CpuBackend {
     type Rows = CpuRows;
+    type Activations = CpuActivations;
     type Kv = CpuKv;
 
     fn config(&self) -> &ModelConfig {
@@ -101,40 +212,52 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_kv(&self, blocks: usize) -> CpuKv {
-        let elements = blocks * BLOCK_TOKENS * self.config.attention.cached();
+        let elements = blocks * BLOCK_TOKENS * kv_stride(&self.config);
         // Layer by layer: zeroed pages cost nothing until they are used, copies of them would.
-        CpuKv { layers: (0..self.config.layers).map(|_| vec![0.0; elements]).collect() }
+        CpuKv { layers: (0..self.config.layers).map(|_| vec![0; elements]).collect() }
     }
 
     fn embed(&self, step: &Step) -> CpuRows {
         let hidden = self.config.hidden;
+        let table = self.ends.embeddings.bytes().as_chunks::<2>().0;
         let tokens = step.spans.iter().flat_map(|span| &span.tokens);
-        let rows = tokens.flat_map(|&token| &self.dense.embeddings[token as usize * hidden..][..hidden]);
-        self.rows(rows.map(|&bits| widen(bits)).collect()) // (rows, hidden)
+        let rows = tokens.flat_map(|&token| &table[token as usize * hidden..][..hidden]);
+        CpuRows { width: hidden, data: rows.map(|&bits| widen(u16::from_le_bytes(bits))).collect() } // (rows, hidden)
     }
 
-    fn attend(&self, layer: usize, step: &Step, hidden: &mut CpuRows, kv: &mut CpuKv) -> Attended<CpuRows> {
-        let weights = &self.dense.layers[layer];
-        let normed = self.norm(&hidden.data, &weights.attention_norm); // (rows, hidden)
-        let attended = weights.attention.attend(&self.rope, step, &normed, &mut kv.layers[layer]); // (rows, hidden)
-        add(&mut hidden.data, &attended);
-        let normed = self.norm(&hidden.data, &weights.feed_forward_norm); // (rows, hidden)
+    fn attend(
+        &self,
+        layer: usize,
+        step: &Step,
+        hidden: &mut CpuRows,
+        kv: &mut CpuKv,
+    ) -> Attended<CpuActivations> {
+        let weights = &self.layers[layer];
+        let normed = self.norm(hidden, &weights.attention_norm); // (rows, hidden)
+        let (compute, rope, norm_eps) = (&self.compute, &self.rope, self.config.norm_eps);
+        let around = Surroundings { compute, rope, norm_eps, places: places(rope, step) };
+        let attended = weights.attention.attend(&around, &normed, &mut kv.layers[layer]); // (rows, hidden)
+        add(&mut hidden.data, &attended.data);
+        let normed = self.norm(hidden, &weights.feed_forward_norm); // (rows, hidden)
         match &weights.feed_forward {
             FeedForward::Dense(dense) => {
-                add(&mut hidden.data, &dense.compute(&normed));
+                add(&mut hidden.data, &self.swiglu(dense, &normed).data);
                 Attended::Dense
             }
             FeedForward::Moe { gate, bias, .. } => {
-                let logits = gate.multiply(&normed); // (rows, experts)
-                let routes = gate::route(&self.config.gate, &logits, bias); // (rows, top_k)
-                Attended::Moe { normed: self.rows(normed), routes }
+                let mut logits = CpuRows::zeros(normed.rows(), self.config.experts()); // (rows, experts)
+                let input = Input::new(&normed, gate.shape.format);
+                multiply(compute, &[Product::to_f32(gate, &input, 0..normed.rows(), &mut logits)]);
+                let routes = self.route(&logits, bias); // (rows, top_k)
+                Attended::Moe { normed, routes }
             }
         }
     }
 
-    fn shared(&self, layer: usize, normed: &CpuRows) -> CpuRows {
-        match &self.dense.layers[layer].feed_forward {
-            FeedForward::Moe { shared, .. } => self.rows(shared.compute(&normed.data)), // (rows, hidden)
+    fn shared(&self, layer: usize, normed: &CpuActivations) -> CpuRows {
+        match &self.layers[layer].feed_forward {
+            FeedForward::Moe { shared: Some(shared), .. } => self.swiglu(shared, normed), // (rows, hidden)
+            FeedForward::Moe { shared: None, .. } => CpuRows::zeros(normed.rows(), self.config.hidden),
             FeedForward::Dense(_) => panic!("layer {layer} has no experts"),
         }
     }
@@ -142,17 +265,39 @@ impl Backend for CpuBackend {
     fn experts(
         &self,
         layer: usize,
-        inputs: &CpuRows,
+        inputs: &CpuActivations,
         groups: &[ExpertGroup],
-    ) -> Result<CpuRows, NotResident> {
-        let mut out =
-            Vec::with_capacity(groups.iter().map(|group| group.rows.len()).sum::<usize>() * inputs.width);
-        for group in groups {
+    ) -> Result<CpuActivations, NotResident> {
+        let resident = |group: &ExpertGroup| {
             let missing = NotResident { layer, expert: group.expert };
-            let expert = self.resident(layer, group.expert).ok_or(missing)?;
-            out.extend(expert.compute(&inputs.select(&group.rows))); // (rows of the group, hidden)
-        }
-        Ok(self.rows(out))
+            self.resident(layer, group.expert).ok_or(missing)
+        };
+        let experts = groups.iter().map(resident).collect::<Result<Vec<_>, _>>()?;
+        let which: Vec<u32> = groups.iter().flat_map(|group| &group.rows).copied().collect();
+        let gathered = inputs.select(&which); // (rows of all groups, hidden)
+        let mut end = 0;
+        let parts: Vec<_> = experts
+            .iter()
+            .zip(groups)
+            .map(|(expert, group)| {
+                end += group.rows.len();
+                (&**expert, end - group.rows.len()..end)
+            })
+            .collect();
+        let inner = gate_up(&self.compute, &parts, &gathered); // (rows of all groups, inner)
+        let mut out = CpuActivations::zeros(which.len(), self.config.hidden);
+        let Some((first, _)) = parts.first() else { return Ok(out) };
+        let input = Input::new(&inner, first.down.shape.format);
+        let mut columns = Columns::new(&mut out);
+        let products: Vec<Product> = parts
+            .iter()
+            .map(|(expert, rows)| {
+                Product::to_bf16(&expert.down, &input, rows.clone(), &mut columns, (rows.start, 0))
+            })
+            .collect();
+        multiply(&self.compute, &products);
+        drop(products);
+        Ok(out)
     }
 
     fn combine(
@@ -161,46 +306,56 @@ impl Backend for CpuBackend {
         hidden: &mut CpuRows,
         shared: &CpuRows,
         routes: &Routes,
-        answers: &CpuRows,
+        answers: &CpuActivations,
     ) {
         let (width, top_k) = (hidden.width, routes.top_k);
-        for (row, hidden) in hidden.data.chunks_exact_mut(width).enumerate() {
+        let rows = hidden.rows();
+        let shares = Shares::new(&mut hidden.data);
+        self.compute.pool.run(rows, &|row| {
             let mut sum = shared.row(row).to_vec(); // (hidden)
             for slot in row * top_k..(row + 1) * top_k {
-                let weight = routes.weights[slot];
-                sum.iter_mut().zip(answers.row(slot)).for_each(|(sum, answer)| *sum += weight * answer);
+                add_weighted(self.compute.isa, &mut sum, routes.weights[slot], answers.row(slot));
             }
-            add(hidden, &sum);
-        }
+            // SAFETY: each row is one unit's.
+            add(unsafe { shares.take(row * width..(row + 1) * width) }, &sum);
+        });
     }
 
     fn logits(&self, step: &Step, hidden: &CpuRows) -> CpuRows {
         let mut end = 0;
         let lasts = step.spans.iter().filter_map(|span| {
-            end += span.tokens.len() as u32;
+            end += span.tokens.len();
             span.logits.then(|| end - 1)
         });
-        let lasts = hidden.select(&lasts.collect::<Vec<_>>()); // (spans, hidden)
-        let data = self.dense.head.multiply(&self.norm(&lasts, &self.dense.norm)); // (spans, vocabulary)
-        CpuRows { width: self.config.vocabulary, data }
+        let data = lasts.flat_map(|row| hidden.row(row)).copied().collect();
+        let normed = self.norm(&CpuRows { width: hidden.width, data }, &self.ends.norm); // (spans, hidden)
+        let mut logits = CpuRows::zeros(normed.rows(), self.config.vocabulary); // (spans, vocabulary)
+        let input = Input::new(&normed, self.ends.head.shape.format);
+        multiply(&self.compute, &[Product::to_f32(&self.ends.head, &input, 0..normed.rows(), &mut logits)]);
+        logits
     }
 
-    fn zeros(&self, rows: usize) -> CpuRows {
-        self.rows(vec![0.0; rows * self.config.hidden])
+    fn zeros(&self, rows: usize) -> CpuActivations {
+        CpuActivations::zeros(rows, self.config.hidden)
     }
 
-    fn select(&self, rows: &CpuRows, which: &[u32]) -> CpuRows {
-        CpuRows { width: rows.width, data: rows.select(which) }
-    }
-
-    fn scatter(&self, from: &CpuRows, at: &[u32], into: &mut CpuRows) {
+    fn scatter(&self, from: &CpuActivations, at: &[u32], into: &mut CpuActivations) {
         for (row, &at) in at.iter().enumerate() {
-            into.data[at as usize * into.width..][..from.width].copy_from_slice(from.row(row));
+            into.row_mut(at as usize).copy_from_slice(from.row(row));
         }
     }
 
-    fn upload(&self, rows: &[f32]) -> CpuRows {
-        self.rows(rows.to_vec())
+    fn upload(&self, rows: &[u16]) -> CpuActivations {
+        let hidden = self.config.hidden;
+        let mut uploaded = CpuActivations::zeros(rows.len() / hidden, hidden);
+        for (row, values) in rows.chunks_exact(hidden).enumerate() {
+            uploaded.row_mut(row).copy_from_slice(values);
+        }
+        uploaded
+    }
+
+    fn download_activations(&self, rows: &CpuActivations) -> Vec<u16> {
+        (0..rows.rows()).flat_map(|row| rows.row(row)).copied().collect()
     }
 
     fn download(&self, rows: &CpuRows) -> Vec<f32> {
@@ -208,14 +363,16 @@ impl Backend for CpuBackend {
     }
 
     fn load(&self, layer: usize, expert: u32) -> Result<u64, EngineError> {
-        if let Some(resident) = self.resident(layer, expert) {
-            return Ok(resident.bytes());
+        let parts = Plan::new(&self.config, self.weights).expert(layer, expert);
+        let bytes = parts.bytes() as u64;
+        if self.is_resident(layer, expert) {
+            return Ok(bytes);
         }
-        let packed = Arc::new(Loader::new(&self.checkpoint, &self.config, |_, _| ()).expert(layer, expert)?);
-        let bytes = packed.bytes();
-        if let Some(slot) = self.slot(layer, expert) {
-            *slot.write().unwrap_or_else(PoisonError::into_inner) = Some(packed);
-        }
+        let Some(slot) = self.slot(layer, expert) else {
+            return Err(EngineError::UnknownExpert { layer, expert });
+        };
+        let packed = Arc::new(SwiGlu::view(parts.clone(), &pack_blob(&self.checkpoint, &parts)?));
+        *slot.write().unwrap_or_else(PoisonError::into_inner) = Some(packed);
         Ok(bytes)
     }
 

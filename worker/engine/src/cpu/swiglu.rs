@@ -1,27 +1,43 @@
 //! The feed-forward part: SwiGLU (arXiv 2002.05202), of a dense layer, of an expert, of the shared experts.
 
-use super::packed::Packed;
-use crate::gate::sigmoid;
+use super::matrix::{Format, Matrix};
+use super::products::{Columns, Compute, Input, Product, multiply};
+use super::rows::CpuActivations;
 
-/// Three matrices without bias.
+/// Gate and up as one matrix, then down.
 pub(crate) struct SwiGlu {
-    pub(crate) gate: Packed,
-    pub(crate) up: Packed,
-    pub(crate) down: Packed,
+    pub(crate) gate_up: Matrix,
+    pub(crate) down: Matrix,
 }
 
 impl SwiGlu {
-    /// (rows, hidden) → (rows, hidden).
-    pub(crate) fn compute(&self, rows: &[f32]) -> Vec<f32> {
-        let mut inner = self.gate.multiply(rows); // (rows, inner)
-        let up = self.up.multiply(rows); // (rows, inner)
-        for (gate, up) in inner.iter_mut().zip(up) {
-            *gate = *gate * sigmoid(*gate) * up;
-        }
-        self.down.multiply(&inner) // (rows, hidden)
+    /// Width of what is between.
+    pub(crate) fn inner(&self) -> usize {
+        self.gate_up.shape.outputs
     }
 
-    pub(crate) fn bytes(&self) -> u64 {
-        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    pub(crate) fn format(&self) -> Format {
+        self.gate_up.shape.format
     }
+}
+
+/// silu(gate·x) · (up·x) of consecutive rows of `x`, of each feed-forward part so many: (rows, inner), rounded.
+pub(crate) fn gate_up(
+    compute: &Compute,
+    parts: &[(&SwiGlu, std::ops::Range<usize>)],
+    x: &CpuActivations,
+) -> CpuActivations {
+    let Some((first, _)) = parts.first() else { return CpuActivations::zeros(0, 1) };
+    let mut inner = CpuActivations::zeros(x.rows(), first.inner());
+    let input = Input::new(x, first.format());
+    let mut columns = Columns::new(&mut inner);
+    let products: Vec<Product> = parts
+        .iter()
+        .map(|(part, rows)| {
+            Product::to_bf16(&part.gate_up, &input, rows.clone(), &mut columns, (rows.start, 0))
+        })
+        .collect();
+    multiply(compute, &products);
+    drop(products);
+    inner
 }

@@ -1,6 +1,6 @@
 //! A row's bits depend on its own sequence and on nothing else.
 
-use expertmesh_engine::{BLOCK_TOKENS, ExpertGroup};
+use expertmesh_engine::{BLOCK_TOKENS, ExpertGroup, WeightFormat};
 
 use super::*;
 
@@ -92,14 +92,15 @@ fn blocks_that_another_sequence_left_dirty_change_no_bit() {
 fn an_expert_gives_a_row_the_same_bits_in_every_group() {
     let backend = load("golden/v3");
     let hidden = backend.config().hidden();
-    let values: Vec<f32> = (0..9 * hidden).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+    let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 25.0;
+    let values: Vec<u16> = (0..9 * hidden).map(|i| (value(i).to_bits() >> 16) as u16).collect();
     let inputs = backend.upload(&values);
     let all = [ExpertGroup { expert: 5, rows: (0..9).collect() }];
-    let all = backend.download(&backend.experts(1, &inputs, &all).unwrap()); // (9, hidden)
+    let all = backend.download_activations(&backend.experts(1, &inputs, &all).unwrap()); // (9, hidden)
     for rows in [vec![8], vec![3, 0, 8], vec![7, 7]] {
         let groups =
             [ExpertGroup { expert: 2, rows: vec![1] }, ExpertGroup { expert: 5, rows: rows.clone() }];
-        let some = backend.download(&backend.experts(1, &inputs, &groups).unwrap()); // (1 + rows, hidden)
+        let some = backend.download_activations(&backend.experts(1, &inputs, &groups).unwrap()); // (1 + rows, hidden)
         for (at, &row) in rows.iter().enumerate() {
             assert_eq!(some[(1 + at) * hidden..][..hidden], all[row as usize * hidden..][..hidden]);
         }
@@ -119,6 +120,6 @@ fn an_expert_that_is_not_resident_is_named_and_computes_the_same_after_it_was_lo
     let missing = missing.err().unwrap();
     assert_eq!((missing.layer, missing.expert), (2, expert));
     let bytes = backend.load(2, expert).unwrap();
-    assert_eq!(bytes, backend.config().expert_bytes());
+    assert_eq!(bytes, backend.config().expert_bytes(WeightFormat::Native));
     assert_eq!(compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1)), before);
 }

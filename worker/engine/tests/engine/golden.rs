@@ -4,42 +4,97 @@ use super::*;
 
 const TOLERANCE: f64 = 1e-4;
 
-fn agrees_with_transformers(folder: &str) {
-    let (backend, (golden, ids)) = (load(folder), golden(folder));
-    let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
-    let record = compute(&backend, &every_row(&ids, &blocks(ids.len())), &mut kv);
-    for (layer, hidden) in record.hidden.iter().enumerate() {
-        let error = relative(hidden, &golden.f32(&format!("hidden.{layer}")).unwrap());
-        assert!(error <= TOLERANCE, "{folder}: hidden.{layer}: {error}");
+/// The papers' form against transformers: the experts identical, everything else within the tolerance.
+fn the_reference_agrees(folder: &str) {
+    let (reference, (golden, ids)) = (Reference::open(&model(folder)).unwrap(), golden(folder));
+    let trace = reference.forward(&ids).unwrap();
+    let mut compared = vec!["input_ids".to_owned()];
+    let mut close = |name: String, ours: &[f32]| {
+        let error = relative(ours, &golden.f32(&name).unwrap());
+        assert!(error <= TOLERANCE, "{folder}: {name}: {error}");
+        compared.push(name);
+    };
+    for (layer, (hidden, routes)) in trace.hidden.iter().zip(&trace.routes).enumerate() {
+        close(format!("hidden.{layer}"), hidden);
+        if let Some(routes) = routes {
+            let experts: Vec<i64> = routes.experts.iter().map(|&expert| expert.into()).collect();
+            assert_eq!(
+                experts,
+                golden.i64(&format!("experts.{layer}")).unwrap(),
+                "{folder}: experts.{layer}"
+            );
+            close(format!("weights.{layer}"), &routes.weights);
+        }
     }
-    for (layer, routes) in (backend.config().first_moe_layer()..).zip(&record.routes) {
-        let experts: Vec<i64> = routes.experts.iter().map(|&expert| expert.into()).collect();
-        assert_eq!(experts, golden.i64(&format!("experts.{layer}")).unwrap(), "{folder}: experts.{layer}");
-        let error = relative(&routes.weights, &golden.f32(&format!("weights.{layer}")).unwrap());
-        assert!(error <= TOLERANCE, "{folder}: weights.{layer}: {error}");
+    close("logits".to_owned(), &trace.logits);
+    if let Some(logits) = &trace.mtp_logits {
+        close("mtp_logits".to_owned(), logits);
     }
-    let error = relative(&record.logits, &golden.f32("logits").unwrap());
-    assert!(error <= TOLERANCE, "{folder}: logits: {error}");
+    let experts = |name: &String| name.replacen("weights", "experts", 1);
+    compared
+        .extend(compared.iter().filter(|name| name.starts_with("weights")).map(experts).collect::<Vec<_>>());
+    compared.sort_unstable();
+    assert_eq!(compared, golden.names(), "{folder}: not everything was compared");
 }
 
 #[test]
-fn a_random_v3_agrees_with_transformers() {
-    agrees_with_transformers("golden/v3");
+fn the_reference_is_transformers_deepseek_v3() {
+    the_reference_agrees("golden/v3");
 }
 
 #[test]
-fn yarn_agrees_with_transformers() {
-    agrees_with_transformers("golden/v3-yarn");
+fn the_reference_is_transformers_deepseek_v3_with_yarn() {
+    the_reference_agrees("golden/v3-yarn");
 }
 
 #[test]
-fn the_trunk_of_a_model_with_multi_token_prediction_agrees_with_transformers() {
-    agrees_with_transformers("golden/v3-mtp");
+fn the_reference_is_transformers_deepseek_v3_on_the_numbers_that_fp8_stands_for() {
+    the_reference_agrees("golden/v3-fp8");
 }
 
 #[test]
-fn tiny_r1_agrees_with_transformers() {
-    agrees_with_transformers("models/tiny-r1");
+fn the_reference_predicts_the_token_after_the_next_as_the_paper_says() {
+    the_reference_agrees("golden/v3-mtp");
+}
+
+#[test]
+fn the_reference_is_transformers_deepseek_v2_with_groups_of_experts_and_yarn() {
+    the_reference_agrees("golden/v2");
+}
+
+#[test]
+fn the_reference_is_transformers_deepseek_v2_lite() {
+    the_reference_agrees("golden/v2-lite");
+}
+
+#[test]
+fn the_reference_is_transformers_qwen3_moe() {
+    the_reference_agrees("golden/qwen3-moe");
+}
+
+#[test]
+fn the_reference_is_transformers_mixtral() {
+    the_reference_agrees("golden/mixtral");
+}
+
+#[test]
+fn the_reference_is_transformers_olmoe() {
+    the_reference_agrees("golden/olmoe");
+}
+
+#[test]
+fn the_reference_is_transformers_tiny_r1() {
+    the_reference_agrees("models/tiny-r1");
+}
+
+#[test]
+fn the_reference_takes_one_token_and_none_that_is_not_in_the_vocabulary() {
+    let reference = Reference::open(&model("golden/v3-mtp")).unwrap();
+    let one = reference.forward(&[7]).unwrap();
+    assert_eq!((one.logits.len(), one.mtp_logits), (256, Some(Vec::new())));
+    assert_eq!(reference.forward(&[7, 8]).unwrap().logits[..256], one.logits);
+    let error = reference.forward(&[7, 256]).unwrap_err();
+    assert_eq!(error.to_string(), "token 256 is not in the vocabulary of 256");
 }
 
 #[derive(serde::Deserialize)]
@@ -49,19 +104,20 @@ struct Conversation {
     top: Vec<[(u32, f32); 2]>,
 }
 
-#[test]
-fn our_most_probable_token_is_transformers_wherever_theirs_is_clear() {
-    let backend = load("models/tiny-r1");
+/// tiny-r1's held-out conversations with what transformers made of them.
+fn conversations() -> Vec<Conversation> {
     let heldout = std::fs::read(model("models/tiny-r1").join("heldout.json")).unwrap();
     let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
     assert_eq!(conversations.len(), 40);
+    conversations
+}
+
+/// `logits` is of tokens to (tokens, vocabulary).
+fn most_probable_tokens_agree(vocabulary: usize, logits: impl Fn(&[u32]) -> Vec<f32>) {
     let (mut compared, mut positions) = (0, 0);
-    for Conversation { ids, top } in &conversations {
-        let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
-        let logits = compute(&backend, &every_row(ids, &blocks(ids.len())), &mut kv).logits;
-        for (position, (logits, [first, second])) in
-            logits.chunks_exact(backend.config().vocabulary()).zip(top).enumerate()
-        {
+    for Conversation { ids, top } in &conversations() {
+        let logits = logits(ids);
+        for (position, (logits, [first, second])) in logits.chunks_exact(vocabulary).zip(top).enumerate() {
             positions += 1;
             if first.1 - second.1 > 0.02 {
                 compared += 1;
@@ -72,4 +128,10 @@ fn our_most_probable_token_is_transformers_wherever_theirs_is_clear() {
         }
     }
     assert!(compared * 100 > positions * 95, "{compared} of {positions} positions are clear");
+}
+
+#[test]
+fn the_references_most_probable_token_is_transformers_wherever_theirs_is_clear() {
+    let reference = Reference::open(&model("models/tiny-r1")).unwrap();
+    most_probable_tokens_agree(reference.config().vocabulary(), |ids| reference.forward(ids).unwrap().logits);
 }

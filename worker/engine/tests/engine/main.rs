@@ -1,13 +1,17 @@
 //! The engine against what transformers recorded, against itself, and against broken models.
 
 mod bits;
+mod configs;
+mod corrupted;
+mod fast;
 mod golden;
 mod malformed;
 
 use std::path::PathBuf;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, LocalExchange, Routes, SafetensorsFile, Span, Step, forward,
+    Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile,
+    Span, Step, forward,
 };
 
 /// A folder of the repository's tests.
@@ -16,12 +20,18 @@ fn model(folder: &str) -> PathBuf {
 }
 
 fn load(folder: &str) -> CpuBackend {
-    let backend = CpuBackend::load(&model(folder), |_, _| ()).unwrap();
-    for layer in backend.config().first_moe_layer()..backend.config().layers() {
-        for expert in 0..backend.config().experts() {
-            backend.load(layer, expert as u32).unwrap();
-        }
-    }
+    load_as(folder, &LoadOptions::default())
+}
+
+fn load_as(folder: &str, options: &LoadOptions) -> CpuBackend {
+    let backend = CpuBackend::load(&model(folder), options, |_, _| ()).unwrap();
+    let experts = backend.config().experts() as u32;
+    let all: Vec<_> = backend
+        .config()
+        .moe_layers()
+        .flat_map(|layer| (0..experts).map(move |expert| (layer, expert)))
+        .collect();
+    backend.load_experts(&all, |_| ()).unwrap();
     backend
 }
 

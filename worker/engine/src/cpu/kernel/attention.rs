@@ -1,0 +1,549 @@
+//! Attention of one row over its sequence's paged cache: a few heads that share keys and values.
+//!
+//! The order of sums is fixed by positions alone:
+//! - a score has 16 lanes, lane l summing the products of elements 32t + 2l + 1 and 32t + 2l, t ascending (VDPBF16PS along
+//!   the row); the lanes are added as a tree, halves onto halves;
+//! - a block of 64 positions is one step of an online softmax (arXiv 2205.14135, section 3.1); its weights are rounded to
+//!   bf16, and their sum has 16 lanes and the same tree;
+//! - values are added position by position;
+//! - 16 blocks make a partial, and partials are merged ascending.
+//!
+//! Products of two bf16 are exact, so that fused additions, or none, give the same bits.
+//!
+//! Versions of the two inner loops, scores and values:
+//! 1. [`plain`]: plain Rust, for any processor, and again for AVX2 with FMA.
+//! 2. [`avx512`]: VDPBF16PS for scores, FMA on widened values; 4 heads share what they read.
+
+use super::exact_product_plus;
+use crate::checkpoint::widen;
+use crate::cpu::math::{exp, round_bf16};
+use crate::{BLOCK_TOKENS, Isa};
+
+/// Heads that one call computes at most.
+pub(crate) const HEADS: usize = 4;
+
+/// Keys' and values' widths are padded to this.
+pub(crate) const WIDTH: usize = 32;
+
+const LANES: usize = 16;
+
+/// Blocks per partial softmax.
+const PARTIAL_BLOCKS: usize = 16;
+
+/// What a row sees of one layer's cache, and where in a position's row the heads' key and value are.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    /// (blocks, 64, stride), bf16
+    pub(crate) cache: &'a [u16],
+    pub(crate) stride: usize,
+    pub(crate) blocks: &'a [u32],
+    /// Positions that are seen, the row's own included.
+    pub(crate) positions: usize,
+    pub(crate) key: usize,
+    pub(crate) key_width: usize,
+    pub(crate) value: usize,
+    pub(crate) value_width: usize,
+    pub(crate) softmax_scale: f32,
+}
+
+/// Scores, and then weights, of a block: (heads, 64).
+type Block = [[f32; BLOCK_TOKENS]; HEADS];
+
+/// Queries (heads, key width), at most [`HEADS`] of them: (heads, value width), each head's mixture of values.
+pub(crate) fn attend(isa: Isa, queries: &[&[u16]], context: Context, out: &mut [f32]) {
+    let (heads, width) = (queries.len(), context.value_width);
+    assert!(heads <= HEADS && queries.iter().all(|query| query.len() == context.key_width), "odd queries");
+    assert!(context.key_width.is_multiple_of(WIDTH) && width.is_multiple_of(WIDTH), "widths are not padded");
+    assert!(out.len() == heads * width && context.key + context.key_width <= context.stride, "odd shapes");
+    assert!(context.value + width <= context.stride, "values outside of a row");
+    let blocks = &context.blocks[..context.positions.div_ceil(BLOCK_TOKENS)];
+    let (mut total, mut left) = (State::new(heads, width), context.positions);
+    for (index, blocks) in blocks.chunks(PARTIAL_BLOCKS).enumerate() {
+        let mut partial = State::new(heads, width);
+        for &block in blocks {
+            let seen = BLOCK_TOKENS.min(left);
+            left -= seen;
+            let rows =
+                &context.cache[block as usize * BLOCK_TOKENS * context.stride..][..seen * context.stride];
+            let mut weights = [[0.0; BLOCK_TOKENS]; HEADS];
+            scores(isa, queries, context, rows, &mut weights);
+            for (head, weights) in weights[..heads].iter_mut().enumerate() {
+                weights[seen..].fill(f32::NEG_INFINITY);
+                let shrink = partial.weigh(isa, head, context.softmax_scale, weights);
+                if shrink != 1.0 {
+                    partial.values[head * width..][..width].iter_mut().for_each(|value| *value *= shrink);
+                }
+            }
+            values(isa, &weights, context, rows, &mut partial.values);
+        }
+        if index == 0 { total = partial } else { total.merge(&partial) }
+    }
+    for (head, (out, values)) in out.chunks_exact_mut(width).zip(total.values.chunks_exact(width)).enumerate()
+    {
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = value / total.sums[head]);
+    }
+}
+
+/// The heads' softmaxes under way.
+struct State {
+    width: usize,
+    maxima: [f32; HEADS],
+    /// Σ exp(score − maximum)
+    sums: [f32; HEADS],
+    /// (heads, value width), Σ exp(score − maximum) · value
+    values: Vec<f32>,
+}
+
+impl State {
+    fn new(heads: usize, width: usize) -> Self {
+        Self {
+            width,
+            maxima: [f32::NEG_INFINITY; HEADS],
+            sums: [0.0; HEADS],
+            values: vec![0.0; heads * width],
+        }
+    }
+
+    /// Scores to weights; what is unseen has −∞. Returns the factor of what was summed before.
+    fn weigh(&mut self, isa: Isa, head: usize, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> f32 {
+        let (max, sum) = weigh(isa, self.maxima[head], scale, scores);
+        let shrink = exp(self.maxima[head] - max);
+        self.sums[head] = self.sums[head] * shrink + sum;
+        self.maxima[head] = max;
+        shrink
+    }
+
+    fn merge(&mut self, later: &Self) {
+        let width = self.width;
+        for head in 0..self.values.len() / width {
+            let max = self.maxima[head].max(later.maxima[head]);
+            let (ours, theirs) = (exp(self.maxima[head] - max), exp(later.maxima[head] - max));
+            self.maxima[head] = max;
+            self.sums[head] = self.sums[head] * ours + later.sums[head] * theirs;
+            let later = &later.values[head * width..][..width];
+            for (value, later) in self.values[head * width..][..width].iter_mut().zip(later) {
+                *value = *value * ours + later * theirs;
+            }
+        }
+    }
+}
+
+super::for_each_isa! {
+    /// Scores to weights: the new maximum and the weights' sum.
+    fn weigh(max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
+        let mut maxima = [max; LANES];
+        for scores in scores.as_chunks_mut::<LANES>().0 {
+            for (max, score) in maxima.iter_mut().zip(scores) {
+                *score *= scale;
+                *max = if *score > *max { *score } else { *max };
+            }
+        }
+        let max = maxima.into_iter().fold(max, f32::max);
+        let mut sums = [0.0; LANES];
+        for scores in scores.as_chunks_mut::<LANES>().0 {
+            for (sum, score) in sums.iter_mut().zip(scores) {
+                *score = widen(round_bf16(exp(*score - max)));
+                *sum += *score;
+            }
+        }
+        (max, tree(sums))
+    }
+}
+
+/// Halves onto halves.
+#[inline(always)]
+fn tree(lanes: [f32; LANES]) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 8]);
+    let four: [f32; 4] = std::array::from_fn(|lane| eight[lane] + eight[lane + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
+}
+
+/// `out[head][position]` = query · key, unscaled. `rows` are (seen, stride).
+#[inline]
+fn scores(isa: Isa, queries: &[&[u16]], context: Context, rows: &[u16], out: &mut Block) {
+    match isa {
+        // SAFETY: `isa` says that the processor has the features; `attend` has asserted the shapes.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx | Isa::Avx512 => unsafe { avx512::scores(queries, context, rows, out) },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { scores_avx2(queries, context, rows, out) },
+        _ => plain::scores::<{ cfg!(target_arch = "aarch64") }>(queries, context, rows, out),
+    }
+}
+
+/// `out[head] += Σ weight · value`, positions ascending. `rows` are (seen, stride).
+#[inline]
+fn values(isa: Isa, weights: &Block, context: Context, rows: &[u16], out: &mut [f32]) {
+    match isa {
+        // SAFETY: `isa` says that the processor has the features; `attend` has asserted the shapes.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx | Isa::Avx512 => unsafe { avx512::values(weights, context, rows, out) },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { values_avx2(weights, context, rows, out) },
+        _ => plain::values::<{ cfg!(target_arch = "aarch64") }>(weights, context, rows, out),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn scores_avx2(queries: &[&[u16]], context: Context, rows: &[u16], out: &mut Block) {
+    plain::scores::<true>(queries, context, rows, out);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn values_avx2(weights: &Block, context: Context, rows: &[u16], out: &mut [f32]) {
+    plain::values::<true>(weights, context, rows, out);
+}
+
+mod plain {
+    use super::{Block, Context, LANES, WIDTH, exact_product_plus, tree, widen};
+
+    #[inline(always)]
+    pub(super) fn scores<const FUSED: bool>(
+        queries: &[&[u16]],
+        context: Context,
+        rows: &[u16],
+        out: &mut Block,
+    ) {
+        for (position, row) in rows.chunks_exact(context.stride).enumerate() {
+            let key = &row[context.key..][..context.key_width];
+            for (query, out) in queries.iter().zip(&mut *out) {
+                out[position] = dot::<FUSED>(query, key);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn dot<const FUSED: bool>(query: &[u16], key: &[u16]) -> f32 {
+        let mut lanes = [0.0; LANES];
+        for (query, key) in query.as_chunks::<WIDTH>().0.iter().zip(key.as_chunks::<WIDTH>().0) {
+            for (lane, sum) in lanes.iter_mut().enumerate() {
+                let product =
+                    |at: usize, sum| exact_product_plus::<FUSED>(widen(query[at]), widen(key[at]), sum);
+                *sum = product(2 * lane, product(2 * lane + 1, *sum));
+            }
+        }
+        tree(lanes)
+    }
+
+    #[inline(always)]
+    pub(super) fn values<const FUSED: bool>(
+        weights: &Block,
+        context: Context,
+        rows: &[u16],
+        out: &mut [f32],
+    ) {
+        for (out, weights) in out.chunks_exact_mut(context.value_width).zip(weights) {
+            for (tile, out) in out.as_chunks_mut::<WIDTH>().0.iter_mut().enumerate() {
+                let mut sums = *out;
+                for (row, &weight) in rows.chunks_exact(context.stride).zip(weights) {
+                    let value = &row[context.value + tile * WIDTH..][..WIDTH];
+                    for (sum, &value) in sums.iter_mut().zip(value) {
+                        *sum = exact_product_plus::<FUSED>(weight, widen(value), *sum);
+                    }
+                }
+                *out = sums;
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutex2var_ps, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    };
+
+    use super::{Block, Context, LANES, WIDTH, tree};
+
+    /// Positions whose scores are computed side by side, so that their sums hide each other's latency.
+    const POSITIONS: usize = 2;
+
+    /// # Safety
+    /// The processor has AVX-512 F and BF16; shapes are as `attend` has asserted.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn scores(queries: &[&[u16]], context: Context, rows: &[u16], out: &mut Block) {
+        let (mut queries, mut head) = (queries, 0);
+        while !queries.is_empty() {
+            // SAFETY: the caller's promise, for some of its heads.
+            let done = unsafe {
+                match queries.len() {
+                    4.. => of_heads::<4>(queries, context, rows, &mut out[head..]),
+                    2..4 => of_heads::<2>(queries, context, rows, &mut out[head..]),
+                    _ => of_heads::<1>(queries, context, rows, &mut out[head..]),
+                }
+            };
+            queries = &queries[done..];
+            head += done;
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    unsafe fn of_heads<const H: usize>(
+        queries: &[&[u16]],
+        context: Context,
+        rows: &[u16],
+        out: &mut [[f32; 64]],
+    ) -> usize {
+        let count = rows.len() / context.stride;
+        let mut position = 0;
+        // SAFETY: positions below `count` have a row each.
+        unsafe {
+            while count - position >= POSITIONS {
+                of_positions::<H, POSITIONS>(queries, context, rows, position, out);
+                position += POSITIONS;
+            }
+            if position < count {
+                of_positions::<H, 1>(queries, context, rows, position, out);
+            }
+        }
+        H
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    unsafe fn of_positions<const H: usize, const P: usize>(
+        queries: &[&[u16]],
+        context: Context,
+        rows: &[u16],
+        first: usize,
+        out: &mut [[f32; 64]],
+    ) {
+        let mut sums = [[_mm512_setzero_ps(); P]; H];
+        for at in (0..context.key_width).step_by(WIDTH) {
+            // SAFETY: a key is `key_width` long, and a query too.
+            unsafe {
+                let keys: [__m512bh; P] = std::array::from_fn(|p| {
+                    as_bf16(_mm512_loadu_si512(
+                        rows.as_ptr().add((first + p) * context.stride + context.key + at).cast(),
+                    ))
+                });
+                for (head, sums) in sums.iter_mut().enumerate() {
+                    let query = as_bf16(_mm512_loadu_si512(queries[head].as_ptr().add(at).cast()));
+                    for (sum, key) in sums.iter_mut().zip(keys) {
+                        *sum = _mm512_dpbf16_ps(*sum, query, key);
+                    }
+                }
+            }
+        }
+        for (head, sums) in sums.iter().enumerate() {
+            for (p, sum) in sums.iter().enumerate() {
+                let mut lanes = [0.0; LANES];
+                // SAFETY: a register is 16 lanes.
+                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), *sum) };
+                out[head][first + p] = tree(lanes);
+            }
+        }
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F; shapes are as `attend` has asserted.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn values(weights: &Block, context: Context, rows: &[u16], out: &mut [f32]) {
+        let heads = out.len() / context.value_width;
+        let mut head = 0;
+        while head < heads {
+            // SAFETY: the caller's promise, for some of its heads.
+            head += unsafe {
+                match heads - head {
+                    4.. => of_tiles::<4>(weights, head, context, rows, out),
+                    2..4 => of_tiles::<2>(weights, head, context, rows, out),
+                    _ => of_tiles::<1>(weights, head, context, rows, out),
+                }
+            };
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn of_tiles<const H: usize>(
+        weights: &Block,
+        head: usize,
+        context: Context,
+        rows: &[u16],
+        out: &mut [f32],
+    ) -> usize {
+        let mut at = 0;
+        // SAFETY: tiles within a value.
+        unsafe {
+            while context.value_width - at >= 2 * WIDTH {
+                tile::<H, 2>(weights, head, context, rows, (at, out));
+                at += 2 * WIDTH;
+            }
+            if at < context.value_width {
+                tile::<H, 1>(weights, head, context, rows, (at, out));
+            }
+        }
+        H
+    }
+
+    /// H heads × 32 · T elements of their values.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn tile<const H: usize, const T: usize>(
+        weights: &Block,
+        head: usize,
+        context: Context,
+        rows: &[u16],
+        (at, out): (usize, &mut [f32]),
+    ) {
+        let odd_bits = _mm512_set1_epi32(0xffff_0000u32 as i32);
+        // SAFETY: 32 · T elements from `at` on are within a value, of a row and of each head's sums.
+        unsafe {
+            let sums_of = |h: usize, t: usize| (head + h) * context.value_width + at + t * WIDTH;
+            let mut sums: [[[__m512; 2]; T]; H] = std::array::from_fn(|h| {
+                std::array::from_fn(|t| deinterleave(out.as_ptr().add(sums_of(h, t))))
+            });
+            for position in 0..rows.len() / context.stride {
+                let value = rows.as_ptr().add(position * context.stride + context.value + at);
+                let values: [[__m512; 2]; T] = std::array::from_fn(|t| {
+                    let bits = _mm512_loadu_si512(value.add(t * WIDTH).cast());
+                    [
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)),
+                        _mm512_castsi512_ps(_mm512_and_si512(bits, odd_bits)),
+                    ]
+                });
+                for (h, sums) in sums.iter_mut().enumerate() {
+                    let weight = _mm512_set1_ps(weights[head + h][position]);
+                    for (sums, values) in sums.iter_mut().zip(values) {
+                        sums[0] = _mm512_fmadd_ps(weight, values[0], sums[0]);
+                        sums[1] = _mm512_fmadd_ps(weight, values[1], sums[1]);
+                    }
+                }
+            }
+            for (h, sums) in sums.iter().enumerate() {
+                for (t, sums) in sums.iter().enumerate() {
+                    interleave(*sums, out.as_mut_ptr().add(sums_of(h, t)));
+                }
+            }
+        }
+    }
+
+    /// Even and odd elements of 32.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn deinterleave(from: *const f32) -> [__m512; 2] {
+        // SAFETY: the caller has 32 elements there.
+        let (low, high) = unsafe { (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(LANES))) };
+        [0, 1].map(|odd| _mm512_permutex2var_ps(low, indices(|lane| 2 * lane + odd), high))
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn interleave([even, odd]: [__m512; 2], to: *mut f32) {
+        for half in 0..2 {
+            let order = indices(|lane| (lane % 2) * 16 + half * 8 + lane / 2);
+            // SAFETY: the caller has 32 elements there.
+            unsafe {
+                _mm512_storeu_ps(to.add(half as usize * LANES), _mm512_permutex2var_ps(even, order, odd))
+            };
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn indices(of: impl Fn(i32) -> i32) -> __m512i {
+        let indices: [i32; LANES] = std::array::from_fn(|lane| of(lane as i32));
+        // SAFETY: a register is 16 lanes.
+        unsafe { _mm512_loadu_si512(indices.as_ptr().cast()) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    #[inline]
+    fn as_bf16(register: __m512i) -> __m512bh {
+        // SAFETY: two views of the same 64 bytes.
+        unsafe { std::mem::transmute(register) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::tests::noise;
+    use super::*;
+
+    struct Case {
+        positions: usize,
+        keys: usize,
+        values: usize,
+        heads: usize,
+        sharp: f32,
+    }
+
+    /// Softmax over all positions at once, in f64: (value width).
+    fn naive(case: &Case, query: &[u16], row: impl Fn(usize) -> Vec<u16>) -> Vec<f64> {
+        let wide = |bits: u16| f64::from(widen(bits));
+        let scores: Vec<f64> = (0..case.positions)
+            .map(|p| {
+                query.iter().zip(&row(p)).map(|(&q, &k)| wide(q) * wide(k)).sum::<f64>()
+                    * f64::from(case.sharp)
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        let value = |e: usize| {
+            (0..case.positions).map(|p| weights[p] * wide(row(p)[case.keys + e])).sum::<f64>() / sum
+        };
+        (0..case.values).map(value).collect()
+    }
+
+    fn check(case: &Case) {
+        let (stride, blocks) = (case.keys + case.values, case.positions.div_ceil(BLOCK_TOKENS));
+        // A table in no order, in a cache that holds garbage beside the sequence.
+        let table: Vec<u32> = (0..blocks as u32).map(|block| (block * 5 + 3) % 37).collect();
+        let mut cache = vec![round_bf16(1e6); 37 * BLOCK_TOKENS * stride];
+        let row = |p: usize| -> Vec<u16> { (0..stride).map(|e| round_bf16(noise(p * stride + e))).collect() };
+        for position in 0..case.positions {
+            let slot = table[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS;
+            cache[slot * stride..][..stride].copy_from_slice(&row(position));
+        }
+        let queries: Vec<Vec<u16>> = (0..case.heads)
+            .map(|head| (0..case.keys).map(|e| round_bf16(noise(head * 7919 + e + 55_555))).collect())
+            .collect();
+        let queries: Vec<&[u16]> = queries.iter().map(Vec::as_slice).collect();
+        let context = Context {
+            cache: &cache,
+            stride,
+            blocks: &table,
+            positions: case.positions,
+            key: 0,
+            key_width: case.keys,
+            value: case.keys,
+            value_width: case.values,
+            softmax_scale: case.sharp,
+        };
+        let run = |isa: Isa| {
+            let mut out = vec![0.0; case.heads * case.values];
+            attend(isa, &queries, context, &mut out);
+            out
+        };
+        let portable = run(Isa::Portable);
+        for (query, out) in queries.iter().zip(portable.chunks_exact(case.values)) {
+            let naive = naive(case, query, row);
+            for (a, b) in out.iter().zip(naive) {
+                assert!((f64::from(*a) - b).abs() < 0.01, "{a} {b}"); // weights have 8 bits
+            }
+        }
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let same = run(isa).iter().zip(&portable).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{isa}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn paged_attention_is_a_softmax_over_all_positions_with_the_same_bits_everywhere(
+            positions in 1usize..2200, keys in 1usize..4, values in 1usize..5, heads in 1usize..=HEADS, sharp in 0usize..3,
+        ) {
+            let sharp = [0.2, 1.0, 20.0][sharp];
+            check(&Case { positions, keys: keys * WIDTH, values: values * WIDTH, heads, sharp });
+        }
+    }
+}

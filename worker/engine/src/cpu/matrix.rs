@@ -1,0 +1,259 @@
+//! A packed matrix: which bytes of a blob it is, and how they come from rows of f32.
+
+use std::ops::Range;
+
+use super::blob::Blob;
+use super::kernel::{LANES, PAIR, bf16, fp8, int4, int8};
+use super::math::{round_bf16, round_even};
+use crate::checkpoint::widen;
+use crate::config::FP8_BLOCK;
+
+/// How a matrix's weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    Bf16,
+    Fp8,
+    Int8,
+    Int4,
+}
+
+impl Format {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::Fp8 => "fp8",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
+
+    /// Bytes of 32 outputs of so many inputs.
+    pub(crate) fn pair_bytes(self, inputs: usize) -> usize {
+        match self {
+            Self::Bf16 => bf16::pair_bytes(inputs),
+            Self::Fp8 => fp8::pair_bytes(inputs),
+            Self::Int8 => int8::pair_bytes(inputs),
+            Self::Int4 => int4::pair_bytes(inputs),
+        }
+    }
+}
+
+/// What a matrix is, without its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) format: Format,
+    /// Of `gate_up`, those of each.
+    pub(crate) outputs: usize,
+    pub(crate) inputs: usize,
+    /// Two matrices in one: a pair is 16 outputs of the first and the same of the second.
+    pub(crate) gate_up: bool,
+}
+
+impl Shape {
+    pub(crate) fn pairs(&self) -> usize {
+        self.outputs.div_ceil(if self.gate_up { LANES } else { PAIR })
+    }
+
+    pub(crate) fn pair_bytes(&self) -> usize {
+        self.format.pair_bytes(self.inputs)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.pairs() * self.pair_bytes()
+    }
+
+    /// Which row of which matrix a lane of a pair is; `None` for the padding.
+    fn row(&self, pair: usize, lane: usize) -> Option<(usize, usize)> {
+        let (matrix, row) = match self.gate_up {
+            true => (lane / LANES, pair * LANES + lane % LANES),
+            false => (0, pair * PAIR + lane),
+        };
+        (row < self.outputs).then_some((matrix, row))
+    }
+}
+
+/// Packed weights.
+#[derive(Clone)]
+pub(crate) struct Matrix {
+    pub(crate) shape: Shape,
+    blob: Blob,
+}
+
+impl Matrix {
+    /// The bytes of `blob` that start at `range`.
+    pub(crate) fn new(shape: Shape, blob: &Blob, range: Range<usize>) -> Self {
+        assert_eq!(range.len(), shape.bytes(), "a matrix of another size");
+        Self { shape, blob: blob.part(range) }
+    }
+
+    /// The packed weights of 32 outputs.
+    pub(crate) fn pair(&self, pair: usize) -> &[u8] {
+        let bytes = self.shape.pair_bytes();
+        &self.blob.bytes()[pair * bytes..][..bytes]
+    }
+}
+
+/// Rows of a matrix that is about to be packed.
+pub(crate) trait Source {
+    /// Row `row` in f32: (inputs).
+    fn row(&self, row: usize, out: &mut [f32]);
+
+    /// Codes (inputs) and scales (inputs / 128, rounded up) of a row that is stored in fp8.
+    fn fp8_row(&self, row: usize) -> Option<(&[u8], &[f32])>;
+}
+
+/// Packs a matrix, or gate and up, into `out`, which is zeroed.
+pub(crate) fn pack(shape: &Shape, sources: &[&dyn Source], out: &mut [u8]) {
+    let scales = match shape.format {
+        Format::Fp8 => sources.iter().map(|source| fp8_scales(shape, *source)).collect(),
+        _ => Vec::new(),
+    };
+    let mut row = vec![0.0; shape.inputs];
+    for (pair, out) in out.chunks_exact_mut(shape.pair_bytes()).enumerate() {
+        for lane in 0..PAIR {
+            let found = shape.row(pair, lane);
+            match found {
+                Some((matrix, at)) if shape.format != Format::Fp8 => sources[matrix].row(at, &mut row),
+                _ => row.fill(0.0),
+            }
+            match (shape.format, found) {
+                (Format::Bf16, _) => pack_bf16(lane, &row, out),
+                (Format::Int8, _) => pack_int8(lane, &row, out),
+                (Format::Int4, _) => pack_int4(lane, &row, out),
+                (Format::Fp8, Some((matrix, at))) => {
+                    pack_fp8(lane, at, sources[matrix], scales[matrix].as_deref(), (out, &mut row));
+                }
+                (Format::Fp8, None) => {}
+            }
+        }
+    }
+}
+
+fn pack_bf16(lane: usize, row: &[f32], out: &mut [u8]) {
+    for (k, &value) in row.iter().enumerate() {
+        out[bf16::element(lane, k) * 2..][..2].copy_from_slice(&round_bf16(value).to_le_bytes());
+    }
+}
+
+fn pack_int8(lane: usize, row: &[f32], out: &mut [u8]) {
+    let mut blocks = row.chunks(int8::BLOCK);
+    for block in out.chunks_exact_mut(int8::BLOCK_BYTES) {
+        let values = blocks.next().unwrap_or_default();
+        let greatest = values.iter().fold(0.0f32, |greatest, value| greatest.max(value.abs()));
+        // Rounded up to bf16, so that the greatest weight does not go beyond 127.
+        let scale = round_up_bf16(greatest / 127.0);
+        let inverse = if scale == 0 { 0.0 } else { 1.0 / widen(scale) };
+        block[int8::BLOCK * PAIR + lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+        for k in 0..int8::BLOCK {
+            let quotient = round_even(values.get(k).copied().unwrap_or(0.0) * inverse).clamp(-127.0, 127.0);
+            block[int8::element(lane, k)] = (quotient as i32 + int8::OFFSET) as u8;
+        }
+    }
+}
+
+fn pack_int4(lane: usize, row: &[f32], out: &mut [u8]) {
+    let mut blocks = row.chunks(int4::BLOCK);
+    for block in out.chunks_exact_mut(int4::BLOCK_BYTES) {
+        let values = blocks.next().unwrap_or_default();
+        let scale = int4_scale(values);
+        let inverse = if scale == 0 { 0.0 } else { 1.0 / widen(scale) };
+        block[int4::BLOCK * PAIR / 2 + lane * 2..][..2].copy_from_slice(&scale.to_le_bytes());
+        for k in 0..int4::BLOCK {
+            let quotient = int4_quotient(values.get(k).copied().unwrap_or(0.0), inverse);
+            let (byte, shift) = int4::element(lane, k);
+            block[byte] |= ((quotient as i32 + int4::OFFSET) as u8) << shift;
+        }
+    }
+}
+
+fn int4_quotient(value: f32, inverse: f32) -> f32 {
+    round_even((value * inverse).clamp(-8.0, 7.0))
+}
+
+/// The bf16 scale whose 16 steps are nearest to the values, by the sum of squares: of those that put the value of the
+/// greatest magnitude between −9.5 and −6, or at its mirror image.
+fn int4_scale(values: &[f32]) -> u16 {
+    let mut padded = [0.0; int4::BLOCK];
+    padded[..values.len()].copy_from_slice(values);
+    let farther = |greatest: f32, &value: &f32| if value.abs() > greatest.abs() { value } else { greatest };
+    let greatest = padded.iter().fold(0.0, farther);
+    if greatest == 0.0 {
+        return 0;
+    }
+    let error = |scale: f32| {
+        let (mut errors, inverse) = ([0.0f32; LANES], 1.0 / scale);
+        for values in padded.as_chunks::<LANES>().0 {
+            for (error, value) in errors.iter_mut().zip(values) {
+                let difference = value - int4_quotient(*value, inverse) * scale;
+                *error += difference * difference;
+            }
+        }
+        errors.iter().sum::<f32>()
+    };
+    let mut best = (0, f32::INFINITY);
+    for step in 0..=14 {
+        for sign in [-1.0, 1.0] {
+            let scale = round_bf16(sign * greatest / (6.0 + step as f32 * 0.25));
+            let error = if scale & 0x7fff == 0 { f32::INFINITY } else { error(widen(scale)) };
+            if error < best.1 {
+                best = (scale, error);
+            }
+        }
+    }
+    best.0
+}
+
+/// The least bf16 that is not below.
+fn round_up_bf16(value: f32) -> u16 {
+    let rounded = round_bf16(value);
+    if widen(rounded) < value && rounded != 0 { rounded + 1 } else { rounded }
+}
+
+/// Scales of 128 × 128 blocks of a matrix that is not in fp8 yet: (⌈rows / 128⌉, ⌈inputs / 128⌉).
+fn fp8_scales(shape: &Shape, source: &dyn Source) -> Option<Vec<f32>> {
+    if source.fp8_row(0).is_some() {
+        return None;
+    }
+    let columns = shape.inputs.div_ceil(FP8_BLOCK);
+    let mut scales = vec![0.0f32; shape.outputs.div_ceil(FP8_BLOCK) * columns];
+    let mut row = vec![0.0; shape.inputs];
+    for at in 0..shape.outputs {
+        source.row(at, &mut row);
+        let scales = &mut scales[at / FP8_BLOCK * columns..][..columns];
+        for (scale, values) in scales.iter_mut().zip(row.chunks(FP8_BLOCK)) {
+            *scale = values.iter().fold(*scale, |scale, value| scale.max(value.abs()));
+        }
+    }
+    scales.iter_mut().for_each(|scale| *scale = if *scale > 0.0 { *scale / crate::fp8::MAX } else { 1.0 });
+    Some(scales)
+}
+
+fn pack_fp8(
+    lane: usize,
+    at: usize,
+    source: &dyn Source,
+    scales: Option<&[f32]>,
+    (out, row): (&mut [u8], &mut Vec<f32>),
+) {
+    let columns = row.len().div_ceil(FP8_BLOCK);
+    let stored = source.fp8_row(at);
+    let scales = match (stored, scales) {
+        (Some((_, scales)), _) => scales,
+        (None, Some(scales)) => &scales[at / FP8_BLOCK * columns..][..columns],
+        (None, None) => unreachable!("rows are all stored alike"),
+    };
+    if stored.is_none() {
+        source.row(at, row);
+    }
+    let block_bytes = fp8::BLOCK * PAIR + fp8::SCALE_BYTES;
+    for (index, block) in out.chunks_mut(block_bytes).enumerate() {
+        let scale = scales[index];
+        let end = block.len() - fp8::SCALE_BYTES;
+        block[end + lane / LANES * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+        let first = index * FP8_BLOCK;
+        for k in first..row.len().min(first + FP8_BLOCK) {
+            let code = stored.map_or_else(|| crate::fp8::encode(row[k] / scale), |(codes, _)| codes[k]);
+            block[fp8::element(lane, k - first)] = code;
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Matrices of rows: f32 for the residual stream, bf16 for what goes into a product, int8 for what goes into an
+//! integer one.
+
+use super::math::round_bf16;
+use crate::checkpoint::widen;
+
+/// Rows of f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CpuRows {
+    pub(crate) width: usize,
+    /// (rows, width)
+    pub(crate) data: Vec<f32>,
+}
+
+impl CpuRows {
+    pub(crate) fn zeros(rows: usize, width: usize) -> Self {
+        Self { width, data: vec![0.0; rows * width] }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.data.len() / self.width
+    }
+
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.width..][..self.width]
+    }
+}
+
+/// Rows are padded with zeros to a multiple of this, so that no kernel has a ragged edge in K.
+pub(crate) const K_PADDING: usize = 64;
+
+/// Rows of bf16, each padded with zeros.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CpuActivations {
+    pub(crate) width: usize,
+    pub(crate) stride: usize,
+    /// (rows, stride)
+    pub(crate) data: Vec<u16>,
+}
+
+impl CpuActivations {
+    pub(crate) fn zeros(rows: usize, width: usize) -> Self {
+        let stride = width.next_multiple_of(K_PADDING);
+        Self { width, stride, data: vec![0; rows * stride] }
+    }
+
+    pub(crate) fn from_f32(values: &[f32], width: usize) -> Self {
+        let mut rows = Self::zeros(values.len() / width, width);
+        for (row, values) in values.chunks_exact(width).enumerate() {
+            round_row(values, rows.row_mut(row));
+        }
+        rows
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.data.len() / self.stride
+    }
+
+    /// Without the padding.
+    pub(crate) fn row(&self, row: usize) -> &[u16] {
+        &self.data[row * self.stride..][..self.width]
+    }
+
+    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [u16] {
+        &mut self.data[row * self.stride..][..self.width]
+    }
+
+    pub(crate) fn padded(&self, row: usize) -> &[u16] {
+        &self.data[row * self.stride..][..self.stride]
+    }
+
+    pub(crate) fn select(&self, which: &[u32]) -> Self {
+        let mut data = Vec::with_capacity(which.len() * self.stride);
+        which.iter().for_each(|&row| data.extend_from_slice(self.padded(row as usize)));
+        Self { data, ..*self }
+    }
+}
+
+pub(crate) fn round_row(values: &[f32], out: &mut [u16]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = round_bf16(value);
+    }
+}
+
+/// Rows of int8 with a scale per row and block of K.
+pub(crate) struct Quantised {
+    /// Elements per block.
+    pub(crate) block: usize,
+    pub(crate) stride: usize,
+    /// (rows, stride)
+    pub(crate) data: Vec<i8>,
+    /// (rows, stride / block): a value is data · scale.
+    pub(crate) scales: Vec<f32>,
+    /// (rows, stride / block): the sum of a block's data, which takes the weights' offset out again.
+    pub(crate) sums: Vec<i32>,
+}
+
+impl Quantised {
+    /// Symmetric: a block's greatest magnitude becomes 127; a block of zeros has the scale 0.
+    pub(crate) fn new(rows: &CpuActivations, block: usize) -> Self {
+        let (stride, blocks) = (rows.stride, rows.stride / block);
+        let mut quantised = Self {
+            block,
+            stride,
+            data: vec![0; rows.data.len()],
+            scales: vec![0.0; rows.rows() * blocks],
+            sums: vec![0; rows.rows() * blocks],
+        };
+        for (index, (from, to)) in
+            rows.data.chunks_exact(block).zip(quantised.data.chunks_exact_mut(block)).enumerate()
+        {
+            (quantised.scales[index], quantised.sums[index]) = quantise_block(from, to);
+        }
+        quantised
+    }
+
+    pub(crate) fn row(&self, row: usize) -> &[i8] {
+        &self.data[row * self.stride..][..self.stride]
+    }
+}
+
+/// The scale, and the sum of what was written.
+fn quantise_block(from: &[u16], to: &mut [i8]) -> (f32, i32) {
+    // Magnitudes of bf16 order as integers do.
+    let greatest = widen(from.iter().fold(0, |greatest, bits| greatest.max(bits & 0x7fff)));
+    if greatest == 0.0 {
+        to.fill(0);
+        return (0.0, 0);
+    }
+    // The product of both is a little off 127 at most: the rounded quotient stays within ±127.
+    let (scale, inverse) = (greatest / 127.0, 127.0 / greatest);
+    let mut sum = 0;
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = super::math::round_even(widen(from) * inverse) as i8;
+        sum += i32::from(*to);
+    }
+    (scale, sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_quantised_value_is_within_half_a_step(
+            values in prop::collection::vec(-100.0f32..100.0, 1..200), block in prop_oneof![Just(32usize), Just(64)],
+        ) {
+            let rows = CpuActivations::from_f32(&values, values.len());
+            let quantised = Quantised::new(&rows, block);
+            for (at, &bits) in rows.data.iter().enumerate() {
+                let scale = quantised.scales[at / block];
+                let error = (widen(bits) - f32::from(quantised.data[at]) * scale).abs();
+                prop_assert!(error <= scale * 0.5001);
+            }
+            for (index, block) in quantised.data.chunks_exact(block).enumerate() {
+                let sum: i32 = block.iter().map(|&q| i32::from(q)).sum();
+                prop_assert_eq!(sum, quantised.sums[index]);
+            }
+        }
+    }
+}
