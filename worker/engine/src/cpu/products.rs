@@ -155,9 +155,9 @@ impl<'a> Product<'a> {
     /// Leaves `wide` empty where the kernel has no use for it.
     fn widen(&self, compute: &Compute, rows: Range<usize>, wide: &mut Vec<f32>) {
         let Input::Bf16(input) = self.input else { return };
-        wide.clear();
-        if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) {
-            wide.resize(rows.len() * input.stride, 0.0);
+        let elements = if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) { rows.len() * input.stride } else { 0 };
+        wide.resize(elements, 0.0);
+        if elements > 0 {
             for (row, wide) in rows.zip(wide.chunks_exact_mut(input.stride)) {
                 widen_row(compute.isa, input.padded(self.input_row(row)), wide);
             }
