@@ -5,7 +5,7 @@ CRD_IN_CHART = charts/expertmesh/files/modeldeployments.yaml
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help up test build setup fmt lint generated check-generated cluster cluster-load cluster-down image audit
+.PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load cluster-down image audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +25,12 @@ build: ## all binaries, in target/release
 
 setup: ## fetch what the tests need beside Rust, and say what cannot be had
 	@tests/setup.sh
+
+bench: ## our numbers beside llama.cpp's on this machine: a table, and target/bench/summary.json (see benches/README.md)
+	$(CARGO) build --release -p expertmesh-bench
+	benches/llama.sh
+	target/release/expertmesh-bench same
+	target/release/expertmesh-bench compare
 
 fmt: ## format all Rust
 	$(CARGO) fmt --all

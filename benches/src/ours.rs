@@ -1,0 +1,148 @@
+//! Our side: the engine in this process.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use expertmesh_engine::{
+    Backend, BlockAllocator, CpuBackend, LocalExchange, ModelConfig, NotResident, Span, Step, forward,
+};
+
+use crate::busy::Busy;
+use crate::model::split_mix;
+use crate::rows::{self, Numerics, Row, Weights, Work};
+use crate::{compare, machine};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The checkpoint; made where it is missing
+    #[arg(long, value_name = "DIR", default_value = compare::MODEL)]
+    model: PathBuf,
+    /// Threads that compute; default: one per physical core
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Samples of every row
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    samples: usize,
+    /// Only these rows
+    #[arg(value_name = "ROW")]
+    rows: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let rows = rows::named(&args.rows)?;
+    crate::model::write_default(&args.model)?;
+    let threads = args.threads.unwrap_or_else(machine::threads);
+    for same in rows.chunk_by(Row::same_model) {
+        let Some(mut engine) = Engine::load(&args.model, &same[0], threads)? else {
+            same.iter().for_each(|row| println!("{:24} not supported yet", row.name));
+            continue;
+        };
+        for row in same {
+            let samples = (0..args.samples).map(|_| engine.sample(row)).collect::<Result<Vec<f64>, _>>()?;
+            println!("{:24} {:8.1} tokens/s, of {samples:.1?}", row.name, compare::median(&samples));
+        }
+    }
+    Ok(())
+}
+
+impl Row {
+    /// Whether one loaded model serves both rows.
+    pub(crate) fn same_model(&self, other: &Self) -> bool {
+        self.weights == other.weights && self.numerics == other.numerics
+    }
+}
+
+/// A loaded model.
+pub(crate) struct Engine {
+    pub(crate) backend: CpuBackend,
+}
+
+impl Engine {
+    /// The model with all its experts, ready for a row; `None` where the engine has no such weights or numerics yet.
+    ///
+    /// The only place that knows how weights, numerics and threads are asked for.
+    pub(crate) fn load(model: &Path, row: &Row, _threads: usize) -> anyhow::Result<Option<Self>> {
+        if row.weights != Weights::Bf16 || row.numerics != Numerics::Pair {
+            return Ok(None);
+        }
+        let backend = CpuBackend::load(model, |_, _| ())?;
+        let config = backend.config();
+        for layer in config.first_moe_layer()..config.layers() {
+            for expert in 0..config.experts() as u32 {
+                backend.load(layer, expert)?;
+            }
+        }
+        Ok(Some(Self { backend }))
+    }
+
+    /// Tokens per second of one sample.
+    pub(crate) fn sample(&mut self, row: &Row) -> anyhow::Result<f64> {
+        measure(&self.backend, row.work.warm_up(), &mut |_, _| ())?;
+        let _busy = row.busy.then(Busy::start).transpose()?;
+        Ok(measure(&self.backend, row.work, &mut |_, _| ())?)
+    }
+
+    /// Bytes of weights that a step of a decode reads, on average; a prefill has no such bound.
+    pub(crate) fn bytes_per_step(&self, row: &Row) -> anyhow::Result<Option<f64>> {
+        let Work::Decode { steps, .. } = row.work else { return Ok(None) };
+        let mut experts = 0;
+        measure(&self.backend, row.work, &mut |_, chosen| {
+            experts += chosen.iter().collect::<BTreeSet<_>>().len();
+        })?;
+        Ok(Some(bytes(self.backend.config(), row.weights, experts as f64 / steps as f64)))
+    }
+}
+
+/// Bytes of everything that every step reads, and of so many experts.
+fn bytes(config: &ModelConfig, weights: Weights, experts: f64) -> f64 {
+    // Of the embeddings' table a step reads a row per token; the head is a matrix of its own.
+    let embeddings = (config.vocabulary() * config.hidden() * 2) as u64;
+    let always = config.dense_bytes() - embeddings;
+    (always as f64 + experts * config.expert_bytes() as f64) * weights.bits() / Weights::Bf16.bits()
+}
+
+/// Tokens per second of one sample; `observe` gets the experts that the rows of each layer and step chose.
+pub(crate) fn measure<B: Backend>(
+    backend: &B,
+    work: Work,
+    observe: &mut impl FnMut(usize, &[u32]),
+) -> Result<f64, NotResident> {
+    let (sequences, positions) = match work {
+        Work::Decode { sequences, steps } => (sequences, steps),
+        Work::Prefill { tokens } => (1, tokens),
+    };
+    let blocks = BlockAllocator::needed(positions);
+    let mut kv = backend.allocate_kv(sequences * blocks);
+    let steps = steps(work, blocks, backend.config().vocabulary());
+    let start = Instant::now();
+    for step in &steps {
+        let logits = forward(backend, step, &mut kv, &mut LocalExchange, &mut |seen| {
+            if let Some(routes) = seen.routes {
+                observe(seen.layer, &routes.experts);
+            }
+        })?;
+        backend.download(&logits);
+    }
+    Ok(work.tokens() as f64 / start.elapsed().as_secs_f64())
+}
+
+/// The steps of a sample. Their tokens come from a generator: what random weights would say is no text either.
+fn steps(work: Work, blocks: usize, vocabulary: usize) -> Vec<Step> {
+    let token = |sequence: usize, position: usize| {
+        (split_mix((sequence << 32 | position) as u64 + 1) % vocabulary as u64) as u32
+    };
+    let span = |sequence: usize, start: usize, tokens: usize| Span {
+        tokens: (start..start + tokens).map(|position| token(sequence, position)).collect(),
+        start,
+        blocks: (sequence * blocks..(sequence + 1) * blocks).map(|block| block as u32).collect(),
+        logits: true,
+    };
+    match work {
+        Work::Decode { sequences, steps } => {
+            let step = |at| Step { spans: (0..sequences).map(|sequence| span(sequence, at, 1)).collect() };
+            (0..steps).map(step).collect()
+        }
+        Work::Prefill { tokens } => vec![Step { spans: vec![span(0, 0, tokens)] }],
+    }
+}
