@@ -4,9 +4,11 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use expertmesh_engine::{Numerics, compute_threads};
+
 use crate::ours::Engine;
 use crate::peer::Peer;
-use crate::rows::{self, Numerics, Row};
+use crate::rows::{self, Row};
 use crate::{bandwidth, machine, model};
 
 pub(crate) const MODEL: &str = "target/bench/model";
@@ -56,7 +58,7 @@ struct Versions {
 struct Measured {
     name: &'static str,
     unit: &'static str,
-    /// Medians; ours is absent where the engine cannot do it yet or the machine has no instructions for it.
+    /// Medians; ours is absent where the machine has no instructions for it.
     ours: Option<f64>,
     peer: f64,
     ratio: Option<f64>,
@@ -77,7 +79,7 @@ struct Samples {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let rows = rows::named(&args.rows)?;
-    let threads = args.threads.unwrap_or_else(machine::threads).max(1);
+    let threads = args.threads.unwrap_or_else(compute_threads).max(1);
     let (cpu, load_before) = (machine::Cpu::this(threads), machine::load());
     let mut peer = Peer::new(&args.llama, &args.out, threads);
     let versions = Versions { ours: our_version(), peer: peer.version()? };
@@ -88,8 +90,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for same in rows.chunk_by(Row::same_model) {
         peer.prepare(&args.model, same[0].weights)?;
         let able = same[0].numerics != Numerics::Tile || cpu.has("amx_bf16"); // elsewhere it is emulated
-        let ours = able.then(|| Engine::load(&args.model, &same[0], threads)).transpose()?;
-        let mut ours = ours.flatten();
+        let mut ours = able.then(|| Engine::load(&args.model, &same[0], threads)).transpose()?;
         for row in same {
             eprintln!("measuring {}", row.name);
             measured.push(measure(row, args.rounds, ours.as_mut(), &mut peer)?);

@@ -1,7 +1,7 @@
 //! What the numbers were measured on.
 
 use std::collections::BTreeSet;
-use std::{fs, thread};
+use std::fs;
 
 /// Features that decide which kernels run, as /proc/cpuinfo spells them.
 const FEATURES: [&str; 8] =
@@ -29,18 +29,6 @@ impl Cpu {
     pub(crate) fn has(&self, feature: &str) -> bool {
         self.features.contains(&feature)
     }
-}
-
-/// One thread per physical core, within the process's affinity mask and CPU quota.
-pub(crate) fn threads() -> usize {
-    let allowed = thread::available_parallelism().map_or(1, usize::from);
-    let cores: BTreeSet<String> = (0..)
-        .map_while(|cpu| {
-            let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-            fs::read_to_string(path).ok()
-        })
-        .collect();
-    if cores.is_empty() { allowed } else { allowed.min(cores.len()) }
 }
 
 /// How many processes wanted to run during the last minute, on average.

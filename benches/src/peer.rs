@@ -7,11 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use expertmesh_engine::WeightFormat;
 use serde_json::Value;
 
 use crate::busy::Busy;
 use crate::gguf;
-use crate::rows::{Row, Weights, Work};
+use crate::rows::{Row, Work};
 
 /// No sample takes as long; a program that hangs is ended then.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -23,7 +24,7 @@ pub(crate) struct Peer {
     models: PathBuf,
     threads: usize,
     /// The weights for which llama.cpp's repacking works on this machine, or does not.
-    repack: Vec<(Weights, bool)>,
+    repack: Vec<(WeightFormat, bool)>,
 }
 
 impl Peer {
@@ -39,13 +40,13 @@ impl Peer {
     }
 
     /// Converts the checkpoint to bf16 and quantises that, where it has not been done.
-    pub(crate) fn prepare(&self, model: &Path, weights: Weights) -> anyhow::Result<()> {
-        let bf16 = self.file(Weights::Bf16);
+    pub(crate) fn prepare(&self, model: &Path, weights: WeightFormat) -> anyhow::Result<()> {
+        let bf16 = self.file(WeightFormat::Bf16);
         gguf::convert(model, &bf16)?;
-        if weights == Weights::Bf16 {
+        if weights == WeightFormat::Bf16 {
             return Ok(());
         }
-        self.quantise(&bf16, &self.file(weights), weights.peer())
+        self.quantise(&bf16, &self.file(weights), format_name(weights))
     }
 
     /// Converts a GGUF file to another type with llama.cpp's own tool.
@@ -116,8 +117,8 @@ impl Peer {
         command
     }
 
-    fn file(&self, weights: Weights) -> PathBuf {
-        self.models.join(format!("model-{}.gguf", weights.peer()))
+    fn file(&self, weights: WeightFormat) -> PathBuf {
+        self.models.join(format!("model-{}.gguf", format_name(weights)))
     }
 
     /// Runs a program to its end and returns what it printed; what it complained about is in llama.log.
@@ -140,5 +141,14 @@ impl Peer {
         };
         ensure!(status.success(), "{program}: {status}; see {}", log.display());
         Ok(fs::read_to_string(&printed)?)
+    }
+}
+
+/// llama.cpp's name of its format of that size.
+fn format_name(weights: WeightFormat) -> &'static str {
+    match weights {
+        WeightFormat::Int8 => "Q8_0",
+        WeightFormat::Int4 => "Q4_0",
+        _ => "BF16",
     }
 }

@@ -1,39 +1,6 @@
 //! What is measured: each row is one number of ours beside one of llama.cpp's.
 
-/// How weights are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Weights {
-    Bf16,
-    Int8,
-    Int4,
-}
-
-impl Weights {
-    /// Bits that a weight takes, its share of a block's scale included.
-    pub(crate) fn bits(self) -> f64 {
-        match self {
-            Self::Bf16 => 16.0,
-            Self::Int8 => 8.5,
-            Self::Int4 => 4.5,
-        }
-    }
-
-    /// llama.cpp's name of its format of that size.
-    pub(crate) fn peer(self) -> &'static str {
-        match self {
-            Self::Bf16 => "BF16",
-            Self::Int8 => "Q8_0",
-            Self::Int4 => "Q4_0",
-        }
-    }
-}
-
-/// The order of bf16 sums.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Numerics {
-    Pair,
-    Tile,
-}
+use expertmesh_engine::{Numerics, WeightFormat};
 
 /// What one sample computes; every context starts empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +40,7 @@ impl Work {
 pub(crate) struct Row {
     /// Stable: other tools find a row by it.
     pub(crate) name: &'static str,
-    pub(crate) weights: Weights,
+    pub(crate) weights: WeightFormat,
     pub(crate) numerics: Numerics,
     pub(crate) work: Work,
     /// Whether another process keeps a core busy meanwhile.
@@ -81,8 +48,13 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    const fn new(name: &'static str, weights: Weights, work: Work) -> Self {
+    const fn new(name: &'static str, weights: WeightFormat, work: Work) -> Self {
         Self { name, weights, numerics: Numerics::Pair, work, busy: false }
+    }
+
+    /// Whether one loaded model serves both rows.
+    pub(crate) fn same_model(&self, other: &Self) -> bool {
+        self.weights == other.weights && self.numerics == other.numerics
     }
 }
 
@@ -94,13 +66,13 @@ const PREFILL: Work = Work::Prefill { tokens: 512 };
 
 /// Rows of the same weights and numerics follow each other, so that a model is loaded once.
 pub(crate) const ROWS: [Row; 7] = [
-    Row::new("decode-1-bf16", Weights::Bf16, DECODE),
-    Row::new("decode-16-bf16", Weights::Bf16, DECODE_16),
-    Row::new("prefill-512-bf16", Weights::Bf16, PREFILL),
-    Row { busy: true, ..Row::new("decode-1-bf16-busy", Weights::Bf16, DECODE_BUSY) },
-    Row { numerics: Numerics::Tile, ..Row::new("prefill-512-bf16-tile", Weights::Bf16, PREFILL) },
-    Row::new("decode-1-int8", Weights::Int8, DECODE),
-    Row::new("decode-1-int4", Weights::Int4, DECODE),
+    Row::new("decode-1-bf16", WeightFormat::Bf16, DECODE),
+    Row::new("decode-16-bf16", WeightFormat::Bf16, DECODE_16),
+    Row::new("prefill-512-bf16", WeightFormat::Bf16, PREFILL),
+    Row { busy: true, ..Row::new("decode-1-bf16-busy", WeightFormat::Bf16, DECODE_BUSY) },
+    Row { numerics: Numerics::Tile, ..Row::new("prefill-512-bf16-tile", WeightFormat::Bf16, PREFILL) },
+    Row::new("decode-1-int8", WeightFormat::Int8, DECODE),
+    Row::new("decode-1-int4", WeightFormat::Int4, DECODE),
 ];
 
 /// The rows with these names; all where none is named.
