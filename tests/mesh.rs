@@ -168,6 +168,10 @@ async fn a_worker_refuses_what_breaks_the_protocol_and_goes_on_serving() {
         ("max_tokens", ask(|r| r.max_tokens = 0)),
         ("temperature", ask(|r| r.sampling.as_mut().unwrap().temperature = f32::NAN)),
         ("sampling", ask(|r| r.sampling = None)),
+        ("repetition_penalty", ask(|r| r.sampling.as_mut().unwrap().repetition_penalty = 0.0)),
+        ("logprobs", ask(|r| r.logprobs = Some(21))),
+        ("prompt_tokens", ask(|r| r.prompt_tokens = 0)),
+        ("prompt_tokens", ask(|r| r.prompt_tokens = 1000)),
     ] {
         let status = client.generate(asked).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);

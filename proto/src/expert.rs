@@ -63,7 +63,7 @@ impl Limits {
 
     fn rows_per_part(&self, lists: usize) -> usize {
         // 5 bytes bound a varint of u32; 128 cover the message's other fields.
-        ((MAX_PART_BYTES - 128) / (self.hidden * 4 + lists * 5)).max(1)
+        ((MAX_PART_BYTES - 128) / (self.hidden * 2 + lists * 5)).max(1)
     }
 }
 
@@ -77,8 +77,8 @@ pub struct Rows {
     pub row_experts: Vec<u32>,
     /// Row after row, ascending within a row.
     pub experts: Vec<u32>,
-    /// (rows, hidden)
-    pub values: Vec<f32>,
+    /// (rows, hidden), bits of bf16
+    pub values: Vec<u16>,
 }
 
 impl Rows {
@@ -88,7 +88,7 @@ impl Rows {
         let count = self.row_experts.len().div_ceil(per_part) as u32;
         let mut expert = 0;
         let chunks = self.row_experts.chunks(per_part).zip(self.values.chunks(per_part * limits.hidden));
-        let part = |(part, (row_experts, values)): (usize, (&[u32], &[f32]))| {
+        let part = |(part, (row_experts, values)): (usize, (&[u32], &[u16]))| {
             let pairs = row_experts.iter().sum::<u32>() as usize;
             let experts = self.experts[expert..expert + pairs].to_vec();
             expert += pairs;
@@ -118,7 +118,7 @@ pub struct Answers {
     /// Experts of the layer that are not here.
     pub not_resident: Vec<u32>,
     /// (pairs whose expert is here, hidden), in the order of the dispatched pairs.
-    pub values: Vec<f32>,
+    pub values: Vec<u16>,
 }
 
 impl Answers {
@@ -127,12 +127,12 @@ impl Answers {
             .rows_per_part(0)
             .saturating_sub(self.not_resident.len() * 5 / (limits.hidden * 4) + 1)
             .max(1);
-        let mut chunks: Vec<&[f32]> = self.values.chunks(per_part * limits.hidden).collect();
+        let mut chunks: Vec<&[u16]> = self.values.chunks(per_part * limits.hidden).collect();
         if chunks.is_empty() {
             chunks.push(&[]);
         }
         let parts = chunks.len() as u32;
-        let part = |(part, values): (usize, &[f32])| {
+        let part = |(part, values): (usize, &[u16])| {
             let mut message = v1::Answer {
                 session: ticket.session,
                 ticket: ticket.ticket,
@@ -318,19 +318,19 @@ fn check_experts(part: &v1::Dispatch, limits: &Limits) -> Result<(), Invalid> {
     Ok(())
 }
 
-fn to_bytes(values: &[f32]) -> Bytes {
-    let mut bytes = BytesMut::with_capacity(values.len() * 4);
+fn to_bytes(values: &[u16]) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(values.len() * 2);
     values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
     bytes.freeze()
 }
 
-fn from_bytes(bytes: &[u8], rows: usize, hidden: usize, field: &'static str) -> Result<Vec<f32>, Invalid> {
-    if bytes.len() != rows * hidden * 4 {
+fn from_bytes(bytes: &[u8], rows: usize, hidden: usize, field: &'static str) -> Result<Vec<u16>, Invalid> {
+    if bytes.len() != rows * hidden * 2 {
         return Err(Invalid::new(field, format!("{} bytes are not {rows} rows of {hidden}", bytes.len())));
     }
-    let values: Vec<f32> =
-        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-    if !values.iter().all(|value| value.is_finite()) {
+    let values: Vec<u16> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+    // All bits of the exponent: infinity or NaN.
+    if values.iter().any(|value| value & 0x7f80 == 0x7f80) {
         return Err(Invalid::new(field, "holds a value that is not finite"));
     }
     Ok(values)
@@ -368,7 +368,7 @@ mod tests {
     fn rows(count: usize) -> Rows {
         let row_experts: Vec<u32> = (0..count).map(|row| row as u32 % 4 + 1).collect();
         let experts = row_experts.iter().flat_map(|&n| (0..n).map(move |e| e * 3 + n)).collect();
-        let values = (0..count * LIMITS.hidden).map(|at| at as f32 / 3.0).collect();
+        let values = (0..count * LIMITS.hidden).map(|at| at as u16 % 0x7f80).collect();
         Rows { layer: 2, load: count.is_multiple_of(2), row_experts, experts, values }
     }
 
@@ -394,7 +394,7 @@ mod tests {
         fn answers_come_out_as_they_went_in(count in 1usize..900, absent in proptest::collection::btree_set(0u32..32, 0..4)) {
             let asked: Vec<u32> = (0..count as u32).map(|at| at % 32).collect();
             let here = asked.iter().filter(|expert| !absent.contains(expert)).count();
-            let values = (0..here * LIMITS.hidden).map(|at| at as f32).collect();
+            let values = (0..here * LIMITS.hidden).map(|at| at as u16 % 0x7f80).collect();
             let answers = Answers { not_resident: absent.into_iter().collect(), values };
             let mut joined = AnswerParts::new(asked);
             let parts = answers.to_parts(TICKET, &LIMITS);
@@ -433,14 +433,14 @@ mod tests {
         assert_eq!(field(|part| part.part = 1), "dispatch.part");
         assert_eq!(field(|part| part.row_experts[1] = 5), "dispatch.row_experts");
         assert_eq!(field(|part| part.experts[0] = 32), "dispatch.experts");
-        assert_eq!(field(|part| part.rows = to_bytes(&[f32::NAN; 3000])), "dispatch.rows");
-        assert_eq!(field(|part| part.rows = part.rows.slice(4..)), "dispatch.rows");
+        assert_eq!(field(|part| part.rows = to_bytes(&[0x7fc0; 3000])), "dispatch.rows");
+        assert_eq!(field(|part| part.rows = part.rows.slice(2..)), "dispatch.rows");
     }
 
     #[test]
     fn an_answer_that_names_what_no_layer_has_is_refused() {
         for not_resident in [vec![32], vec![5, 5], vec![5, 4]] {
-            let answers = Answers { not_resident, values: vec![0.0; LIMITS.hidden] };
+            let answers = Answers { not_resident, values: vec![0; LIMITS.hidden] };
             let part = answers.to_parts(TICKET, &LIMITS).remove(0);
             let error = AnswerParts::new(vec![3]).push(part, &LIMITS).unwrap_err();
             assert!(matches!(error, PartError::Invalid(invalid) if invalid.field == "answer.not_resident"));

@@ -12,7 +12,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::process::{Addresses, Process, Scratch};
-use crate::reference::{Generated, Question};
+use crate::reference::{Generated, PENALTIES, Question};
 use crate::tiny_r1;
 
 /// tiny-r1: layers 1 to 5 hold 32 experts each.
@@ -130,10 +130,16 @@ fn start_worker(scratch: &Scratch, slot: u32) -> Process {
 
 /// The request that asks a worker for the rest of what `reference` answered.
 pub fn request(question: &Question, reference: &Generated, known: &[u32]) -> v1::GenerateRequest {
-    let sampling = match question.seed {
-        Some(seed) => v1::Sampling { temperature: 0.6, top_p: 0.95, top_k: 0, min_p: 0.0, seed },
-        None => v1::Sampling { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
+    let neutral = v1::Sampling { top_p: 1.0, repetition_penalty: 1.0, ..v1::Sampling::default() };
+    let mut sampling = match question.seed {
+        Some(seed) => v1::Sampling { temperature: 0.6, top_p: 0.95, seed, ..neutral },
+        None => neutral,
     };
+    if question.penalized {
+        sampling.repetition_penalty = PENALTIES.repetition;
+        sampling.presence_penalty = PENALTIES.presence;
+        sampling.frequency_penalty = PENALTIES.frequency;
+    }
     v1::GenerateRequest {
         caller: Some(test_caller()),
         request_id: question.prompt.clone(),
@@ -142,6 +148,8 @@ pub fn request(question: &Question, reference: &Generated, known: &[u32]) -> v1:
         min_tokens: 0,
         stop_tokens: if question.length.is_some() { vec![] } else { vec![1] },
         sampling: Some(sampling),
+        prompt_tokens: reference.prompt_tokens.len() as u32,
+        logprobs: None,
     }
 }
 

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use serde_json::{Value, json};
 
-use crate::reference::{Generated, Question, reference};
+use crate::reference::{Generated, PENALTIES, Question, reference};
 use crate::{http, wait_for};
 
 /// Where a deployment answers, and the name of its model.
@@ -72,6 +72,11 @@ impl Api {
         match question.seed {
             Some(seed) => body["seed"] = json!(seed),
             None => body["temperature"] = json!(0),
+        }
+        if question.penalized {
+            body["repetition_penalty"] = json!(PENALTIES.repetition);
+            body["presence_penalty"] = json!(PENALTIES.presence);
+            body["frequency_penalty"] = json!(PENALTIES.frequency);
         }
         if let Some(length) = question.length {
             body["ignore_eos"] = json!(true);

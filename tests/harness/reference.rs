@@ -25,16 +25,28 @@ pub struct Question {
     pub seed: Option<u64>,
     /// Some: so many tokens, whatever ends on the way.
     pub length: Option<u32>,
+    /// With [`PENALTIES`], so that every token depends on those before it in one more way.
+    pub penalized: bool,
 }
+
+/// What penalized questions are asked with.
+pub struct Penalties {
+    pub repetition: f32,
+    pub presence: f32,
+    pub frequency: f32,
+}
+
+pub const PENALTIES: Penalties = Penalties { repetition: 1.25, presence: 0.25, frequency: 0.5 };
 
 impl Question {
     pub fn greedy(prompt: &str) -> Self {
-        Self { prompt: prompt.into(), seed: None, length: None }
+        Self { prompt: prompt.into(), seed: None, length: None, penalized: false }
     }
 
     /// A question whose answer takes long enough for something to happen meanwhile.
     pub fn long(seed: u64, length: u32) -> Self {
-        Self { prompt: "Spell the word expert.".into(), seed: Some(seed), length: Some(length) }
+        let prompt = "Spell the word expert.".into();
+        Self { prompt, seed: Some(seed), length: Some(length), penalized: true }
     }
 
     /// Different questions, half of them sampled.
@@ -52,7 +64,7 @@ impl Question {
                     ["banana", "router", "expert", "kernel", "ocean"][at / 4 % 5]
                 ),
             };
-            Self { prompt, seed: (at % 2 == 1).then_some(at as u64), length: None }
+            Self { prompt, seed: (at % 2 == 1).then_some(at as u64), length: None, penalized: at % 4 == 3 }
         };
         (0..count).map(question).collect()
     }
@@ -72,6 +84,12 @@ pub fn reference(question: &Question) -> Generated {
     };
     if let Some(length) = question.length {
         command.args(["--ignore-eos", "--max-tokens", &length.to_string()]);
+    }
+    if question.penalized {
+        let Penalties { repetition, presence, frequency } = PENALTIES;
+        command.args(["--repetition-penalty", &repetition.to_string()]);
+        command.args(["--presence-penalty", &presence.to_string()]);
+        command.args(["--frequency-penalty", &frequency.to_string()]);
     }
     let output = command.output().expect("generate runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

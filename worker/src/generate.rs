@@ -1,22 +1,25 @@
 //! `expertmesh-worker generate`: one process, all experts, tokens as they come.
 
+mod request;
+mod text;
+
 use std::io::{self, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, GenerationConfig, LocalExchange, ModelConfig, Sampling,
-    SamplingOverrides, Span, Step, forward, sample,
+    Backend, CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
+use self::request::{Generated, Request};
+use self::text::Text;
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
+use crate::stop::Checked;
 use crate::template::{ChatTemplate, Message};
 use crate::tokenizer::Tokenizer;
-
-/// Rows of the prompt that are computed at a time.
-const CHUNK: usize = 256;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -26,6 +29,10 @@ pub(crate) struct Args {
     /// The text to continue, or with --chat the user's message
     #[arg(long)]
     prompt: String,
+    #[command(flatten)]
+    computed_as: ComputedAs,
+    #[command(flatten)]
+    computed_with: ComputedWith,
     /// Render the prompt with the model's chat template
     #[arg(long)]
     chat: bool,
@@ -44,12 +51,39 @@ pub(crate) struct Args {
     /// Sample from so many most probable tokens; 0: from all
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
+    /// Leave out tokens that are less probable than so much of the best one's probability
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Above 1: tokens of prompt and answer become less likely; 1: no matter
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    repetition_penalty: Option<f32>,
+    /// Above 0: tokens of the answer become less likely
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Above 0: tokens of the answer become less likely with each time
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Add VALUE (-100 to 100) to a token's logit; can be given several times
+    #[arg(long, value_name = "ID=VALUE", value_parser = token_bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// End before this text; can be given several times
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    stop: Vec<String>,
+    /// End with this token; can be given several times
+    #[arg(long, value_name = "ID")]
+    stop_token: Vec<u32>,
+    /// Do not end before so many tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    min_tokens: usize,
     /// The same seed and prompt give the same tokens
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Print one JSON object at the end instead of text as it comes
     #[arg(long)]
     json: bool,
+    /// Log-probabilities of every token and of the N most probable ones instead of it (20 at most), by the raw logits
+    #[arg(long, value_name = "N", requires = "json", value_parser = clap::value_parser!(u8).range(..=20))]
+    logprobs: Option<u8>,
 }
 
 /// What one prompt led to.
@@ -58,35 +92,50 @@ struct Answer<'a> {
     prompt_tokens: &'a [u32],
     /// The ending end-of-sequence token included.
     tokens: &'a [u32],
-    text: String,
+    text: &'a str,
     finish_reason: &'static str,
+    /// One for each token, where they were asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    logprobs: Vec<TokenLogprobs<'a>>,
+}
+
+#[derive(serde::Serialize)]
+struct TokenLogprobs<'a> {
+    logprob: f32,
+    /// Token ids and theirs, the most probable first.
+    top: &'a [(u32, f32)],
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let config = ModelConfig::read(&args.model)?;
     let generation = GenerationConfig::read(&args.model, &config)?;
-    let sampling = generation
-        .sampling(&args.overrides())
-        .map_err(|error| Fatal::new("InvalidSampling", error.to_string()))?;
+    let sampling = args.sampling(&generation, config.vocabulary())?;
     let tokenizer = Tokenizer::load(&args.model)?;
     let prompt = encode(&args, &tokenizer, &config)?;
-    let limit = args.max_tokens.unwrap_or(usize::MAX).min(config.max_positions() - prompt.len());
-    let backend = load(&args.model)?;
+    let most = args.max_tokens.or(generation.max_new_tokens().map(|most| most as usize));
+    let limit = most.unwrap_or(usize::MAX).min(config.max_positions() - prompt.len());
+    let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
-    let mut stream = tokenizer.stream();
-    let mut print = |text: Option<String>| match text {
-        Some(text) if !args.json => out.write_all(text.as_bytes()).and_then(|()| out.flush()),
-        _ => Ok(()),
+    let mut text = Text::new(&tokenizer, args.stop.clone(), args.min_tokens);
+    let mut print = |text: &str| match args.json {
+        false => out.write_all(text.as_bytes()).and_then(|()| out.flush()),
+        true => Ok(()),
     };
-    let eos: &[u32] = if args.ignore_eos { &[] } else { generation.eos_tokens() };
-    let request = Request { prompt: &prompt, limit, eos, sampling: &sampling };
-    let generated = request.generate(&backend, |token| print(stream.push(token)))?;
-    print(stream.finish()).map_err(output_failed)?;
+    let logprobs = args.logprobs.map(usize::from);
+    let request = Request { prompt: &prompt, limit, sampling: &sampling, logprobs };
+    let mut generated = request.generate(&backend, |token, ends| {
+        let Checked { text, stopped } = text.push(token, ends);
+        print(&text)?;
+        Ok(if stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    })?;
+    let rest = text.finish();
+    print(&rest.text).map_err(output_failed)?;
+    if rest.stopped {
+        generated.finish_reason = "stop";
+    }
     if args.json {
-        let (tokens, finish_reason) = (&generated.tokens, generated.finish_reason);
-        let text = tokenizer.decode(tokens);
-        serde_json::to_writer(&mut out, &Answer { prompt_tokens: &prompt, tokens, text, finish_reason })
+        serde_json::to_writer(&mut out, &generated.answer(&prompt, text.whole()))
             .map_err(|error| output_failed(error.into()))?;
     }
     writeln!(out).map_err(output_failed)?;
@@ -95,9 +144,47 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 impl Args {
-    fn overrides(&self) -> SamplingOverrides {
-        let Self { temperature, top_p, top_k, seed, .. } = *self;
-        SamplingOverrides { temperature, top_p, top_k, seed: Some(seed), min_p: None }
+    /// What the options say, and for the rest the model.
+    fn sampling(&self, generation: &GenerationConfig, vocabulary: usize) -> Result<Sampling, Fatal> {
+        let invalid = |problem: String| Fatal::new("InvalidSampling", problem);
+        let biased = self.logit_bias.iter().map(|(token, _)| ("--logit-bias", *token));
+        let mut named = self.stop_token.iter().map(|&token| ("--stop-token", token)).chain(biased);
+        if let Some((option, token)) = named.find(|&(_, token)| token as usize >= vocabulary) {
+            return Err(invalid(format!("{option}: {token} is outside a vocabulary of {vocabulary}")));
+        }
+        let overrides = SamplingOverrides {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            seed: Some(self.seed),
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+        };
+        let sampling = generation.sampling(overrides).map_err(|error| invalid(error.to_string()))?;
+        let eos: &[u32] = if self.ignore_eos { &[] } else { generation.eos_tokens() };
+        Ok(sampling.ending([eos, &self.stop_token].concat(), self.min_tokens))
+    }
+}
+
+fn token_bias(text: &str) -> Result<(u32, f32), String> {
+    let (id, bias) = text.split_once('=').ok_or("expected ID=VALUE, as in 42=-1.5")?;
+    let id = id.parse().map_err(|_| format!("{id:?} is not a token id"))?;
+    bias.parse().map(|bias| (id, bias)).map_err(|_| format!("{bias:?} is not a number"))
+}
+
+impl Generated {
+    fn answer<'a>(&'a self, prompt: &'a [u32], text: &'a str) -> Answer<'a> {
+        let logprobs = |logged: &'a Logprobs| TokenLogprobs { logprob: logged.logprob, top: &logged.top };
+        Answer {
+            prompt_tokens: prompt,
+            tokens: &self.tokens,
+            text,
+            finish_reason: self.finish_reason,
+            logprobs: self.logprobs.iter().map(logprobs).collect(),
+        }
     }
 }
 
@@ -127,92 +214,21 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
 }
 
 /// The model with all its experts; a progress bar where stderr is a terminal.
-pub(crate) fn load(model: &Path) -> Result<CpuBackend, Fatal> {
+pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
     let config = ModelConfig::read(model)?;
     let experts = config.moe_layers().count() * config.experts();
-    let bar = ProgressBar::new(config.dense_bytes() + experts as u64 * config.expert_bytes());
+    let bar = ProgressBar::new(
+        config.dense_bytes(options.weights) + experts as u64 * config.expert_bytes(options.weights),
+    );
     let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
     bar.set_style(style.expect("the template is a constant"));
-    let backend = CpuBackend::load(model, |done, _| bar.set_position(done))?;
-    for layer in config.moe_layers() {
-        for expert in 0..config.experts() as u32 {
-            bar.inc(backend.load(layer, expert)?);
-        }
-    }
+    let backend = CpuBackend::load(model, options, |done, _| bar.set_position(done))?;
+    let experts = config.experts() as u32;
+    let all: Vec<_> =
+        config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    backend.load_experts(&all, |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     Ok(backend)
-}
-
-/// A prompt to continue.
-struct Request<'a> {
-    prompt: &'a [u32],
-    /// Tokens to generate at most.
-    limit: usize,
-    eos: &'a [u32],
-    sampling: &'a Sampling,
-}
-
-struct Generated {
-    tokens: Vec<u32>,
-    finish_reason: &'static str,
-    prefill: Duration,
-    decode: Duration,
-}
-
-impl Request<'_> {
-    fn generate<B: Backend>(
-        &self,
-        backend: &B,
-        mut emit: impl FnMut(u32) -> io::Result<()>,
-    ) -> Result<Generated, Fatal> {
-        let blocks = BlockAllocator::needed(self.prompt.len() + self.limit);
-        let mut kv = backend.allocate_kv(blocks);
-        let blocks: Vec<u32> = (0..blocks as u32).collect();
-        let start = Instant::now();
-        let mut logits = Vec::new();
-        for (index, chunk) in self.prompt.chunks(CHUNK).enumerate() {
-            let span =
-                Span { tokens: chunk.to_vec(), start: index * CHUNK, blocks: blocks.clone(), logits: true };
-            logits = compute(backend, span, &mut kv)?; // (vocabulary)
-        }
-        let prefilled = Instant::now();
-        let (mut tokens, mut finish_reason) = (Vec::new(), "length");
-        while tokens.len() < self.limit {
-            let position = self.prompt.len() + tokens.len();
-            let token = sample(&logits, self.sampling, position as u64);
-            tokens.push(token);
-            emit(token).map_err(output_failed)?;
-            if self.eos.contains(&token) {
-                finish_reason = "stop";
-                break;
-            }
-            if tokens.len() < self.limit {
-                let span =
-                    Span { tokens: vec![token], start: position, blocks: blocks.clone(), logits: true };
-                logits = compute(backend, span, &mut kv)?; // (vocabulary)
-            }
-        }
-        Ok(Generated { tokens, finish_reason, prefill: prefilled - start, decode: prefilled.elapsed() })
-    }
-}
-
-impl Generated {
-    fn report(&self, prompt: usize) {
-        let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-        let decoded = self.tokens.len().saturating_sub(1); // the first token is the prompt's
-        eprintln!(
-            "prompt: {prompt} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
-            rate(prompt, self.prefill),
-            rate(decoded, self.decode),
-        );
-    }
-}
-
-fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f32>, Fatal> {
-    let step = Step { spans: vec![span] };
-    let logits = forward(backend, &step, kv, &mut LocalExchange, &mut |_| {});
-    let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
-    Ok(backend.download(&logits))
 }
 
 fn output_failed(error: io::Error) -> Fatal {
@@ -222,55 +238,12 @@ fn output_failed(error: io::Error) -> Fatal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tokenizer::tests::tiny_r1;
-
-    #[derive(serde::Deserialize)]
-    struct Conversation {
-        ids: Vec<u32>,
-        prompt_len: usize,
-        top: Vec<[(u32, f32); 2]>,
-    }
-
-    fn generate(backend: &CpuBackend, prompt: &[u32], limit: usize, sampling: &Sampling) -> Generated {
-        let request = Request { prompt, limit, eos: backend.config().eos_tokens(), sampling };
-        request.generate(backend, |_| Ok(())).unwrap()
-    }
 
     #[test]
-    fn greedy_answers_are_transformers_where_no_token_was_close() {
-        let backend = load(&tiny_r1()).unwrap();
-        let heldout = std::fs::read(tiny_r1().join("heldout.json")).unwrap();
-        let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
-        let clear = |conversation: &&Conversation| {
-            conversation.top[conversation.prompt_len - 1..]
-                .iter()
-                .all(|[first, second]| first.1 - second.1 > 0.02)
-        };
-        let greedy = Sampling::new(0.0, 1.0, 0, 0.0, 0).unwrap();
-        let mut compared = 0;
-        for Conversation { ids, prompt_len, .. } in conversations.iter().filter(clear) {
-            let (prompt, answer) = ids.split_at(*prompt_len);
-            let generated = generate(&backend, prompt, answer.len(), &greedy);
-            assert_eq!(generated.tokens, answer);
-            let ended = answer.ends_with(backend.config().eos_tokens());
-            assert_eq!(generated.finish_reason, if ended { "stop" } else { "length" });
-            compared += 1;
-        }
-        assert!(compared > 20, "{compared} of {}", conversations.len());
-    }
-
-    #[test]
-    fn a_long_prompt_goes_in_chunks_and_an_answer_ends_where_the_context_does() {
-        let backend = load(&tiny_r1()).unwrap();
-        let prompt: Vec<u32> = (0..1000).map(|i| i * 7 % 1500 + 10).collect();
-        let sampling = Sampling::new(1.0, 1.0, 0, 0.0, 3).unwrap();
-        let request = Request { prompt: &prompt, limit: 24, eos: &[], sampling: &sampling };
-        let generated = request.generate(&backend, |_| Ok(())).unwrap();
-        assert_eq!((generated.tokens.len(), generated.finish_reason), (24, "length"));
-        // A sequence that goes on elsewhere, from any of its tokens, goes on the same.
-        let (before, after) = generated.tokens.split_at(10);
-        let resumed = [&prompt[..], before].concat();
-        let request = Request { prompt: &resumed, limit: 14, ..request };
-        assert_eq!(request.generate(&backend, |_| Ok(())).unwrap().tokens, after);
+    fn a_bias_names_a_token_and_a_number() {
+        assert_eq!(token_bias("42=-1.5"), Ok((42, -1.5)));
+        assert_eq!(token_bias("42"), Err("expected ID=VALUE, as in 42=-1.5".to_string()));
+        assert_eq!(token_bias("x=1"), Err("\"x\" is not a token id".to_string()));
+        assert_eq!(token_bias("1=x"), Err("\"x\" is not a number".to_string()));
     }
 }

@@ -1,12 +1,15 @@
 //! `expertmesh-worker`: one process of a deployment, or a model on the command line.
 
+mod engine;
 mod frontend;
 mod generate;
 mod mesh;
 mod metrics;
 mod probes;
 mod process;
+mod sampling;
 mod serve;
+mod stop;
 mod template;
 mod tokenizer;
 mod verify;

@@ -1,9 +1,12 @@
 //! Text to token ids and back, as the model's tokenizer.json says.
 
+mod spelling;
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
+use self::spelling::Spelling;
 use crate::process::Fatal;
 
 /// Special tokens that are part of the text all the same: they delimit what a model thinks.
@@ -21,6 +24,7 @@ struct Inner {
     tokenizer: tokenizers::Tokenizer,
     /// Special tokens without [`KEPT`].
     skipped: HashSet<u32>,
+    spelling: Spelling,
     longest: usize,
 }
 
@@ -46,13 +50,14 @@ impl Tokenizer {
         if let Err(error) = tokenizer.with_truncation(None) {
             return Err(Fatal::new("InvalidTokenizer", format!("{}: {error}", file.display())));
         }
+        let spelling = Spelling::of(&tokenizer);
         let added = tokenizer.get_added_tokens_decoder();
         let skipped =
             |token: &tokenizers::AddedToken| token.special && !KEPT.contains(&token.content.as_str());
         let skipped = added.iter().filter(|(_, token)| skipped(token)).map(|(&id, _)| id).collect();
         // As the vocabulary spells them, which takes no fewer bytes than the text.
         let longest = tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(0);
-        Ok(Self(Arc::new(Inner { tokenizer, skipped, longest })))
+        Ok(Self(Arc::new(Inner { tokenizer, skipped, spelling, longest })))
     }
 
     /// Adds no special tokens; those that the text spells are recognised.
@@ -68,6 +73,12 @@ impl Tokenizer {
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         let kept: Vec<u32> = ids.iter().copied().filter(|id| !self.0.skipped.contains(id)).collect();
         self.0.tokenizer.decode(&kept, false).unwrap_or_default()
+    }
+
+    /// The bytes that one token stands for, special or not; they need not be whole characters. None where the id is no
+    /// token.
+    pub(crate) fn bytes(&self, id: u32) -> Vec<u8> {
+        self.0.spelling.bytes(&self.0.tokenizer, id)
     }
 
     /// Bytes of text that one token stands for at most.
@@ -137,77 +148,4 @@ impl TokenStream {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::path::PathBuf;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    pub(crate) fn tiny_r1() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-r1")
-    }
-
-    fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
-        let mut stream = tokenizer.stream();
-        let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
-        text.extend(stream.finish());
-        text
-    }
-
-    #[test]
-    fn special_tokens_in_the_text_are_recognised_and_skipped_on_the_way_back() {
-        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
-        let ids = tokenizer
-            .encode("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\nHm</think>\n\nYes")
-            .unwrap();
-        assert_eq!(ids[..2], [0, 2]);
-        assert_eq!(tokenizer.decode(&ids), "Hi<think>\nHm</think>\n\nYes");
-        assert_eq!(streamed(&tokenizer, &ids), "Hi<think>\nHm</think>\n\nYes");
-    }
-
-    #[test]
-    fn a_stream_never_sends_half_a_character() {
-        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
-        let text = "naïve 🦀🦀 日本語 — ok";
-        let ids = tokenizer.encode(text).unwrap();
-        let mut stream = tokenizer.stream();
-        for &id in &ids {
-            let piece = stream.push(id);
-            assert!(piece.is_none_or(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)));
-        }
-        assert_eq!(stream.finish(), None);
-        assert_eq!(streamed(&tokenizer, &ids), text);
-    }
-
-    #[test]
-    fn a_missing_or_broken_tokenizer_is_named() {
-        let missing = Tokenizer::load(Path::new("/nowhere")).err().unwrap();
-        assert_eq!(missing.reason, "ModelNotFound");
-        assert!(missing.message.starts_with("/nowhere/tokenizer.json: "), "{}", missing.message);
-        let broken = std::env::temp_dir().join(format!("expertmesh-tokenizer-{}", std::process::id()));
-        std::fs::create_dir_all(&broken).unwrap();
-        std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
-        assert_eq!(Tokenizer::load(&broken).err().unwrap().reason, "InvalidTokenizer");
-        std::fs::remove_dir_all(&broken).unwrap();
-    }
-
-    proptest! {
-        #[test]
-        fn streamed_pieces_are_the_whole_text(text in "\\PC{0,40}") {
-            let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
-            let ids = tokenizer.encode(&text).unwrap();
-            prop_assert_eq!(streamed(&tokenizer, &ids), tokenizer.decode(&ids));
-        }
-
-        #[test]
-        fn any_ids_stream_and_the_window_stays_bounded(ids in proptest::collection::vec(0u32..2000, 0..200)) {
-            let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
-            let mut stream = tokenizer.stream();
-            for &id in &ids {
-                stream.push(id);
-                prop_assert!(stream.window.len() <= 2 * LONGEST_WINDOW);
-            }
-        }
-    }
-}
+pub(crate) mod tests;

@@ -1,16 +1,17 @@
-//! `expertmesh-worker verify`: what the engine computes against what golden.safetensors recorded.
+//! `expertmesh-worker verify`: what the engine computes against what golden.safetensors recorded, and against itself.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, EngineError, LocalExchange, SafetensorsFile, Seen, Span, Step,
-    forward,
+    Backend, BlockAllocator, CpuBackend, EngineError, LocalExchange, ModelConfig, Reference, Routes,
+    SafetensorsFile, Seen, Span, Step, Trace, forward,
 };
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::generate::load;
 use crate::process::Fatal;
 
@@ -27,6 +28,10 @@ pub(crate) struct Args {
     /// Directory of the model: config.json, safetensors, golden.safetensors
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    computed_as: ComputedAs,
+    #[command(flatten)]
+    computed_with: ComputedWith,
     /// Write what was computed under the golden's names, f32 and i64
     #[arg(long, value_name = "OUT.safetensors")]
     dump: Option<PathBuf>,
@@ -39,32 +44,45 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 /// Prints the table; whether nothing is wrong.
 fn verify(args: &Args) -> Result<bool, Fatal> {
     let golden = SafetensorsFile::open(&args.model.join(GOLDEN))?;
-    let backend = load(&args.model)?;
-    let tokens = tokens(&golden, &backend)?;
-    let ours = record(&backend, &tokens, &[whole(&tokens)])?;
+    let reference = Reference::open(&args.model)?;
+    let tokens = tokens(&golden, reference.config())?;
+    let ours = traced(reference.config(), &tokens, reference.forward(&tokens)?);
 
     println!("{:<12} {:<12} {:<12} {:>10} {:>10}", "tensor", "shape", "verdict", "largest", "relative");
-    let mut all_ok = true;
-    for name in golden.names() {
-        let compared = ours.get(&name).map(|ours| ours.compare(&golden, &name)).transpose()?;
-        let verdict = compared.unwrap_or(Verdict::NotComputed);
-        all_ok &= verdict.print(&name, golden.shape(&name)?);
-    }
-    for length in CHUNKS {
-        let chunks = record(&backend, &tokens, &chunks(&tokens, length))?;
-        let ends: Vec<usize> =
-            (0..tokens.len()).filter(|i| (i + 1) % length == 0 || i + 1 == tokens.len()).collect();
-        all_ok &= same_bits(&ours, &chunks, &ends).print(&format!("chunks of {length}"), &[tokens.len()]);
-    }
+    let mut all_ok = reference_and_golden(&ours, &golden)?;
+    all_ok &= whole_and_chunks(&load(&args.model, &args.computed_as.with(args.computed_with))?, &tokens)?;
     if let Some(path) = &args.dump {
         dump(&ours, path)?;
     }
     Ok(all_ok)
 }
 
-fn tokens(golden: &SafetensorsFile, backend: &CpuBackend) -> Result<Vec<u32>, Fatal> {
+/// What the reference computes agrees with what transformers computed.
+fn reference_and_golden(ours: &Tensors, golden: &SafetensorsFile) -> Result<bool, Fatal> {
+    let mut all_ok = true;
+    for name in golden.names() {
+        let compared = ours.get(&name).map(|ours| ours.compare(golden, &name)).transpose()?;
+        all_ok &= compared.unwrap_or(Verdict::Absent).print(&name, golden.shape(&name)?);
+    }
+    Ok(all_ok)
+}
+
+/// A prompt in chunks gives the bits of the whole.
+fn whole_and_chunks(backend: &CpuBackend, tokens: &[u32]) -> Result<bool, Fatal> {
+    let (whole, mut all_ok) = (record(backend, tokens, &[whole(tokens)])?, true);
+    for length in CHUNKS {
+        let chunks = record(backend, tokens, &chunks(tokens, length))?;
+        let ends: Vec<usize> =
+            (0..tokens.len()).filter(|i| (i + 1) % length == 0 || i + 1 == tokens.len()).collect();
+        let verdict = same_bits(&whole, &chunks, &ends);
+        all_ok &= verdict.print(&format!("chunks of {length}"), &[tokens.len()]);
+    }
+    Ok(all_ok)
+}
+
+fn tokens(golden: &SafetensorsFile, config: &ModelConfig) -> Result<Vec<u32>, Fatal> {
     let invalid = |problem: String| Fatal::new("InvalidGolden", format!("{GOLDEN}: input_ids: {problem}"));
-    let (vocabulary, most) = (backend.config().vocabulary(), backend.config().max_positions());
+    let (vocabulary, most) = (config.vocabulary(), config.max_positions());
     let ids = golden.i64("input_ids")?;
     if ids.is_empty() || ids.len() > most {
         return Err(invalid(format!("{} tokens; expected: 1 to {most}", ids.len())));
@@ -106,28 +124,42 @@ enum Values {
 /// By the golden's names.
 type Tensors = BTreeMap<String, Tensor>;
 
+/// The input and everything that a pass of the reference computed.
+fn traced(config: &ModelConfig, tokens: &[u32], trace: Trace) -> Tensors {
+    let mut tensors = inputs(tokens);
+    for (layer, (hidden, routes)) in trace.hidden.into_iter().zip(&trace.routes).enumerate() {
+        append(&mut tensors, format!("hidden.{layer}"), config.hidden(), Values::F32(hidden));
+        append_routes(&mut tensors, layer, routes.as_ref());
+    }
+    let logits = [("logits", Some(trace.logits)), ("mtp_logits", trace.mtp_logits)];
+    for (name, logits) in logits.into_iter().filter_map(|(name, logits)| Some((name, logits?))) {
+        append(&mut tensors, name.to_owned(), config.vocabulary(), Values::F32(logits));
+    }
+    tensors
+}
+
+fn inputs(tokens: &[u32]) -> Tensors {
+    let ids = tokens.iter().map(|&token| token.into()).collect();
+    Tensors::from([("input_ids".to_owned(), Tensor { width: None, values: Values::I64(ids) })])
+}
+
+fn append_routes(tensors: &mut Tensors, layer: usize, routes: Option<&Routes>) {
+    let Some(Routes { top_k, experts, weights }) = routes else { return };
+    let experts = experts.iter().map(|&expert| expert.into()).collect();
+    append(tensors, format!("experts.{layer}"), *top_k, Values::I64(experts));
+    append(tensors, format!("weights.{layer}"), *top_k, Values::F32(weights.clone()));
+}
+
 /// Everything that the steps, one after another, leave behind.
 fn record(backend: &CpuBackend, tokens: &[u32], steps: &[Step]) -> Result<Tensors, Fatal> {
     let config = backend.config();
-    let (hidden, top_k) = (config.hidden(), config.experts_per_token());
     let mut kv = backend.allocate_kv(BlockAllocator::needed(tokens.len()));
-    let mut tensors = Tensors::new();
-    let ids = tokens.iter().map(|&token| token.into()).collect();
-    tensors.insert("input_ids".to_owned(), Tensor { width: None, values: Values::I64(ids) });
+    let mut tensors = inputs(tokens);
     for step in steps {
         let mut observe = |seen: Seen<CpuBackend>| {
-            let layer = seen.layer;
-            append(
-                &mut tensors,
-                format!("hidden.{layer}"),
-                hidden,
-                Values::F32(backend.download(seen.hidden)),
-            );
-            if let Some(routes) = seen.routes {
-                let experts = routes.experts.iter().map(|&expert| expert.into()).collect();
-                append(&mut tensors, format!("experts.{layer}"), top_k, Values::I64(experts));
-                append(&mut tensors, format!("weights.{layer}"), top_k, Values::F32(routes.weights.clone()));
-            }
+            let hidden = Values::F32(backend.download(seen.hidden));
+            append(&mut tensors, format!("hidden.{}", seen.layer), config.hidden(), hidden);
+            append_routes(&mut tensors, seen.layer, seen.routes);
         };
         let logits = forward(backend, step, &mut kv, &mut LocalExchange, &mut observe);
         let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
@@ -208,7 +240,8 @@ enum Verdict {
     Differing(usize),
     /// Ours has another shape.
     Shape(Vec<usize>),
-    NotComputed,
+    /// Ours does not exist.
+    Absent,
 }
 
 impl Verdict {
@@ -231,13 +264,9 @@ impl Verdict {
             Self::Differing(0) => (true, "identical".to_owned(), String::new()),
             Self::Differing(count) => (false, format!("{count} differ"), String::new()),
             Self::Shape(ours) => (false, format!("ours: {ours:?}"), String::new()),
-            Self::NotComputed => (true, String::new(), String::new()),
+            Self::Absent => (false, "absent".to_owned(), String::new()),
         };
-        let verdict = match self {
-            Self::NotComputed => "not computed",
-            _ if ok => "OK",
-            _ => "NOT OK",
-        };
+        let verdict = if ok { "OK" } else { "NOT OK" };
         println!(
             "{}",
             format!("{name:<12} {shape:<12} {verdict:<12} {largest:>10} {relative:>10}").trim_end()
@@ -290,15 +319,13 @@ mod tests {
         assert!(verify(&args).unwrap());
 
         let golden = SafetensorsFile::open(&out).unwrap();
-        let names =
-            |file: &SafetensorsFile| file.names().into_iter().filter(|name| name != "mtp_logits").collect();
-        let recorded: Vec<String> = names(&SafetensorsFile::open(&tiny_r1().join(GOLDEN)).unwrap());
-        assert_eq!(recorded, names(&golden));
+        assert_eq!(SafetensorsFile::open(&tiny_r1().join(GOLDEN)).unwrap().names(), golden.names());
 
-        let backend = load(&model).unwrap();
-        let tokens = tokens(&golden, &backend).unwrap();
-        for (name, element) in [("logits", 5), ("weights.2", 3), ("experts.4", 1)] {
-            let mut changed = record(&backend, &tokens, &[whole(&tokens)]).unwrap();
+        let reference = Reference::open(&model).unwrap();
+        let tokens = tokens(&golden, reference.config()).unwrap();
+        let trace = reference.forward(&tokens).unwrap();
+        for (name, element) in [("logits", 5), ("weights.2", 3), ("experts.4", 1), ("mtp_logits", 7)] {
+            let mut changed = traced(reference.config(), &tokens, trace.clone());
             match &mut changed.get_mut(name).unwrap().values {
                 Values::F32(values) => values[element] += 1.0,
                 Values::I64(values) => values[element] += 1,
@@ -307,6 +334,11 @@ mod tests {
             dump(&changed, &model.join(GOLDEN)).unwrap();
             assert!(!verify(&args).unwrap(), "{name}");
         }
+        let mut more = traced(reference.config(), &tokens, trace);
+        more.insert("hidden.6".to_owned(), Tensor { width: None, values: Values::F32(vec![0.0]) });
+        fs::remove_file(model.join(GOLDEN)).unwrap();
+        dump(&more, &model.join(GOLDEN)).unwrap();
+        assert!(!verify(&args).unwrap(), "a tensor that nobody computed");
         fs::remove_file(&out).unwrap();
         fs::remove_dir_all(&model).unwrap();
     }

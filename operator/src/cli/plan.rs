@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use expertmesh_engine::{EngineError, ModelConfig};
+use expertmesh_engine::{EngineError, ModelConfig, WeightFormat};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
 use k8s_openapi::Resource;
@@ -53,8 +53,8 @@ fn shape(config: &ModelConfig) -> Result<ModelShape, EngineError> {
         first_moe_layer: config.placed_layers()?.start as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
-        expert_bytes: config.expert_bytes(),
-        dense_bytes: config.dense_bytes(),
+        expert_bytes: config.expert_bytes(WeightFormat::Native),
+        dense_bytes: config.dense_bytes(WeightFormat::Native),
     })
 }
 

@@ -90,41 +90,19 @@ impl SafetensorsFile {
         self.typed(name, dtypes)
     }
 
-    /// The bits of a tensor of exactly this shape, in any type of weights, none of them NaN or infinite.
-    fn matrix(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>, EngineError> {
-        let (dtype, bytes) = self.shaped(name, shape, WEIGHTS)?;
-        let stored = match dtype {
-            Dtype::BF16 => Stored::Bf16(bytes.as_chunks().0),
-            Dtype::F16 => Stored::F16(bytes.as_chunks().0),
-            Dtype::F32 => Stored::F32(bytes.as_chunks().0),
-            _ => Stored::Fp8(bytes),
+    /// A tensor of exactly this shape and one of these types of weights without NaN or infinity; in fp8 its scales
+    /// are still to be read.
+    fn weights(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<Tensor<'_>, EngineError> {
+        let (dtype, bytes) = self.shaped(name, shape, dtypes)?;
+        let tensor = match dtype {
+            Dtype::BF16 => Tensor::Bf16(Bf16(bytes.as_chunks().0)),
+            Dtype::F16 => Tensor::F16(bytes.as_chunks().0),
+            Dtype::F32 => Tensor::F32(bytes.as_chunks().0),
+            _ => Tensor::Fp8 { codes: bytes, scales: Vec::new() },
         };
-        match stored.not_finite() {
+        match tensor.not_finite() {
             Some(at) => Err(self.invalid(name, format!("element {at} is not finite"))),
-            None => Ok(stored),
-        }
-    }
-}
-
-/// The types of weights.
-const WEIGHTS: &[Dtype] = &[Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
-
-/// A tensor's bits by type.
-enum Stored<'a> {
-    Bf16(&'a [[u8; 2]]),
-    F16(&'a [[u8; 2]]),
-    F32(&'a [[u8; 4]]),
-    Fp8(&'a [u8]),
-}
-
-impl Stored<'_> {
-    /// The first element that is NaN or infinite: all its exponent bits are set, in fp8 all but the sign.
-    fn not_finite(&self) -> Option<usize> {
-        match self {
-            Self::Bf16(bits) => bits.iter().position(|&bits| u16::from_le_bytes(bits) & 0x7f80 == 0x7f80),
-            Self::F16(bits) => bits.iter().position(|&bits| u16::from_le_bytes(bits) & 0x7c00 == 0x7c00),
-            Self::F32(bits) => bits.iter().position(|&bits| !f32::from_le_bytes(bits).is_finite()),
-            Self::Fp8(codes) => codes.iter().position(|code| code & 0x7f == 0x7f),
+            None => Ok(tensor),
         }
     }
 }
@@ -174,6 +152,17 @@ pub(crate) enum Tensor<'a> {
 }
 
 impl Tensor<'_> {
+    /// The first element that is NaN or infinite: all its exponent bits are set, in fp8 all but the sign.
+    fn not_finite(&self) -> Option<usize> {
+        let all_set = |bits: &[u8; 2], exponent: u16| u16::from_le_bytes(*bits) & exponent == exponent;
+        match self {
+            Self::Bf16(Bf16(weights)) => weights.iter().position(|bits| all_set(bits, 0x7f80)),
+            Self::F16(weights) => weights.iter().position(|bits| all_set(bits, 0x7c00)),
+            Self::F32(weights) => weights.iter().position(|&bits| !f32::from_le_bytes(bits).is_finite()),
+            Self::Fp8 { codes, .. } => codes.iter().position(|code| code & 0x7f == 0x7f),
+        }
+    }
+
     /// One row in f32: exact, but for fp8, whose product with the scale is rounded. `out` is (columns).
     pub(crate) fn widen_row(&self, row: usize, out: &mut [f32]) {
         let first = row * out.len();
@@ -257,26 +246,24 @@ impl Checkpoint {
 
     /// A bf16 tensor of exactly this shape without NaN or infinity.
     pub(crate) fn bf16(&self, name: &str, shape: &[usize]) -> Result<Bf16<'_>, EngineError> {
-        let file = self.home(name)?;
-        file.shaped(name, shape, &[Dtype::BF16])?;
-        match file.matrix(name, shape)? {
-            Stored::Bf16(bits) => Ok(Bf16(bits)),
+        match self.home(name)?.weights(name, shape, &[Dtype::BF16])? {
+            Tensor::Bf16(bits) => Ok(bits),
             _ => unreachable!("its type was asked for"),
         }
     }
 
     /// A matrix of exactly this shape without NaN or infinity: bf16, f16, f32, or fp8 with the scales of its blocks.
     pub(crate) fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor<'_>, EngineError> {
-        Ok(match self.home(name)?.matrix(name, &[rows, columns])? {
-            Stored::Bf16(bits) => Tensor::Bf16(Bf16(bits)),
-            Stored::F16(bits) => Tensor::F16(bits),
-            Stored::F32(bits) => Tensor::F32(bits),
-            Stored::Fp8(codes) => Tensor::Fp8 { codes, scales: self.scales(name, rows, columns)? },
-        })
+        let dtypes = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
+        let mut tensor = self.home(name)?.weights(name, &[rows, columns], &dtypes)?;
+        if let Tensor::Fp8 { scales, .. } = &mut tensor {
+            *scales = self.scales(name, rows, columns)?;
+        }
+        Ok(tensor)
     }
 
-    /// The scales of an fp8 matrix: (⌈rows / 128⌉, ⌈columns / 128⌉). DeepSeek stores them in f32, also where
-    /// `scale_fmt` is ue8m0 and they are powers of two.
+    /// The scales of an fp8 matrix: (⌈rows / 128⌉, ⌈columns / 128⌉), in f32, bf16 or ue8m0. Where
+    /// `scale_fmt` says that they are powers of two, f32 holds them as well.
     fn scales(&self, matrix: &str, rows: usize, columns: usize) -> Result<Vec<f32>, EngineError> {
         let name = scales_of(matrix);
         let file = self.home(&name)?;
@@ -297,14 +284,7 @@ impl Checkpoint {
 
     /// A small tensor, widened to f32: bf16, f16 or f32, of exactly this shape, without NaN or infinity.
     pub(crate) fn widened(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
-        let file = self.home(name)?;
-        file.shaped(name, shape, &[Dtype::BF16, Dtype::F16, Dtype::F32])?;
-        let tensor = match file.matrix(name, shape)? {
-            Stored::Bf16(bits) => Tensor::Bf16(Bf16(bits)),
-            Stored::F16(bits) => Tensor::F16(bits),
-            Stored::F32(bits) => Tensor::F32(bits),
-            Stored::Fp8(_) => unreachable!("its type was asked for"),
-        };
+        let tensor = self.home(name)?.weights(name, shape, &[Dtype::BF16, Dtype::F16, Dtype::F32])?;
         let mut values = vec![0.0; shape.iter().product()];
         tensor.widen_row(0, &mut values);
         Ok(values)

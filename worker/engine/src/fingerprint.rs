@@ -5,9 +5,9 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::{EngineError, ModelConfig, Numerics, WeightFormat};
 use crate::checkpoint::Checkpoint;
 use crate::config::read_json;
+use crate::{EngineError, ModelConfig, Numerics, WeightFormat};
 
 /// Tensors whose bytes are looked at, evenly chosen among all, and how many bytes of each.
 const SAMPLED_TENSORS: usize = 1024;

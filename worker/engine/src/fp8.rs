@@ -72,7 +72,10 @@ mod tests {
             let (low, high) = (NUMBERS[code as usize], NUMBERS[code as usize + 1]);
             let even = if code % 2 == 0 { code } else { code + 1 };
             assert_eq!(encode((low + high) / 2.0), even);
-            assert_eq!((encode(low * 0.51 + high * 0.49), encode(low * 0.49 + high * 0.51)), (code, code + 1));
+            assert_eq!(
+                (encode(low * 0.51 + high * 0.49), encode(low * 0.49 + high * 0.51)),
+                (code, code + 1)
+            );
         }
         assert_eq!((encode(1e9), encode(-1e9)), (0x7e, 0xfe));
     }

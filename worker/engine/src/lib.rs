@@ -36,4 +36,7 @@ pub use generation::{GenerationConfig, SamplingOverrides};
 pub use kv::{BlockAllocator, OutOfBlocks};
 pub use numerics::Numerics;
 pub use reference::{Reference, Trace};
-pub use sample::{InvalidSampling, Sampling, sample};
+pub use sample::{
+    History, InvalidSampling, Logprobs, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampler, Sampling, SamplingParams,
+    logprobs,
+};

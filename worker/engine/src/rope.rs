@@ -43,7 +43,9 @@ impl Rope {
         let (chunk, pairs) = (position / CHUNK, self.frequencies.len());
         let of_chunk = self.angles[chunk].get_or_init(|| {
             let positions = chunk * CHUNK..(chunk + 1) * CHUNK;
-            positions.flat_map(|position| self.frequencies.iter().map(move |&f| self.angle(position, f))).collect()
+            positions
+                .flat_map(|position| self.frequencies.iter().map(move |&f| self.angle(position, f)))
+                .collect()
         });
         &of_chunk[position % CHUNK * pairs..][..pairs]
     }

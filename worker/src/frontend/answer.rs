@@ -1,24 +1,30 @@
 //! One choice as it grows: tokens to text, stop strings, reasoning apart from content. No IO.
 
+use crate::stop::StopStrings;
 use crate::tokenizer::{TokenStream, Tokenizer};
 
+use super::logprobs::Logged;
 use super::reasoning::{Reasoning, Split};
 use super::resume::{End, Generated};
-use super::stop::StopStrings;
 
 /// What one more token adds to a choice.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub(crate) struct Piece {
     pub(crate) split: Split,
     /// The tokens that came since the last piece.
     pub(crate) tokens: Vec<u32>,
+    /// Theirs, where they were asked for.
+    pub(crate) logprobs: Vec<Logged>,
     /// Set on the last piece.
     pub(crate) end: Option<End>,
 }
 
 /// A choice in the making.
 pub(crate) struct Answer {
+    tokenizer: Tokenizer,
     text: TokenStream,
+    /// Of the text so far, stop strings and all.
+    characters: usize,
     stops: StopStrings,
     /// Tokens before which no stop string counts.
     min_tokens: usize,
@@ -34,8 +40,9 @@ impl Answer {
         min_tokens: u32,
         reasoning: Option<Reasoning>,
     ) -> Self {
-        let text = tokenizer.stream();
-        Self { text, stops: StopStrings::new(stops), min_tokens: min_tokens as usize, reasoning, tokens: 0 }
+        let (tokenizer, text) = (tokenizer.clone(), tokenizer.stream());
+        let (stops, min_tokens) = (StopStrings::new(stops), min_tokens as usize);
+        Self { tokenizer, text, characters: 0, stops, min_tokens, reasoning, tokens: 0 }
     }
 
     /// Tokens so far.
@@ -44,11 +51,14 @@ impl Answer {
     }
 
     /// The piece has an end where a stop string was completed.
-    pub(crate) fn token(&mut self, Generated { id, ends }: Generated) -> Piece {
+    pub(crate) fn token(&mut self, Generated { id, ends, logprobs }: Generated) -> Piece {
+        let logged = logprobs.map(|logprobs| Logged::new(&self.tokenizer, id, &logprobs, self.characters));
         self.tokens += 1;
-        let text = if ends { None } else { self.text.push(id) };
-        let mut piece = self.checked(text.unwrap_or_default());
+        let text = if ends { None } else { self.text.push(id) }.unwrap_or_default();
+        self.characters += text.chars().count();
+        let mut piece = self.checked(text);
         piece.tokens = vec![id];
+        piece.logprobs.extend(logged);
         piece
     }
 
@@ -107,7 +117,7 @@ mod tests {
         let mut answer = Answer::new(&tokenizer, stops, min_tokens, Some(Reasoning::after("<think>\n")));
         let mut split = Split::default();
         for id in tokenizer.encode(text).unwrap() {
-            let piece = answer.token(Generated { id, ends: id == 1 });
+            let piece = answer.token(Generated { id, ends: id == 1, logprobs: None });
             append(&mut split, piece.split);
             if piece.end.is_some() {
                 return (split, piece.end, answer.tokens());

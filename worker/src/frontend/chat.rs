@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::format::{Format, Whole};
+use super::logprobs::{self, Logged};
 use super::model::Model;
 use super::openai::ApiError;
 use super::reasoning::Split;
@@ -42,6 +43,10 @@ impl Format for Chat {
         let parts = parts.into_iter().filter(|(_, text)| !text.is_empty());
         let delta: Map<String, Value> = parts.map(|(key, text)| (key.to_string(), json!(text))).collect();
         map([("delta", Value::Object(delta))])
+    }
+
+    fn logprobs(logged: &[Logged]) -> Value {
+        logprobs::chat(logged)
     }
 }
 

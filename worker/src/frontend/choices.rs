@@ -12,7 +12,7 @@ use super::valid::{ValidChoice, ValidRequest};
 use crate::metrics::FrontendMetrics;
 
 /// A piece, and the choice that it belongs to.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Update {
     pub(crate) choice: usize,
     pub(crate) piece: Piece,

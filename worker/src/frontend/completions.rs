@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::format::{Format, Whole};
+use super::logprobs::{self, Logged};
 use super::model::Model;
 use super::openai::ApiError;
 use super::reasoning::Split;
@@ -32,5 +33,9 @@ impl Format for Completions {
     /// Thoughts are not told apart here: all of the text is content.
     fn delta(split: &Split) -> Map<String, Value> {
         [("text".to_string(), json!(split.content))].into_iter().collect()
+    }
+
+    fn logprobs(logged: &[Logged]) -> Value {
+        logprobs::completion(logged)
     }
 }

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::choices::Update;
+use super::logprobs::Logged;
 use super::openai::Usage;
 use super::reasoning::Split;
 use super::resume::End;
@@ -21,6 +22,7 @@ pub(crate) struct Header {
 pub(crate) struct Whole {
     pub(crate) split: Split,
     pub(crate) tokens: Vec<u32>,
+    pub(crate) logprobs: Vec<Logged>,
     pub(crate) end: Option<End>,
 }
 
@@ -29,6 +31,7 @@ impl Whole {
         self.split.reasoning.push_str(&update.piece.split.reasoning);
         self.split.content.push_str(&update.piece.split.content);
         self.tokens.extend(update.piece.tokens);
+        self.logprobs.extend(update.piece.logprobs);
         self.end = update.piece.end.or(self.end);
     }
 }
@@ -44,7 +47,7 @@ pub(crate) trait Format: Send + Sync + 'static {
 
     fn validate(model: &super::model::Model, body: &[u8]) -> Result<ValidRequest, super::openai::ApiError>;
 
-    /// The entry of `choices` of a whole answer, without index, finish_reason and token_ids.
+    /// The entry of `choices` of a whole answer, without index, logprobs, finish_reason and token_ids.
     fn choice(whole: &Whole) -> Map<String, Value>;
 
     /// The entry of `choices` that opens a choice in a stream, if it takes one.
@@ -52,6 +55,9 @@ pub(crate) trait Format: Send + Sync + 'static {
 
     /// The entry of `choices` of a chunk.
     fn delta(split: &Split) -> Map<String, Value>;
+
+    /// The value of `logprobs` in an entry of `choices`.
+    fn logprobs(logged: &[Logged]) -> Value;
 
     /// Whether a choice carries its prompt's token ids, or the whole answer does.
     const PROMPT_IDS_IN_CHOICE: bool;
@@ -70,6 +76,7 @@ impl Writer {
         let mut object = self.object(F::OBJECT);
         let choice = |(index, whole): (usize, &Whole)| {
             let mut choice = self.numbered(F::choice(whole), index, whole.end);
+            self.logprobs::<F>(&mut choice, &whole.logprobs);
             if self.reply.return_token_ids {
                 choice.insert("token_ids".into(), json!(whole.tokens));
                 self.prompt_ids::<F>(&mut choice, index, F::PROMPT_IDS_IN_CHOICE);
@@ -91,11 +98,12 @@ impl Writer {
     /// What a piece adds, if it is worth a chunk. `first`: nothing was sent of this choice.
     pub(crate) fn piece<F: Format>(&self, update: &Update, first: bool) -> Option<Value> {
         let Update { choice: index, piece } = update;
-        let ids = self.reply.return_token_ids && !piece.tokens.is_empty();
-        if piece.split == Split::default() && piece.end.is_none() && !ids {
+        let tokens = self.reply.return_token_ids && !piece.tokens.is_empty();
+        if piece.split == Split::default() && piece.end.is_none() && !tokens && piece.logprobs.is_empty() {
             return None;
         }
         let mut choice = self.numbered(F::delta(&piece.split), *index, piece.end);
+        self.logprobs::<F>(&mut choice, &piece.logprobs);
         if self.reply.return_token_ids {
             choice.insert("token_ids".into(), json!(piece.tokens));
         }
@@ -124,6 +132,13 @@ impl Writer {
     fn prompt_ids<F: Format>(&self, object: &mut Map<String, Value>, index: usize, here: bool) {
         if here && self.reply.return_token_ids {
             object.insert("prompt_token_ids".into(), json!(self.request.prompt_of(index)));
+        }
+    }
+
+    /// Null where no token came or nobody asked.
+    fn logprobs<F: Format>(&self, choice: &mut Map<String, Value>, logged: &[Logged]) {
+        if !logged.is_empty() {
+            choice.insert("logprobs".into(), F::logprobs(logged));
         }
     }
 

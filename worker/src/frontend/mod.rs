@@ -8,6 +8,7 @@ mod connections;
 mod control;
 mod fields;
 mod format;
+mod logprobs;
 mod model;
 mod openai;
 mod reasoning;
@@ -17,7 +18,6 @@ mod route;
 mod scripted;
 mod server;
 mod sse;
-mod stop;
 mod valid;
 mod workers;
 
@@ -41,6 +41,7 @@ use self::model::Model;
 use self::resume::Patience;
 use self::server::Server;
 use self::workers::Workers;
+use crate::engine::ComputedAs;
 use crate::mesh::identity::fingerprint_message;
 use crate::mesh::placement::CurrentPlacement;
 use crate::metrics::FrontendMetrics;
@@ -54,6 +55,8 @@ pub(crate) struct Args {
     /// The model's directory; its weights are not read
     #[arg(long)]
     model: PathBuf,
+    #[command(flatten)]
+    computed_as: ComputedAs,
     /// The model's name in the API
     #[arg(long)]
     served_name: String,
@@ -218,7 +221,7 @@ async fn serve_control(listener: TcpListener, control: ControlService) {
 
 /// Who this frontend is; it names a fingerprint where the model's directory has the weights too.
 fn caller(args: &Args) -> v1::Caller {
-    let fingerprint = match ModelFingerprint::read(&args.model) {
+    let fingerprint = match args.computed_as.fingerprint(&args.model) {
         Ok(fingerprint) => Some(fingerprint_message(&fingerprint)),
         Err(error) => {
             tracing::info!(%error, "no fingerprint here; the first ready worker's counts");

@@ -50,16 +50,15 @@ impl Model {
         self.generation.eos_tokens()
     }
 
+    /// Tokens of a chat's answer at most, where the client does not say.
+    pub(crate) fn max_new_tokens(&self) -> Option<u32> {
+        self.generation.max_new_tokens()
+    }
+
     /// The model's defaults with a request's choices, checked.
     pub(crate) fn sampling(&self, choices: SamplingOverrides) -> Result<v1::Sampling, ApiError> {
-        let checked = self.generation.sampling(&choices);
+        let checked = self.generation.sampling(choices);
         let sampling = checked.map_err(|error| ApiError::invalid(error.field, error.to_string()))?;
-        Ok(v1::Sampling {
-            temperature: sampling.temperature(),
-            top_p: sampling.top_p(),
-            top_k: sampling.top_k(),
-            min_p: sampling.min_p(),
-            seed: sampling.seed(),
-        })
+        Ok(crate::sampling::message(sampling.params()))
     }
 }

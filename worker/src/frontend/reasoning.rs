@@ -1,5 +1,7 @@
 //! What a model thinks (`<think>…</think>`) apart from what it answers. Text in, text out; no IO.
 
+use crate::stop::held_back;
+
 const OPEN: &str = "<think>";
 const CLOSE: &str = "</think>";
 
@@ -99,13 +101,6 @@ fn emit(text: &str, begun: &mut bool, out: &mut String) {
     let text = if *begun { text } else { text.trim_start_matches(['\n', '\r']) };
     *begun |= !text.is_empty();
     out.push_str(text);
-}
-
-/// How many bytes at the end of `text` may be the beginning of `tag`.
-pub(crate) fn held_back(text: &str, tag: &str) -> usize {
-    let longest = tag.len().saturating_sub(1).min(text.len());
-    let begins = |&length: &usize| tag.as_bytes().starts_with(&text.as_bytes()[text.len() - length..]);
-    (1..=longest).rev().find(begins).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -29,6 +29,8 @@ pub(crate) struct SequenceRequest {
     pub(crate) min_tokens: u32,
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) sampling: v1::Sampling,
+    /// Alternatives to log for each token; `None`: no log-probabilities at all.
+    pub(crate) logprobs: Option<u32>,
 }
 
 /// How long to be patient.
@@ -41,10 +43,11 @@ pub(crate) struct Patience {
 }
 
 /// A token; `ends` where it is one of the stop tokens and so the last one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Generated {
     pub(crate) id: u32,
     pub(crate) ends: bool,
+    pub(crate) logprobs: Option<v1::Logprobs>,
 }
 
 /// Why a sequence ended.
@@ -54,7 +57,7 @@ pub(crate) enum End {
     Length,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Step {
     Token(Generated),
     Ended(End),
@@ -91,7 +94,8 @@ impl Progress {
 
     /// What another worker must do.
     fn rest(&self, caller: v1::Caller) -> v1::GenerateRequest {
-        let SequenceRequest { id, max_tokens, min_tokens, stop_tokens, sampling, .. } = self.request.clone();
+        let SequenceRequest { id, prompt, max_tokens, min_tokens, stop_tokens, sampling, logprobs } =
+            self.request.clone();
         v1::GenerateRequest {
             caller: Some(caller),
             request_id: id,
@@ -100,11 +104,13 @@ impl Progress {
             min_tokens: min_tokens.saturating_sub(self.generated()),
             stop_tokens,
             sampling: Some(sampling),
+            prompt_tokens: prompt.len() as u32,
+            logprobs,
         }
     }
 
     /// Fails where the token is not the next one.
-    fn accept(&mut self, v1::Token { id, position }: v1::Token) -> Result<Generated, String> {
+    fn accept(&mut self, v1::Token { id, position, logprobs }: v1::Token) -> Result<Generated, String> {
         if self.ended.is_some() {
             return Err(format!("a token at {position}, after the last one"));
         }
@@ -117,7 +123,7 @@ impl Progress {
             true => Some(End::Stop),
             false => (self.generated() >= self.request.max_tokens).then_some(End::Length),
         };
-        Ok(Generated { id, ends })
+        Ok(Generated { id, ends, logprobs })
     }
 }
 

@@ -50,6 +50,12 @@ pub(crate) fn token_at(position: usize) -> u32 {
     if position.is_multiple_of(40) { 1 } else { 100 + position as u32 }
 }
 
+/// What any worker says of a token: the more probable, the lower its id.
+fn logprobs(id: u32, top: u32) -> v1::Logprobs {
+    let top = (0..top).map(|at| v1::TokenLogprob { id: id + at, logprob: -0.5 * (at + 1) as f32 }).collect();
+    v1::Logprobs { logprob: -0.5, top }
+}
+
 #[derive(Clone)]
 pub(crate) struct Scripted {
     slot: u32,
@@ -84,7 +90,9 @@ impl Inference for Scripted {
 async fn play(act: Option<Act>, request: v1::GenerateRequest, events: Events) {
     let first = request.tokens.len();
     let send = async |position: usize| {
-        let token = v1::Token { id: token_at(position), position: position as u32 };
+        let id = token_at(position);
+        let logprobs = request.logprobs.map(|top| logprobs(id, top));
+        let token = v1::Token { id, position: position as u32, logprobs };
         let _ = events.send(Ok(v1::GenerateEvent { event: Some(Event::Token(token)) })).await;
     };
     let finish = async |reason: Reason| {

@@ -1,12 +1,15 @@
 //! From a request's body to a [`ValidRequest`], or to the error that names the field. Pure but for the clock
 //! that a chat template may ask.
 
-use expertmesh_engine::SamplingOverrides;
+mod sampling;
+
+use expertmesh_engine::MAX_TOP_LOGPROBS;
 use expertmesh_proto::v1;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Number, Value};
+use serde_json::Value;
 
+use self::sampling::SamplingFields;
 use super::fields;
 use super::model::Model;
 use super::openai::ApiError;
@@ -16,8 +19,6 @@ use crate::template::{Message, TemplateError};
 
 /// Sequences that one request may start: prompts times `n`.
 const MAX_SEQUENCES: usize = 128;
-const MAX_STOPS: usize = 16;
-const MAX_STOP_TOKENS: usize = 64;
 /// What a completion gets that names no `max_tokens`, as OpenAI's API has it.
 const COMPLETION_TOKENS: u32 = 16;
 
@@ -30,6 +31,7 @@ pub(crate) struct ValidRequest {
     stop_tokens: Vec<u32>,
     stops: Vec<String>,
     sampling: v1::Sampling,
+    logprobs: Option<u32>,
     reply: Reply,
 }
 
@@ -60,7 +62,7 @@ pub(crate) struct ValidChoice {
 impl ValidRequest {
     /// From the body of a chat completion.
     pub(crate) fn chat(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
-        let (common, chat) = parse::<Chat>(model, body)?;
+        let (common, sampling, chat) = parse::<Chat>(model, body)?;
         let messages = chat.messages.ok_or_else(|| missing("messages"))?;
         let messages = messages.into_iter().enumerate().map(|(at, message)| message.text(at));
         let messages = messages.collect::<Result<Vec<_>, _>>()?;
@@ -75,12 +77,13 @@ impl ValidRequest {
             (None, limit) => limit.map(|limit| ("max_tokens", limit)),
         };
         let prompt = fit(model, tokens, limit, "messages")?;
-        Self::check(model, vec![Prompt { chat: Some(text), ..prompt }], common)
+        let logprobs = chat_logprobs(chat.logprobs, chat.top_logprobs)?;
+        Self::check(model, vec![Prompt { chat: Some(text), ..prompt }], Wishes { common, sampling, logprobs })
     }
 
     /// From the body of a completion.
     pub(crate) fn completion(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
-        let (common, completion) = parse::<Completion>(model, body)?;
+        let (common, sampling, completion) = parse::<Completion>(model, body)?;
         let prompts = completion.prompt.ok_or_else(|| missing("prompt"))?.tokens(model)?;
         let limit = Some(("max_tokens", common.max_tokens.unwrap_or(COMPLETION_TOKENS)));
         let fitted = |tokens: Vec<u32>| {
@@ -90,10 +93,12 @@ impl ValidRequest {
             fit(model, tokens, limit, "prompt")
         };
         let prompts = prompts.into_iter().map(fitted).collect::<Result<Vec<_>, _>>()?;
-        Self::check(model, prompts, common)
+        let logprobs = top_logprobs("logprobs", completion.logprobs)?;
+        Self::check(model, prompts, Wishes { common, sampling, logprobs })
     }
 
-    fn check(model: &Model, prompts: Vec<Prompt>, common: Common) -> Result<Self, ApiError> {
+    fn check(model: &Model, prompts: Vec<Prompt>, wishes: Wishes) -> Result<Self, ApiError> {
+        let Wishes { common, sampling: fields, logprobs } = wishes;
         let n = common.n.unwrap_or(1) as usize;
         if n == 0 || n.saturating_mul(prompts.len()) > MAX_SEQUENCES {
             let problem = format!(
@@ -102,16 +107,16 @@ impl ValidRequest {
             );
             return Err(ApiError::invalid("n", problem));
         }
-        let min_tokens = common.min_tokens.unwrap_or(0);
+        let min_tokens = fields.min_tokens();
         if prompts.iter().any(|prompt| min_tokens > prompt.max_tokens) {
             let problem = format!("min_tokens: {min_tokens} is more than may be generated");
             return Err(ApiError::invalid("min_tokens", problem));
         }
-        let sampling = model.sampling(common.sampling()?)?;
+        let sampling = model.sampling(fields.overrides(model)?)?;
         let reply = common.reply()?;
-        let stop_tokens = common.stop_tokens(model)?;
-        let stops = common.stop.map_or(Ok(Vec::new()), Stop::strings)?;
-        Ok(Self { prompts, n, min_tokens, stop_tokens, stops, sampling, reply })
+        let stop_tokens = fields.stop_tokens(model)?;
+        let stops = fields.stops()?;
+        Ok(Self { prompts, n, min_tokens, stop_tokens, stops, sampling, logprobs, reply })
     }
 
     pub(crate) fn reply(&self) -> Reply {
@@ -147,7 +152,8 @@ impl ValidRequest {
                     max_tokens: prompt.max_tokens,
                     min_tokens: self.min_tokens,
                     stop_tokens: self.stop_tokens.clone(),
-                    sampling: v1::Sampling { seed, ..self.sampling },
+                    sampling: v1::Sampling { seed, ..self.sampling.clone() },
+                    logprobs: self.logprobs,
                 },
                 stops: self.stops.clone(),
                 reasoning: thoughts.map(Reasoning::after),
@@ -157,20 +163,19 @@ impl ValidRequest {
     }
 }
 
-/// What both endpoints take. `null` is the same as absent.
+/// What a request asks for beside its prompts.
+struct Wishes {
+    common: Common,
+    sampling: SamplingFields,
+    /// Alternatives to log for each token; `None`: no log-probabilities at all.
+    logprobs: Option<u32>,
+}
+
+/// What both endpoints take, beside [`SamplingFields`]. `null` is the same as absent.
 #[derive(Debug, Deserialize)]
 struct Common {
     max_tokens: Option<u32>,
-    min_tokens: Option<u32>,
     n: Option<u32>,
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    top_k: Option<i64>,
-    min_p: Option<f32>,
-    seed: Option<Number>,
-    stop: Option<Stop>,
-    stop_token_ids: Option<Vec<u32>>,
-    ignore_eos: Option<bool>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     return_token_ids: Option<bool>,
@@ -181,34 +186,7 @@ struct StreamOptions {
     include_usage: Option<bool>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
-enum Stop {
-    One(String),
-    Many(Vec<String>),
-}
-
 impl Common {
-    fn sampling(&self) -> Result<SamplingOverrides, ApiError> {
-        let top_k = match self.top_k {
-            // vLLM's clients say -1 for "all".
-            Some(-1) => Some(0),
-            Some(k) => Some(
-                u32::try_from(k)
-                    .map_err(|_| ApiError::invalid("top_k", format!("top_k: {k} is out of range")))?,
-            ),
-            None => None,
-        };
-        let seed = match &self.seed {
-            Some(seed) => Some(seed_of(seed).ok_or_else(|| {
-                ApiError::invalid("seed", format!("seed: {seed} is not an integer of 64 bits"))
-            })?),
-            None => None,
-        };
-        let Self { temperature, top_p, min_p, .. } = *self;
-        Ok(SamplingOverrides { temperature, top_p, top_k, min_p, seed })
-    }
-
     fn reply(&self) -> Result<Reply, ApiError> {
         let stream = self.stream.unwrap_or(false);
         if self.stream_options.is_some() && !stream {
@@ -224,37 +202,6 @@ impl Common {
             return_token_ids: self.return_token_ids.unwrap_or(false),
         })
     }
-
-    fn stop_tokens(&self, model: &Model) -> Result<Vec<u32>, ApiError> {
-        let mut tokens = self.stop_token_ids.clone().unwrap_or_default();
-        if tokens.len() > MAX_STOP_TOKENS || tokens.iter().any(|&token| token >= model.vocabulary) {
-            let problem =
-                format!("stop_token_ids: at most {MAX_STOP_TOKENS}, each below {}", model.vocabulary);
-            return Err(ApiError::invalid("stop_token_ids", problem));
-        }
-        if !self.ignore_eos.unwrap_or(false) {
-            tokens.extend(model.eos_tokens());
-        }
-        tokens.sort_unstable();
-        tokens.dedup();
-        Ok(tokens)
-    }
-}
-
-impl Stop {
-    fn strings(self) -> Result<Vec<String>, ApiError> {
-        let strings = match self {
-            Self::One(string) => vec![string],
-            Self::Many(strings) => strings,
-        };
-        if strings.len() > MAX_STOPS || strings.iter().any(|string| string.is_empty() || string.len() > 1024)
-        {
-            let problem =
-                format!("stop: at most {MAX_STOPS} strings, none of them empty or longer than 1024 bytes");
-            return Err(ApiError::invalid("stop", problem));
-        }
-        Ok(strings)
-    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -262,6 +209,8 @@ struct Chat {
     messages: Option<Vec<ChatMessage>>,
     max_completion_tokens: Option<u32>,
     add_generation_prompt: Option<bool>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -326,6 +275,7 @@ impl ChatMessage {
 #[derive(Debug, Deserialize)]
 struct Completion {
     prompt: Option<PromptField>,
+    logprobs: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -369,8 +319,8 @@ impl PromptField {
     }
 }
 
-/// The body's common fields and the endpoint's own. Fields that nobody knows are ignored, as clients expect.
-fn parse<T: DeserializeOwned>(model: &Model, body: &[u8]) -> Result<(Common, T), ApiError> {
+/// The body's common fields, those of sampling, and the endpoint's own. Fields that nobody knows are ignored, as clients expect.
+fn parse<T: DeserializeOwned>(model: &Model, body: &[u8]) -> Result<(Common, SamplingFields, T), ApiError> {
     let value: Value =
         serde_json::from_slice(body).map_err(|error| ApiError::Malformed(error.to_string()))?;
     let Some(map) = value.as_object() else {
@@ -383,7 +333,7 @@ fn parse<T: DeserializeOwned>(model: &Model, body: &[u8]) -> Result<(Common, T),
         Some(_) => return Err(ApiError::invalid("model", "model: expected a string")),
     }
     fields::reject_unhonoured(map)?;
-    Ok((read(&value)?, read(&value)?))
+    Ok((read(&value)?, read(&value)?, read(&value)?))
 }
 
 fn read<T: DeserializeOwned>(value: &Value) -> Result<T, ApiError> {
@@ -398,9 +348,25 @@ fn missing(field: &str) -> ApiError {
     ApiError::invalid(field, format!("{field}: missing"))
 }
 
-/// Negative seeds are seeds too.
-fn seed_of(seed: &Number) -> Option<u64> {
-    seed.as_u64().or_else(|| seed.as_i64().map(|seed| seed as u64))
+/// A chat says apart whether it wants any, and how many alternatives.
+fn chat_logprobs(wanted: Option<bool>, top: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match (wanted.unwrap_or(false), top) {
+        (true, top) => top_logprobs("top_logprobs", Some(top.unwrap_or(0))),
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => {
+            Err(ApiError::invalid("top_logprobs", "top_logprobs: only allowed where logprobs is true"))
+        }
+    }
+}
+
+fn top_logprobs(field: &str, top: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match top {
+        Some(top) if top as usize > MAX_TOP_LOGPROBS => {
+            let problem = format!("{field}: {top} is out of range; expected: 0 to {MAX_TOP_LOGPROBS}");
+            Err(ApiError::invalid(field, problem))
+        }
+        top => Ok(top),
+    }
 }
 
 fn template_error(error: &TemplateError) -> ApiError {
@@ -446,7 +412,8 @@ fn fit(
         );
         return Err(ApiError::ContextLength { param, problem });
     }
-    let max_tokens = limit.map_or((context - used) as u32, |(_, limit)| limit);
+    let room = ((context - used) as u32).min(model.max_new_tokens().unwrap_or(u32::MAX));
+    let max_tokens = limit.map_or(room, |(_, limit)| limit);
     Ok(Prompt { tokens, max_tokens, chat: None })
 }
 

@@ -32,9 +32,9 @@ pub(crate) struct MeshExchange<B: Backend> {
 /// One layer of one step on its way. A pair is (row, slot among its top k): row · top_k + slot.
 struct LayerState<B: Backend> {
     /// (rows, hidden), once a row has to travel.
-    host: Option<Vec<f32>>,
+    host: Option<Vec<u16>>,
     /// (pairs, hidden)
-    answers: Option<B::Rows>,
+    answers: Option<B::Activations>,
     local: Vec<u32>,
     flights: BTreeMap<u64, Flight>,
     /// Per expert, the peers that failed it in this layer.
@@ -51,7 +51,7 @@ struct Flight {
 }
 
 impl<B: Backend> LayerState<B> {
-    fn new(answers: Option<B::Rows>) -> Self {
+    fn new(answers: Option<B::Activations>) -> Self {
         Self { host: None, answers, local: Vec::new(), flights: BTreeMap::new(), tried: BTreeMap::new() }
     }
 }
@@ -76,7 +76,7 @@ impl<B: Backend> MeshExchange<B> {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
         (pairs, attempt): (&[u32], u32),
     ) {
@@ -98,7 +98,7 @@ impl<B: Backend> MeshExchange<B> {
                 Target::Elected(slot) => (slot, true),
                 Target::Local => continue,
             };
-            let host = self.layer.host.get_or_insert_with(|| backend.download(normed));
+            let host = self.layer.host.get_or_insert_with(|| backend.download_activations(normed));
             let rows = rows_of(host, layer as u32, load, routes, &pairs);
             self.launch(Flight { slot, attempt, load, sent: Instant::now(), pairs }, rows);
         }
@@ -134,7 +134,7 @@ impl<B: Backend> MeshExchange<B> {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
     ) -> Result<Vec<u32>, LoadFailed> {
         let again = self.load(layer, routes)?;
@@ -240,7 +240,7 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
     ) -> Result<(), LoadFailed> {
         if self.placement.has_changed().unwrap_or(false) {
@@ -259,9 +259,9 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
         &mut self,
         backend: &B,
         layer: usize,
-        normed: &B::Rows,
+        normed: &B::Activations,
         routes: &Routes,
-    ) -> Result<B::Rows, LoadFailed> {
+    ) -> Result<B::Activations, LoadFailed> {
         loop {
             let again = self.compute(backend, layer, normed, routes)?;
             if !again.is_empty() {
@@ -282,7 +282,7 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
 }
 
 /// The rows of pairs, each once with its experts. `pairs` ascend, so the experts of a row do.
-fn rows_of(host: &[f32], layer: u32, load: bool, routes: &Routes, pairs: &[u32]) -> Rows {
+fn rows_of(host: &[u16], layer: u32, load: bool, routes: &Routes, pairs: &[u32]) -> Rows {
     let top_k = routes.top_k as u32;
     let hidden = host.len() * routes.top_k / routes.experts.len();
     let mut rows = Rows { layer, load, ..Rows::default() };
@@ -302,14 +302,14 @@ mod tests {
     #[test]
     fn a_row_travels_once_per_peer_with_its_experts() {
         let routes = Routes { top_k: 2, experts: vec![3, 9, 1, 9, 3, 4], weights: vec![0.5; 6] };
-        let host = [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]; // (3 rows, 2)
+        let host = [0, 0, 1, 1, 2, 2]; // (3 rows, 2)
         let rows = rows_of(&host, 5, true, &routes, &[0, 1, 4]);
         let expected = Rows {
             layer: 5,
             load: true,
             row_experts: vec![2, 1],
             experts: vec![3, 9, 3],
-            values: vec![0.0, 0.0, 2.0, 2.0],
+            values: vec![0, 0, 2, 2],
         };
         assert_eq!(rows, expected);
     }

@@ -227,7 +227,7 @@ fn compute<B: Backend>(backend: &B, hidden: usize, rows: &Rows) -> Answers {
         pairs.entry(expert).or_default().push((pair, row));
     }
     let mut answers = Answers::default();
-    let mut computed: Vec<f32> = Vec::with_capacity(rows.experts.len() * hidden); // by expert
+    let mut computed: Vec<u16> = Vec::with_capacity(rows.experts.len() * hidden); // by expert
     let mut starts: Vec<Option<usize>> = vec![None; rows.experts.len()]; // of a pair's row in it
     // An expert may be evicted between a check and its use: each is computed or named, never assumed.
     for (expert, pairs) in pairs {
@@ -237,7 +237,7 @@ fn compute<B: Backend>(backend: &B, hidden: usize, rows: &Rows) -> Answers {
                 for (row, &(pair, _)) in pairs.iter().enumerate() {
                     starts[pair] = Some(computed.len() + row * hidden);
                 }
-                computed.extend(backend.download(&outputs));
+                computed.extend(backend.download_activations(&outputs));
             }
             Err(_) => answers.not_resident.push(expert),
         }

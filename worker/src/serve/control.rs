@@ -5,7 +5,7 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, ModelConfig};
+use expertmesh_engine::{Backend, ModelConfig, WeightFormat};
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1::control_server::Control;
 use expertmesh_proto::v1::report_response::State;
@@ -42,26 +42,26 @@ pub(crate) struct WorkerState<B> {
     left: watch::Sender<bool>,
 }
 
-fn shape(config: &ModelConfig) -> v1::ModelShape {
+pub(crate) fn shape(config: &ModelConfig, weights: WeightFormat) -> v1::ModelShape {
     v1::ModelShape {
         first_moe_layer: config.moe_layers().next().unwrap_or(config.layers()) as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token() as u32,
-        expert_bytes: config.expert_bytes(),
-        dense_bytes: config.dense_bytes(),
+        expert_bytes: config.expert_bytes(weights),
+        dense_bytes: config.dense_bytes(weights),
     }
 }
 
 impl<B: Backend> WorkerState<B> {
     pub(crate) fn new(
         identity: Identity,
-        config: &ModelConfig,
+        shape: v1::ModelShape,
         placement: CurrentPlacement,
         residency: Arc<Residency<B>>,
         (shared, commands): (Arc<Shared>, SyncSender<Command>),
     ) -> Arc<Self> {
-        let (shape, stopping) = (shape(config), AtomicBool::new(false));
+        let stopping = AtomicBool::new(false);
         let (drained, left, turn) = (watch::Sender::new(false), watch::Sender::new(false), Mutex::new(()));
         Arc::new(Self {
             identity,

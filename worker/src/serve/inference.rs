@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, TrySendError};
 
-use expertmesh_engine::Sampling;
+use expertmesh_engine::{History, MAX_TOP_LOGPROBS, Sampling};
 use expertmesh_proto::v1::inference_server::Inference;
 use expertmesh_proto::{Invalid, v1};
 use tokio::sync::mpsc;
@@ -50,14 +50,30 @@ impl InferenceService {
         if self.shared.draining.load(Ordering::SeqCst) {
             return Err(Status::unavailable("this worker leaves"));
         }
-        self.commands.try_send(Command::Submit(submission)).map_err(|error| match error {
+        self.commands.try_send(Command::Submit(Box::new(submission))).map_err(|error| match error {
             TrySendError::Full(_) => Status::resource_exhausted("the queue is full"),
             TrySendError::Disconnected(_) => Status::unavailable("this worker leaves"),
         })
     }
 
     fn check(&self, request: v1::GenerateRequest, events: Events) -> Result<Submission, Invalid> {
-        let v1::GenerateRequest { tokens, max_tokens, min_tokens, stop_tokens, sampling, .. } = request;
+        self.check_tokens(&request)?;
+        check_limits(&request)?;
+        let v1::GenerateRequest { tokens, max_tokens, min_tokens, stop_tokens, logprobs, .. } = request;
+        let prompt = request.prompt_tokens as usize;
+        let sampling = request.sampling.ok_or_else(|| Invalid::new("sampling", "missing"))?;
+        let sampling = Sampling::new(crate::sampling::params(sampling))
+            .map_err(|error| Invalid::new("sampling", error.to_string()))?;
+        // The request counts from here, and a sequence from the end of its prompt.
+        let sampling = sampling.ending(stop_tokens, tokens.len() - prompt + min_tokens as usize);
+        let history = History::new(&sampling, &tokens, prompt);
+        let max_length = (tokens.len() + max_tokens as usize).min(self.max_context);
+        let logprobs = logprobs.map(|top| top as usize);
+        Ok(Submission { tokens, history, sampling, logprobs, max_length, events })
+    }
+
+    fn check_tokens(&self, request: &v1::GenerateRequest) -> Result<(), Invalid> {
+        let v1::GenerateRequest { tokens, stop_tokens, prompt_tokens, .. } = request;
         if tokens.is_empty() || tokens.len() >= self.max_context {
             let problem = format!(
                 "{} do not fit a context of {} with room for an answer",
@@ -66,30 +82,34 @@ impl InferenceService {
             );
             return Err(Invalid::new("tokens", problem));
         }
-        if let Some(token) = tokens.iter().chain(&stop_tokens).find(|token| **token >= self.vocabulary) {
+        if let Some(token) = tokens.iter().chain(stop_tokens).find(|token| **token >= self.vocabulary) {
             return Err(Invalid::new(
                 "tokens",
                 format!("{token} is outside a vocabulary of {}", self.vocabulary),
             ));
         }
-        if max_tokens == 0 || min_tokens > max_tokens {
-            return Err(Invalid::new(
-                "max_tokens",
-                format!("{max_tokens} must be at least 1, and min_tokens ({min_tokens})"),
-            ));
+        if *prompt_tokens == 0 || *prompt_tokens as usize > tokens.len() {
+            let problem = format!("{prompt_tokens} is not from 1 to the number of tokens, {}", tokens.len());
+            return Err(Invalid::new("prompt_tokens", problem));
         }
-        if stop_tokens.len() > MAX_STOP_TOKENS {
-            return Err(Invalid::new(
-                "stop_tokens",
-                format!("{} are more than {MAX_STOP_TOKENS}", stop_tokens.len()),
-            ));
+        Ok(())
+    }
+}
+
+fn check_limits(request: &v1::GenerateRequest) -> Result<(), Invalid> {
+    let v1::GenerateRequest { max_tokens, min_tokens, stop_tokens, logprobs, .. } = request;
+    if *max_tokens == 0 || min_tokens > max_tokens {
+        let problem = format!("{max_tokens} must be at least 1, and min_tokens ({min_tokens})");
+        return Err(Invalid::new("max_tokens", problem));
+    }
+    if stop_tokens.len() > MAX_STOP_TOKENS {
+        let problem = format!("{} are more than {MAX_STOP_TOKENS}", stop_tokens.len());
+        return Err(Invalid::new("stop_tokens", problem));
+    }
+    match logprobs {
+        Some(top) if *top as usize > MAX_TOP_LOGPROBS => {
+            Err(Invalid::new("logprobs", format!("{top} are more than {MAX_TOP_LOGPROBS}")))
         }
-        let v1::Sampling { temperature, top_p, top_k, min_p, seed } =
-            sampling.ok_or_else(|| Invalid::new("sampling", "missing"))?;
-        let sampling = Sampling::new(temperature, top_p, top_k, min_p, seed)
-            .map_err(|error| Invalid::new("sampling", error.to_string()))?;
-        let min_length = tokens.len() + min_tokens as usize;
-        let max_length = (tokens.len() + max_tokens as usize).min(self.max_context);
-        Ok(Submission { tokens, sampling, stop_tokens, min_length, max_length, events })
+        _ => Ok(()),
     }
 }

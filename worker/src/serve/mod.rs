@@ -16,7 +16,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint};
+use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
@@ -33,6 +33,7 @@ use self::control::{ControlService, WorkerState};
 use self::inference::InferenceService;
 use self::run::{Command, Load, Loop, Shared};
 use self::scheduler::{Bounds, Scheduler};
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::mesh::dispatch::MeshExchange;
 use crate::mesh::exchange::{self, Exchange};
 use crate::mesh::identity::Identity;
@@ -84,6 +85,10 @@ pub(crate) struct Args {
     /// Sequences that wait
     #[arg(long, default_value = "1024")]
     max_waiting: NonZeroUsize,
+    #[command(flatten)]
+    computed_as: ComputedAs,
+    #[command(flatten)]
+    computed_with: ComputedWith,
     /// How long leaving may take, in seconds
     #[arg(long, default_value_t = 30)]
     drain_timeout: u64,
@@ -138,7 +143,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     // A container's first process hears only the signals that it asks for: from now on.
     let mut stop = pin!(process::asked_to_stop());
     let (backend, fingerprint) = tokio::select! {
-        loaded = load(args.model.clone(), loading.clone()) => loaded?,
+        loaded = load(args.model.clone(), (args.computed_as, args.computed_with), loading.clone()) => loaded?,
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
     let identity =
@@ -153,10 +158,14 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     result
 }
 
-async fn load(model: PathBuf, loading: Arc<Loading>) -> Result<(Arc<CpuBackend>, ModelFingerprint), Fatal> {
+async fn load(
+    model: PathBuf,
+    (computed_as, with): (ComputedAs, ComputedWith),
+    loading: Arc<Loading>,
+) -> Result<(Arc<CpuBackend>, ModelFingerprint), Fatal> {
     let loaded = tokio::task::spawn_blocking(move || {
-        let fingerprint = ModelFingerprint::read(&model)?;
-        let backend = CpuBackend::load(&model, |done, total| {
+        let fingerprint = computed_as.fingerprint(&model)?;
+        let backend = CpuBackend::load(&model, &computed_as.with(with), |done, total| {
             loading.done.store(done, Ordering::Relaxed);
             loading.total.store(total, Ordering::Relaxed);
         })?;
@@ -214,7 +223,13 @@ impl Worker {
             metrics,
         });
         let told = (shared.clone(), commands.clone());
-        let state = WorkerState::new(identity.clone(), config, placement.clone(), residency.clone(), told);
+        let state = WorkerState::new(
+            identity.clone(),
+            control::shape(config, backend.options().weights),
+            placement.clone(),
+            residency.clone(),
+            told,
+        );
         state.follow();
 
         let (running, waiting) = (args.max_running.get(), args.max_waiting.get());
@@ -223,6 +238,7 @@ impl Worker {
         let engine = Loop {
             kv: backend.allocate_kv(blocks),
             exchange: MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe()),
+            sampler: Sampler::default(),
             scheduler: Scheduler::new(bounds, blocks),
             shared: shared.clone(),
             backend: backend.clone(),

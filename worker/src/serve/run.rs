@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, Exchange, Sampling, forward, sample};
+use expertmesh_engine::{Backend, Exchange, History, Logprobs, Sampler, Sampling, forward};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
@@ -25,7 +25,7 @@ pub(crate) type Events = tokio_mpsc::Sender<Result<v1::GenerateEvent, Status>>;
 
 /// What the thread is told.
 pub(crate) enum Command {
-    Submit(Submission),
+    Submit(Box<Submission>),
     /// Hand every sequence back, to go on elsewhere.
     Drain,
     Stop,
@@ -34,10 +34,11 @@ pub(crate) enum Command {
 /// A checked sequence.
 pub(crate) struct Submission {
     pub(crate) tokens: Vec<u32>,
+    /// Of `tokens`.
+    pub(crate) history: History,
     pub(crate) sampling: Sampling,
-    pub(crate) stop_tokens: Vec<u32>,
-    /// Length of the sequence before which a stop token does not end it.
-    pub(crate) min_length: usize,
+    /// So many alternatives come with every token; `None`: no log-probabilities at all.
+    pub(crate) logprobs: Option<usize>,
     /// Length at which the sequence ends.
     pub(crate) max_length: usize,
     /// Dropping the other end cancels the sequence.
@@ -61,17 +62,12 @@ pub(crate) struct Shared {
     pub(crate) metrics: Arc<WorkerMetrics>,
 }
 
-/// A sequence that is queued or runs.
-struct Live {
-    submission: Submission,
-    length: usize,
-}
-
 /// The loop over one backend, one cache and one way to reach the experts.
 pub(crate) struct Loop<B: Backend, X> {
     pub(crate) backend: Arc<B>,
     pub(crate) kv: B::Kv,
     pub(crate) exchange: X,
+    pub(crate) sampler: Sampler,
     pub(crate) scheduler: Scheduler,
     pub(crate) shared: Arc<Shared>,
 }
@@ -84,14 +80,14 @@ where
 {
     /// Runs until [`Command::Stop`] or the last sender is gone.
     pub(crate) fn run(mut self, commands: &Receiver<Command>) {
-        let mut live: BTreeMap<u64, Live> = BTreeMap::new();
+        let mut live: BTreeMap<u64, Submission> = BTreeMap::new();
         let mut next_id = 0;
         let mut idle = true;
         loop {
             match next_command(commands, idle, live.is_empty()) {
                 Next::Command(Command::Submit(submission)) => {
                     next_id += 1;
-                    self.submit(next_id, submission, &mut live);
+                    self.submit(next_id, *submission, &mut live);
                     idle = false;
                     continue;
                 }
@@ -100,9 +96,7 @@ where
                 Next::Nothing => {}
             }
             self.drop_cancelled(&mut live);
-            let plan = self
-                .scheduler
-                .plan(|id| live.get(&id).is_some_and(|live| live.submission.events.capacity() < 2));
+            let plan = self.scheduler.plan(|id| live.get(&id).is_some_and(|live| live.events.capacity() < 2));
             idle = plan.ids.is_empty();
             if !idle {
                 self.step(&plan, &mut live);
@@ -111,7 +105,7 @@ where
         }
     }
 
-    fn submit(&mut self, id: u64, submission: Submission, live: &mut BTreeMap<u64, Live>) {
+    fn submit(&mut self, id: u64, submission: Submission, live: &mut BTreeMap<u64, Submission>) {
         if self.shared.draining.load(Ordering::SeqCst) {
             return refuse(
                 &submission.events,
@@ -120,7 +114,7 @@ where
             );
         }
         match self.scheduler.submit(Sequence::new(id, submission.tokens.clone())) {
-            Ok(()) => drop(live.insert(id, Live { length: submission.tokens.len(), submission })),
+            Ok(()) => drop(live.insert(id, submission)),
             Err(_) => refuse(
                 &submission.events,
                 Status::resource_exhausted("the queue is full"),
@@ -131,7 +125,7 @@ where
     }
 
     /// Computes a plan and hands its tokens out.
-    fn step(&mut self, plan: &Plan, live: &mut BTreeMap<u64, Live>) {
+    fn step(&mut self, plan: &Plan, live: &mut BTreeMap<u64, Submission>) {
         let start = Instant::now();
         let logits = forward(&*self.backend, &plan.step, &mut self.kv, &mut self.exchange, &mut |_| {});
         let logits = match logits {
@@ -154,25 +148,29 @@ where
         }
     }
 
-    fn sampled(&mut self, id: u64, logits: &[f32], live: &mut BTreeMap<u64, Live>) {
-        let Some(Live { submission, length }) = live.get_mut(&id) else { return };
-        let position = *length;
-        let token = sample(logits, &submission.sampling, position as u64);
-        *length += 1;
+    fn sampled(&mut self, id: u64, logits: &[f32], live: &mut BTreeMap<u64, Submission>) {
+        let Some(Submission { history, sampling, logprobs, max_length, events, .. }) = live.get_mut(&id)
+        else {
+            return;
+        };
+        let token = self.sampler.choose(logits, sampling, history);
+        let (position, stops) = (history.len() as u32, sampling.ends(token, history));
+        history.push(token);
         self.shared.metrics.generated_tokens.inc();
         self.scheduler.push(id, token);
-        let event = Event::Token(v1::Token { id: token, position: position as u32 });
+        let logprobs = logprobs.map(|top| message(expertmesh_engine::logprobs(logits, token, top)));
+        let event = Event::Token(v1::Token { id: token, position, logprobs });
         // There is room: a sequence without is paused. A reader that left is noticed before the next step.
-        let _ = submission.events.try_send(Ok(v1::GenerateEvent { event: Some(event) }));
-        let stops = submission.stop_tokens.contains(&token) && *length > submission.min_length;
+        let _ = events.try_send(Ok(v1::GenerateEvent { event: Some(event) }));
+        let full = history.len() >= *max_length;
         if stops {
             self.end(id, live, Ok(Reason::Stop));
-        } else if *length >= submission.max_length {
+        } else if full {
             self.end(id, live, Ok(Reason::Length));
         }
     }
 
-    fn end(&mut self, id: u64, live: &mut BTreeMap<u64, Live>, how: Result<Reason, Status>) {
+    fn end(&mut self, id: u64, live: &mut BTreeMap<u64, Submission>, how: Result<Reason, Status>) {
         self.scheduler.remove(id);
         let Some(live) = live.remove(&id) else { return };
         let outcome = match &how {
@@ -185,18 +183,18 @@ where
         let event = how.map(|reason| v1::GenerateEvent {
             event: Some(Event::Finished(v1::Finished { reason: reason.into() })),
         });
-        let _ = live.submission.events.try_send(event);
+        let _ = live.events.try_send(event);
     }
 
-    fn drain(&mut self, live: &mut BTreeMap<u64, Live>) {
+    fn drain(&mut self, live: &mut BTreeMap<u64, Submission>) {
         let ids: Vec<u64> = live.keys().copied().collect();
         ids.into_iter().for_each(|id| self.end(id, live, Ok(Reason::Move)));
         self.publish();
     }
 
-    fn drop_cancelled(&mut self, live: &mut BTreeMap<u64, Live>) {
+    fn drop_cancelled(&mut self, live: &mut BTreeMap<u64, Submission>) {
         live.retain(|&id, live| {
-            let stays = !live.submission.events.is_closed();
+            let stays = !live.events.is_closed();
             if !stays {
                 self.scheduler.remove(id);
                 self.shared.metrics.sequences.with_label_values(&["cancelled"]).inc();
@@ -212,6 +210,11 @@ where
         let load = Load { running, waiting, kv_usage: self.scheduler.usage() };
         self.shared.load.send_if_modified(|current| std::mem::replace(current, load) != load);
     }
+}
+
+fn message(Logprobs { logprob, top }: Logprobs) -> v1::Logprobs {
+    let top = top.into_iter().map(|(id, logprob)| v1::TokenLogprob { id, logprob }).collect();
+    v1::Logprobs { logprob, top }
 }
 
 fn refuse(events: &Events, status: Status, metrics: &WorkerMetrics) {
@@ -246,7 +249,7 @@ fn next_command(commands: &Receiver<Command>, idle: bool, empty: bool) -> Next {
 mod tests {
     use std::path::Path;
 
-    use expertmesh_engine::{CpuBackend, LocalExchange};
+    use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange, SamplingParams};
     use prometheus::Registry;
 
     use super::super::scheduler::Bounds;
@@ -256,8 +259,18 @@ mod tests {
 
     fn submission(seed: u64, events: Events) -> Submission {
         let tokens: Vec<u32> = (0..100).map(|at| (at * 7 + seed as u32 * 13) % 256).collect();
-        let sampling = Sampling::new(1.0, 1.0, 0, 0.0, seed).unwrap();
-        Submission { tokens, sampling, stop_tokens: vec![], min_length: 0, max_length: 140, events }
+        // Penalties that look at all of the sequence, and an end that comes too early.
+        let params = SamplingParams {
+            seed,
+            repetition_penalty: 1.2,
+            presence_penalty: 0.2,
+            frequency_penalty: 0.3,
+            logit_bias: vec![(9, 3.0)],
+            ..Default::default()
+        };
+        let sampling = Sampling::new(params).unwrap().ending((0..128).collect(), 39);
+        let history = History::new(&sampling, &tokens, 100);
+        Submission { tokens, history, sampling, logprobs: Some(3), max_length: 140, events }
     }
 
     /// What three sequences answer with a cache of so many blocks, and how often one gave its blocks back.
@@ -267,6 +280,7 @@ mod tests {
         let engine = Loop {
             kv: backend.allocate_kv(blocks),
             exchange: LocalExchange,
+            sampler: Sampler::default(),
             scheduler: Scheduler::new(BOUNDS, blocks),
             shared: Arc::new(Shared { load, draining, metrics: metrics.clone() }),
             backend: backend.clone(),
@@ -274,7 +288,7 @@ mod tests {
         let (commands, receiver) = mpsc::sync_channel(8);
         let submit = |seed| {
             let (events, answer) = tokio_mpsc::channel(EVENTS);
-            commands.send(Command::Submit(submission(seed, events))).unwrap();
+            commands.send(Command::Submit(Box::new(submission(seed, events)))).unwrap();
             answer
         };
         let answers: Vec<_> = (0..3).map(submit).collect();
@@ -291,7 +305,7 @@ mod tests {
     #[test]
     fn a_sequence_that_gave_its_cache_to_an_older_one_goes_on_with_the_same_tokens() {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
-        let backend = Arc::new(CpuBackend::load(&model, |_, _| ()).unwrap());
+        let backend = Arc::new(CpuBackend::load(&model, &LoadOptions::default(), |_, _| ()).unwrap());
         let config = backend.config();
         for layer in config.moe_layers() {
             for expert in 0..config.experts() as u32 {

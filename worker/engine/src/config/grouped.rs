@@ -10,6 +10,8 @@ pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
     keys.only("model_type", "qwen3_moe")?;
     // `sliding_window` says nothing without it.
     keys.only("use_sliding_window", false)?;
+    keys.only("use_qk_norm", true)?;
+    keys.only("qkv_bias", false)?;
     let step = keys.optional_size("decoder_sparse_step")?.unwrap_or(1);
     let dense = keys.indices("mlp_only_layers")?;
     let attention = attention(keys, QkNorm::PerHead, keys.flag("attention_bias", false)?)?;
@@ -19,7 +21,7 @@ pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
             .collect(),
         dense_inner: keys.size("intermediate_size")?,
         expert_inner: keys.size("moe_intermediate_size")?,
-        ..body(keys, attention, gate(keys, "num_experts", keys.flag("norm_topk_prob", false)?)?)?
+        ..body(keys, attention, gate(keys, keys.flag("norm_topk_prob", false)?)?)?
     })
 }
 
@@ -31,7 +33,7 @@ pub(super) fn mixtral(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
     Ok(Body {
         moe_layers: vec![true; layers],
         expert_inner: keys.size("intermediate_size")?,
-        ..body(keys, attention, gate(keys, "num_local_experts", true)?)?
+        ..body(keys, attention, gate(keys, true)?)?
     })
 }
 
@@ -43,7 +45,7 @@ pub(super) fn olmoe(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
     Ok(Body {
         moe_layers: vec![true; layers],
         expert_inner: keys.size("intermediate_size")?,
-        ..body(keys, attention, gate(keys, "num_experts", keys.flag("norm_topk_prob", false)?)?)?
+        ..body(keys, attention, gate(keys, keys.flag("norm_topk_prob", false)?)?)?
     })
 }
 
@@ -78,7 +80,10 @@ fn attention(keys: &Keys, norms: QkNorm, bias: bool) -> Result<GroupedConfig, En
     Ok(GroupedConfig { heads, kv_heads, head, norms, bias })
 }
 
-fn gate(keys: &Keys, count: &str, normalised: bool) -> Result<GateConfig, EngineError> {
+fn gate(keys: &Keys, normalised: bool) -> Result<GateConfig, EngineError> {
+    // Mixtral's name, which transformers 5 also writes for the others; then theirs.
+    let names = ["num_local_experts", "num_experts"];
+    let count = names.into_iter().find(|name| keys.get(name).is_some()).unwrap_or("num_experts");
     let (experts, top_k) = (keys.size(count)?, keys.size("num_experts_per_tok")?);
     keys.require("num_experts_per_tok", top_k <= experts, &format!("at most {count}"))?;
     Ok(GateConfig {

@@ -8,6 +8,8 @@ mod grouped;
 mod keys;
 mod parameters;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::path::Path;
@@ -23,6 +25,8 @@ const FILE: &str = "config.json";
 pub(crate) const FP8_BLOCK: usize = 128;
 
 const MAX_LAYERS: usize = 1024;
+const MAX_EXPERTS: usize = 1 << 16;
+const MAX_HEAD: usize = 1 << 16;
 
 /// No model is nearly as large; byte counts still fit a u64.
 const MAX_PARAMETERS: u128 = 1 << 50;
@@ -258,8 +262,16 @@ impl ModelConfig {
     fn check(&self, keys: &Keys) -> Result<(), EngineError> {
         let in_vocabulary = self.eos.iter().all(|&token| (token as usize) < self.vocabulary);
         keys.require("eos_token_id", in_vocabulary, "below vocab_size")?;
-        if self.parameters() > MAX_PARAMETERS {
-            let problem = format!("{} parameters; supported: at most 2^50", self.parameters());
+        let elements = self.elements(self.gate.experts);
+        if self.gate.experts > MAX_EXPERTS || self.rope.width > MAX_HEAD {
+            let problem = format!(
+                "{} experts with heads of {} are not supported; at most {MAX_EXPERTS} with at most {MAX_HEAD} are",
+                self.gate.experts, self.rope.width
+            );
+            return Err(EngineError::InvalidConfig { file: FILE, problem });
+        }
+        if elements > MAX_PARAMETERS {
+            let problem = format!("{elements} parameters are not supported; at most 2^50 are");
             return Err(EngineError::InvalidConfig { file: FILE, problem });
         }
         Ok(())
@@ -352,14 +364,4 @@ fn fp8(keys: &Keys) -> Result<Option<[usize; 2]>, EngineError> {
     }
     fp8.only("weight_block_size", vec![FP8_BLOCK, FP8_BLOCK])?;
     Ok(Some([FP8_BLOCK; 2]))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_error_of_an_unknown_architecture_names_those_that_are_known() {
-        assert_eq!(SUPPORTED, ARCHITECTURES.map(|(name, _)| name).join(", "));
-    }
 }

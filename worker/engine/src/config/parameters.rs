@@ -3,20 +3,31 @@
 use super::{AttentionConfig, ModelConfig};
 
 impl ModelConfig {
-    /// Elements of all matrices of the trunk.
-    pub(super) fn parameters(&self) -> u128 {
+    /// Elements of all matrices of the trunk; a shared embedding counts once.
+    pub fn parameters(&self) -> u64 {
+        self.elements(self.gate.experts) as u64
+    }
+
+    /// Those of them that a token is multiplied with: of the experts only the chosen ones, and no row of the embeddings.
+    pub fn active_parameters(&self) -> u64 {
+        let embeddings = if self.tied_embeddings { 0 } else { self.vocabulary * self.hidden };
+        self.elements(self.gate.top_k) as u64 - embeddings as u64
+    }
+
+    /// Elements of all matrices, so many experts of each layer counted.
+    pub(super) fn elements(&self, experts: usize) -> u128 {
         let product = |a: usize, b: usize| a as u128 * b as u128;
         let attention: u128 =
             self.attention_matrices().iter().map(|&(count, o, i)| count as u128 * product(o, i)).sum();
         let swiglu = |inner: usize| 3 * product(inner, self.hidden);
         let moe = product(self.gate.experts, self.hidden)
-            + self.gate.experts as u128 * swiglu(self.expert_inner)
+            + experts as u128 * swiglu(self.expert_inner)
             + swiglu(self.shared_inner);
         let moe_layers = self.moe_layers().count() as u128;
         self.layers as u128 * attention
             + (self.layers as u128 - moe_layers) * swiglu(self.dense_inner)
             + moe_layers * moe
-            + 2 * product(self.vocabulary, self.hidden)
+            + if self.tied_embeddings { 1 } else { 2 } * product(self.vocabulary, self.hidden)
     }
 
     /// One layer's: (how many, outputs, inputs).

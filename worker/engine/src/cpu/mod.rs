@@ -23,8 +23,8 @@ mod weights;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use attention::{Surroundings, places};
 pub(crate) use attention::kv_stride;
+use attention::{Surroundings, places};
 use isa::Isa;
 use norm::norm_rows;
 use parts::{Plan, WeightFormat};
@@ -85,7 +85,11 @@ pub struct CpuKv {
 
 impl CpuBackend {
     /// Reads and packs all but the routed experts; `progress` gets (done, total) in bytes.
-    pub fn load(model: &Path, options: &LoadOptions, mut progress: impl FnMut(u64, u64)) -> Result<Self, EngineError> {
+    pub fn load(
+        model: &Path,
+        options: &LoadOptions,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Self, EngineError> {
         let config = ModelConfig::read(model)?;
         let checkpoint = Checkpoint::open(model)?;
         let plan = Plan::new(&config, options.weights);
@@ -106,7 +110,11 @@ impl CpuBackend {
             ends: Ends::view(&plan, &ends),
             weights: options.weights,
             rope: Rope::new(&config.rope, &config.attention, config.max_positions),
-            compute: Compute { pool: Pool::new(options.threads), isa: options.isa, numerics: options.numerics },
+            compute: Compute {
+                pool: Pool::new(options.threads),
+                isa: options.isa,
+                numerics: options.numerics,
+            },
             experts: (0..config.layers * config.experts()).map(|_| RwLock::new(None)).collect(),
             layers,
             checkpoint,
@@ -121,13 +129,19 @@ impl CpuBackend {
     }
 
     /// Makes experts resident on all threads, while nothing is computed; `progress` gets each one's bytes.
-    pub fn load_experts(&self, experts: &[(usize, u32)], progress: impl Fn(u64) + Sync) -> Result<(), EngineError> {
+    pub fn load_experts(
+        &self,
+        experts: &[(usize, u32)],
+        progress: impl Fn(u64) + Sync,
+    ) -> Result<(), EngineError> {
         let failure = std::sync::Mutex::new(None);
         self.compute.pool.run(experts.len(), &|unit| {
             let (layer, expert) = experts[unit];
             match self.load(layer, expert) {
                 Ok(bytes) => progress(bytes),
-                Err(error) => drop(failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error)),
+                Err(error) => {
+                    drop(failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error))
+                }
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
@@ -161,7 +175,8 @@ impl CpuBackend {
             return gate::route(gate, &logits.data, bias);
         }
         let chunks: Vec<&[f32]> = logits.data.chunks(ROUTED_ROWS / 4 * gate.experts).collect();
-        let routed: Vec<std::sync::OnceLock<Routes>> = chunks.iter().map(|_| std::sync::OnceLock::new()).collect();
+        let routed: Vec<std::sync::OnceLock<Routes>> =
+            chunks.iter().map(|_| std::sync::OnceLock::new()).collect();
         self.compute.pool.run(chunks.len(), &|unit| {
             routed[unit].get_or_init(|| gate::route(gate, chunks[unit], bias));
         });
@@ -210,7 +225,13 @@ impl Backend for CpuBackend {
         CpuRows { width: hidden, data: rows.map(|&bits| widen(u16::from_le_bytes(bits))).collect() } // (rows, hidden)
     }
 
-    fn attend(&self, layer: usize, step: &Step, hidden: &mut CpuRows, kv: &mut CpuKv) -> Attended<CpuActivations> {
+    fn attend(
+        &self,
+        layer: usize,
+        step: &Step,
+        hidden: &mut CpuRows,
+        kv: &mut CpuKv,
+    ) -> Attended<CpuActivations> {
         let weights = &self.layers[layer];
         let normed = self.norm(hidden, &weights.attention_norm); // (rows, hidden)
         let (compute, rope, norm_eps) = (&self.compute, &self.rope, self.config.norm_eps);

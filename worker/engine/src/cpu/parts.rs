@@ -93,9 +93,16 @@ pub(crate) struct Part {
 pub(crate) enum Kind {
     Matrix(Shape, Origin),
     /// f32: (width)
-    Vector { name: String, width: usize },
+    Vector {
+        name: String,
+        width: usize,
+    },
     /// bf16, row-major: (rows, width)
-    Table { name: String, rows: usize, width: usize },
+    Table {
+        name: String,
+        rows: usize,
+        width: usize,
+    },
 }
 
 /// The tensors that a matrix is made of.
@@ -104,9 +111,17 @@ pub(crate) enum Origin {
     Tensor(String),
     GateUp(String, String),
     /// W_UK of a head, transposed: rows of `kv_up` (rows, latent) from `first` on are inputs.
-    KeyAbsorb { kv_up: String, rows: usize, first: usize },
+    KeyAbsorb {
+        kv_up: String,
+        rows: usize,
+        first: usize,
+    },
     /// W_UV of a head: rows of `kv_up` (rows, latent) from `first` on.
-    ValueUp { kv_up: String, rows: usize, first: usize },
+    ValueUp {
+        kv_up: String,
+        rows: usize,
+        first: usize,
+    },
 }
 
 /// A blob's parts, in order.

@@ -81,9 +81,19 @@ impl<'a> Product<'a> {
     }
 
     /// The products of `rows` become the rows of `out`.
-    pub(crate) fn to_f32(matrix: &'a Matrix, input: &'a Input<'a>, rows: Range<usize>, out: &'a mut CpuRows) -> Self {
+    pub(crate) fn to_f32(
+        matrix: &'a Matrix,
+        input: &'a Input<'a>,
+        rows: Range<usize>,
+        out: &'a mut CpuRows,
+    ) -> Self {
         assert!(out.rows() >= rows.len() && out.width >= matrix.shape.outputs, "no place for the products");
-        let sink = Sink { out: out.data.as_mut_ptr().cast(), stride: out.width, kind: Kind::F32, place: PhantomData };
+        let sink = Sink {
+            out: out.data.as_mut_ptr().cast(),
+            stride: out.width,
+            kind: Kind::F32,
+            place: PhantomData,
+        };
         Self::new(matrix, input, rows, sink)
     }
 
@@ -96,7 +106,10 @@ impl<'a> Product<'a> {
         (first, column): (usize, usize),
     ) -> Self {
         let kind = if matrix.shape.gate_up { Kind::SwiGlu } else { Kind::Bf16 };
-        assert!(first + rows.len() <= out.rows && column + matrix.shape.outputs <= out.stride, "no place for the products");
+        assert!(
+            first + rows.len() <= out.rows && column + matrix.shape.outputs <= out.stride,
+            "no place for the products"
+        );
         // SAFETY: the element is within what `out` borrows.
         let at = unsafe { out.out.add(first * out.stride + column) };
         let sink = Sink { out: at.cast(), stride: out.stride, kind, place: PhantomData };
@@ -130,7 +143,12 @@ impl<'a> Product<'a> {
         match self.input {
             Input::Bf16(input) => {
                 let data = &input.data[first * input.stride..(last + 1) * input.stride];
-                let rows = Bf16Rows { data, stride: input.stride * self.step, width: input.stride, rows: rows.len() };
+                let rows = Bf16Rows {
+                    data,
+                    stride: input.stride * self.step,
+                    width: input.stride,
+                    rows: rows.len(),
+                };
                 match self.matrix.shape.format {
                     Format::Fp8 => fp8::multiply(compute.isa, compute.numerics, weights, rows, tile),
                     _ => bf16::multiply(compute.isa, compute.numerics, weights, rows, tile),
@@ -167,10 +185,17 @@ impl<'a> Product<'a> {
             unsafe {
                 match kind {
                     Kind::F32 => {
-                        std::slice::from_raw_parts_mut(out.cast::<f32>().add(at), count).copy_from_slice(&sums[..count]);
+                        std::slice::from_raw_parts_mut(out.cast::<f32>().add(at), count)
+                            .copy_from_slice(&sums[..count]);
                     }
-                    Kind::Bf16 => round(isa, &sums[..count], std::slice::from_raw_parts_mut(out.cast::<u16>().add(at), count)),
-                    Kind::SwiGlu => swiglu(isa, sums, std::slice::from_raw_parts_mut(out.cast::<u16>().add(at), count)),
+                    Kind::Bf16 => round(
+                        isa,
+                        &sums[..count],
+                        std::slice::from_raw_parts_mut(out.cast::<u16>().add(at), count),
+                    ),
+                    Kind::SwiGlu => {
+                        swiglu(isa, sums, std::slice::from_raw_parts_mut(out.cast::<u16>().add(at), count))
+                    }
                 }
             }
         }

@@ -22,14 +22,20 @@ impl SwiGlu {
 }
 
 /// silu(gate·x) · (up·x) of consecutive rows of `x`, of each feed-forward part so many: (rows, inner), rounded.
-pub(crate) fn gate_up(compute: &Compute, parts: &[(&SwiGlu, std::ops::Range<usize>)], x: &CpuActivations) -> CpuActivations {
+pub(crate) fn gate_up(
+    compute: &Compute,
+    parts: &[(&SwiGlu, std::ops::Range<usize>)],
+    x: &CpuActivations,
+) -> CpuActivations {
     let Some((first, _)) = parts.first() else { return CpuActivations::zeros(0, 1) };
     let mut inner = CpuActivations::zeros(x.rows(), first.inner());
     let input = Input::new(x, first.format());
     let mut columns = Columns::new(&mut inner);
     let products: Vec<Product> = parts
         .iter()
-        .map(|(part, rows)| Product::to_bf16(&part.gate_up, &input, rows.clone(), &mut columns, (rows.start, 0)))
+        .map(|(part, rows)| {
+            Product::to_bf16(&part.gate_up, &input, rows.clone(), &mut columns, (rows.start, 0))
+        })
         .collect();
     multiply(compute, &products);
     drop(products);

@@ -148,7 +148,9 @@ pub(crate) fn pack_parts(checkpoint: &Checkpoint, parts: &Parts, out: &mut [u8])
             Kind::Matrix(shape, origin) => pack_matrix(checkpoint, shape, origin, out)?,
             Kind::Vector { name, width } => {
                 let values = checkpoint.widened(name, &[*width])?;
-                out.chunks_exact_mut(4).zip(values).for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
+                out.chunks_exact_mut(4)
+                    .zip(values)
+                    .for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
             }
             Kind::Table { name, rows, width } => {
                 let table = checkpoint.matrix(name, *rows, *width)?;
@@ -156,7 +158,9 @@ pub(crate) fn pack_parts(checkpoint: &Checkpoint, parts: &Parts, out: &mut [u8])
                 for (at, out) in out.chunks_exact_mut(width * 2).enumerate() {
                     table.widen_row(at, &mut row);
                     let bits = row.iter().map(|&value| super::math::round_bf16(value));
-                    out.chunks_exact_mut(2).zip(bits).for_each(|(out, bits)| out.copy_from_slice(&bits.to_le_bytes()));
+                    out.chunks_exact_mut(2)
+                        .zip(bits)
+                        .for_each(|(out, bits)| out.copy_from_slice(&bits.to_le_bytes()));
                 }
             }
         }
@@ -164,7 +168,12 @@ pub(crate) fn pack_parts(checkpoint: &Checkpoint, parts: &Parts, out: &mut [u8])
     Ok(())
 }
 
-fn pack_matrix(checkpoint: &Checkpoint, shape: &Shape, origin: &Origin, out: &mut [u8]) -> Result<(), EngineError> {
+fn pack_matrix(
+    checkpoint: &Checkpoint,
+    shape: &Shape,
+    origin: &Origin,
+    out: &mut [u8],
+) -> Result<(), EngineError> {
     let rows_of = |tensor, first| Rows { tensor, columns: shape.inputs, first };
     match origin {
         Origin::Tensor(name) => {

@@ -5,8 +5,15 @@ use expertmesh_engine::WeightFormat;
 use super::*;
 
 const CASES: [&str; 9] = [
-    "golden/v3", "golden/v3-yarn", "golden/v3-fp8", "golden/v3-mtp", "golden/v2", "golden/v2-lite",
-    "golden/qwen3-moe", "golden/mixtral", "golden/olmoe",
+    "golden/v3",
+    "golden/v3-yarn",
+    "golden/v3-fp8",
+    "golden/v3-mtp",
+    "golden/v2",
+    "golden/v2-lite",
+    "golden/qwen3-moe",
+    "golden/mixtral",
+    "golden/olmoe",
 ];
 
 #[test]
@@ -18,14 +25,22 @@ fn show() {
             let backend = load_as(folder, &LoadOptions { weights, ..LoadOptions::default() });
             let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
             let record = compute(&backend, &every_row(&ids, &blocks(ids.len())), &mut kv);
-            let hidden: Vec<String> = record.hidden.iter().zip(&trace.hidden).map(|(a, b)| format!("{:.1e}", relative(a, b))).collect();
+            let hidden: Vec<String> = record
+                .hidden
+                .iter()
+                .zip(&trace.hidden)
+                .map(|(a, b)| format!("{:.1e}", relative(a, b)))
+                .collect();
             let mut diff = 0;
             let mut all = 0;
             for (ours, theirs) in record.routes.iter().zip(trace.routes.iter().flatten()) {
                 all += ours.experts.len();
                 diff += ours.experts.iter().zip(&theirs.experts).filter(|(a, b)| a != b).count();
             }
-            println!("{folder} {weights} hidden {hidden:?} logits {:.1e} experts {diff}/{all}", relative(&record.logits, &trace.logits));
+            println!(
+                "{folder} {weights} hidden {hidden:?} logits {:.1e} experts {diff}/{all}",
+                relative(&record.logits, &trace.logits)
+            );
         }
     }
 }

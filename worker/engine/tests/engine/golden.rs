@@ -11,7 +11,6 @@ fn the_reference_agrees(folder: &str) {
     let mut compared = vec!["input_ids".to_owned()];
     let mut close = |name: String, ours: &[f32]| {
         let error = relative(ours, &golden.f32(&name).unwrap());
-        println!("{folder} {name} {error:.2e}");
         assert!(error <= TOLERANCE, "{folder}: {name}: {error}");
         compared.push(name);
     };
@@ -105,19 +104,20 @@ struct Conversation {
     top: Vec<[(u32, f32); 2]>,
 }
 
-#[test]
-fn our_most_probable_token_is_transformers_wherever_theirs_is_clear() {
-    let backend = load("models/tiny-r1");
+/// tiny-r1's held-out conversations with what transformers made of them.
+fn conversations() -> Vec<Conversation> {
     let heldout = std::fs::read(model("models/tiny-r1").join("heldout.json")).unwrap();
     let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
     assert_eq!(conversations.len(), 40);
+    conversations
+}
+
+/// `logits` is of tokens to (tokens, vocabulary).
+fn most_probable_tokens_agree(vocabulary: usize, logits: impl Fn(&[u32]) -> Vec<f32>) {
     let (mut compared, mut positions) = (0, 0);
-    for Conversation { ids, top } in &conversations {
-        let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
-        let logits = compute(&backend, &every_row(ids, &blocks(ids.len())), &mut kv).logits;
-        for (position, (logits, [first, second])) in
-            logits.chunks_exact(backend.config().vocabulary()).zip(top).enumerate()
-        {
+    for Conversation { ids, top } in &conversations() {
+        let logits = logits(ids);
+        for (position, (logits, [first, second])) in logits.chunks_exact(vocabulary).zip(top).enumerate() {
             positions += 1;
             if first.1 - second.1 > 0.02 {
                 compared += 1;
@@ -128,4 +128,10 @@ fn our_most_probable_token_is_transformers_wherever_theirs_is_clear() {
         }
     }
     assert!(compared * 100 > positions * 95, "{compared} of {positions} positions are clear");
+}
+
+#[test]
+fn the_references_most_probable_token_is_transformers_wherever_theirs_is_clear() {
+    let reference = Reference::open(&model("models/tiny-r1")).unwrap();
+    most_probable_tokens_agree(reference.config().vocabulary(), |ids| reference.forward(ids).unwrap().logits);
 }

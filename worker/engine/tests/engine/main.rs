@@ -1,6 +1,8 @@
 //! The engine against what transformers recorded, against itself, and against broken models.
 
 mod bits;
+mod configs;
+mod corrupted;
 mod fast;
 mod golden;
 mod malformed;
@@ -8,8 +10,8 @@ mod malformed;
 use std::path::PathBuf;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile, Span, Step,
-    forward,
+    Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile,
+    Span, Step, forward,
 };
 
 /// A folder of the repository's tests.
@@ -24,8 +26,11 @@ fn load(folder: &str) -> CpuBackend {
 fn load_as(folder: &str, options: &LoadOptions) -> CpuBackend {
     let backend = CpuBackend::load(&model(folder), options, |_, _| ()).unwrap();
     let experts = backend.config().experts() as u32;
-    let all: Vec<_> =
-        backend.config().moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    let all: Vec<_> = backend
+        .config()
+        .moe_layers()
+        .flat_map(|layer| (0..experts).map(move |expert| (layer, expert)))
+        .collect();
     backend.load_experts(&all, |_| ()).unwrap();
     backend
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use expertmesh_engine::{EngineError, ModelConfig, ModelFingerprint, Numerics, WeightFormat};
+use expertmesh_engine::{EngineError, ModelFingerprint, Numerics, WeightFormat};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -12,15 +12,19 @@ use super::*;
 /// A tensor under change: name, type, shape, bytes.
 type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
-/// A copy of tests/golden/v3 that is removed in the end.
-struct Copy(PathBuf);
+/// A copy of a folder of tests/golden that is removed in the end.
+pub(super) struct Copy(pub(super) PathBuf);
 
 impl Copy {
     fn new(test: &str) -> Self {
+        Self::of("v3", test)
+    }
+
+    pub(super) fn of(golden: &str, test: &str) -> Self {
         let path = std::env::temp_dir().join(format!("expertmesh-engine-{test}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         for file in ["config.json", "model.safetensors"] {
-            fs::copy(model("golden/v3").join(file), path.join(file)).unwrap();
+            fs::copy(model("golden").join(golden).join(file), path.join(file)).unwrap();
         }
         Self(path)
     }
@@ -59,6 +63,16 @@ impl Copy {
     /// The error, with the temporary folder's name taken out.
     fn error(&self) -> (&'static str, String) {
         let error = self.load().err().expect("the model is broken");
+        self.reported(error)
+    }
+
+    /// The error of the reference, likewise.
+    fn reference_error(&self) -> (&'static str, String) {
+        let computed = Reference::open(&self.0).and_then(|reference| reference.forward(&[2, 3, 4]));
+        self.reported(computed.expect_err("the model is broken"))
+    }
+
+    fn reported(&self, error: EngineError) -> (&'static str, String) {
         (error.reason(), error.to_string().replace(&format!("{}/", self.0.display()), ""))
     }
 }
@@ -92,8 +106,10 @@ fn a_wrong_shape_is_named_with_the_file_and_both_shapes() {
 #[test]
 fn a_wrong_type_is_named_with_the_file_and_both_types() {
     let copy = Copy::new("dtype");
-    copy.change(O_PROJ, |tensor| tensor.1 = Dtype::F16);
-    let message = format!("tensor {O_PROJ} in model.safetensors: expected dtype BF16, found F16");
+    copy.change(O_PROJ, |tensor| tensor.1 = Dtype::I16);
+    let message = format!(
+        "tensor {O_PROJ} in model.safetensors: expected dtype BF16 or F16 or F32 or F8_E4M3, found I16"
+    );
     assert_eq!(copy.error(), ("InvalidTensor", message));
 }
 
@@ -108,6 +124,190 @@ fn weights_that_are_not_finite_are_named() {
     copy.change(bias, |tensor| tensor.3[..4].copy_from_slice(&f32::INFINITY.to_le_bytes()));
     let message = format!("tensor {bias} in model.safetensors: element 0 is not finite");
     assert_eq!(copy.error(), ("InvalidTensor", message));
+}
+
+const FP8: &str = "model.layers.0.mlp.down_proj.weight";
+const SCALES: &str = "model.layers.0.mlp.down_proj.weight_scale_inv";
+
+#[test]
+fn the_codes_of_fp8_that_are_not_numbers_are_named() {
+    for code in [0x7f, 0xff] {
+        let copy = Copy::of("v3-fp8", &format!("fp8-code-{code}"));
+        copy.change(FP8, |tensor| tensor.3[11] = code);
+        let message = format!("tensor {FP8} in model.safetensors: element 11 is not finite");
+        assert_eq!(copy.reference_error(), ("InvalidTensor", message));
+    }
+}
+
+#[test]
+fn scales_that_are_missing_or_of_another_shape_or_type_are_named() {
+    let copy = Copy::of("v3-fp8", "no-scales");
+    let kept: Vec<Tensor> = copy.tensors().into_iter().filter(|tensor| tensor.0 != SCALES).collect();
+    copy.write("model.safetensors", &kept);
+    let (reason, message) = copy.reference_error();
+    assert_eq!(reason, "MissingTensor");
+    assert!(message.starts_with(&format!("tensor {SCALES} is missing from ")), "{message}");
+
+    // (160, 200) in blocks of 128.
+    let copy = Copy::of("v3-fp8", "few-scales");
+    copy.change(SCALES, |tensor| (tensor.2, tensor.3) = (vec![2, 1], tensor.3[..8].to_vec()));
+    let message = format!("tensor {SCALES} in model.safetensors: expected shape [2, 2], found [2, 1]");
+    assert_eq!(copy.reference_error(), ("InvalidTensor", message));
+
+    let copy = Copy::of("v3-fp8", "integer-scales");
+    copy.change(SCALES, |tensor| tensor.1 = Dtype::I32);
+    let message =
+        format!("tensor {SCALES} in model.safetensors: expected dtype F32 or BF16 or F8_E8M0, found I32");
+    assert_eq!(copy.reference_error(), ("InvalidTensor", message));
+}
+
+#[test]
+fn a_scale_that_is_not_a_positive_number_is_named() {
+    for (scale, shown) in [
+        (0.0f32, "0"),
+        (-1.0, "-1"),
+        (f32::NAN, "NaN"),
+        (f32::INFINITY, "inf"),
+        (1e36, "1000000000000000000000000000000000000"),
+    ] {
+        let copy = Copy::of("v3-fp8", &format!("scale-{shown}"));
+        copy.change(SCALES, |tensor| tensor.3[8..12].copy_from_slice(&scale.to_le_bytes()));
+        let (reason, message) = copy.reference_error();
+        assert_eq!(reason, "InvalidTensor");
+        let start = format!("tensor {SCALES} in model.safetensors: element 2 is ");
+        assert!(message.starts_with(&start) && message.ends_with(", not a scale"), "{message}");
+    }
+}
+
+#[test]
+fn scales_that_are_powers_of_two_are_the_same_in_every_type() {
+    let copy = Copy::of("v3-fp8", "ue8m0");
+    let logits = || Reference::open(&copy.0).unwrap().forward(&[2, 3, 4]).unwrap().logits;
+    let exponents = |tensor: &Tensor| -> Vec<u8> {
+        let scale = |bytes: &[u8; 4]| (f32::from_le_bytes(*bytes).to_bits() >> 23) as u8;
+        tensor.3.as_chunks().0.iter().map(scale).collect()
+    };
+    let write = |dtype, bytes: &dyn Fn(u8) -> Vec<u8>| {
+        let mut tensors = copy.tensors();
+        for tensor in tensors.iter_mut().filter(|tensor| tensor.0.ends_with("_scale_inv")) {
+            (tensor.1, tensor.3) = (dtype, exponents(tensor).into_iter().flat_map(bytes).collect());
+        }
+        let original = fs::read(copy.0.join("model.safetensors")).unwrap();
+        copy.write("model.safetensors", &tensors);
+        let found = logits();
+        fs::remove_file(copy.0.join("model.safetensors")).unwrap();
+        fs::write(copy.0.join("model.safetensors"), original).unwrap();
+        found
+    };
+    let of_f32 = write(Dtype::F32, &|e| (u32::from(e) << 23).to_le_bytes().to_vec());
+    assert_eq!(write(Dtype::F8_E8M0, &|e| vec![e]), of_f32);
+    assert_eq!(write(Dtype::BF16, &|e| (u16::from(e) << 7).to_le_bytes().to_vec()), of_f32);
+    assert_ne!(logits(), of_f32);
+}
+
+#[test]
+fn weights_in_f32_and_f16_are_the_numbers_they_are() {
+    let copy = Copy::new("wide");
+    let logits = || Reference::open(&copy.0).unwrap().forward(&[2, 3, 4]).unwrap().logits;
+    let of_bf16 = logits();
+    let widened = |bytes: &[u8]| -> Vec<u8> { bytes.chunks(2).flat_map(|b| [0, 0, b[0], b[1]]).collect() };
+    copy.change(O_PROJ, |tensor| (tensor.1, tensor.3) = (Dtype::F32, widened(&tensor.3)));
+    assert_eq!(logits(), of_bf16);
+    // In f16, the number one is 0x3c00; in bf16 it is 0x3f80.
+    let ones = |dtype, bits: u16| {
+        copy.change(O_PROJ, |tensor| {
+            (tensor.1, tensor.3) = (dtype, bits.to_le_bytes().repeat(48 * 64));
+        });
+        logits()
+    };
+    assert_eq!(ones(Dtype::F16, 0x3c00), ones(Dtype::BF16, 0x3f80));
+    copy.change(O_PROJ, |tensor| tensor.1 = Dtype::I16);
+    let message = format!(
+        "tensor {O_PROJ} in model.safetensors: expected dtype BF16 or F16 or F32 or F8_E4M3, found I16"
+    );
+    assert_eq!(copy.reference_error(), ("InvalidTensor", message));
+    copy.change(O_PROJ, |tensor| (tensor.1, tensor.3[9]) = (Dtype::F16, 0x7c));
+    let message = format!("tensor {O_PROJ} in model.safetensors: element 4 is not finite");
+    assert_eq!(copy.reference_error(), ("InvalidTensor", message));
+}
+
+#[test]
+fn biases_are_wanted_where_the_configuration_says_so_and_added_to_what_their_matrices_give() {
+    // qwen3-moe: 4 heads in 2 groups, of 24 each. The weights of a softmax sum to one, so that a bias of the values
+    // comes out multiplied with the output's matrix.
+    let copy = Copy::of("qwen3-moe", "bias");
+    let config = fs::read_to_string(copy.0.join("config.json")).unwrap();
+    fs::write(copy.0.join("config.json"), config.replacen('{', "{ \"attention_bias\": true,", 1)).unwrap();
+    assert_eq!(copy.reference_error().0, "MissingTensor");
+
+    let tensors = copy.tensors();
+    let name = |part: &str| format!("model.layers.0.self_attn.{part}");
+    let values: Vec<f32> = (0..48).map(|i| (i as f32 - 20.0) / 16.0).collect();
+    let out = tensors.iter().find(|tensor| tensor.0 == name("o_proj.weight")).unwrap();
+    let out = |row: usize, column: usize| {
+        let at = (row * 96 + column) * 2;
+        f32::from_bits(u32::from(u16::from_le_bytes([out.3[at], out.3[at + 1]])) << 16)
+    };
+    let mixed = |row| (0..96).map(|c| out(row, c) * values[c / 48 * 24 + c % 24]).sum::<f32>();
+    let moved: Vec<f32> = (0..64).map(mixed).collect();
+    let hidden = |biased: &str, bias: &[f32]| {
+        let mut tensors = tensors.clone();
+        for layer in 0..3 {
+            for (part, width) in [("q_proj", 96), ("k_proj", 48), ("v_proj", 48), ("o_proj", 64)] {
+                let chosen = layer == 0 && part == biased;
+                let bias = if chosen { bias.to_vec() } else { vec![0.0; width] };
+                let bytes = bias.iter().flat_map(|x: &f32| x.to_le_bytes()).collect();
+                let name = format!("model.layers.{layer}.self_attn.{part}.bias");
+                tensors.push((name, Dtype::F32, vec![width], bytes));
+            }
+        }
+        copy.write("model.safetensors", &tensors);
+        Reference::open(&copy.0).unwrap().forward(&[2, 3, 4, 5]).unwrap().hidden.concat()
+    };
+    let (of_values, of_output) = (hidden("v_proj", &values), hidden("o_proj", &moved));
+    assert!(relative(&of_values, &of_output) < 1e-5);
+    let unbiased = Reference::open(&model("golden/qwen3-moe")).unwrap().forward(&[2, 3, 4, 5]).unwrap();
+    assert_eq!(hidden("", &[]), unbiased.hidden.concat());
+    assert!(relative(&of_values, &unbiased.hidden.concat()) > 0.1);
+    assert!(relative(&hidden("k_proj", &values), &unbiased.hidden.concat()) > 1e-3);
+}
+
+#[test]
+fn a_module_that_predicts_further_may_be_left_out_and_not_by_half() {
+    let copy = Copy::of("v3-mtp", "no-mtp");
+    let whole = Reference::open(&copy.0).unwrap().forward(&[2, 3, 4]).unwrap();
+    assert!(whole.mtp_logits.is_some());
+    let tensors = copy.tensors();
+    let without = |ending: &str| {
+        let left_out = |name: &str| name.starts_with("model.layers.3.") && name.ends_with(ending);
+        let kept: Vec<Tensor> = tensors.iter().filter(|tensor| !left_out(&tensor.0)).cloned().collect();
+        copy.write("model.safetensors", &kept);
+    };
+    without("");
+    let trunk = Reference::open(&copy.0).unwrap().forward(&[2, 3, 4]).unwrap();
+    assert_eq!((trunk.mtp_logits, trunk.logits), (None, whole.logits));
+    without("hnorm.weight");
+    let (reason, message) = copy.reference_error();
+    assert_eq!(reason, "MissingTensor");
+    assert!(message.starts_with("tensor model.layers.3.hnorm.weight is missing from "), "{message}");
+}
+
+#[test]
+fn the_tensors_of_every_family_are_named_when_they_are_missing() {
+    let names = [
+        ("v2-lite", "model.layers.0.self_attn.q_proj.weight"),
+        ("qwen3-moe", "model.layers.1.self_attn.k_norm.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("olmoe", "model.layers.2.self_attn.q_norm.weight"),
+    ];
+    for (golden, name) in names {
+        let copy = Copy::of(golden, &format!("missing-{golden}"));
+        let kept: Vec<Tensor> = copy.tensors().into_iter().filter(|tensor| tensor.0 != name).collect();
+        copy.write("model.safetensors", &kept);
+        let (reason, message) = copy.reference_error();
+        assert_eq!(reason, "MissingTensor");
+        assert!(message.starts_with(&format!("tensor {name} is missing from ")), "{message}");
+    }
 }
 
 #[test]
@@ -181,7 +381,8 @@ fn shards_give_what_one_file_gives() {
 
 #[test]
 fn a_model_that_is_not_there_is_named() {
-    let error = CpuBackend::load(Path::new("/nowhere/model"), &LoadOptions::default(), |_, _| ()).err().unwrap();
+    let error =
+        CpuBackend::load(Path::new("/nowhere/model"), &LoadOptions::default(), |_, _| ()).err().unwrap();
     assert_eq!(error.reason(), "ModelNotFound");
     assert_eq!(error.to_string(), "no model at /nowhere/model: no such directory");
     let copy = Copy::new("no-weights");
@@ -224,89 +425,4 @@ fn a_fingerprint_says_which_part_differs() {
 
     copy.change(O_PROJ, |tensor| tensor.3[0] ^= 1);
     assert!(original.difference(&read()).unwrap().starts_with("weights: "));
-}
-
-#[test]
-fn what_a_config_asks_for_and_the_engine_lacks_is_named_with_its_value() {
-    let json = fs::read_to_string(model("golden/v3-yarn").join("config.json")).unwrap();
-    let error = |from: &str, to: &str| {
-        assert!(json.contains(from), "{from}");
-        let error = ModelConfig::parse(&json.replacen(from, to, 1)).expect_err(to);
-        format!("{}: {error}", error.reason())
-    };
-    let cases = [
-        (
-            "DeepseekV3ForCausalLM",
-            "FooForCausalLM",
-            "UnsupportedArchitecture: config.json: architectures: FooForCausalLM is not supported; supported: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, OlmoeForCausalLM",
-        ),
-        (
-            "\"hidden_size\": 64",
-            "\"hidden_size\": 0",
-            "InvalidConfig: config.json: hidden_size: 0 is not supported; expected: a positive integer",
-        ),
-        (
-            "\"hidden_size\": 64",
-            "\"hidden_size\": -1",
-            "InvalidConfig: config.json: hidden_size: -1 is not supported; expected: an integer",
-        ),
-        ("\"hidden_size\": 64,", "", "InvalidConfig: config.json: hidden_size: missing"),
-        (
-            "\"n_group\": 4",
-            "\"n_group\": 5",
-            "InvalidConfig: config.json: n_group: 5 is not supported; expected: a divisor of n_routed_experts",
-        ),
-        (
-            "\"num_experts_per_tok\": 4",
-            "\"num_experts_per_tok\": 9",
-            "InvalidConfig: config.json: num_experts_per_tok: 9 is not supported; expected: at most the experts of topk_group groups",
-        ),
-        (
-            "\"scoring_func\": \"sigmoid\"",
-            "\"scoring_func\": \"softmax\"",
-            "InvalidConfig: config.json: scoring_func: softmax is not supported; expected: sigmoid",
-        ),
-        (
-            "\"rope_interleave\": true",
-            "\"rope_interleave\": false",
-            "InvalidConfig: config.json: rope_interleave: false is not supported; expected: true",
-        ),
-        (
-            "\"type\": \"yarn\"",
-            "\"type\": \"linear\"",
-            "InvalidConfig: config.json: type: linear is not supported; expected: yarn or default",
-        ),
-        (
-            "\"vocab_size\"",
-            "\"quantization_config\": {\"quant_method\": \"fp8\"}, \"vocab_size\"",
-            "InvalidConfig: config.json: weight_block_size: missing",
-        ),
-        (
-            "\"eos_token_id\": 1",
-            "\"eos_token_id\": [1, \"end\"]",
-            "InvalidConfig: config.json: eos_token_id: [1,\"end\"] is not supported; expected: a token id or a list of them",
-        ),
-        (
-            "\"num_key_value_heads\": 4",
-            "\"num_key_value_heads\": 2",
-            "InvalidConfig: config.json: num_key_value_heads: 2 is not supported; expected: 4",
-        ),
-    ];
-    for (from, to, expected) in cases {
-        assert_eq!(error(from, to), expected);
-    }
-    assert!(ModelConfig::parse("[]").unwrap_err().to_string().starts_with("config.json: "));
-}
-
-#[test]
-fn both_spellings_of_yarn_are_one_model() {
-    let json = fs::read_to_string(model("golden/v3-yarn").join("config.json")).unwrap();
-    let config = ModelConfig::parse(&json).unwrap();
-    let renamed = json.replace("\"type\": \"yarn\"", "\"rope_type\": \"yarn\"");
-    assert_eq!(ModelConfig::parse(&renamed).unwrap(), config);
-    let nested = renamed
-        .replace("\"rope_scaling\": {", "\"rope_parameters\": { \"rope_theta\": 10000.0,")
-        .replacen("\"rope_theta\": 10000.0,\n  \"arch", "\n  \"arch", 1);
-    assert!(nested.matches("rope_theta").count() == 1);
-    assert_eq!(ModelConfig::parse(&nested).unwrap(), config);
 }

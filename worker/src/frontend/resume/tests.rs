@@ -14,6 +14,7 @@ impl Stage {
             min_tokens: 0,
             stop_tokens: vec![1],
             sampling: v1::Sampling { seed: 5, ..v1::Sampling::default() },
+            logprobs: Some(0),
         };
         Sequence::new(request, self.workers.clone(), self.metrics.clone(), patience)
     }
@@ -49,6 +50,7 @@ async fn a_sequence_that_meets_every_misfortune_has_all_its_tokens_once() {
         let before = last.tokens.len() - 3;
         assert_eq!((last.max_tokens as usize, last.caller.unwrap().attempt), (20 - before, 2), "{act:?}");
         assert_eq!(last.tokens[3..], tokens(before), "{act:?}");
+        assert_eq!((last.prompt_tokens, last.logprobs), (3, Some(0)), "{act:?}");
     }
 }
 
@@ -156,14 +158,15 @@ fn a_stop_token_that_comes_too_early_does_not_end_the_sequence() {
         min_tokens: 2,
         stop_tokens: vec![1],
         sampling,
+        logprobs: None,
     };
     let mut progress = Progress::new(request);
     let ends = [1, 1, 1].map(|id| {
         let position = progress.tokens.len() as u32;
-        progress.accept(v1::Token { id, position }).unwrap().ends
+        progress.accept(v1::Token { id, position, logprobs: None }).unwrap().ends
     });
     assert_eq!((ends, progress.ended), ([false, false, true], Some(End::Stop)));
-    assert!(progress.accept(v1::Token { id: 5, position: 4 }).is_err());
+    assert!(progress.accept(v1::Token { id: 5, position: 4, logprobs: None }).is_err());
     let rest = progress.rest(v1::Caller::default());
     assert_eq!((rest.tokens, rest.max_tokens, rest.min_tokens), (vec![7, 1, 1, 1], 1, 0));
 }

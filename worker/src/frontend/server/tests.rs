@@ -91,6 +91,41 @@ async fn a_stream_adds_up_to_the_whole_answer_though_its_worker_dies() {
 }
 
 #[tokio::test]
+async fn logprobs_come_with_every_token_whole_and_streamed() {
+    let house = House::open(&[&[Act::Die(3)]], 8).await;
+    let wishes = json!({"logprobs": true, "top_logprobs": 2});
+    let whole = value(house.chat(wishes).await).await;
+    let content = whole["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(content.len(), 26);
+    assert_eq!(content[25]["token"], "<｜end▁of▁sentence｜>");
+    let top: Vec<_> =
+        content[0]["top_logprobs"].as_array().unwrap().iter().map(|top| &top["logprob"]).collect();
+    assert_eq!((top, &content[0]["logprob"]), (vec![&json!(-0.5), &json!(-1.0)], &json!(-0.5)));
+    let wishes = json!({"logprobs": true, "top_logprobs": 2, "stream": true});
+    let streamed = events(house.chat(wishes).await).await;
+    let entries =
+        streamed.iter().filter_map(|event| event.pointer("/choices/0/logprobs/content")?.as_array());
+    assert_eq!(entries.flatten().cloned().collect::<Vec<_>>(), *content);
+}
+
+#[tokio::test]
+async fn a_completions_offsets_are_where_its_tokens_begin() {
+    let house = House::open(&[&[]], 8).await;
+    let body = json!({"model": "tiny-r1", "prompt": vec![5; 500], "max_tokens": 12, "logprobs": 1});
+    let whole = value(house.call("POST", "/v1/completions", body.to_string()).await).await;
+    let (choice, logprobs) = (&whole["choices"][0], &whole["choices"][0]["logprobs"]);
+    let text: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+    let tokens = logprobs["tokens"].as_array().unwrap();
+    assert_eq!(tokens.len(), 12);
+    for (token, offset) in tokens.iter().zip(logprobs["text_offset"].as_array().unwrap()) {
+        let here: String = text[offset.as_u64().unwrap() as usize..].iter().collect();
+        assert!(here.starts_with(token.as_str().unwrap()), "{token} at {offset} of {text:?}");
+    }
+    assert_eq!(logprobs["token_logprobs"], json!(vec![-0.5; 12]));
+    assert_eq!(logprobs["top_logprobs"][0].as_object().unwrap().len(), 1);
+}
+
+#[tokio::test]
 async fn a_completion_carries_its_prompts_ids_in_every_choice() {
     let house = House::open(&[&[]], 8).await;
     let body =

@@ -43,14 +43,17 @@ fn what_a_request_leaves_out_comes_from_the_model() {
     let choice = only(chat(hello(json!({}))).unwrap());
     let SequenceRequest { prompt, max_tokens, min_tokens, stop_tokens, sampling, .. } = choice.sequence;
     assert_eq!((prompt.len(), max_tokens, min_tokens, stop_tokens), (15, 1024 - 15, 0, vec![1]));
-    assert_eq!(sampling, v1::Sampling { temperature: 0.6, top_p: 0.95, top_k: 0, min_p: 0.0, seed: 0 });
+    let expected =
+        v1::Sampling { temperature: 0.6, top_p: 0.95, repetition_penalty: 1.0, ..Default::default() };
+    assert_eq!((sampling, choice.sequence.logprobs), (expected, None));
     assert!(choice.reasoning.is_some() && choice.stops.is_empty());
 }
 
 #[test]
 fn what_a_request_says_is_done() {
     let wishes = json!({"max_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": -1,
-        "min_tokens": 2, "stop": "x", "stop_token_ids": [7, 1, 7], "stream": true,
+        "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 0.5,
+        "logit_bias": {"5": -100, "12": 1.5}, "logprobs": true, "top_logprobs": 4, "min_tokens": 2, "stop": "x", "stop_token_ids": [7, 1, 7], "stream": true,
         "stream_options": {"include_usage": true}, "return_token_ids": true});
     let request = chat(hello(wishes)).unwrap();
     assert_eq!(request.reply(), Reply { stream: true, include_usage: true, return_token_ids: true });
@@ -58,8 +61,18 @@ fn what_a_request_says_is_done() {
     assert_eq!(choice.stops, ["x"]);
     let SequenceRequest { max_tokens, min_tokens, stop_tokens, sampling, .. } = choice.sequence;
     assert_eq!((max_tokens, min_tokens, stop_tokens), (9, 2, vec![1, 7]));
-    let expected = v1::Sampling { temperature: 0.0, top_p: 0.5, top_k: 0, min_p: 0.1, seed: u64::MAX };
-    assert_eq!(sampling, expected);
+    let expected = v1::Sampling {
+        temperature: 0.0,
+        top_p: 0.5,
+        top_k: 0,
+        min_p: 0.1,
+        seed: u64::MAX,
+        repetition_penalty: 1.1,
+        presence_penalty: -2.0,
+        frequency_penalty: 0.5,
+        logit_bias: vec![v1::TokenBias { id: 12, bias: 1.5 }, v1::TokenBias { id: 5, bias: -100.0 }],
+    };
+    assert_eq!((sampling, choice.sequence.logprobs), (expected, Some(4)));
     let both =
         only(chat(hello(json!({"max_tokens": 9, "max_completion_tokens": 5, "ignore_eos": true}))).unwrap());
     assert_eq!((both.sequence.max_tokens, both.sequence.stop_tokens), (5, vec![]));
@@ -131,6 +144,22 @@ fn a_bad_field_is_named() {
         ("stop", json!({"a": 1})),
         ("stop_token_ids", json!([1536])),
         ("min_tokens", json!(2000)),
+        ("repetition_penalty", json!(0)),
+        ("presence_penalty", json!(2.1)),
+        ("frequency_penalty", json!(-3)),
+        ("frequency_penalty", json!("often")),
+        ("logit_bias", json!({"1536": 1})),
+        ("logit_bias", json!({"one": 1})),
+        ("logit_bias", json!({"1": 101})),
+        (
+            "logit_bias",
+            json!((0..301).map(|id| (id.to_string(), json!(1))).collect::<serde_json::Map<_, _>>()),
+        ),
+        ("logit_bias", json!([1])),
+        ("logprobs", json!(2)),
+        ("top_logprobs", json!(2)),
+        ("top_logprobs", json!(21)),
+        ("top_logprobs", json!(-1)),
         ("stream", json!("yes")),
         ("stream_options", json!({"include_usage": true})),
         ("messages", json!([])),
@@ -151,6 +180,19 @@ fn a_bad_field_is_named() {
     for prompt in [json!(""), json!([]), json!([1536]), json!(null), json!({"a": 1})] {
         assert_eq!(refusal(completion(json!({"prompt": prompt}))).0, "prompt");
     }
+}
+
+#[test]
+fn a_chat_asks_for_logprobs_in_two_fields_and_a_completion_in_one() {
+    let chats = |more| only(chat(hello(more)).unwrap()).sequence.logprobs;
+    assert_eq!(chats(json!({"logprobs": true})), Some(0));
+    assert_eq!(chats(json!({"logprobs": false, "top_logprobs": 0})), None);
+    assert_eq!(refusal(chat(hello(json!({"logprobs": true, "top_logprobs": 21})))).0, "top_logprobs");
+    let completions = |logprobs| completion(json!({"prompt": [4], "logprobs": logprobs}));
+    assert_eq!(only(completions(json!(5)).unwrap()).sequence.logprobs, Some(5));
+    assert_eq!(only(completions(json!(null)).unwrap()).sequence.logprobs, None);
+    assert_eq!(refusal(completions(json!(21))).0, "logprobs");
+    assert_eq!(refusal(completions(json!(true))).0, "logprobs");
 }
 
 #[test]

@@ -28,7 +28,12 @@ pub(crate) struct Grouped {
 }
 
 impl Grouped {
-    pub(super) fn attend(&self, around: &Surroundings, normed: &CpuActivations, cache: &mut [u16]) -> CpuRows {
+    pub(super) fn attend(
+        &self,
+        around: &Surroundings,
+        normed: &CpuActivations,
+        cache: &mut [u16],
+    ) -> CpuRows {
         let [q, k, v] = self.project(around, normed); // (rows, heads · head), twice (rows, kv_heads · head)
         self.write(around, k, &v, cache);
         let queries = self.queries(around, q); // (rows · heads, head)

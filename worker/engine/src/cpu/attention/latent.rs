@@ -33,7 +33,12 @@ pub(crate) struct Latent {
 }
 
 impl Latent {
-    pub(super) fn attend(&self, around: &Surroundings, normed: &CpuActivations, cache: &mut [u16]) -> CpuRows {
+    pub(super) fn attend(
+        &self,
+        around: &Surroundings,
+        normed: &CpuActivations,
+        cache: &mut [u16],
+    ) -> CpuRows {
         let (queries, kv) = self.down(around, normed); // (rows, heads · (nope + rope)), (rows, latent + rope)
         self.write(around, &kv, cache);
         let queries = self.absorb(around, queries); // (rows, heads · key width)
@@ -144,8 +149,9 @@ impl Latent {
                 value_width: width,
                 softmax_scale: around.rope.softmax_scale,
             };
-            let query: [&[u16]; HEADS] =
-                std::array::from_fn(|head| &queries.padded(row)[(first + head.min(count - 1)) * key..][..key]);
+            let query: [&[u16]; HEADS] = std::array::from_fn(|head| {
+                &queries.padded(row)[(first + head.min(count - 1)) * key..][..key]
+            });
             let mut out = vec![0.0; count * width]; // (heads of the group, width)
             attend(around.compute.isa, &query[..count], context, &mut out);
             for (head, values) in out.chunks_exact(width).enumerate() {

@@ -47,7 +47,12 @@ impl Place<'_> {
 impl Attention {
     /// `normed` is (rows, hidden), `cache` one layer's (blocks, 64, stride): (rows, hidden). All rows' keys are written
     /// before any row looks at them, so that one step may hold several spans of a sequence.
-    pub(crate) fn attend(&self, around: &Surroundings, normed: &CpuActivations, cache: &mut [u16]) -> CpuRows {
+    pub(crate) fn attend(
+        &self,
+        around: &Surroundings,
+        normed: &CpuActivations,
+        cache: &mut [u16],
+    ) -> CpuRows {
         match self {
             Self::Latent(latent) => latent.attend(around, normed, cache),
             Self::Grouped(grouped) => grouped.attend(around, normed, cache),

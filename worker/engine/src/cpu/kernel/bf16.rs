@@ -237,7 +237,13 @@ pub(crate) mod tests {
         for numerics in [Numerics::Pair, Numerics::Tile] {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
                 let mut out = [[7.0; PAIR]; ROWS];
-                multiply(isa, numerics, &packed, Bf16Rows { data: &x, stride, width: stride, rows }, &mut out);
+                multiply(
+                    isa,
+                    numerics,
+                    &packed,
+                    Bf16Rows { data: &x, stride, width: stride, rows },
+                    &mut out,
+                );
                 for (row, out) in out.iter().enumerate() {
                     for lane in 0..PAIR {
                         let expected = if row < rows {

@@ -211,7 +211,13 @@ mod tests {
         for numerics in [Numerics::Pair, Numerics::Tile] {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
                 let mut out = [[7.0; PAIR]; ROWS];
-                multiply(isa, numerics, &packed, Bf16Rows { data: &x, stride: padded, width: padded, rows }, &mut out);
+                multiply(
+                    isa,
+                    numerics,
+                    &packed,
+                    Bf16Rows { data: &x, stride: padded, width: padded, rows },
+                    &mut out,
+                );
                 for (row, lane) in (0..rows).flat_map(|row| (0..PAIR).map(move |lane| (row, lane))) {
                     let expected = (0..padded).step_by(BLOCK).fold(0.0f32, |sum, from| {
                         let to = padded.min(from + BLOCK);

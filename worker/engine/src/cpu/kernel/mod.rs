@@ -52,7 +52,10 @@ impl Int8Rows<'_> {
     fn check(&self, blocks: usize, block: usize) {
         let last = self.rows.saturating_sub(1);
         assert!(self.rows <= ROWS && blocks <= self.blocks, "rows are too many or too short");
-        assert!(self.rows == 0 || self.data.len() >= last * self.stride + self.blocks * block, "rows are missing");
+        assert!(
+            self.rows == 0 || self.data.len() >= last * self.stride + self.blocks * block,
+            "rows are missing"
+        );
         let scales = self.scales.len().min(self.sums.len());
         assert!(self.rows == 0 || scales >= last * self.block_stride + self.blocks, "scales are missing");
     }

@@ -1,7 +1,5 @@
 //! Strings that end an answer, wherever token boundaries fall. Text in, text out; no IO.
 
-use super::reasoning::held_back;
-
 /// Looks for stop strings in a text that arrives in pieces. The one that ends first wins, as if the text came
 /// character by character, so that any pieces give the same answer.
 #[derive(Debug)]
@@ -48,6 +46,13 @@ impl StopStrings {
     pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
+}
+
+/// How many bytes at the end of `text` may be the beginning of `tag`.
+pub(crate) fn held_back(text: &str, tag: &str) -> usize {
+    let longest = tag.len().saturating_sub(1).min(text.len());
+    let begins = |&length: &usize| tag.as_bytes().starts_with(&text.as_bytes()[text.len() - length..]);
+    (1..=longest).rev().find(begins).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -1,0 +1,182 @@
+//! One sequence on a backend of this process.
+
+use std::io;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use expertmesh_engine::{
+    Backend, BlockAllocator, History, LocalExchange, Logprobs, Sampler, Sampling, Span, Step, forward,
+    logprobs,
+};
+
+use super::output_failed;
+use crate::process::Fatal;
+
+/// Rows of the prompt that are computed at a time.
+const CHUNK: usize = 256;
+
+/// A prompt to continue.
+#[derive(Clone, Copy)]
+pub(super) struct Request<'a> {
+    pub(super) prompt: &'a [u32],
+    /// Tokens to generate at most.
+    pub(super) limit: usize,
+    pub(super) sampling: &'a Sampling,
+    /// Alternatives to log for each token; `None`: no log-probabilities at all.
+    pub(super) logprobs: Option<usize>,
+}
+
+pub(super) struct Generated {
+    pub(super) tokens: Vec<u32>,
+    pub(super) logprobs: Vec<Logprobs>,
+    pub(super) finish_reason: &'static str,
+    prefill: Duration,
+    decode: Duration,
+}
+
+impl Request<'_> {
+    /// `emit` gets each token, and whether it is one that ends the sequence; it may end it too.
+    pub(super) fn generate<B: Backend>(
+        &self,
+        backend: &B,
+        mut emit: impl FnMut(u32, bool) -> io::Result<ControlFlow<()>>,
+    ) -> Result<Generated, Fatal> {
+        let blocks = BlockAllocator::needed(self.prompt.len() + self.limit);
+        let mut kv = backend.allocate_kv(blocks);
+        let blocks: Vec<u32> = (0..blocks as u32).collect();
+        let start = Instant::now();
+        let mut logits = Vec::new();
+        for (index, chunk) in self.prompt.chunks(CHUNK).enumerate() {
+            let span =
+                Span { tokens: chunk.to_vec(), start: index * CHUNK, blocks: blocks.clone(), logits: true };
+            logits = compute(backend, span, &mut kv)?; // (vocabulary)
+        }
+        let prefilled = Instant::now();
+        let (mut sampler, mut history) =
+            (Sampler::default(), History::new(self.sampling, self.prompt, self.prompt.len()));
+        let (mut tokens, mut logged, mut finish_reason) = (Vec::new(), Vec::new(), "length");
+        while tokens.len() < self.limit {
+            let (position, token) = (history.len(), sampler.choose(&logits, self.sampling, &history));
+            let ends = self.sampling.ends(token, &history);
+            logged.extend(self.logprobs.map(|top| logprobs(&logits, token, top)));
+            tokens.push(token);
+            history.push(token);
+            if emit(token, ends).map_err(output_failed)?.is_break() || ends {
+                finish_reason = "stop";
+                break;
+            }
+            if tokens.len() < self.limit {
+                let span =
+                    Span { tokens: vec![token], start: position, blocks: blocks.clone(), logits: true };
+                logits = compute(backend, span, &mut kv)?; // (vocabulary)
+            }
+        }
+        let (prefill, decode) = (prefilled - start, prefilled.elapsed());
+        Ok(Generated { tokens, logprobs: logged, finish_reason, prefill, decode })
+    }
+}
+
+impl Generated {
+    /// Says on stderr how fast it went.
+    pub(super) fn report(&self, prompt: usize) {
+        let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        let decoded = self.tokens.len().saturating_sub(1); // the first token is the prompt's
+        eprintln!(
+            "prompt: {prompt} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
+            rate(prompt, self.prefill),
+            rate(decoded, self.decode),
+        );
+    }
+}
+
+fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f32>, Fatal> {
+    let step = Step { spans: vec![span] };
+    let logits = forward(backend, &step, kv, &mut LocalExchange, &mut |_| {});
+    let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
+    Ok(backend.download(&logits))
+}
+
+#[cfg(test)]
+mod tests {
+    use expertmesh_engine::{CpuBackend, SamplingParams};
+
+    use super::super::load;
+    use super::*;
+    use crate::tokenizer::tests::tiny_r1;
+
+    #[derive(serde::Deserialize)]
+    struct Conversation {
+        ids: Vec<u32>,
+        prompt_len: usize,
+        top: Vec<[(u32, f32); 2]>,
+    }
+
+    fn generate(backend: &CpuBackend, request: Request<'_>) -> Generated {
+        request.generate(backend, |_, _| Ok(ControlFlow::Continue(()))).unwrap()
+    }
+
+    fn sampling(params: SamplingParams) -> Sampling {
+        Sampling::new(params).unwrap()
+    }
+
+    #[test]
+    fn greedy_answers_are_transformers_where_no_token_was_close() {
+        let backend = load(&tiny_r1()).unwrap();
+        let heldout = std::fs::read(tiny_r1().join("heldout.json")).unwrap();
+        let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
+        let clear = |conversation: &&Conversation| {
+            conversation.top[conversation.prompt_len - 1..]
+                .iter()
+                .all(|[first, second]| first.1 - second.1 > 0.02)
+        };
+        let greedy = sampling(SamplingParams { temperature: 0.0, ..Default::default() })
+            .ending(backend.config().eos_tokens().to_vec(), 0);
+        let mut compared = 0;
+        for Conversation { ids, prompt_len, .. } in conversations.iter().filter(clear) {
+            let (prompt, answer) = ids.split_at(*prompt_len);
+            let request = Request { prompt, limit: answer.len(), sampling: &greedy, logprobs: None };
+            let generated = generate(&backend, request);
+            assert_eq!(generated.tokens, answer);
+            let ended = answer.ends_with(backend.config().eos_tokens());
+            assert_eq!(generated.finish_reason, if ended { "stop" } else { "length" });
+            compared += 1;
+        }
+        assert!(compared > 20, "{compared} of {}", conversations.len());
+    }
+
+    #[test]
+    fn a_long_prompt_goes_in_chunks_and_an_answer_ends_where_the_context_does() {
+        let backend = load(&tiny_r1()).unwrap();
+        let prompt: Vec<u32> = (0..1000).map(|i| i * 7 % 1500 + 10).collect();
+        let sampling = sampling(SamplingParams { seed: 3, ..Default::default() });
+        let request = Request { prompt: &prompt, limit: 24, sampling: &sampling, logprobs: None };
+        let generated = generate(&backend, request);
+        assert_eq!((generated.tokens.len(), generated.finish_reason), (24, "length"));
+        assert!(generated.logprobs.is_empty());
+        // A sequence that goes on elsewhere, from any of its tokens, goes on the same.
+        let (before, after) = generated.tokens.split_at(10);
+        let resumed = [&prompt[..], before].concat();
+        assert_eq!(generate(&backend, Request { prompt: &resumed, limit: 14, ..request }).tokens, after);
+    }
+
+    #[test]
+    fn the_greedy_token_is_the_most_probable_one_and_early_ends_do_not_come() {
+        let backend = load(&tiny_r1()).unwrap();
+        let greedy = sampling(SamplingParams { temperature: 0.0, ..Default::default() });
+        let prompt = [0, 2, 100, 101, 3];
+        let request = Request { prompt: &prompt, limit: 12, sampling: &greedy, logprobs: Some(2) };
+        let generated = generate(&backend, request);
+        for (&token, logged) in generated.tokens.iter().zip(&generated.logprobs) {
+            assert_eq!((logged.top.len(), logged.top[0]), (2, (token, logged.logprob)));
+            assert!(logged.top[1].1 <= logged.logprob && logged.logprob <= 0.0);
+        }
+        // What came is now impossible until eight tokens are there, and then it ends the sequence.
+        let ending = greedy.clone().ending(generated.tokens[..3].to_vec(), 8);
+        let other = generate(&backend, Request { sampling: &ending, ..request });
+        assert_ne!(other.tokens[0], generated.tokens[0]);
+        assert!(other.tokens.iter().take(8).all(|token| !generated.tokens[..3].contains(token)));
+        // Whoever reads may end it too.
+        let left = request.generate(&backend, |_, _| Ok(ControlFlow::Break(()))).unwrap();
+        assert_eq!((left.tokens.len(), left.finish_reason), (1, "stop"));
+    }
+}

