@@ -11,8 +11,8 @@ mod blob;
 pub(crate) mod isa;
 mod kernel;
 mod math;
-mod memory;
 mod matrix;
+mod memory;
 mod norm;
 pub(crate) mod parts;
 mod pool;
@@ -142,9 +142,7 @@ impl CpuBackend {
             let (layer, expert) = experts[unit];
             match self.load(layer, expert) {
                 Ok(bytes) => progress(bytes),
-                Err(error) => {
-                    drop(failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error))
-                }
+                Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)

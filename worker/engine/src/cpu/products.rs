@@ -155,7 +155,11 @@ impl<'a> Product<'a> {
     /// Leaves `wide` empty where the kernel has no use for it.
     fn widen(&self, compute: &Compute, rows: Range<usize>, wide: &mut Vec<f32>) {
         let Input::Bf16(input) = self.input else { return };
-        let elements = if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) { rows.len() * input.stride } else { 0 };
+        let elements = if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) {
+            rows.len() * input.stride
+        } else {
+            0
+        };
         wide.resize(elements, 0.0);
         if elements > 0 {
             for (row, wide) in rows.zip(wide.chunks_exact_mut(input.stride)) {
@@ -164,7 +168,13 @@ impl<'a> Product<'a> {
         }
     }
 
-    fn multiply(&self, compute: &Compute, weights: &[u8], (rows, wide): (Range<usize>, &[f32]), tile: &mut Tile) {
+    fn multiply(
+        &self,
+        compute: &Compute,
+        weights: &[u8],
+        (rows, wide): (Range<usize>, &[f32]),
+        tile: &mut Tile,
+    ) {
         let (first, last) = (self.input_row(rows.start), self.input_row(rows.end - 1));
         match self.input {
             Input::Bf16(input) => {

@@ -1,7 +1,6 @@
 //! Matrices of rows: f32 for the residual stream, bf16 for what goes into a product, int8 for what goes into an
 //! integer one.
 
-use super::math::round_bf16;
 use crate::checkpoint::widen;
 
 /// Rows of f32.
@@ -44,10 +43,12 @@ impl CpuActivations {
         Self { width, stride, data: vec![0; rows * stride] }
     }
 
+    #[cfg(test)]
     pub(crate) fn from_f32(values: &[f32], width: usize) -> Self {
         let mut rows = Self::zeros(values.len() / width, width);
         for (row, values) in values.chunks_exact(width).enumerate() {
-            round_row(values, rows.row_mut(row));
+            let out = rows.row_mut(row).iter_mut().zip(values);
+            out.for_each(|(out, &value)| *out = super::math::round_bf16(value));
         }
         rows
     }
@@ -73,12 +74,6 @@ impl CpuActivations {
         let mut data = Vec::with_capacity(which.len() * self.stride);
         which.iter().for_each(|&row| data.extend_from_slice(self.padded(row as usize)));
         Self { data, ..*self }
-    }
-}
-
-pub(crate) fn round_row(values: &[f32], out: &mut [u16]) {
-    for (out, &value) in out.iter_mut().zip(values) {
-        *out = round_bf16(value);
     }
 }
 
@@ -114,6 +109,7 @@ impl Quantised {
         quantised
     }
 
+    #[cfg(test)]
     pub(crate) fn row(&self, row: usize) -> &[i8] {
         &self.data[row * self.stride..][..self.stride]
     }

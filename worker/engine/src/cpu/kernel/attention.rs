@@ -57,6 +57,7 @@ pub(crate) fn attend(isa: Isa, queries: &[&[u16]], context: Context, out: &mut [
     assert!(out.len() == heads * width && context.key + context.key_width <= context.stride, "odd shapes");
     assert!(context.value + width <= context.stride, "values outside of a row");
     let blocks = &context.blocks[..context.positions.div_ceil(BLOCK_TOKENS)];
+    let wide = widen_queries(isa, queries);
     let (mut total, mut left) = (State::new(heads, width), context.positions);
     for (index, blocks) in blocks.chunks(PARTIAL_BLOCKS).enumerate() {
         let mut partial = State::new(heads, width);
@@ -66,7 +67,7 @@ pub(crate) fn attend(isa: Isa, queries: &[&[u16]], context: Context, out: &mut [
             let rows =
                 &context.cache[block as usize * BLOCK_TOKENS * context.stride..][..seen * context.stride];
             let mut weights = [[0.0; BLOCK_TOKENS]; HEADS];
-            scores(isa, queries, context, rows, &mut weights);
+            scores(isa, (queries, &wide), context, rows, &mut weights);
             for (head, weights) in weights[..heads].iter_mut().enumerate() {
                 weights[seen..].fill(f32::NEG_INFINITY);
                 let shrink = partial.weigh(isa, head, context.softmax_scale, weights);
@@ -158,13 +159,28 @@ fn tree(lanes: [f32; LANES]) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
+/// What version 2 reads: of each head and 32 elements, the even ones and then the odd ones.
+fn widen_queries(isa: Isa, queries: &[&[u16]]) -> Vec<f32> {
+    let mut wide = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        wide.resize(queries.iter().map(|query| query.len()).sum(), 0.0);
+        let queries = queries.iter().flat_map(|query| query.as_chunks::<WIDTH>().0);
+        for (query, wide) in queries.zip(wide.as_chunks_mut::<WIDTH>().0) {
+            // SAFETY: `isa` says that the processor has the features.
+            unsafe { avx512::widen(query, wide) };
+        }
+    }
+    wide
+}
+
 /// `out[head][position]` = query · key, unscaled. `rows` are (seen, stride).
 #[inline]
-fn scores(isa: Isa, queries: &[&[u16]], context: Context, rows: &[u16], out: &mut Block) {
+fn scores(isa: Isa, (queries, wide): (&[&[u16]], &[f32]), context: Context, rows: &[u16], out: &mut Block) {
     match isa {
         // SAFETY: `isa` says that the processor has the features; `attend` has asserted the shapes.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { avx512::scores(queries, context, rows, out) },
+        Isa::Amx | Isa::Avx512 => unsafe { avx512::scores(wide, context, rows, out) },
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { scores_avx2(queries, context, rows, out) },
         _ => plain::scores::<{ cfg!(target_arch = "aarch64") }>(queries, context, rows, out),
@@ -252,9 +268,10 @@ mod plain {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512i, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_loadu_si512, _mm512_permutex2var_ps, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+        __m512, __m512i, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutex2var_ps, _mm512_permutexvar_ps,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
+        _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
     use super::{Block, Context, HEADS, LANES, WIDTH};
@@ -262,25 +279,40 @@ mod avx512 {
     /// Positions whose scores are computed side by side: with 4 heads, as many as a register has lanes.
     const POSITIONS: usize = 4;
 
+    /// Even elements, then odd ones.
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn widen(elements: &[u16; WIDTH], out: &mut [f32; WIDTH]) {
+        // SAFETY: 32 elements, two registers of f32.
+        unsafe {
+            let [even, odd] = halves(elements.as_ptr());
+            _mm512_storeu_ps(out.as_mut_ptr(), even);
+            _mm512_storeu_ps(out.as_mut_ptr().add(LANES), odd);
+        }
+    }
+
+    /// `queries` are widened, (heads, key width).
+    ///
     /// # Safety
     /// The processor has AVX-512 F; shapes are as `attend` has asserted.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn scores(queries: &[&[u16]], context: Context, rows: &[u16], out: &mut Block) {
-        let count = rows.len() / context.stride;
+    pub(super) unsafe fn scores(queries: &[f32], context: Context, rows: &[u16], out: &mut Block) {
+        let (count, heads) = (rows.len() / context.stride, queries.len() / context.key_width);
         for first in (0..count).step_by(POSITIONS) {
             // Where there are fewer, the last one is computed several times.
-            let row = |p: usize| &rows[(first + p).min(count - 1) * context.stride + context.key..][..context.key_width];
+            let row = |p: usize| {
+                &rows[(first + p).min(count - 1) * context.stride + context.key..][..context.key_width]
+            };
             let keys: [&[u16]; POSITIONS] = std::array::from_fn(row);
-            // SAFETY: keys and queries are all as long as `key_width`.
+            // SAFETY: keys, and the queries of each head, are all as long as `key_width`.
             let scores = unsafe {
-                match queries.len() {
+                match heads {
                     4 => of_heads::<4>(queries, keys),
                     3 => of_heads::<3>(queries, keys),
                     2 => of_heads::<2>(queries, keys),
                     _ => of_heads::<1>(queries, keys),
                 }
             };
-            for (out, scores) in out.iter_mut().zip(&scores[..queries.len()]) {
+            for (out, scores) in out.iter_mut().zip(&scores[..heads]) {
                 let length = POSITIONS.min(count - first);
                 out[first..first + length].copy_from_slice(&scores[..length]);
             }
@@ -290,19 +322,25 @@ mod avx512 {
     /// The scores of some heads and [`POSITIONS`] positions.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn of_heads<const H: usize>(queries: &[&[u16]], keys: [&[u16]; POSITIONS]) -> [[f32; POSITIONS]; HEADS] {
-        let mut sums = [[_mm512_setzero_ps(); POSITIONS]; H];
-        for at in (0..keys[0].len()).step_by(WIDTH) {
+    unsafe fn of_heads<const H: usize>(
+        queries: &[f32],
+        keys: [&[u16]; POSITIONS],
+    ) -> [[f32; POSITIONS]; HEADS] {
+        let (mut sums, width) = ([[_mm512_setzero_ps(); POSITIONS]; H], keys[0].len());
+        for at in (0..width).step_by(WIDTH) {
             // SAFETY: 32 elements of a row.
             let keys = keys.map(|key| unsafe { halves(key.as_ptr().add(at)) });
             for (head, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: as above.
-                let query = unsafe { halves(queries[head].as_ptr().add(at)) };
+                // SAFETY: 32 elements of a head's query.
+                let [even, odd] = unsafe {
+                    let query = queries.as_ptr().add(head * width + at);
+                    [_mm512_loadu_ps(query), _mm512_loadu_ps(query.add(LANES))]
+                };
                 for (sum, key) in sums.iter_mut().zip(&keys) {
-                    *sum = _mm512_fmadd_ps(query[1], key[1], *sum);
+                    *sum = _mm512_fmadd_ps(odd, key[1], *sum);
                 }
                 for (sum, key) in sums.iter_mut().zip(&keys) {
-                    *sum = _mm512_fmadd_ps(query[0], key[0], *sum);
+                    *sum = _mm512_fmadd_ps(even, key[0], *sum);
                 }
             }
         }
@@ -324,7 +362,10 @@ mod avx512 {
         let odd_bits = _mm512_set1_epi32(0xffff_0000u32 as i32);
         // SAFETY: the caller's promise.
         let bits = unsafe { _mm512_loadu_si512(elements.cast()) };
-        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(_mm512_and_si512(bits, odd_bits))]
+        [
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)),
+            _mm512_castsi512_ps(_mm512_and_si512(bits, odd_bits)),
+        ]
     }
 
     /// [`tree`](super::tree) of sixteen registers at a time: lane i is that of register i.
@@ -334,12 +375,18 @@ mod avx512 {
         // Quarters of four lanes are written q0 to q3. Lane l + lane l + 8: q0 + q2 and q1 + q3, of two registers in one.
         let eight: [__m512; 8] = std::array::from_fn(|i| {
             let (a, b) = (sums[2 * i], sums[2 * i + 1]);
-            _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+            _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b01_00_01_00>(a, b),
+                _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b),
+            )
         });
         // Lane l + lane l + 4: of four registers in one, a quarter each.
         let four: [__m512; 4] = std::array::from_fn(|i| {
             let (a, b) = (eight[2 * i], eight[2 * i + 1]);
-            _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+            _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b),
+                _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b),
+            )
         });
         // Lane l + lane l + 2: two lanes of each quarter of two registers in one.
         let two: [__m512; 2] = std::array::from_fn(|i| {
@@ -348,7 +395,8 @@ mod avx512 {
         });
         // The last two lanes: lane 4q + i is that of register 4i + q.
         let (a, b) = (two[0], two[1]);
-        let one = _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b));
+        let one =
+            _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b));
         _mm512_permutexvar_ps(indices(|lane| lane % 4 * 4 + lane / 4), one)
     }
 
@@ -410,8 +458,8 @@ mod avx512 {
             let mut sums: [[[__m512; 2]; T]; H] = std::array::from_fn(|h| {
                 std::array::from_fn(|t| deinterleave(out.as_ptr().add(sums_of(h, t))))
             });
-            for position in 0..rows.len() / context.stride {
-                let value = rows.as_ptr().add(position * context.stride + context.value + at);
+            for (position, row) in rows.chunks_exact(context.stride).enumerate() {
+                let value = row.as_ptr().add(context.value + at);
                 let values: [[__m512; 2]; T] = std::array::from_fn(|t| {
                     let bits = _mm512_loadu_si512(value.add(t * WIDTH).cast());
                     [

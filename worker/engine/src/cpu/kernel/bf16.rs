@@ -16,9 +16,9 @@
 //! 2. [`lanes`]: 32 outputs side by side in plain Rust; compiled for any processor, and again for AVX2 with FMA and for
 //!    AVX-512 (`tile` where there are no tiles).
 //! 3. [`avx512`]: `pair` by VDPBF16PS, up to 7 rows × 2 panels of accumulators, for as long as memory is slower.
-//! 3b. [`avx512::wide`]: `pair` by FMA on widened rows, 12 rows × 2 panels. VDPBF16PS does twice the work of an FMA and takes
+//! 4. [`avx512::wide`]: `pair` by FMA on widened rows, 12 rows × 2 panels. VDPBF16PS does twice the work of an FMA and takes
 //!    four times as long on Sapphire Rapids (one per two cycles; two FMA per cycle).
-//! 4. [`tiles`](super::tiles): `tile` by TDPBF16PS, 2 × 2 tiles of accumulators.
+//! 5. [`tiles`](super::tiles): `tile` by TDPBF16PS, 2 × 2 tiles of accumulators.
 
 use super::{Bf16Rows, PAIR, Tile, exact_product_plus};
 use crate::checkpoint::widen;
@@ -138,7 +138,8 @@ fn lanes_avx512(weights: &[Step], rows: Bf16Rows, out: &mut Tile) {
 mod avx512 {
     use std::arch::x86_64::{
         __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-        _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+        _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+        _mm512_storeu_ps,
     };
 
     use super::super::Wide;
@@ -194,7 +195,12 @@ mod avx512 {
 
     #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn wide_block<const R: usize>(weights: &[Step], rows: Wide, first: usize, out: &mut Tile) -> usize {
+    unsafe fn wide_block<const R: usize>(
+        weights: &[Step],
+        rows: Wide,
+        first: usize,
+        out: &mut Tile,
+    ) -> usize {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         let odd_bits = _mm512_set1_epi32(0xffff_0000u32 as i32);
         // SAFETY: the first of `R` rows that the caller promises.

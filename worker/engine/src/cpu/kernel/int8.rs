@@ -230,16 +230,13 @@ pub(super) mod avx512 {
         for (row, out) in out[..rows.rows].iter_mut().enumerate() {
             let index = row * rows.block_stride + at;
             let offset = _mm512_set1_epi32(OFFSET * rows.sums[index]);
-            for panel in 0..2 {
+            for (panel, scale) in scales.into_iter().enumerate() {
                 // SAFETY: a row of either tile is two registers long.
                 unsafe {
                     let sum = out.as_mut_ptr().add(panel * LANES);
                     let exact = _mm512_loadu_si512(exact[row].as_ptr().add(panel * LANES).cast());
                     let exact = _mm512_sub_epi32(exact, offset);
-                    _mm512_storeu_ps(
-                        sum,
-                        add(_mm512_loadu_ps(sum), exact, rows.scales[index], scales[panel]),
-                    );
+                    _mm512_storeu_ps(sum, add(_mm512_loadu_ps(sum), exact, rows.scales[index], scale));
                 }
             }
         }
