@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut};
 
+use crate::checkpoint;
+
 /// Bytes that nobody writes any more, on a cache line's boundary. Copies share them.
 #[derive(Clone)]
 pub(crate) struct Blob {
@@ -36,6 +38,26 @@ impl Blob {
 
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.pages[self.range.clone()]
+    }
+
+    /// Has all pages of a mapped blob read from the disk and put into this process, so that using them waits for nothing.
+    pub(crate) fn read_in(&self) -> io::Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            use memmap2::Advice;
+            let (start, bytes) = (self.range.start, self.range.len());
+            // Advice: without it, pages are read as they are touched.
+            let _ = self.pages.advise_range(Advice::WillNeed, start, bytes);
+            if Advice::PopulateRead.is_supported() {
+                return self.pages.advise_range(Advice::PopulateRead, start, bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a mapped blob's pages back, though it may still be used.
+    pub(crate) fn leave(&self) {
+        checkpoint::leave(&self.pages, self.range.clone());
     }
 
     pub(crate) fn part(&self, range: Range<usize>) -> Self {
