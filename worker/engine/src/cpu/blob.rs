@@ -46,8 +46,8 @@ impl Blob {
         {
             use memmap2::Advice;
             let (start, bytes) = (self.range.start, self.range.len());
-            // Advice: without it, pages are read as they are touched.
-            let _ = self.pages.advise_range(Advice::WillNeed, start, bytes);
+            // Advice: has the file read into huge pages, where its file system has them; small ones do.
+            let _ = self.pages.advise_range(Advice::HugePage, start, bytes);
             if Advice::PopulateRead.is_supported() {
                 return self.pages.advise_range(Advice::PopulateRead, start, bytes);
             }
