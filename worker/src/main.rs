@@ -13,6 +13,7 @@ mod sampling;
 mod serve;
 mod stop;
 mod template;
+mod text;
 mod tokenizer;
 mod verify;
 

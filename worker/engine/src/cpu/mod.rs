@@ -5,11 +5,13 @@
 
 #![allow(unsafe_code, reason = "kernels, threads that borrow, and memory that is mapped")]
 
+mod arena;
 mod attention;
 pub(crate) mod blob;
 pub(crate) mod isa;
 mod kernel;
 mod math;
+mod memory;
 mod matrix;
 mod norm;
 pub(crate) mod parts;
@@ -92,6 +94,7 @@ impl CpuBackend {
         options: &LoadOptions,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
+        memory::keep_freed_blocks();
         let config = ModelConfig::read(model)?;
         let (source, format) = Source::open(model, &config, options.weights)?;
         let plan = Plan::new(&config, format);
