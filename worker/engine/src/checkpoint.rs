@@ -117,6 +117,22 @@ pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
     unsafe { Mmap::map(&file) }
 }
 
+/// Has a mapped file read into huge pages, where its file system has them; elsewhere small ones do. Of the whole file,
+/// since none lies across two ranges of different advice.
+pub(crate) fn in_huge_pages(map: &Mmap) {
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+}
+
+/// Reads a range of a mapped file into this process at once, where the system can; elsewhere as it is touched.
+pub(crate) fn read_in(map: &Mmap, range: Range<usize>) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    if memmap2::Advice::PopulateRead.is_supported() {
+        return map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len());
+    }
+    Ok(())
+}
+
 /// Gives the pages of a mapped file back to the system, which reads them again where they are used again.
 #[allow(unsafe_code, reason = "the one place that maps files")]
 pub(crate) fn leave(map: &Mmap, range: Range<usize>) {

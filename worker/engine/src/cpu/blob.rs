@@ -7,7 +7,6 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use super::arena::Piece;
-
 use crate::checkpoint;
 
 /// Bytes that nobody writes any more, on a cache line's boundary. Copies share them.
@@ -45,22 +44,17 @@ impl Blob {
 
     /// Has all pages of a mapped blob read from the disk and put into this process, so that using them waits for nothing.
     pub(crate) fn read_in(&self) -> io::Result<()> {
-        #[cfg(target_os = "linux")]
-        {
-            use memmap2::Advice;
-            let (start, bytes) = (self.range.start, self.range.len());
-            // Advice: has the file read into huge pages, where its file system has them; small ones do.
-            let _ = self.pages.advise_range(Advice::HugePage, start, bytes);
-            if Advice::PopulateRead.is_supported() {
-                return self.pages.advise_range(Advice::PopulateRead, start, bytes);
-            }
+        match &self.pages {
+            Pages::Mapped(file) => checkpoint::read_in(file, self.range.clone()),
+            Pages::Filled(_) => Ok(()),
         }
-        Ok(())
     }
 
     /// Gives a mapped blob's pages back, though it may still be used.
     pub(crate) fn leave(&self) {
-        checkpoint::leave(&self.pages, self.range.clone());
+        if let Pages::Mapped(file) = &self.pages {
+            checkpoint::leave(file, self.range.clone());
+        }
     }
 
     pub(crate) fn part(&self, range: Range<usize>) -> Self {

@@ -40,6 +40,7 @@ impl PackedModel {
                 let path = directory.join(file);
                 let mapped = checkpoint::map(&path);
                 let mapped = mapped.map_err(|error| invalid(&path, format!("{place}: {error}")))?;
+                checkpoint::in_huge_pages(&mapped);
                 files.insert(file.clone(), Arc::new(mapped));
             }
         }
