@@ -11,8 +11,8 @@ use super::rows::{CpuActivations, CpuRows, Quantised};
 use crate::checkpoint::widen;
 use crate::{Isa, Numerics};
 
-/// Weights that a unit reads, at least: a claim costs nothing beside them.
-const UNIT_BYTES: usize = 48 << 10;
+/// Weights that a unit reads, at least: prefetching begins anew with each. The best of 48 to 768 KiB.
+const UNIT_BYTES: usize = 256 << 10;
 
 /// Pairs that share a block of rows, where there are many rows.
 const SHARING_PAIRS: usize = 4;
