@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{
-    CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
+    Backend, CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -215,17 +215,18 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
 
 /// The model with all its experts; a progress bar where stderr is a terminal.
 pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
-    let config = ModelConfig::read(model)?;
-    let experts = config.moe_layers().count() * config.experts();
-    let bar = ProgressBar::new(
-        config.dense_bytes(options.weights) + experts as u64 * config.expert_bytes(options.weights),
-    );
+    let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
     bar.set_style(style.expect("the template is a constant"));
-    let backend = CpuBackend::load(model, options, |done, _| bar.set_position(done))?;
+    let backend = CpuBackend::load(model, options, |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    let (config, weights) = (backend.config(), backend.options().weights);
     let experts = config.experts() as u32;
     let all: Vec<_> =
         config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    bar.set_length(config.dense_bytes(weights) + all.len() as u64 * config.expert_bytes(weights));
     backend.load_experts(&all, |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     Ok(backend)

@@ -3,8 +3,10 @@
 mod engine;
 mod frontend;
 mod generate;
+mod inspect;
 mod mesh;
 mod metrics;
+mod prepare;
 mod probes;
 mod process;
 mod sampling;
@@ -35,6 +37,10 @@ enum Command {
     Frontend(frontend::Args),
     /// Generate in one process with all experts.
     Generate(generate::Args),
+    /// Say what a model is and takes.
+    Inspect(inspect::Args),
+    /// Pack a checkpoint into a directory that is mapped instead of read.
+    Prepare(prepare::Args),
     /// Compare a model with what its golden.safetensors recorded.
     Verify(verify::Args),
 }
@@ -44,6 +50,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(args),
         Command::Frontend(args) => frontend::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Prepare(args) => prepare::run(args),
         Command::Verify(args) => verify::run(args),
     };
     process::exit_code(result)

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 
@@ -109,11 +110,36 @@ impl SafetensorsFile {
 
 /// Maps a file for reading.
 #[allow(unsafe_code, reason = "the one place that maps files")]
-fn map(path: &Path) -> io::Result<Mmap> {
+pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
     let file = File::open(path)?;
     // SAFETY: the map is only read, and only as bytes. Model directories are read-only while they are served: that
     // nobody writes or truncates their files is the deployment's promise (a truncated one would raise SIGBUS).
     unsafe { Mmap::map(&file) }
+}
+
+/// Has a mapped file read into huge pages, where its file system has them; elsewhere small ones do. Of the whole file,
+/// since none lies across two ranges of different advice.
+pub(crate) fn in_huge_pages(map: &Mmap) {
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+}
+
+/// Reads a range of a mapped file into this process at once, where the system can; elsewhere as it is touched.
+pub(crate) fn read_in(map: &Mmap, range: Range<usize>) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    if memmap2::Advice::PopulateRead.is_supported() {
+        return map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len());
+    }
+    Ok(())
+}
+
+/// Gives the pages of a mapped file back to the system, which reads them again where they are used again.
+#[allow(unsafe_code, reason = "the one place that maps files")]
+pub(crate) fn leave(map: &Mmap, range: Range<usize>) {
+    // SAFETY: the map is of a file and read-only, so that its pages come back with the bytes that they had. Where the
+    // system refuses, they stay.
+    #[cfg(unix)]
+    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
 }
 
 /// All tensors of a model's directory.
@@ -198,7 +224,10 @@ impl Checkpoint {
             return Self::open_shards(model, &index);
         }
         if !single.exists() {
-            let problem = format!("neither {SINGLE} nor {INDEX} is there");
+            let problem = match crate::pack::is_packed(model) {
+                true => "it is packed; this needs the checkpoint that it was made from".to_owned(),
+                false => format!("neither {SINGLE} nor {INDEX} is there"),
+            };
             return Err(EngineError::ModelNotFound { path: model.to_owned(), problem });
         }
         let file = SafetensorsFile::open(&single)?;
@@ -244,14 +273,6 @@ impl Checkpoint {
         self.homes.contains_key(name)
     }
 
-    /// A bf16 tensor of exactly this shape without NaN or infinity.
-    pub(crate) fn bf16(&self, name: &str, shape: &[usize]) -> Result<Bf16<'_>, EngineError> {
-        match self.home(name)?.weights(name, shape, &[Dtype::BF16])? {
-            Tensor::Bf16(bits) => Ok(bits),
-            _ => unreachable!("its type was asked for"),
-        }
-    }
-
     /// A matrix of exactly this shape without NaN or infinity: bf16, f16, f32, or fp8 with the scales of its blocks.
     pub(crate) fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor<'_>, EngineError> {
         let dtypes = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
@@ -288,6 +309,11 @@ impl Checkpoint {
         let mut values = vec![0.0; shape.iter().product()];
         tensor.widen_row(0, &mut values);
         Ok(values)
+    }
+
+    /// What was read is not needed soon: the process gives its pages back.
+    pub(crate) fn release(&self) {
+        self.files.iter().for_each(|file| leave(&file.map, 0..file.map.len()));
     }
 
     /// Every tensor, sorted by name: (name, dtype, shape, bytes).

@@ -24,6 +24,16 @@ pub enum EngineError {
     #[error("the model has no expert {expert} in layer {layer}")]
     UnknownExpert { layer: usize, expert: u32 },
 
+    /// A packed directory, or one of its files.
+    #[error("{}: {problem}", file.display())]
+    InvalidPacked { file: PathBuf, problem: String },
+
+    #[error("expert {expert} of layer {layer} is not among those that are packed in {}", model.display())]
+    ExpertNotPacked { layer: usize, expert: u32, model: PathBuf },
+
+    #[error("{}: {problem}", path.display())]
+    PrepareFailed { path: PathBuf, problem: String },
+
     #[error("no memory for {bytes} bytes of weights: {problem}")]
     OutOfMemory { bytes: usize, problem: String },
 
@@ -44,6 +54,9 @@ impl EngineError {
             Self::MissingTensor { .. } => "MissingTensor",
             Self::InvalidTensor { .. } => "InvalidTensor",
             Self::UnknownExpert { .. } => "UnknownExpert",
+            Self::InvalidPacked { .. } => "InvalidPacked",
+            Self::ExpertNotPacked { .. } => "ExpertNotPacked",
+            Self::PrepareFailed { .. } => "PrepareFailed",
             Self::OutOfMemory { .. } => "OutOfMemory",
             Self::InvalidCheckpoint { .. } => "InvalidCheckpoint",
             Self::UnknownToken { .. } => "UnknownToken",

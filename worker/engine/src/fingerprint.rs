@@ -7,6 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::read_json;
+use crate::pack::Index;
 use crate::{EngineError, ModelConfig, Numerics, WeightFormat};
 
 /// Tensors whose bytes are looked at, evenly chosen among all, and how many bytes of each.
@@ -45,17 +46,16 @@ pub struct ModelFingerprint {
 }
 
 impl ModelFingerprint {
-    /// Reads the fingerprint of a model's directory, as [`CpuBackend`](crate::CpuBackend) computes it with these options.
+    /// Reads the fingerprint of a model's directory, a checkpoint's or the same one's packed, as [`CpuBackend`](crate::CpuBackend) computes it with these options.
     pub fn read(model: &Path, weights: WeightFormat, numerics: Numerics) -> Result<Self, EngineError> {
-        let config = read_json(model, "config.json")?.unwrap_or_default();
-        let config: Value = serde_json::from_str(&config).map_err(|error| EngineError::InvalidConfig {
-            file: "config.json",
-            problem: error.to_string(),
-        })?;
+        let (checkpoint, weights) = match Index::read(model)? {
+            Some(index) => (index.identity.checkpoint.weights.clone(), index.weights_as(weights)?),
+            None => (weights_of(&Checkpoint::open(model)?), weights.resolved(&ModelConfig::read(model)?)),
+        };
         Ok(Self {
-            architecture: format!("{:x}", Sha256::digest(canonical(&config))),
-            weights: weights_of(&Checkpoint::open(model)?),
-            format: weights.resolved(&ModelConfig::read(model)?).name().to_owned(),
+            architecture: architecture_of(model)?,
+            weights: checkpoint,
+            format: weights.name().to_owned(),
             numerics: numerics.id().to_owned(),
         })
     }
@@ -71,6 +71,14 @@ impl ModelFingerprint {
         let (part, ours, theirs) = parts.into_iter().find(|(_, ours, theirs)| ours != theirs)?;
         Some(format!("{part}: {ours} here, {theirs} there"))
     }
+}
+
+/// Of a directory's config.json.
+pub(crate) fn architecture_of(model: &Path) -> Result<String, EngineError> {
+    let config = read_json(model, "config.json")?.unwrap_or_default();
+    let config: Value = serde_json::from_str(&config)
+        .map_err(|error| EngineError::InvalidConfig { file: "config.json", problem: error.to_string() })?;
+    Ok(format!("{:x}", Sha256::digest(canonical(&config))))
 }
 
 /// JSON with sorted keys, and without those of the top level that do not matter.

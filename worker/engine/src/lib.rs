@@ -18,13 +18,14 @@ mod kv;
 mod names;
 mod norm;
 mod numerics;
+mod pack;
 mod reference;
 mod rope;
 mod sample;
 
 pub use backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Routes, Span, Step};
 pub use checkpoint::SafetensorsFile;
-pub use config::ModelConfig;
+pub use config::{AttentionFacts, FormatBytes, ModelConfig, ModelFacts};
 pub use cpu::isa::Isa;
 pub use cpu::parts::WeightFormat;
 pub use cpu::threads::compute_threads;
@@ -35,6 +36,7 @@ pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
 pub use generation::{GenerationConfig, SamplingOverrides};
 pub use kv::{BlockAllocator, OutOfBlocks};
 pub use numerics::Numerics;
+pub use pack::{PackedModel, PrepareOptions, Prepared, prepare};
 pub use reference::{Reference, Trace};
 pub use sample::{
     History, InvalidSampling, Logprobs, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampler, Sampling, SamplingParams,

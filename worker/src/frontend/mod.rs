@@ -27,7 +27,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use expertmesh_engine::ModelFingerprint;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::ControlServer;
 use prometheus::Registry;

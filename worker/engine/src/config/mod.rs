@@ -4,6 +4,7 @@
 //! latent attention, `grouped.rs` those with grouped-query attention, `rope.rs` what both say of positions.
 
 mod deepseek;
+mod facts;
 mod grouped;
 mod keys;
 mod parameters;
@@ -14,6 +15,7 @@ mod tests;
 use std::ops::Range;
 use std::path::Path;
 
+pub use facts::{AttentionFacts, FormatBytes, ModelFacts};
 pub(crate) use keys::{Keys, read_json};
 use serde_json::{Map, Value};
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use super::arena::Piece;
+use crate::checkpoint;
 
 /// Bytes that nobody writes any more, on a cache line's boundary. Copies share them.
 #[derive(Clone)]
@@ -39,6 +40,21 @@ impl Blob {
             Pages::Filled(piece) => piece.bytes(),
         };
         &all[self.range.clone()]
+    }
+
+    /// Has all pages of a mapped blob read from the disk and put into this process, so that using them waits for nothing.
+    pub(crate) fn read_in(&self) -> io::Result<()> {
+        match &self.pages {
+            Pages::Mapped(file) => checkpoint::read_in(file, self.range.clone()),
+            Pages::Filled(_) => Ok(()),
+        }
+    }
+
+    /// Gives a mapped blob's pages back, though it may still be used.
+    pub(crate) fn leave(&self) {
+        if let Pages::Mapped(file) = &self.pages {
+            checkpoint::leave(file, self.range.clone());
+        }
     }
 
     pub(crate) fn part(&self, range: Range<usize>) -> Self {

@@ -18,15 +18,6 @@ pub(crate) enum Format {
 }
 
 impl Format {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::Fp8 => "fp8",
-            Self::Int8 => "int8",
-            Self::Int4 => "int4",
-        }
-    }
-
     /// Bytes of 32 outputs of so many inputs.
     pub(crate) fn pair_bytes(self, inputs: usize) -> usize {
         match self {
@@ -102,28 +93,44 @@ pub(crate) trait Source {
     fn fp8_row(&self, row: usize) -> Option<(&[u8], &[f32])>;
 }
 
-/// Packs a matrix, or gate and up, into `out`, which is zeroed.
-pub(crate) fn pack(shape: &Shape, sources: &[&dyn Source], out: &mut [u8]) {
-    let scales = match shape.format {
-        Format::Fp8 => sources.iter().map(|source| fp8_scales(shape, *source)).collect(),
-        _ => Vec::new(),
-    };
-    let mut row = vec![0.0; shape.inputs];
-    for (pair, out) in out.chunks_exact_mut(shape.pair_bytes()).enumerate() {
-        for lane in 0..PAIR {
-            let found = shape.row(pair, lane);
-            match found {
-                Some((matrix, at)) if shape.format != Format::Fp8 => sources[matrix].row(at, &mut row),
-                _ => row.fill(0.0),
-            }
-            match (shape.format, found) {
-                (Format::Bf16, _) => pack_bf16(lane, &row, out),
-                (Format::Int8, _) => pack_int8(lane, &row, out),
-                (Format::Int4, _) => pack_int4(lane, &row, out),
-                (Format::Fp8, Some((matrix, at))) => {
-                    pack_fp8(lane, at, sources[matrix], scales[matrix].as_deref(), (out, &mut row));
+/// A matrix, or gate and up, about to be packed.
+pub(crate) struct Packing<'a> {
+    shape: Shape,
+    sources: Vec<Box<dyn Source + 'a>>,
+    /// Of each source that is to become fp8.
+    scales: Vec<Option<Vec<f32>>>,
+}
+
+impl<'a> Packing<'a> {
+    pub(crate) fn new(shape: Shape, sources: Vec<Box<dyn Source + 'a>>) -> Self {
+        let scales = match shape.format {
+            Format::Fp8 => sources.iter().map(|source| fp8_scales(&shape, &**source)).collect(),
+            _ => Vec::new(),
+        };
+        Self { shape, sources, scales }
+    }
+
+    /// Packs the pairs from `first` on into `out`, which is zeroed and a whole number of them.
+    pub(crate) fn fill(&self, first: usize, out: &mut [u8]) {
+        let Self { shape, sources, scales } = self;
+        let mut row = vec![0.0; shape.inputs];
+        for (pair, out) in (first..).zip(out.chunks_exact_mut(shape.pair_bytes())) {
+            for lane in 0..PAIR {
+                let found = shape.row(pair, lane);
+                match found {
+                    Some((matrix, at)) if shape.format != Format::Fp8 => sources[matrix].row(at, &mut row),
+                    _ => row.fill(0.0),
                 }
-                (Format::Fp8, None) => {}
+                match (shape.format, found) {
+                    (Format::Bf16, _) => pack_bf16(lane, &row, out),
+                    (Format::Int8, _) => pack_int8(lane, &row, out),
+                    (Format::Int4, _) => pack_int4(lane, &row, out),
+                    (Format::Fp8, Some((matrix, at))) => {
+                        let scales = scales[matrix].as_deref();
+                        pack_fp8(lane, at, &*sources[matrix], scales, (out, &mut row));
+                    }
+                    (Format::Fp8, None) => {}
+                }
             }
         }
     }

@@ -7,7 +7,7 @@
 
 mod arena;
 mod attention;
-mod blob;
+pub(crate) mod blob;
 pub(crate) mod isa;
 mod kernel;
 mod math;
@@ -20,7 +20,7 @@ mod products;
 mod rows;
 mod swiglu;
 pub(crate) mod threads;
-mod weights;
+pub(crate) mod weights;
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -29,15 +29,16 @@ pub(crate) use attention::kv_stride;
 use attention::{Surroundings, places};
 use isa::Isa;
 use norm::norm_rows;
-use parts::{Plan, WeightFormat};
+use parts::{Place, Plan, WeightFormat};
 use pool::{Pool, Shares};
 use products::{Columns, Compute, Input, Product, multiply};
 pub use rows::{CpuActivations, CpuRows};
 use swiglu::{SwiGlu, gate_up};
-use weights::{Ends, FeedForward, Layer, pack_blob};
+use weights::{Ends, FeedForward, Layer};
 
 use crate::backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Routes, Step};
-use crate::checkpoint::{Checkpoint, widen};
+use crate::checkpoint::widen;
+use crate::pack::Source;
 use crate::rope::Rope;
 use crate::{EngineError, ModelConfig, Numerics, gate};
 
@@ -70,7 +71,7 @@ impl Default for LoadOptions {
 pub struct CpuBackend {
     config: ModelConfig,
     weights: WeightFormat,
-    checkpoint: Checkpoint,
+    source: Source,
     rope: Rope,
     compute: Compute,
     ends: Ends,
@@ -86,7 +87,8 @@ pub struct CpuKv {
 }
 
 impl CpuBackend {
-    /// Reads and packs all but the routed experts; `progress` gets (done, total) in bytes.
+    /// Reads all but the routed experts, of a checkpoint, which is packed now, or of a packed model, which is mapped;
+    /// `progress` gets (done, total) in bytes.
     pub fn load(
         model: &Path,
         options: &LoadOptions,
@@ -94,24 +96,24 @@ impl CpuBackend {
     ) -> Result<Self, EngineError> {
         memory::keep_freed_blocks();
         let config = ModelConfig::read(model)?;
-        let checkpoint = Checkpoint::open(model)?;
-        let plan = Plan::new(&config, options.weights);
-        let (mut done, total) = (0, config.dense_bytes(options.weights));
+        let (source, format) = Source::open(model, &config, options.weights)?;
+        let plan = Plan::new(&config, format);
+        let (mut done, total) = (0, config.dense_bytes(format));
         let mut advance = |bytes: usize| {
             done += bytes as u64;
             progress(done, total);
         };
-        let ends = pack_blob(&checkpoint, &plan.ends())?;
+        let ends = source.blob(Place::Ends, &plan.ends())?;
         advance(ends.bytes().len());
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
-            let blob = pack_blob(&checkpoint, &plan.layer(layer))?;
+            let blob = source.blob(Place::Layer(layer), &plan.layer(layer))?;
             advance(blob.bytes().len());
             layers.push(Layer::view(&config, &plan, layer, &blob));
         }
         Ok(Self {
             ends: Ends::view(&plan, &ends),
-            weights: options.weights,
+            weights: format,
             rope: Rope::new(&config.rope, &config.attention, config.max_positions),
             compute: Compute {
                 pool: Pool::new(options.threads),
@@ -120,7 +122,7 @@ impl CpuBackend {
             },
             experts: (0..config.layers * config.experts()).map(|_| RwLock::new(None)).collect(),
             layers,
-            checkpoint,
+            source,
             config,
         })
     }
@@ -142,7 +144,9 @@ impl CpuBackend {
             let (layer, expert) = experts[unit];
             match self.load(layer, expert) {
                 Ok(bytes) => progress(bytes),
-                Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+                Err(error) => {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                }
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
@@ -372,7 +376,8 @@ impl Backend for CpuBackend {
         let Some(slot) = self.slot(layer, expert) else {
             return Err(EngineError::UnknownExpert { layer, expert });
         };
-        let packed = Arc::new(SwiGlu::view(parts.clone(), &pack_blob(&self.checkpoint, &parts)?));
+        let blob = self.source.blob(Place::Expert(layer, expert), &parts)?;
+        let packed = Arc::new(SwiGlu::view(parts, &blob));
         *slot.write().unwrap_or_else(PoisonError::into_inner) = Some(packed);
         Ok(bytes)
     }
@@ -380,6 +385,7 @@ impl Backend for CpuBackend {
     fn evict(&self, layer: usize, expert: u32) {
         if let Some(slot) = self.slot(layer, expert) {
             slot.write().unwrap_or_else(PoisonError::into_inner).take();
+            self.source.release(Place::Expert(layer, expert));
         }
     }
 

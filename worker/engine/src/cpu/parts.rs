@@ -7,6 +7,30 @@ use super::matrix::{Format, Shape};
 use crate::config::{AttentionConfig, GroupedConfig, LatentConfig, ModelConfig, QkNorm};
 use crate::names::{Names, SwiGluNames, bias_of};
 
+/// The id of the layout that kernels, matrices and these lists have in common. It changes whenever a packed model's
+/// bytes would: one that was packed before cannot be mapped any more.
+pub(crate) const LAYOUT: &str = "cpu-1";
+
+/// Which blob of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Place {
+    /// What no layer has: embeddings, last norm, head.
+    Ends,
+    /// All of a layer but its routed experts.
+    Layer(usize),
+    Expert(usize, u32),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ends => f.write_str("embeddings and head"),
+            Self::Layer(layer) => write!(f, "layer {layer}"),
+            Self::Expert(layer, expert) => write!(f, "expert {expert} of layer {layer}"),
+        }
+    }
+}
+
 /// How a deployment wants its weights stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WeightFormat {
@@ -158,6 +182,14 @@ pub(crate) struct Plan<'a> {
 impl<'a> Plan<'a> {
     pub(crate) fn new(config: &'a ModelConfig, weights: WeightFormat) -> Self {
         Self { config, names: Names::new(config), weights: weights.resolved(config) }
+    }
+
+    pub(crate) fn parts(&self, place: Place) -> Parts {
+        match place {
+            Place::Ends => self.ends(),
+            Place::Layer(layer) => self.layer(layer),
+            Place::Expert(layer, expert) => self.expert(layer, expert),
+        }
     }
 
     /// Embeddings, last norm, head.

@@ -1,8 +1,11 @@
 //! From blobs to the weights of layers: views of matrices, copies of vectors; and from a checkpoint to blobs.
 
+use std::ops::Range;
+use std::rc::Rc;
+
 use super::attention::{Attention, Grouped, Latent};
 use super::blob::Blob;
-use super::matrix::{Matrix, Shape, Source, pack};
+use super::matrix::{Matrix, Packing, Shape, Source};
 use super::parts::{Kind, Origin, Part, Parts, Plan};
 use super::swiglu::SwiGlu;
 use crate::EngineError;
@@ -132,77 +135,115 @@ impl SwiGlu {
     }
 }
 
+/// Bytes of a piece at most, where one row or one pair of rows has fewer: what streaming needs of memory.
+const PIECE: usize = 32 << 20;
+
+/// Gets a piece's bytes of the blob, and what fills them where they are zeroed.
+type Take<'a> = dyn FnMut(Range<usize>, &dyn Fn(&mut [u8])) -> Result<(), EngineError> + 'a;
+
+/// Fills bytes, zeroed, with the rows (of vectors: all, of matrices: pairs) from this one on.
+type Fill<'a> = Box<dyn Fn(usize, &mut [u8]) + 'a>;
+
 /// A blob of `parts`, packed from a checkpoint's tensors.
 pub(crate) fn pack_blob(checkpoint: &Checkpoint, parts: &Parts) -> Result<Blob, EngineError> {
     let mut result = Ok(());
-    let blob = Blob::fill(parts.bytes(), |bytes| result = pack_parts(checkpoint, parts, bytes));
+    let blob = Blob::fill(parts.bytes(), |bytes| {
+        result = pack_pieces(checkpoint, parts, &mut |range, fill| {
+            fill(&mut bytes[range]);
+            Ok(())
+        });
+    });
     result?;
     blob.map_err(|error| EngineError::OutOfMemory { bytes: parts.bytes(), problem: error.to_string() })
 }
 
-/// Packs into zeroed memory of the parts' bytes.
-pub(crate) fn pack_parts(checkpoint: &Checkpoint, parts: &Parts, out: &mut [u8]) -> Result<(), EngineError> {
+/// Packs a blob in pieces, ascending. What no piece has of it is zero.
+pub(crate) fn pack_pieces(
+    checkpoint: &Checkpoint,
+    parts: &Parts,
+    take: &mut Take,
+) -> Result<(), EngineError> {
+    let mut tensors = Tensors { checkpoint, last: None };
     for Part { kind, range } in &parts.0 {
-        let out = &mut out[range.clone()];
-        match kind {
-            Kind::Matrix(shape, origin) => pack_matrix(checkpoint, shape, origin, out)?,
-            Kind::Vector { name, width } => {
-                let values = checkpoint.widened(name, &[*width])?;
-                out.chunks_exact_mut(4)
-                    .zip(values)
-                    .for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
-            }
-            Kind::Table { name, rows, width } => {
-                let table = checkpoint.matrix(name, *rows, *width)?;
-                let mut row = vec![0.0; *width];
-                for (at, out) in out.chunks_exact_mut(width * 2).enumerate() {
-                    table.widen_row(at, &mut row);
-                    let bits = row.iter().map(|&value| super::math::round_bf16(value));
-                    out.chunks_exact_mut(2)
-                        .zip(bits)
-                        .for_each(|(out, bits)| out.copy_from_slice(&bits.to_le_bytes()));
-                }
-            }
+        let (unit, fill) = match kind {
+            Kind::Matrix(shape, origin) => (shape.pair_bytes(), tensors.matrix(shape, origin)?),
+            Kind::Vector { name, width } => (range.len(), tensors.vector(name, *width)?),
+            Kind::Table { name, rows, width } => (width * 2, tensors.table(name, *rows, *width)?),
+        };
+        let units = (PIECE / unit.max(1)).max(1);
+        for (index, start) in range.clone().step_by(units * unit).enumerate() {
+            let piece = start..range.end.min(start + units * unit);
+            take(piece, &|out| fill(index * units, out))?;
         }
     }
     Ok(())
 }
 
-fn pack_matrix(
-    checkpoint: &Checkpoint,
-    shape: &Shape,
-    origin: &Origin,
-    out: &mut [u8],
-) -> Result<(), EngineError> {
-    let rows_of = |tensor, first| Rows { tensor, columns: shape.inputs, first };
-    match origin {
-        Origin::Tensor(name) => {
-            let tensor = checkpoint.matrix(name, shape.outputs, shape.inputs)?;
-            pack(shape, &[&rows_of(tensor, 0)], out);
+/// A checkpoint's tensors, the last one kept: a head takes its rows of the one that the head before took its rows of.
+struct Tensors<'a> {
+    checkpoint: &'a Checkpoint,
+    last: Option<(String, Rc<Tensor<'a>>)>,
+}
+
+impl<'a> Tensors<'a> {
+    fn get(&mut self, name: &str, rows: usize, columns: usize) -> Result<Rc<Tensor<'a>>, EngineError> {
+        if let Some((last, tensor)) = &self.last
+            && last == name
+        {
+            return Ok(tensor.clone());
         }
-        Origin::GateUp(gate, up) => {
-            let gate = checkpoint.matrix(gate, shape.outputs, shape.inputs)?;
-            let up = checkpoint.matrix(up, shape.outputs, shape.inputs)?;
-            pack(shape, &[&rows_of(gate, 0), &rows_of(up, 0)], out);
-        }
-        Origin::ValueUp { kv_up, rows, first } => {
-            let tensor = checkpoint.matrix(kv_up, *rows, shape.inputs)?;
-            pack(shape, &[&rows_of(tensor, *first)], out);
-        }
-        Origin::KeyAbsorb { kv_up, rows, first } => {
-            let tensor = checkpoint.matrix(kv_up, *rows, shape.outputs)?;
-            let mut columns = vec![0.0; shape.inputs * shape.outputs];
-            let rows = columns.chunks_exact_mut(shape.outputs).enumerate();
-            rows.for_each(|(row, out)| tensor.widen_row(first + row, out));
-            pack(shape, &[&Transposed { columns, outputs: shape.outputs }], out);
-        }
+        let tensor = Rc::new(self.checkpoint.matrix(name, rows, columns)?);
+        self.last = Some((name.to_owned(), tensor.clone()));
+        Ok(tensor)
     }
-    Ok(())
+
+    fn vector(&mut self, name: &str, width: usize) -> Result<Fill<'a>, EngineError> {
+        let values = self.checkpoint.widened(name, &[width])?;
+        Ok(Box::new(move |_, out| {
+            let out = out.chunks_exact_mut(4).zip(&values);
+            out.for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
+        }))
+    }
+
+    fn table(&mut self, name: &str, rows: usize, width: usize) -> Result<Fill<'a>, EngineError> {
+        let table = self.checkpoint.matrix(name, rows, width)?;
+        Ok(Box::new(move |first, out| {
+            let mut row = vec![0.0; width];
+            for (at, out) in (first..).zip(out.chunks_exact_mut(width * 2)) {
+                table.widen_row(at, &mut row);
+                let bits = row.iter().map(|&value| super::math::round_bf16(value));
+                let out = out.chunks_exact_mut(2).zip(bits);
+                out.for_each(|(out, bits)| out.copy_from_slice(&bits.to_le_bytes()));
+            }
+        }))
+    }
+
+    fn matrix(&mut self, shape: &Shape, origin: &Origin) -> Result<Fill<'a>, EngineError> {
+        let (outputs, inputs) = (shape.outputs, shape.inputs);
+        let rows_of =
+            |tensor, first| Box::new(Rows { tensor, columns: inputs, first }) as Box<dyn Source + 'a>;
+        let sources: Vec<Box<dyn Source + 'a>> = match origin {
+            Origin::Tensor(name) => vec![rows_of(self.get(name, outputs, inputs)?, 0)],
+            Origin::GateUp(gate, up) => {
+                vec![rows_of(self.get(gate, outputs, inputs)?, 0), rows_of(self.get(up, outputs, inputs)?, 0)]
+            }
+            Origin::ValueUp { kv_up, rows, first } => vec![rows_of(self.get(kv_up, *rows, inputs)?, *first)],
+            Origin::KeyAbsorb { kv_up, rows, first } => {
+                let tensor = self.get(kv_up, *rows, outputs)?;
+                let mut columns = vec![0.0; inputs * outputs];
+                let rows = columns.chunks_exact_mut(outputs).enumerate();
+                rows.for_each(|(row, out)| tensor.widen_row(first + row, out));
+                vec![Box::new(Transposed { columns, outputs })]
+            }
+        };
+        let packing = Packing::new(*shape, sources);
+        Ok(Box::new(move |first, out| packing.fill(first, out)))
+    }
 }
 
 /// Rows of a tensor from `first` on.
 struct Rows<'a> {
-    tensor: Tensor<'a>,
+    tensor: Rc<Tensor<'a>>,
     columns: usize,
     first: usize,
 }
@@ -213,7 +254,7 @@ impl Source for Rows<'_> {
     }
 
     fn fp8_row(&self, row: usize) -> Option<(&[u8], &[f32])> {
-        match &self.tensor {
+        match &*self.tensor {
             Tensor::Fp8 { codes, scales } => {
                 let (columns, row) = (self.columns, self.first + row);
                 let blocks = columns.div_ceil(FP8_BLOCK);

@@ -12,7 +12,7 @@ const GOLDENS: [&str; 7] = ["v3", "v3-fp8", "v3-mtp", "v2-lite", "qwen3-moe", "m
 
 /// What happens to some bytes.
 #[derive(Debug, Clone)]
-enum Damage {
+pub(super) enum Damage {
     /// These places, as shares of the length in 2⁻³², get these bytes.
     Bytes(Vec<(u32, u8)>),
     /// The end is cut off from here.
@@ -22,7 +22,7 @@ enum Damage {
 }
 
 impl Damage {
-    fn inflict(&self, bytes: &mut Vec<u8>) {
+    pub(super) fn inflict(&self, bytes: &mut Vec<u8>) {
         let place = |share: u32, length: usize| ((u64::from(share) * length as u64) >> 32) as usize;
         let length = bytes.len();
         match self {
@@ -37,7 +37,7 @@ impl Damage {
     }
 }
 
-fn damage() -> impl Strategy<Value = Damage> {
+pub(super) fn damage() -> impl Strategy<Value = Damage> {
     // Digits and punctuation leave more of a JSON text intact than any byte does.
     let byte = prop_oneof![any::<u8>(), prop::sample::select(b"0123456789-.eE\"[]{},: nullF8_".to_vec())];
     prop_oneof![

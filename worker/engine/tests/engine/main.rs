@@ -6,6 +6,7 @@ mod corrupted;
 mod fast;
 mod golden;
 mod malformed;
+mod packed;
 
 use std::path::PathBuf;
 

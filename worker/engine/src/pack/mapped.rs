@@ -1,0 +1,129 @@
+//! A packed directory, mapped.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use super::index::{Extent, INDEX, Index, invalid};
+use crate::cpu::blob::Blob;
+use crate::cpu::parts::{Place, WeightFormat};
+use crate::fingerprint::architecture_of;
+use crate::{EngineError, ModelConfig, checkpoint};
+
+/// A packed model whose files are mapped. Opening it reads the index only.
+pub struct PackedModel {
+    directory: PathBuf,
+    index: Index,
+    weights: WeightFormat,
+    /// By their names.
+    files: HashMap<String, Arc<Mmap>>,
+}
+
+impl PackedModel {
+    /// Maps the files of a directory; `None` where it is not a packed model's. Errors name the file that is missing, too
+    /// short or of another model, and the blob that it should have.
+    pub fn open(directory: &Path, config: &ModelConfig) -> Result<Option<Self>, EngineError> {
+        let Some(index) = Index::read(directory)? else {
+            let unfinished = || invalid(directory, "prepare was not finished here; run it again");
+            return if super::is_packed(directory) { Err(unfinished()) } else { Ok(None) };
+        };
+        index.check(config)?;
+        if architecture_of(directory)? != index.identity.checkpoint.architecture {
+            let problem = format!("it is not the one that {INDEX} was made with");
+            return Err(invalid(&directory.join("config.json"), problem));
+        }
+        let mut files = HashMap::new();
+        for (place, (Extent { file, .. }, _)) in &index.blobs {
+            if !files.contains_key(file) {
+                let path = directory.join(file);
+                let mapped = checkpoint::map(&path);
+                let mapped = mapped.map_err(|error| invalid(&path, format!("{place}: {error}")))?;
+                checkpoint::in_huge_pages(&mapped);
+                files.insert(file.clone(), Arc::new(mapped));
+            }
+        }
+        for (place, (extent, _)) in &index.blobs {
+            let bytes = files[&extent.file].len() as u64;
+            if extent.end() > bytes {
+                let problem = format!("{place} ends at {}, the file at {bytes}", extent.end());
+                return Err(invalid(&directory.join(&extent.file), problem));
+            }
+        }
+        Ok(Some(Self { directory: directory.to_owned(), weights: index.weights()?, index, files }))
+    }
+
+    /// The format of the weights; never `native`.
+    pub fn weights(&self) -> WeightFormat {
+        self.weights
+    }
+
+    /// Of all blobs that are there.
+    pub fn bytes(&self) -> u64 {
+        self.index.bytes()
+    }
+
+    /// The routed experts that are there, ascending, by layer.
+    pub fn experts(&self) -> BTreeMap<usize, Vec<u32>> {
+        let mut experts = BTreeMap::<usize, Vec<u32>>::new();
+        for &place in self.index.blobs.keys() {
+            if let Place::Expert(layer, expert) = place {
+                experts.entry(layer).or_default().push(expert);
+            }
+        }
+        experts
+    }
+
+    /// Reads every blob; what is wrong with those that are not whole. `progress` gets (done, total) in bytes.
+    pub fn check(&self, mut progress: impl FnMut(u64, u64)) -> Vec<EngineError> {
+        let (mut done, mut errors) = (0, Vec::new());
+        for (&place, (extent, _)) in &self.index.blobs {
+            errors.extend(self.blob(place).err());
+            self.release(place);
+            done += extent.bytes;
+            progress(done, self.bytes());
+        }
+        errors
+    }
+
+    pub(crate) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// A blob, read in and verified: computing with it waits for no disk.
+    pub(crate) fn blob(&self, place: Place) -> Result<Blob, EngineError> {
+        let (extent, crc32c) = self.held(place)?;
+        let invalid = |problem: String| {
+            invalid(&self.directory.join(&extent.file), format!("{place} at {}: {problem}", extent.offset))
+        };
+        let blob = self.view(extent);
+        blob.read_in().map_err(|error| invalid(error.to_string()))?;
+        let found = crc32c::crc32c(blob.bytes());
+        match found == *crc32c {
+            true => Ok(blob),
+            false => Err(invalid(format!("its CRC-32C is {found:08x}; expected: {crc32c:08x}"))),
+        }
+    }
+
+    pub(crate) fn release(&self, place: Place) {
+        if let Ok((extent, _)) = self.held(place) {
+            self.view(extent).leave();
+        }
+    }
+
+    fn held(&self, place: Place) -> Result<&(Extent, u32), EngineError> {
+        let absent = || match place {
+            Place::Expert(layer, expert) => {
+                EngineError::ExpertNotPacked { layer, expert, model: self.directory.clone() }
+            }
+            place => invalid(&self.directory.join(INDEX), format!("{place} is missing")),
+        };
+        self.index.blobs.get(&place).ok_or_else(absent)
+    }
+
+    fn view(&self, extent: &Extent) -> Blob {
+        let range = extent.offset as usize..extent.end() as usize;
+        Blob::mapped(self.files[&extent.file].clone(), range)
+    }
+}

@@ -1,0 +1,202 @@
+//! `expertmesh-worker inspect`: what a model is and takes. Of a checkpoint only config.json is read.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use expertmesh_engine::{AttentionFacts, Isa, ModelConfig, ModelFacts, Numerics, PackedModel};
+use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
+
+use crate::process::Fatal;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Directory of a checkpoint or of a packed model
+    #[arg(long)]
+    model: PathBuf,
+    /// Read all of a packed model and compare its checksums
+    #[arg(long)]
+    check: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(serde::Serialize)]
+struct Report {
+    #[serde(flatten)]
+    model: ModelFacts,
+    /// `null`: a checkpoint, or its config.json alone.
+    packed: Option<PackedFacts>,
+    /// What this machine can compute with.
+    isa: Vec<&'static str>,
+    numerics: Vec<&'static str>,
+}
+
+#[derive(serde::Serialize)]
+struct PackedFacts {
+    weights: &'static str,
+    bytes: u64,
+    /// By layer, ranges as 0-15.
+    experts: BTreeMap<usize, String>,
+    /// What is wrong with blobs; `null` where they were not read.
+    problems: Option<Vec<String>>,
+}
+
+pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
+    let config = ModelConfig::read(&args.model)?;
+    let packed = PackedModel::open(&args.model, &config)?;
+    if args.check && packed.is_none() {
+        let message = format!("--check: {} is not a packed model", args.model.display());
+        return Err(Fatal::new("NotPacked", message));
+    }
+    let report = Report {
+        model: config.facts(),
+        packed: packed.map(|packed| packed_facts(&packed, args.check)),
+        isa: Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect(),
+        numerics: Numerics::ALL.map(Numerics::name).to_vec(),
+    };
+    if args.json {
+        serde_json::to_writer_pretty(io::stdout(), &report)
+            .map_err(|error| Fatal::new("OutputFailed", error.to_string()))?;
+        println!();
+    } else {
+        report.print();
+    }
+    let problems = report.packed.and_then(|packed| packed.problems).unwrap_or_default();
+    Ok(if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn packed_facts(packed: &PackedModel, check: bool) -> PackedFacts {
+    let experts = packed.experts().into_iter().map(|(layer, experts)| (layer, ranges(&experts)));
+    let problems = check.then(|| {
+        let bar = ProgressBar::new(packed.bytes());
+        let style = ProgressStyle::with_template("checking {bar:40} {bytes}/{total_bytes}");
+        bar.set_style(style.expect("the template is a constant"));
+        let errors = packed.check(|done, _| bar.set_position(done));
+        bar.finish_and_clear();
+        errors.iter().map(ToString::to_string).collect()
+    });
+    PackedFacts {
+        weights: packed.weights().name(),
+        bytes: packed.bytes(),
+        experts: experts.collect(),
+        problems,
+    }
+}
+
+/// Ascending numbers as 0-15,20.
+fn ranges(numbers: &[u32]) -> String {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
+        [one] => one.to_string(),
+        run => format!("{}-{}", run[0], run[run.len() - 1]),
+    });
+    runs.collect::<Vec<_>>().join(",")
+}
+
+impl Report {
+    fn print(&self) {
+        let model = &self.model;
+        let line = |name: &str, value: String| println!("{name:<14} {value}");
+        line("architecture", model.architecture.to_owned());
+        let dense = match model.layers - model.moe_layers {
+            0 => "none dense".to_owned(),
+            dense => format!("{dense} dense (inner {})", model.dense_inner),
+        };
+        line("layers", format!("{}: {dense}, {} with experts", model.layers, model.moe_layers));
+        let shared = match model.shared_inner {
+            0 => "none shared".to_owned(),
+            inner => format!("a shared one (inner {inner})"),
+        };
+        line(
+            "experts",
+            format!(
+                "{} per layer (inner {}), {} per token by {} scores, {shared}",
+                model.experts_per_layer, model.expert_inner, model.experts_per_token, model.gate_scores
+            ),
+        );
+        line("attention", attention(&model.attention));
+        line("hidden", model.hidden.to_string());
+        line("vocabulary", model.vocabulary.to_string());
+        line("context", format!("{} tokens", model.context));
+        line("cache", format!("{} per token", BinaryBytes(model.kv_bytes_per_token)));
+        if model.mtp_modules > 0 {
+            line("drafting", format!("{} modules, not counted here", model.mtp_modules));
+        }
+        let (all, active) = (billions(model.parameters), billions(model.active_parameters));
+        line("parameters", format!("{all}, of which a token uses {active}"));
+        line("here", format!("{}; numerics {}", self.isa.join(", "), self.numerics.join(", ")));
+        if let Some(packed) = &self.packed {
+            packed.print(model);
+        }
+        println!("\n{:<14} {:>12} {:>12} {:>12}", "weights", "dense part", "an expert", "all");
+        for format in &model.formats {
+            let name = match format.weights == format.held_as {
+                true => format.weights.to_owned(),
+                false => format!("{} ({})", format.weights, format.held_as),
+            };
+            let [dense, expert, all] =
+                [format.dense, format.expert, format.all].map(|bytes| BinaryBytes(bytes).to_string());
+            println!("{name:<14} {dense:>12} {expert:>12} {all:>12}");
+        }
+    }
+}
+
+impl PackedFacts {
+    fn print(&self, model: &ModelFacts) {
+        println!("{:<14} {}, {}", "packed", self.weights, BinaryBytes(self.bytes));
+        let alike = self.experts.values().all(|experts| self.experts.values().next() == Some(experts));
+        match self.experts.values().next() {
+            None => println!("{:<14} no experts", ""),
+            Some(experts) if alike && self.experts.len() == model.moe_layers => {
+                println!("{:<14} experts {experts} of each layer", "");
+            }
+            Some(_) => self
+                .experts
+                .iter()
+                .for_each(|(layer, experts)| println!("{:<14} experts {experts} of layer {layer}", "")),
+        }
+        match self.problems.as_deref() {
+            None => {}
+            Some([]) => println!("{:<14} whole: every checksum is right", ""),
+            Some(problems) => problems.iter().for_each(|problem| println!("{:<14} WRONG: {problem}", "")),
+        }
+    }
+}
+
+fn attention(attention: &AttentionFacts) -> String {
+    match attention {
+        AttentionFacts::Latent { heads, query_latent, latent, nope, rope, value } => {
+            let queries = query_latent.map_or("no latent".to_owned(), |width| format!("a latent of {width}"));
+            format!(
+                "latent: {heads} heads of {nope} + {rope} rotated, values of {value}; keys and values from a latent \
+                 of {latent}, queries from {queries}"
+            )
+        }
+        AttentionFacts::Grouped { heads, kv_heads, head, bias, normed } => {
+            let normed = if *normed { ", normed" } else { "" };
+            let bias = if *bias { ", with biases" } else { "" };
+            format!("grouped: {heads} heads of {head}, {kv_heads} of keys and values{normed}{bias}")
+        }
+    }
+}
+
+fn billions(count: u64) -> String {
+    match count {
+        0..1_000_000 => count.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} M", count as f64 / 1e6),
+        _ => format!("{:.2} B", count as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_follow_each_other_are_a_range() {
+        assert_eq!(ranges(&[0, 1, 2, 5, 8, 9]), "0-2,5,8-9");
+        assert_eq!(ranges(&[]), "");
+    }
+}
