@@ -1,5 +1,6 @@
 //! The engine against what transformers recorded, against itself, and against broken models.
 
+mod answers;
 mod bits;
 mod configs;
 mod corrupted;
@@ -92,6 +93,22 @@ struct Record {
     routes: Vec<Routes>,
     /// (spans that want logits, vocabulary)
     logits: Vec<f32>,
+}
+
+impl Record {
+    /// What the next step of the same sequence left behind; of the logits the later ones stay.
+    fn append(&mut self, next: Self) {
+        if self.hidden.is_empty() {
+            *self = next;
+            return;
+        }
+        self.hidden.iter_mut().zip(next.hidden).for_each(|(all, rows)| all.extend(rows));
+        for (all, routes) in self.routes.iter_mut().zip(next.routes) {
+            all.experts.extend(routes.experts);
+            all.weights.extend(routes.weights);
+        }
+        self.logits = next.logits;
+    }
 }
 
 fn compute(backend: &CpuBackend, step: &Step, kv: &mut <CpuBackend as Backend>::Kv) -> Record {
