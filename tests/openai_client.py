@@ -71,6 +71,56 @@ def chats(client, model):
     expect(several[1] == chat(client, model, seed=8)[0], "choice 1 is not what seed + 1 gives")
 
 
+def sampled(client, model):
+    """What changes which tokens come: each field by an effect that only it has."""
+    create = client.chat.completions.create
+    wishes = dict(model=model, messages=QUESTION, temperature=0, max_tokens=60, logprobs=True)
+    ids = lambda **more: create(**{**wishes, **more, "extra_body": {"return_token_ids": True, **more.pop("extra_body", {})}}).choices[0].token_ids
+    plain = ids()
+    expect(plain[0] not in ids(logit_bias={str(plain[0]): -100}), "a token came though its bias is -100")
+    expect(ids(logit_bias={str(plain[5]): 100}) == [plain[5]] * 60, "another token came though one's bias is 100")
+    expect(ids(max_tokens=6, logit_bias={str(plain[5]): 100}, frequency_penalty=2) == [plain[5]] * 6, "a penalty of 12 outweighed a bias of 100")
+    different = lambda **more: len(set(ids(temperature=2, seed=1, max_tokens=300, extra_body={"ignore_eos": True}, **more)))
+    for field in ("presence_penalty", "frequency_penalty"):
+        few, many = different(**{field: -2}), different(**{field: 2})
+        expect(few < many, f"{field} -2 gave {few} different tokens and 2 gave {many}")
+    expect(ids(frequency_penalty=0, presence_penalty=0, extra_body={"repetition_penalty": 1}) == plain, "penalties that are none changed the answer")
+    expect(ids(extra_body={"repetition_penalty": 3}) != plain, "repetition_penalty changed nothing")
+    last = plain[-1]
+    expect(last == 1 and len(plain) < 60, f"the answer has no end within 60 tokens: {plain}")
+    longer = ids(extra_body={"min_tokens": len(plain) + 3})
+    expect(longer[: len(plain) - 1] == plain[:-1] and last not in longer[: len(plain) + 2], "min_tokens let the answer end")
+    expect(ids(extra_body={"stop_token_ids": [plain[4]]}) == plain[: plain.index(plain[4]) + 1], "a stop token did not end the answer")
+
+
+def logprobs(client, model):
+    create = client.chat.completions.create
+    wishes = dict(model=model, messages=QUESTION, temperature=0, logprobs=True, top_logprobs=3)
+    choice = create(**wishes).choices[0]
+    entries = choice.logprobs.content
+    expect(len(entries) == create(**wishes).usage.completion_tokens, "not one entry for each token")
+    for entry in entries:
+        best = entry.top_logprobs[0]
+        expect((best.token, best.logprob, best.bytes) == (entry.token, entry.logprob, entry.bytes), f"greedy, and not the most probable: {entry}")
+        expect(len(entry.top_logprobs) == 3 and 0 >= best.logprob >= entry.top_logprobs[1].logprob, f"not in order: {entry}")
+    text = b"".join(bytes(entry.bytes) for entry in entries).decode()
+    expect(choice.message.content in text and choice.message.reasoning_content in text, f"{text!r} is not the answer")
+    streamed = [entry for chunk in create(stream=True, **wishes) for one in chunk.choices if one.logprobs for entry in one.logprobs.content]
+    expect(streamed == entries, "streamed and whole log-probabilities differ")
+    expect(create(model=model, messages=QUESTION, max_tokens=2).choices[0].logprobs is None, "log-probabilities that nobody asked for")
+
+    wishes = dict(model=model, prompt="What is 46 + 37?", max_tokens=12, seed=3, logprobs=2)
+    choice = client.completions.create(**wishes).choices[0]
+    found = choice.logprobs
+    expect(len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset), f"of different lengths: {found}")
+    for token, logprob, top, offset in zip(found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset):
+        expect(2 <= len(top) <= 3 and top[token] == logprob, f"{token!r} is not among {top}")
+        expect(choice.text[offset:].startswith(token) or token.startswith(("<｜", "bytes:")), f"{token!r} is not at {offset} of {choice.text!r}")
+    streamed = [one.logprobs for chunk in client.completions.create(stream=True, **wishes) for one in chunk.choices if one.logprobs]
+    expect([token for part in streamed for token in part.tokens] == found.tokens, "streamed and whole tokens differ")
+    expect([at for part in streamed for at in part.text_offset] == found.text_offset, "streamed and whole offsets differ")
+
+
 def completions(client, model):
     wishes = dict(model=model, prompt=["The capital of", "One"], max_tokens=8, temperature=0)
     whole = {choice.index: choice.text for choice in client.completions.create(**wishes).choices}
@@ -87,6 +137,9 @@ def errors(client, model):
     expect_error(openai.NotFoundError, "model_not_found", lambda: client.models.retrieve("nobody"))
     error = expect_error(openai.BadRequestError, None, lambda: create(model=model, messages=QUESTION, temperature=-1))
     expect(error.param == "temperature", f"temperature -1 is blamed on {error.param}")
+    for wish in (dict(logit_bias={"x": 1}), dict(frequency_penalty=3), dict(presence_penalty=-3), dict(logprobs=True, top_logprobs=21), dict(top_logprobs=1)):
+        error = expect_error(openai.BadRequestError, None, lambda: create(model=model, messages=QUESTION, **wish))
+        expect(error.param == list(wish)[-1], f"{wish} is blamed on {error.param}")
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     error = expect_error(openai.BadRequestError, None, lambda: create(model=model, messages=QUESTION, tools=tools))
     expect(error.param == "tools", f"tools are blamed on {error.param}")
@@ -97,7 +150,7 @@ def errors(client, model):
 def main():
     base_url, model = sys.argv[1:]
     client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60)
-    for check in (models, chats, completions, errors):
+    for check in (models, chats, sampled, logprobs, completions, errors):
         try:
             check(client, model)
         except Exception as error:

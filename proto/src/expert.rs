@@ -125,7 +125,7 @@ impl Answers {
     pub fn to_parts(&self, ticket: Ticket, limits: &Limits) -> Vec<v1::Answer> {
         let per_part = limits
             .rows_per_part(0)
-            .saturating_sub(self.not_resident.len() * 5 / (limits.hidden * 4) + 1)
+            .saturating_sub(self.not_resident.len() * 5 / (limits.hidden * 2) + 1)
             .max(1);
         let mut chunks: Vec<&[u16]> = self.values.chunks(per_part * limits.hidden).collect();
         if chunks.is_empty() {
@@ -250,7 +250,7 @@ impl AnswerParts {
         if part.part == 0 {
             self.answers.not_resident = part.not_resident;
         }
-        let rows = part.rows.len() / (limits.hidden * 4);
+        let rows = part.rows.len() / (limits.hidden * 2);
         self.answers.values.extend(from_bytes(&part.rows, rows, limits.hidden, "answer.rows")?);
         self.next += 1;
         let expected = self.expected();

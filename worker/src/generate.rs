@@ -1,7 +1,6 @@
 //! `expertmesh-worker generate`: one process, all experts, tokens as they come.
 
 mod request;
-mod text;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
@@ -9,16 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{
-    Backend, CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
+    CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::request::{Generated, Request};
-use self::text::Text;
 use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
 use crate::stop::Checked;
 use crate::template::{ChatTemplate, Message};
+use crate::text::Text;
 use crate::tokenizer::Tokenizer;
 
 #[derive(clap::Args)]
@@ -118,9 +117,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 
     let mut out = io::stdout().lock();
     let mut text = Text::new(&tokenizer, args.stop.clone(), args.min_tokens);
-    let mut print = |text: &str| match args.json {
-        false => out.write_all(text.as_bytes()).and_then(|()| out.flush()),
-        true => Ok(()),
+    let mut whole = String::new();
+    let mut print = |text: &str| {
+        whole.push_str(text);
+        if args.json { Ok(()) } else { out.write_all(text.as_bytes()).and_then(|()| out.flush()) }
     };
     let logprobs = args.logprobs.map(usize::from);
     let request = Request { prompt: &prompt, limit, sampling: &sampling, logprobs };
@@ -135,7 +135,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         generated.finish_reason = "stop";
     }
     if args.json {
-        serde_json::to_writer(&mut out, &generated.answer(&prompt, text.whole()))
+        serde_json::to_writer(&mut out, &generated.answer(&prompt, &whole))
             .map_err(|error| output_failed(error.into()))?;
     }
     writeln!(out).map_err(output_failed)?;
@@ -194,7 +194,7 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
     let template = ChatTemplate::load(&args.model)?;
     let text = if args.chat {
         let message = Message { role: "user".to_owned(), content: args.prompt.clone() };
-        let rendered = template.render(&[message], true);
+        let rendered = template.render(&[message], true, &serde_json::Map::new());
         rendered.map_err(|error| Fatal::new(error.reason(), error.to_string()))?
     } else {
         args.prompt.clone()

@@ -11,6 +11,7 @@ mod sampling;
 mod serve;
 mod stop;
 mod template;
+mod text;
 mod tokenizer;
 mod verify;
 

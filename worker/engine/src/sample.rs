@@ -4,6 +4,7 @@
 mod choose;
 mod history;
 mod logprobs;
+mod weights;
 
 pub use choose::Sampler;
 pub use history::History;

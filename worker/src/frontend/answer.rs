@@ -1,7 +1,8 @@
 //! One choice as it grows: tokens to text, stop strings, reasoning apart from content. No IO.
 
-use crate::stop::StopStrings;
-use crate::tokenizer::{TokenStream, Tokenizer};
+use crate::stop::Checked;
+use crate::text::Text;
+use crate::tokenizer::Tokenizer;
 
 use super::logprobs::Logged;
 use super::reasoning::{Reasoning, Split};
@@ -22,15 +23,9 @@ pub(crate) struct Piece {
 /// A choice in the making.
 pub(crate) struct Answer {
     tokenizer: Tokenizer,
-    text: TokenStream,
-    /// Of the text so far, stop strings and all.
-    characters: usize,
-    stops: StopStrings,
-    /// Tokens before which no stop string counts.
-    min_tokens: usize,
+    text: Text,
     /// Absent where thoughts are part of the text.
     reasoning: Option<Reasoning>,
-    tokens: usize,
 }
 
 impl Answer {
@@ -40,23 +35,21 @@ impl Answer {
         min_tokens: u32,
         reasoning: Option<Reasoning>,
     ) -> Self {
-        let (tokenizer, text) = (tokenizer.clone(), tokenizer.stream());
-        let (stops, min_tokens) = (StopStrings::new(stops), min_tokens as usize);
-        Self { tokenizer, text, characters: 0, stops, min_tokens, reasoning, tokens: 0 }
+        let text = Text::new(tokenizer, stops, min_tokens as usize);
+        Self { tokenizer: tokenizer.clone(), text, reasoning }
     }
 
     /// Tokens so far.
     pub(crate) fn tokens(&self) -> usize {
-        self.tokens
+        self.text.tokens()
     }
 
     /// The piece has an end where a stop string was completed.
     pub(crate) fn token(&mut self, Generated { id, ends, logprobs }: Generated) -> Piece {
-        let logged = logprobs.map(|logprobs| Logged::new(&self.tokenizer, id, &logprobs, self.characters));
-        self.tokens += 1;
-        let text = if ends { None } else { self.text.push(id) }.unwrap_or_default();
-        self.characters += text.chars().count();
-        let mut piece = self.checked(text);
+        let offset = self.text.characters();
+        let logged = logprobs.map(|logprobs| Logged::new(&self.tokenizer, id, &logprobs, offset));
+        let checked = self.text.push(id, ends);
+        let mut piece = self.piece(checked);
         piece.tokens = vec![id];
         piece.logprobs.extend(logged);
         piece
@@ -64,20 +57,16 @@ impl Answer {
 
     /// The last piece, after the worker's last token.
     pub(crate) fn finish(&mut self, end: End) -> Piece {
-        let rest = self.text.finish().unwrap_or_default();
-        let mut piece = self.checked(rest);
+        let rest = self.text.finish();
+        let mut piece = self.piece(rest);
         if piece.end.is_none() {
-            let held = self.stops.finish();
-            self.split_into(&held, &mut piece.split);
             self.flush(&mut piece.split);
             piece.end = Some(end);
         }
         piece
     }
 
-    fn checked(&mut self, text: String) -> Piece {
-        let checked =
-            if self.tokens > self.min_tokens { self.stops.push(&text) } else { self.stops.pass(&text) };
+    fn piece(&mut self, checked: Checked) -> Piece {
         let mut piece = Piece::default();
         self.split_into(&checked.text, &mut piece.split);
         if checked.stopped {

@@ -36,7 +36,6 @@ const UNHONOURED: &[(&str, Neutral)] = &[
     ("suffix", |value| value == ""),
     ("continue_final_message", off),
     ("chat_template", never),
-    ("chat_template_kwargs", empty),
     ("documents", empty),
     ("include_stop_str_in_output", off),
     ("skip_special_tokens", |value| *value == Value::Bool(true)),

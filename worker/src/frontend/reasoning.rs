@@ -144,6 +144,13 @@ mod tests {
     }
 
     #[test]
+    fn a_template_that_closed_the_thought_leaves_the_answer() {
+        assert_eq!(whole("<｜Assistant｜></think>", "8"), pair("", "8"));
+        assert_eq!(whole("<|im_start|>assistant\n<think>\n\n</think>\n\n", "8\n"), pair("", "8\n"));
+        assert_eq!(whole("<｜Assistant｜><think>", "</think>8"), pair("", "8"), "it thought nothing");
+    }
+
+    #[test]
     fn only_the_first_close_ends_the_thought() {
         assert_eq!(whole("<think>", "a</think>b</think>c"), pair("a", "b</think>c"));
     }

@@ -7,7 +7,7 @@ use expertmesh_engine::MAX_TOP_LOGPROBS;
 use expertmesh_proto::v1;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use self::sampling::SamplingFields;
 use super::fields;
@@ -70,7 +70,9 @@ impl ValidRequest {
             return Err(ApiError::invalid("messages", "messages: there must be at least one"));
         }
         let open = chat.add_generation_prompt.unwrap_or(true);
-        let text = model.template.render(&messages, open).map_err(|error| template_error(&error))?;
+        let options = chat.chat_template_kwargs.unwrap_or_default();
+        let rendered = model.template.render(&messages, open, &options);
+        let text = rendered.map_err(|error| template_error(&error))?;
         let tokens = encode(model, &text, "messages")?;
         let limit = match (chat.max_completion_tokens, common.max_tokens) {
             (Some(limit), _) => Some(("max_completion_tokens", limit)),
@@ -209,6 +211,7 @@ struct Chat {
     messages: Option<Vec<ChatMessage>>,
     max_completion_tokens: Option<u32>,
     add_generation_prompt: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
     logprobs: Option<bool>,
     top_logprobs: Option<u32>,
 }
@@ -370,7 +373,8 @@ fn top_logprobs(field: &str, top: Option<u32>) -> Result<Option<u32>, ApiError> 
 }
 
 fn template_error(error: &TemplateError) -> ApiError {
-    ApiError::invalid("messages", format!("messages: {error}"))
+    let param = if matches!(error, TemplateError::Given(_)) { "chat_template_kwargs" } else { "messages" };
+    ApiError::invalid(param, format!("{param}: {error}"))
 }
 
 fn encode(model: &Model, text: &str, param: &'static str) -> Result<Vec<u32>, ApiError> {

@@ -98,7 +98,7 @@ fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f3
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_engine::{CpuBackend, SamplingParams};
+    use expertmesh_engine::{CpuBackend, LoadOptions, SamplingParams};
 
     use super::super::load;
     use super::*;
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn greedy_answers_are_transformers_where_no_token_was_close() {
-        let backend = load(&tiny_r1()).unwrap();
+        let backend = load(&tiny_r1(), &LoadOptions::default()).unwrap();
         let heldout = std::fs::read(tiny_r1().join("heldout.json")).unwrap();
         let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
         let clear = |conversation: &&Conversation| {
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_long_prompt_goes_in_chunks_and_an_answer_ends_where_the_context_does() {
-        let backend = load(&tiny_r1()).unwrap();
+        let backend = load(&tiny_r1(), &LoadOptions::default()).unwrap();
         let prompt: Vec<u32> = (0..1000).map(|i| i * 7 % 1500 + 10).collect();
         let sampling = sampling(SamplingParams { seed: 3, ..Default::default() });
         let request = Request { prompt: &prompt, limit: 24, sampling: &sampling, logprobs: None };
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn the_greedy_token_is_the_most_probable_one_and_early_ends_do_not_come() {
-        let backend = load(&tiny_r1()).unwrap();
+        let backend = load(&tiny_r1(), &LoadOptions::default()).unwrap();
         let greedy = sampling(SamplingParams { temperature: 0.0, ..Default::default() });
         let prompt = [0, 2, 100, 101, 3];
         let request = Request { prompt: &prompt, limit: 12, sampling: &greedy, logprobs: Some(2) };

@@ -3,15 +3,19 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::kernel::{self, Bf16Rows, Int8Rows, LANES, PAIR, ROWS, Tile, bf16, fp8, int4, int8};
+use super::kernel::{self, Bf16Rows, Int8Rows, LANES, PAIR, ROWS, Tile, Wide, bf16, fp8, int4, int8};
 use super::math::{round_bf16, silu};
 use super::matrix::{Format, Matrix};
 use super::pool::Pool;
 use super::rows::{CpuActivations, CpuRows, Quantised};
+use crate::checkpoint::widen;
 use crate::{Isa, Numerics};
 
 /// Weights that a unit reads, at least: a claim costs nothing beside them.
 const UNIT_BYTES: usize = 48 << 10;
+
+/// Pairs that share a block of rows, where there are many rows.
+const SHARING_PAIRS: usize = 4;
 
 /// What computes: threads, instructions, the order of sums.
 pub(crate) struct Compute {
@@ -116,8 +120,12 @@ impl<'a> Product<'a> {
         Self::new(matrix, input, rows, sink)
     }
 
+    /// Few rows: as many as make reading them worth a claim. Many rows: some, that share widened rows.
     fn pairs_per_unit(&self) -> usize {
-        UNIT_BYTES.div_ceil(self.matrix.shape.pair_bytes() * self.rows.len().div_ceil(ROWS).max(1)).max(1)
+        if self.rows.len() > ROWS {
+            return SHARING_PAIRS;
+        }
+        UNIT_BYTES.div_ceil(self.matrix.shape.pair_bytes()).max(1)
     }
 
     fn units(&self) -> usize {
@@ -127,27 +135,45 @@ impl<'a> Product<'a> {
     fn compute(&self, compute: &Compute, unit: usize) {
         let (shape, per_unit) = (&self.matrix.shape, self.pairs_per_unit());
         let mut tile: Tile = [[0.0; PAIR]; ROWS];
-        for pair in unit * per_unit..shape.pairs().min((unit + 1) * per_unit) {
-            let weights = self.matrix.pair(pair);
-            for first in self.rows.clone().step_by(ROWS) {
-                let rows = ROWS.min(self.rows.end - first);
-                self.multiply(compute, weights, first..first + rows, &mut tile);
+        let mut wide = Vec::new();
+        for first in self.rows.clone().step_by(ROWS) {
+            let rows = first..self.rows.end.min(first + ROWS);
+            self.widen(compute, rows.clone(), &mut wide);
+            for pair in unit * per_unit..shape.pairs().min((unit + 1) * per_unit) {
+                self.multiply(compute, self.matrix.pair(pair), (rows.clone(), &wide), &mut tile);
                 // SAFETY: this pair's columns of these rows are this unit's alone.
-                unsafe { self.store(compute.isa, &tile[..rows], first - self.rows.start, pair) };
+                unsafe { self.store(compute.isa, &tile[..rows.len()], first - self.rows.start, pair) };
             }
         }
     }
 
-    fn multiply(&self, compute: &Compute, weights: &[u8], rows: Range<usize>, tile: &mut Tile) {
-        let (first, last) = (rows.start * self.step + self.offset, (rows.end - 1) * self.step + self.offset);
+    /// Where a row of the product is in the input.
+    fn input_row(&self, row: usize) -> usize {
+        row * self.step + self.offset
+    }
+
+    /// Leaves `wide` empty where the kernel has no use for it.
+    fn widen(&self, compute: &Compute, rows: Range<usize>, wide: &mut Vec<f32>) {
+        let Input::Bf16(input) = self.input else { return };
+        wide.clear();
+        if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) {
+            wide.resize(rows.len() * input.stride, 0.0);
+            for (row, wide) in rows.zip(wide.chunks_exact_mut(input.stride)) {
+                widen_row(compute.isa, input.padded(self.input_row(row)), wide);
+            }
+        }
+    }
+
+    fn multiply(&self, compute: &Compute, weights: &[u8], (rows, wide): (Range<usize>, &[f32]), tile: &mut Tile) {
+        let (first, last) = (self.input_row(rows.start), self.input_row(rows.end - 1));
         match self.input {
             Input::Bf16(input) => {
-                let data = &input.data[first * input.stride..(last + 1) * input.stride];
                 let rows = Bf16Rows {
-                    data,
+                    data: &input.data[first * input.stride..(last + 1) * input.stride],
                     stride: input.stride * self.step,
                     width: input.stride,
                     rows: rows.len(),
+                    wide: (!wide.is_empty()).then_some(Wide { data: wide, stride: input.stride }),
                 };
                 match self.matrix.shape.format {
                     Format::Fp8 => fp8::multiply(compute.isa, compute.numerics, weights, rows, tile),
@@ -237,6 +263,13 @@ kernel::for_each_isa! {
     pub(crate) fn round(values: &[f32], out: &mut [u16]) {
         for (out, &value) in out.iter_mut().zip(values) {
             *out = round_bf16(value);
+        }
+    }
+
+    /// To f32, exactly.
+    fn widen_row(bits: &[u16], out: &mut [f32]) {
+        for (out, &bits) in out.iter_mut().zip(bits) {
+            *out = widen(bits);
         }
     }
 

@@ -1,20 +1,17 @@
 //! From logits to a token.
 
-use super::{History, Sampling};
+use super::weights::{greatest, relative, sum};
+use super::{History, Sampling, SamplingParams};
 
 /// Chooses tokens. What it keeps is scratch memory: one serves any number of sequences.
 #[derive(Debug, Default)]
 pub struct Sampler {
     /// Logits that differ from the model's.
     adjusted: Vec<f32>,
-    candidates: Vec<Candidate>,
-}
-
-#[derive(Debug)]
-struct Candidate {
-    token: u32,
-    /// Relative to the most probable token's 1.
-    weight: f64,
+    /// Of every token, relative to the most probable one's 1.
+    weights: Vec<f32>,
+    /// Tokens and their weights.
+    candidates: Vec<(u32, f32)>,
 }
 
 impl Sampler {
@@ -23,7 +20,7 @@ impl Sampler {
     /// what is left. `min_p` is relative to the best token. Equal logits: the lower id. A NaN is never chosen, unless
     /// there is nothing else: then it is token 0.
     pub fn choose(&mut self, logits: &[f32], sampling: &Sampling, history: &History) -> u32 {
-        let Self { adjusted, candidates } = self;
+        let Self { adjusted, weights, candidates } = self;
         let logits = match changes(sampling, history) {
             false => logits,
             true => {
@@ -33,21 +30,33 @@ impl Sampler {
                 adjusted
             }
         };
-        let best = argmax(logits);
+        let greatest = greatest(logits);
+        let best = logits.iter().position(|&logit| logit == greatest).unwrap_or(0) as u32;
         let params = sampling.params();
-        if params.temperature == 0.0 || params.top_k == 1 || !logits[best as usize].is_finite() {
+        if params.temperature == 0.0 || params.top_k == 1 || !greatest.is_finite() {
             return best;
         }
-        nucleus(logits, f64::from(logits[best as usize]), sampling, candidates);
-        let mut left = uniform(params.seed, history.len() as u64) * weight_of(candidates);
-        for candidate in candidates {
-            left -= candidate.weight;
-            if left < 0.0 {
-                return candidate.token;
-            }
-        }
-        best // rounding left a crumb after the last candidate
+        relative(logits, greatest, params.temperature, weights);
+        let share = uniform(params.seed, history.len() as u64);
+        let drawn = if params.top_k == 0 && params.top_p == 1.0 {
+            let all = (0..).zip(weights.iter().copied());
+            draw(all.filter(|&(_, weight)| weight >= params.min_p), share)
+        } else {
+            nucleus(weights, params, candidates);
+            draw(candidates.iter().copied(), share)
+        };
+        drawn.unwrap_or(best) // rounding left a crumb after the last one
     }
+}
+
+/// The token at which this share of all weights is passed.
+fn draw(candidates: impl Iterator<Item = (u32, f32)> + Clone, share: f64) -> Option<u32> {
+    let total: f64 = candidates.clone().map(|(_, weight)| f64::from(weight)).sum();
+    let mut left = share * total;
+    candidates.into_iter().find_map(|(token, weight)| {
+        left -= f64::from(weight);
+        (left < 0.0).then_some(token)
+    })
 }
 
 /// Whether any logit is to be another than the model's.
@@ -84,49 +93,37 @@ pub(super) fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History)
     }
 }
 
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        if logit > best.1 {
-            best = (token as u32, logit);
-        }
-    }
-    best.0
-}
-
 /// The tokens that the filters keep, the most probable first.
-fn nucleus(logits: &[f32], best: f64, sampling: &Sampling, candidates: &mut Vec<Candidate>) {
-    let params = sampling.params();
-    let (temperature, top_p) = (f64::from(params.temperature), f64::from(params.top_p));
-    let weight =
-        |logit: f32| if logit.is_nan() { 0.0 } else { libm::exp((f64::from(logit) - best) / temperature) };
-    candidates.clear();
-    candidates.extend((0..).zip(logits).map(|(token, &logit)| Candidate { token, weight: weight(logit) }));
-    let total = weight_of(candidates);
+fn nucleus(weights: &[f32], params: &SamplingParams, candidates: &mut Vec<(u32, f32)>) {
+    let (total, top_p) = (sum(weights), f64::from(params.top_p));
 
     // What is below this share of the tail is outside of the nucleus, wherever it ends: together those tokens
     // weigh less than the tail. It saves sorting the whole vocabulary.
-    let tail = (1.0 - top_p) * total / logits.len() as f64;
+    let tail = (1.0 - top_p) * total / weights.len() as f64;
     let floor = f64::from(params.min_p).max(tail);
-    candidates.retain(|candidate| candidate.weight > 0.0 && candidate.weight >= floor);
-    candidates.sort_unstable_by(|a, b| b.weight.total_cmp(&a.weight).then(a.token.cmp(&b.token)));
+    let kept = |&(_, weight): &(u32, f32)| weight > 0.0 && f64::from(weight) >= floor;
+    candidates.clear();
+    candidates.extend((0..).zip(weights.iter().copied()).filter(kept));
+    let before = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let most = params.top_k as usize;
+    let cut = most > 0 && candidates.len() > most;
+    if cut {
+        candidates.select_nth_unstable_by(most - 1, before);
+        candidates.truncate(most);
+    }
+    candidates.sort_unstable_by(before);
 
     let mut inside = total;
-    if params.top_k > 0 && candidates.len() > params.top_k as usize {
-        candidates.truncate(params.top_k as usize);
-        inside = weight_of(candidates);
+    if cut {
+        inside = candidates.iter().map(|&(_, weight)| f64::from(weight)).sum();
     }
     let mut mass = 0.0;
-    let beyond = candidates.iter().position(|candidate| {
+    let beyond = candidates.iter().position(|&(_, weight)| {
         let beyond = mass >= top_p * inside;
-        mass += candidate.weight;
+        mass += f64::from(weight);
         beyond
     });
     candidates.truncate(beyond.unwrap_or(candidates.len()));
-}
-
-fn weight_of(candidates: &[Candidate]) -> f64 {
-    candidates.iter().map(|candidate| candidate.weight).sum()
 }
 
 /// A number in [0, 1) for a position: SplitMix64's output function (Steele, Lea and Flood, 2014) over the seed's

@@ -1,5 +1,7 @@
 //! How probable the model itself found a token.
 
+use super::weights::{greatest, relative, sum};
+
 /// Alternatives that may be asked for.
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
@@ -16,15 +18,15 @@ pub struct Logprobs {
 /// Of `token` and the `top` most probable ones, [`MAX_TOP_LOGPROBS`] at most, from raw logits (vocabulary). A NaN, and
 /// an id outside of the vocabulary, has no probability.
 pub fn logprobs(logits: &[f32], token: u32, top: usize) -> Logprobs {
-    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max); // passes over NaN
-    let weight = |&logit: &f32| libm::exp(f64::from(logit) - f64::from(best));
-    let sum: f64 = logits.iter().filter(|logit| !logit.is_nan()).map(weight).sum();
-    let normalizer = f64::from(best) + libm::log(sum);
+    let best = greatest(logits);
+    let mut weights = Vec::new();
+    relative(logits, best, 1.0, &mut weights);
+    let normalizer = f64::from(best) + libm::log(sum(&weights));
     let of = |logit: f32| match (f64::from(logit) - normalizer) as f32 {
         logprob if logprob.is_nan() => f32::NEG_INFINITY,
         logprob => logprob,
     };
-    let top = greatest(logits, top.min(MAX_TOP_LOGPROBS));
+    let top = first(logits, top.min(MAX_TOP_LOGPROBS));
     Logprobs {
         logprob: logits.get(token as usize).map_or(f32::NEG_INFINITY, |&logit| of(logit)),
         top: top.into_iter().map(|(token, logit)| (token, of(logit))).collect(),
@@ -32,7 +34,7 @@ pub fn logprobs(logits: &[f32], token: u32, top: usize) -> Logprobs {
 }
 
 /// The `count` greatest, the greatest first.
-fn greatest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+fn first(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let mut kept: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
     for (token, &logit) in (0..).zip(logits) {
         let full = kept.len() == count;

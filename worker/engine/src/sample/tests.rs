@@ -187,7 +187,7 @@ proptest! {
             prop_assert!(!logits[token].is_nan());
             prop_assert!(top_k == 0 || better < top_k as usize);
             let relative = ((f64::from(logits[token]) - f64::from(best)) / f64::from(temperature)).exp();
-            prop_assert!(relative >= f64::from(min_p) * 0.999_999);
+            prop_assert!(relative >= f64::from(min_p) * 0.999_99);
         }
     }
 

@@ -160,6 +160,8 @@ fn a_bad_field_is_named() {
         ("top_logprobs", json!(2)),
         ("top_logprobs", json!(21)),
         ("top_logprobs", json!(-1)),
+        ("chat_template_kwargs", json!({"messages": []})),
+        ("chat_template_kwargs", json!(true)),
         ("stream", json!("yes")),
         ("stream_options", json!({"include_usage": true})),
         ("messages", json!([])),

@@ -15,7 +15,9 @@
 //! 1. [`define`]: the definition, one output at a time; tests compare the others with it.
 //! 2. [`lanes`]: 32 outputs side by side in plain Rust; compiled for any processor, and again for AVX2 with FMA and for
 //!    AVX-512 (`tile` where there are no tiles).
-//! 3. [`avx512`]: `pair` by VDPBF16PS, 8 rows × 2 panels of accumulators.
+//! 3. [`avx512`]: `pair` by VDPBF16PS, up to 7 rows × 2 panels of accumulators, for as long as memory is slower.
+//! 3b. [`avx512::wide`]: `pair` by FMA on widened rows, 12 rows × 2 panels. VDPBF16PS does twice the work of an FMA and takes
+//!    four times as long on Sapphire Rapids (one per two cycles; two FMA per cycle).
 //! 4. [`tiles`](super::tiles): `tile` by TDPBF16PS, 2 × 2 tiles of accumulators.
 
 use super::{Bf16Rows, PAIR, Tile, exact_product_plus};
@@ -56,6 +58,14 @@ pub(crate) fn multiply(isa: Isa, numerics: Numerics, weights: &[u8], rows: Bf16R
         _ => lanes::<{ cfg!(target_arch = "aarch64") }>(numerics, weights, rows, out),
     }
 }
+
+/// Whether so many rows are faster in f32.
+pub(crate) fn wants_wide(isa: Isa, numerics: Numerics, rows: usize) -> bool {
+    isa >= Isa::Avx512 && numerics == Numerics::Pair && rows >= WIDE_ROWS
+}
+
+/// Rows from which on it is the processor that takes the time, not the memory.
+const WIDE_ROWS: usize = 8;
 
 /// A step of two K: lane by lane (even, odd), little-endian.
 type Step = [u8; PAIR * 4];
@@ -127,10 +137,11 @@ fn lanes_avx512(weights: &[Step], rows: Bf16Rows, out: &mut Tile) {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-        _mm512_storeu_ps,
+        __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+        _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
+    use super::super::Wide;
     use super::{Bf16Rows, PAIR, Step, Tile};
 
     /// Rows whose accumulators fit the registers, with two panels each.
@@ -140,21 +151,88 @@ mod avx512 {
     /// The processor has AVX-512 F and BF16; every row has 2 · `weights.len()` elements.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) unsafe fn multiply(weights: &[Step], rows: Bf16Rows, out: &mut Tile) {
+        if let Some(wide) = rows.wide {
+            // SAFETY: the caller's promise; `wide` are the same rows.
+            return unsafe { self::wide(weights, wide, rows.rows, out) };
+        }
         let mut row = 0;
-        while rows.rows - row >= BLOCK {
+        while row < rows.rows {
             // SAFETY: the caller's promise, for these rows.
-            unsafe { block::<BLOCK>(weights, rows, row, out) };
+            unsafe {
+                match rows.rows - row {
+                    1 => block::<1>(weights, rows, row, out),
+                    2 => block::<2>(weights, rows, row, out),
+                    3 => block::<3>(weights, rows, row, out),
+                    4 => block::<4>(weights, rows, row, out),
+                    5 => block::<5>(weights, rows, row, out),
+                    6 => block::<6>(weights, rows, row, out),
+                    7 => block::<7>(weights, rows, row, out),
+                    _ => block::<BLOCK>(weights, rows, row, out),
+                }
+            }
             row += BLOCK;
         }
-        while rows.rows - row >= 4 {
-            // SAFETY: as above.
-            unsafe { block::<4>(weights, rows, row, out) };
-            row += 4;
+    }
+
+    /// Rows in f32, by FMA.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn wide(weights: &[Step], rows: Wide, count: usize, out: &mut Tile) {
+        assert!(rows.data.len() >= (count - 1) * rows.stride + 2 * weights.len(), "rows are missing");
+        let mut row = 0;
+        while row < count {
+            // SAFETY: the rows are there.
+            row += unsafe {
+                match count - row {
+                    12.. => wide_block::<12>(weights, rows, row, out),
+                    8.. => wide_block::<8>(weights, rows, row, out),
+                    4.. => wide_block::<4>(weights, rows, row, out),
+                    _ => wide_block::<1>(weights, rows, row, out),
+                }
+            };
         }
-        while row < rows.rows {
-            // SAFETY: as above.
-            unsafe { block::<1>(weights, rows, row, out) };
-            row += 1;
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn wide_block<const R: usize>(weights: &[Step], rows: Wide, first: usize, out: &mut Tile) -> usize {
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        let odd_bits = _mm512_set1_epi32(0xffff_0000u32 as i32);
+        // SAFETY: the first of `R` rows that the caller promises.
+        let x = unsafe { rows.data.as_ptr().add(first * rows.stride) };
+        for (k, step) in weights.iter().enumerate() {
+            // SAFETY: a step is two registers long.
+            let panels = unsafe {
+                [_mm512_loadu_si512(step.as_ptr().cast()), _mm512_loadu_si512(step.as_ptr().add(64).cast())]
+            };
+            let odd = panels.map(|panel| _mm512_castsi512_ps(_mm512_and_si512(panel, odd_bits)));
+            let even = panels.map(|panel| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(panel)));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: elements 2k and 2k + 1 of a row that the caller promises.
+                let (x_even, x_odd) = unsafe {
+                    let x = x.add(row * rows.stride + 2 * k);
+                    (_mm512_set1_ps(*x), _mm512_set1_ps(*x.add(1)))
+                };
+                for panel in 0..2 {
+                    sums[panel] = _mm512_fmadd_ps(x_odd, odd[panel], sums[panel]);
+                }
+                for panel in 0..2 {
+                    sums[panel] = _mm512_fmadd_ps(x_even, even[panel], sums[panel]);
+                }
+            }
+        }
+        store(&sums, &mut out[first..]);
+        R
+    }
+
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn store<const R: usize>(sums: &[[__m512; 2]; R], out: &mut [[f32; PAIR]]) {
+        for (sums, out) in sums.iter().zip(out) {
+            // SAFETY: a row of a tile is two registers long.
+            unsafe {
+                _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
+                _mm512_storeu_ps(out.as_mut_ptr().add(PAIR / 2), sums[1]);
+            }
         }
     }
 
@@ -165,6 +243,9 @@ mod avx512 {
         // SAFETY: the first of `R` rows that the caller promises.
         let x = unsafe { rows.data.as_ptr().add(first * rows.stride) };
         for (k, step) in weights.iter().enumerate() {
+            if R < BLOCK {
+                super::super::prefetch(step.as_ptr(), step.len());
+            }
             // SAFETY: a step is two registers long.
             let panels: [__m512bh; 2] = unsafe {
                 [
@@ -180,13 +261,7 @@ mod avx512 {
                 sums[1] = _mm512_dpbf16_ps(sums[1], panels[1], x);
             }
         }
-        for (sums, out) in sums.iter().zip(&mut out[first..]) {
-            // SAFETY: a row of a tile is two registers long.
-            unsafe {
-                _mm512_storeu_ps(out.as_mut_ptr(), sums[0]);
-                _mm512_storeu_ps(out.as_mut_ptr().add(PAIR / 2), sums[1]);
-            }
-        }
+        store(&sums, &mut out[first..]);
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
@@ -202,7 +277,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::super::tests::wide_noise;
-    use super::super::{LANES, ROWS};
+    use super::super::{LANES, ROWS, Wide};
     use super::*;
     use crate::cpu::math::round_bf16;
 
@@ -236,12 +311,14 @@ pub(crate) mod tests {
         }
         for numerics in [Numerics::Pair, Numerics::Tile] {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+                let wide: Vec<f32> = x.iter().map(|&bits| widen(bits)).collect();
+                let wide = wants_wide(isa, numerics, rows).then_some(Wide { data: &wide, stride });
                 let mut out = [[7.0; PAIR]; ROWS];
                 multiply(
                     isa,
                     numerics,
                     &packed,
-                    Bf16Rows { data: &x, stride, width: stride, rows },
+                    Bf16Rows { data: &x, stride, width: stride, rows, wide },
                     &mut out,
                 );
                 for (row, out) in out.iter().enumerate() {

@@ -12,7 +12,7 @@
 //! 2. [`decode`]: a table of 256 entries, for any processor.
 //! 3. [`avx512`]: the table in registers, by VPERMI2B.
 
-use super::{Bf16Rows, LANES, PAIR, ROWS, Tile, bf16};
+use super::{Bf16Rows, LANES, PAIR, ROWS, Tile, Wide, bf16};
 use crate::{Isa, Numerics, fp8};
 
 /// K per scale.
@@ -62,7 +62,12 @@ pub(crate) fn multiply(isa: Isa, numerics: Numerics, weights: &[u8], rows: Bf16R
         let (codes, scales) = block.split_at(block.len() - SCALE_BYTES);
         let decoded = &mut decoded.0[..codes.len() * 2];
         decode_block(isa, codes, decoded);
-        let rows = Bf16Rows { data: &rows.data[at * BLOCK..], width: rows.width - at * BLOCK, ..rows };
+        let rows = Bf16Rows {
+            data: &rows.data[at * BLOCK..],
+            width: rows.width - at * BLOCK,
+            wide: rows.wide.map(|wide| Wide { data: &wide.data[at * BLOCK..], ..wide }),
+            ..rows
+        };
         bf16::multiply(isa, numerics, decoded, rows, &mut partial);
         let scale = |panel: usize| f32::from_le_bytes(std::array::from_fn(|byte| scales[panel * 4 + byte]));
         let scales = [scale(0), scale(1)];
@@ -215,7 +220,7 @@ mod tests {
                     isa,
                     numerics,
                     &packed,
-                    Bf16Rows { data: &x, stride: padded, width: padded, rows },
+                    Bf16Rows { data: &x, stride: padded, width: padded, rows, wide: None },
                     &mut out,
                 );
                 for (row, lane) in (0..rows).flat_map(|row| (0..PAIR).map(move |lane| (row, lane))) {

@@ -123,6 +123,9 @@ mod avx512 {
                 [_mm512_set1_epi32(-OFFSET * rows.sums[(first + row) * rows.block_stride + at]); 2]
             });
             for step in 0..BLOCK / 8 {
+                if R == 1 {
+                    super::super::prefetch(block.as_ptr().wrapping_add(step * PAIR * 4), PAIR * 4);
+                }
                 // SAFETY: a block has 4 steps of two registers; a row has the block's 32 bytes.
                 unsafe {
                     let panels = block.as_ptr().add(step * PAIR * 4);

@@ -31,6 +31,15 @@ pub(crate) struct Bf16Rows<'a> {
     /// Elements of a row, zeros included.
     pub(crate) width: usize,
     pub(crate) rows: usize,
+    /// The same rows in f32, a `stride` of their own apart, where [`bf16::wants_wide`] asks for them.
+    pub(crate) wide: Option<Wide<'a>>,
+}
+
+/// Rows of bf16, widened.
+#[derive(Clone, Copy)]
+pub(crate) struct Wide<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) stride: usize,
 }
 
 /// Rows of int8 with scales and sums per block.
@@ -64,6 +73,22 @@ impl Int8Rows<'_> {
 impl Bf16Rows<'_> {
     pub(crate) fn row(&self, row: usize, width: usize) -> &[u16] {
         &self.data[row * self.stride..][..width]
+    }
+}
+
+/// How far: the best of 1 to 8 KiB, and a page is 4.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// Asks for cache lines of weights some way ahead: where one row is multiplied, memory is what takes the time, and the
+/// processor's own prefetchers end at a page's border. Beyond the weights it asks for what comes after them.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn prefetch(weights: *const u8, bytes: usize) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch reads nothing; an address that is not mapped is ignored.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(AHEAD + line).cast()) };
     }
 }
 

@@ -1,53 +1,55 @@
-//! The text of an answer as its tokens come, up to a stop string.
+//! The text of an answer as its tokens come, up to a stop string. No IO.
 
 use crate::stop::{Checked, StopStrings};
 use crate::tokenizer::{TokenStream, Tokenizer};
 
-pub(super) struct Text {
+pub(crate) struct Text {
     stream: TokenStream,
     stops: StopStrings,
     /// Tokens before which no stop string counts.
     min_tokens: usize,
     tokens: usize,
-    whole: String,
+    characters: usize,
 }
 
 impl Text {
-    pub(super) fn new(tokenizer: &Tokenizer, stops: Vec<String>, min_tokens: usize) -> Self {
+    /// None of the stop strings is empty.
+    pub(crate) fn new(tokenizer: &Tokenizer, stops: Vec<String>, min_tokens: usize) -> Self {
         let (stream, stops) = (tokenizer.stream(), StopStrings::new(stops));
-        Self { stream, stops, min_tokens, tokens: 0, whole: String::new() }
+        Self { stream, stops, min_tokens, tokens: 0, characters: 0 }
     }
 
     /// What became certain of the text, and whether a stop string follows it. A token that `ends` the sequence is no
     /// part of the text.
-    pub(super) fn push(&mut self, token: u32, ends: bool) -> Checked {
+    pub(crate) fn push(&mut self, token: u32, ends: bool) -> Checked {
         self.tokens += 1;
-        let text = if ends { None } else { self.stream.push(token) };
-        self.check(&text.unwrap_or_default())
+        let text = if ends { None } else { self.stream.push(token) }.unwrap_or_default();
+        self.characters += text.chars().count();
+        self.check(&text)
     }
 
     /// What was held back, now that no token follows.
-    pub(super) fn finish(&mut self) -> Checked {
+    pub(crate) fn finish(&mut self) -> Checked {
         let rest = self.stream.finish().unwrap_or_default();
         let mut checked = self.check(&rest);
         if !checked.stopped {
-            let held = self.stops.finish();
-            self.whole.push_str(&held);
-            checked.text.push_str(&held);
+            checked.text.push_str(&self.stops.finish());
         }
         checked
     }
 
-    /// All of it so far.
-    pub(super) fn whole(&self) -> &str {
-        &self.whole
+    /// Tokens so far.
+    pub(crate) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Characters of the tokens so far, where the next one's text begins; a stop string's are among them.
+    pub(crate) fn characters(&self) -> usize {
+        self.characters
     }
 
     fn check(&mut self, text: &str) -> Checked {
-        let early = self.tokens <= self.min_tokens;
-        let checked = if early { self.stops.pass(text) } else { self.stops.push(text) };
-        self.whole.push_str(&checked.text);
-        checked
+        if self.tokens <= self.min_tokens { self.stops.pass(text) } else { self.stops.push(text) }
     }
 }
 
@@ -67,12 +69,10 @@ mod tests {
             let checked = answer.push(token, at + 1 == tokens.len());
             pieces += &checked.text;
             if checked.stopped {
-                assert_eq!(pieces, answer.whole());
                 return (pieces, at + 1);
             }
         }
         pieces += &answer.finish().text;
-        assert_eq!(pieces, answer.whole());
         (pieces, tokens.len())
     }
 
