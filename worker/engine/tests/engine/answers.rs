@@ -69,7 +69,7 @@ fn ask(backend: &CpuBackend, questions: &[Question]) -> Vec<Vec<u32>> {
         let logits = backend.download(&logits);
         for (&at, logits) in open.iter().zip(logits.chunks_exact(backend.config().vocabulary())) {
             // Of equal ones the first, as everywhere.
-            let best = (0..).zip(logits).rev().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
+            let best = (0..logits.len() as u32).zip(logits).rev().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
             answers[at].push(best.0);
         }
         open.retain(|&at| {

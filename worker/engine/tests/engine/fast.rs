@@ -151,15 +151,20 @@ fn quantised(test: &str) -> Copy {
     copy
 }
 
-/// The nearest of the 127 magnitudes of e4m3, ties to the even code.
+/// The nearest of the magnitudes of e4m3, ties to the even code.
 fn e4m3(value: f32) -> u8 {
-    let magnitude = |code: u8| match (i32::from(code >> 3), f32::from(code & 7)) {
-        (0, fraction) => fraction * 2f32.powi(-9),
-        (exponent, fraction) => (8.0 + fraction) * 2f32.powi(exponent - 10),
-    };
-    let above = (0..0x7e).find(|&code| magnitude(code) >= value.abs()).unwrap_or(0x7e);
+    static MAGNITUDES: OnceLock<Vec<f32>> = OnceLock::new();
+    let magnitudes = MAGNITUDES.get_or_init(|| {
+        let magnitude = |code: i32| match (code / 8, (code % 8) as f32) {
+            (0, fraction) => fraction * 2f32.powi(-9),
+            (exponent, fraction) => (8.0 + fraction) * 2f32.powi(exponent - 10),
+        };
+        (0..0x7f).map(magnitude).collect()
+    });
+    let above = magnitudes.partition_point(|&magnitude| magnitude < value.abs()).min(0x7e);
     let below = above.saturating_sub(1);
-    let (to_below, to_above) = (value.abs() - magnitude(below), magnitude(above) - value.abs());
-    let nearest = if to_below < to_above || (to_below == to_above && below % 2 == 0) { below } else { above };
-    nearest | if value.is_sign_negative() { 0x80 } else { 0 }
+    let [to_below, to_above] = [below, above].map(|code| (value.abs() - magnitudes[code]).abs());
+    let to_even = to_below == to_above && below % 2 == 0;
+    let nearest = if to_below < to_above || to_even { below } else { above };
+    nearest as u8 | if value.is_sign_negative() { 0x80 } else { 0 }
 }
