@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use expertmesh_engine::WeightFormat;
+use expertmesh_engine::{Numerics, WeightFormat};
 
 use super::*;
 
@@ -92,20 +92,21 @@ fn held_out_questions_are_answered_exactly_as_often_as_by_transformers() {
     let transformers = share(&theirs);
     println!("transformers: {transformers} % exact");
     assert!(transformers > 80.0, "the text is read wrongly");
-    let points = [
+    for (weights, most) in [
         (WeightFormat::Bf16, 1.0),
         (WeightFormat::Fp8, 1.0),
         (WeightFormat::Int8, 1.0),
         (WeightFormat::Int4, 3.0),
-    ];
-    for (weights, most) in points {
-        let ours = ask(&load_as(TINY, &LoadOptions { weights, ..LoadOptions::default() }), &questions);
-        let same = ours.iter().zip(&theirs).filter(|(ours, theirs)| ours == theirs).count();
-        println!("{weights}: {} % exact, {same} of {} answers the same tokens", share(&ours), ours.len());
-        assert!(
-            share(&ours) >= transformers - most,
-            "{weights}: {} %, transformers {transformers} %",
-            share(&ours)
-        );
+    ] {
+        for numerics in Numerics::ALL {
+            let options = LoadOptions { weights, numerics, ..LoadOptions::default() };
+            let ours = ask(&load_as(TINY, &options), &questions);
+            let (exact, same) = (share(&ours), ours.iter().zip(&theirs).filter(|(a, b)| a == b).count());
+            println!(
+                "{weights} {numerics}: {exact} % exact, {same} of {} answers the same tokens",
+                ours.len()
+            );
+            assert!(exact >= transformers - most, "{weights} {numerics}: {exact} % of {transformers} %");
+        }
     }
 }
