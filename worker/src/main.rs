@@ -35,7 +35,7 @@ enum Command {
     Frontend(frontend::Args),
     /// Generate in one process with all experts.
     Generate(generate::Args),
-    /// Compare a model with what its golden.safetensors recorded.
+    /// Compare the reference with what golden.safetensors recorded, and the fast path with the reference.
     Verify(verify::Args),
 }
 

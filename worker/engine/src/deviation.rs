@@ -80,7 +80,8 @@ impl LayerDeviation {
     /// Rows whose experts are not the reference's, and its margin does not excuse it.
     pub fn unexcused(&self, tolerance: &Tolerance) -> usize {
         // A margin that is no number excuses nothing.
-        self.rerouted.iter().filter(|(_, margin)| !(*margin < tolerance.margin)).count()
+        let excused = |margin: f32| margin < tolerance.margin;
+        self.rerouted.iter().filter(|(_, margin)| !excused(*margin)).count()
     }
 }
 

@@ -67,7 +67,7 @@ impl LatentAttention<'_> {
         let (mut c, mut rotated) = (Vec::new(), Vec::new()); // (T, latent), (T, rope)
         for (position, row) in (start..).zip(down.chunks_exact(latent + rope)) {
             let mut key = row[latent..].to_vec();
-            self.rope.rotate(&mut key, &self.rope.angles(position));
+            self.rope.rotate(&mut key, self.rope.angles(position));
             c.extend(&row[..latent]);
             rotated.extend(key);
         }
