@@ -36,9 +36,10 @@ fetch() {
 }
 
 build() {
-  local without=(-DLLAMA_BUILD_{TESTS,EXAMPLES,SERVER,APP,UI}=OFF -DLLAMA_OPENSSL=OFF) source=$LLAMA/source-$VERSION
+  local without=("-DLLAMA_BUILD_"{TESTS,EXAMPLES,SERVER,APP,UI}"=OFF" "-DLLAMA_OPENSSL=OFF") source=$LLAMA/source-$VERSION
   cmake -S $source -B $LLAMA/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON "${without[@]}"
   nice cmake --build $LLAMA/build --parallel "$(nproc)" --target llama-bench llama-batched-bench llama-quantize
+  # shellcheck disable=SC2016 # the loader replaces it
   c++ -O2 -I $source/include -I $source/ggml/include -o $LLAMA/build/bin/logits benches/logits.cpp \
     -L $LLAMA/build/bin -lllama -Wl,-rpath,'$ORIGIN' -Wl,-rpath-link,$LLAMA/build/bin
 }

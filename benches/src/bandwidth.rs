@@ -5,7 +5,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
-use crate::machine;
+use expertmesh_engine::compute_threads;
 
 /// All threads' buffers together, in bytes: some machines report 480 MiB of last-level cache.
 const BYTES: usize = 2 << 30;
@@ -24,7 +24,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let threads = args.threads.unwrap_or_else(machine::threads).max(1);
+    let threads = args.threads.unwrap_or_else(compute_threads).max(1);
     println!("{:.1} GB/s read by {threads} threads", measure(threads) / 1e9);
     Ok(())
 }

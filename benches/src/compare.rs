@@ -4,14 +4,18 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
+use expertmesh_engine::{Numerics, compute_threads};
+
+use crate::machine::Ticks;
 use crate::ours::Engine;
 use crate::peer::Peer;
 use crate::rows::{self, Row};
 use crate::{bandwidth, machine, model};
-use expertmesh_engine::Numerics;
 
 pub(crate) const MODEL: &str = "target/bench/model";
 pub(crate) const LLAMA: &str = "target/bench/llama";
+/// The share of the machine's time that others may take without changing much.
+const QUIET: f64 = 0.03;
 const UNIT: &str = "tokens/s";
 
 #[derive(clap::Args)]
@@ -39,8 +43,6 @@ pub(crate) struct Args {
 #[derive(serde::Serialize)]
 struct Summary {
     cpu: machine::Cpu,
-    /// Processes that wanted to run in the minute before.
-    load_before: f64,
     /// Read bandwidth of all threads, bytes per second.
     bandwidth: f64,
     versions: Versions,
@@ -57,13 +59,15 @@ struct Versions {
 struct Measured {
     name: &'static str,
     unit: &'static str,
-    /// Medians; ours is absent where the engine cannot do it yet or the machine has no instructions for it.
+    /// Medians; ours is absent where the machine has no instructions for it.
     ours: Option<f64>,
     peer: f64,
     ratio: Option<f64>,
     /// What `ours` would be if reading the weights took all the time; decode only.
     limit: Option<f64>,
     limit_share: Option<f64>,
+    /// The share of the machine's time that other processes took meanwhile, 0 to 1.
+    others: f64,
     samples: Samples,
     /// Bytes of weights that a step of ours reads.
     #[serde(skip)]
@@ -78,8 +82,8 @@ struct Samples {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let rows = rows::named(&args.rows)?;
-    let threads = args.threads.unwrap_or_else(machine::threads).max(1);
-    let (cpu, load_before) = (machine::Cpu::this(threads), machine::load());
+    let threads = args.threads.unwrap_or_else(compute_threads).max(1);
+    let cpu = machine::Cpu::this(threads);
     let mut peer = Peer::new(&args.llama, &args.out, threads);
     let versions = Versions { ours: our_version(), peer: peer.version()? };
     fs::create_dir_all(&args.out)?;
@@ -89,8 +93,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for same in rows.chunk_by(Row::same_model) {
         peer.prepare(&args.model, same[0].weights)?;
         let able = same[0].numerics != Numerics::Tile || cpu.has("amx_bf16"); // elsewhere it is emulated
-        let ours = able.then(|| Engine::load(&args.model, &same[0], threads)).transpose()?;
-        let mut ours = ours.flatten();
+        let mut ours = able.then(|| Engine::load(&args.model, &same[0], threads)).transpose()?;
         for row in same {
             eprintln!("measuring {}", row.name);
             measured.push(measure(row, args.rounds, ours.as_mut(), &mut peer)?);
@@ -98,7 +101,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     bandwidth = bandwidth.max(bandwidth::measure(threads)); // neighbours may have slowed one of them
     measured.iter_mut().zip(&rows).for_each(|(measured, row)| measured.bound(row, bandwidth));
-    let summary = Summary { cpu, load_before, bandwidth, versions, rows: measured };
+    let summary = Summary { cpu, bandwidth, versions, rows: measured };
     summary.print();
     let path = args.out.join("summary.json");
     fs::write(&path, format!("{}\n", serde_json::to_string_pretty(&summary)?))?;
@@ -112,13 +115,14 @@ fn measure(
     mut ours: Option<&mut Engine>,
     peer: &mut Peer,
 ) -> anyhow::Result<Measured> {
-    let mut samples = Samples::default();
+    let (mut samples, before) = (Samples::default(), Ticks::now());
     for _ in 0..rounds {
         if let Some(ours) = &mut ours {
             samples.ours.push(ours.sample(row)?);
         }
         samples.peer.push(peer.sample(row)?);
     }
+    let others = before.others_since();
     let (mine, theirs) = (ours.is_some().then(|| median(&samples.ours)), median(&samples.peer));
     Ok(Measured {
         name: row.name,
@@ -128,6 +132,7 @@ fn measure(
         ratio: mine.map(|mine| mine / theirs),
         limit: None,
         limit_share: None,
+        others,
         samples,
         bytes_per_step: ours.map(|ours| ours.bytes_per_step(row)).transpose()?.flatten(),
     })
@@ -145,20 +150,27 @@ impl Measured {
 
 impl Summary {
     fn print(&self) {
-        let Self { cpu, bandwidth, versions, load_before, .. } = self;
+        let Self { cpu, bandwidth, versions, .. } = self;
         println!("{}, {} threads, reads {:.1} GB/s", cpu.name, cpu.threads, bandwidth / 1e9);
         println!("{}", cpu.features.join(" "));
         println!("{} beside {}", versions.ours, versions.peer);
-        if *load_before > 0.5 {
-            println!("{load_before} other processes were running: repeat it when the machine is quiet");
-        }
-        println!("\n{:24} {:>9} {:>9} {:>7} {:>9} {:>7}", UNIT, "ours", "peer", "ratio", "limit", "share");
+        println!(
+            "\n{:24} {:>9} {:>9} {:>7} {:>9} {:>7} {:>7}",
+            UNIT, "ours", "peer", "ratio", "limit", "share", "others"
+        );
         for row in &self.rows {
             let number = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.1}"));
             let ratio = row.ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.2}"));
             let share = row.limit_share.map_or("–".to_owned(), |share| format!("{:.0} %", share * 100.0));
             let (ours, peer, limit) = (number(row.ours), number(Some(row.peer)), number(row.limit));
-            println!("{:24} {ours:>9} {peer:>9} {ratio:>7} {limit:>9} {share:>7}", row.name);
+            println!(
+                "{:24} {ours:>9} {peer:>9} {ratio:>7} {limit:>9} {share:>7} {:>5.0} %",
+                row.name,
+                row.others * 100.0
+            );
+        }
+        if self.rows.iter().any(|row| row.others > QUIET) {
+            println!("\nOther processes were running: repeat it when the machine is quiet.");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What the numbers were measured on.
 
 use std::collections::BTreeSet;
-use std::{fs, thread};
+use std::fs;
 
 /// Features that decide which kernels run, as /proc/cpuinfo spells them.
 const FEATURES: [&str; 8] =
@@ -31,20 +31,35 @@ impl Cpu {
     }
 }
 
-/// One thread per physical core, within the process's affinity mask and CPU quota.
-pub(crate) fn threads() -> usize {
-    let allowed = thread::available_parallelism().map_or(1, usize::from);
-    let cores: BTreeSet<String> = (0..)
-        .map_while(|cpu| {
-            let path = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
-            fs::read_to_string(path).ok()
-        })
-        .collect();
-    if cores.is_empty() { allowed } else { allowed.min(cores.len()) }
+/// Processor time so far, in ticks: what all processes used, and what this one and its ended children used.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ticks {
+    all: u64,
+    own: u64,
+    /// What all cores had, idle or not.
+    had: u64,
 }
 
-/// How many processes wanted to run during the last minute, on average.
-pub(crate) fn load() -> f64 {
-    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    load.split(' ').next().and_then(|load| load.parse().ok()).unwrap_or(0.0)
+impl Ticks {
+    pub(crate) fn now() -> Self {
+        let numbers =
+            |text: &str| text.split_whitespace().filter_map(|it| it.parse().ok()).collect::<Vec<u64>>();
+        // proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user.
+        let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+        let cpu = numbers(stat.lines().next().unwrap_or_default());
+        let had = cpu.iter().take(8).sum::<u64>();
+        let idle = cpu.iter().skip(3).take(2).sum::<u64>();
+        // proc_pid_stat(5): after the name, utime is field 12, then stime, cutime, cstime.
+        let own = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        let own = own.rsplit_once(") ").map_or("", |(_, fields)| fields);
+        let own = own.split(' ').skip(11).take(4).filter_map(|it| it.parse::<u64>().ok()).sum();
+        Self { all: had - idle, own, had }
+    }
+
+    /// The share of the machine's time that other processes took since then, 0 to 1.
+    pub(crate) fn others_since(self) -> f64 {
+        let now = Self::now();
+        let others = (now.all - self.all).saturating_sub(now.own - self.own);
+        others as f64 / (now.had - self.had).max(1) as f64
+    }
 }

@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use expertmesh_engine::{
     Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, ModelConfig, NotResident, Span, Step,
-    WeightFormat, forward,
+    WeightFormat, compute_threads, forward,
 };
 
 use crate::busy::Busy;
+use crate::compare;
 use crate::model::split_mix;
 use crate::rows::{self, Row, Work};
-use crate::{compare, machine};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -33,12 +33,9 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let rows = rows::named(&args.rows)?;
     crate::model::write_default(&args.model)?;
-    let threads = args.threads.unwrap_or_else(machine::threads);
+    let threads = args.threads.unwrap_or_else(compute_threads);
     for same in rows.chunk_by(Row::same_model) {
-        let Some(mut engine) = Engine::load(&args.model, &same[0], threads)? else {
-            same.iter().for_each(|row| println!("{:24} not supported yet", row.name));
-            continue;
-        };
+        let mut engine = Engine::load(&args.model, &same[0], threads)?;
         for row in same {
             let samples = (0..args.samples).map(|_| engine.sample(row)).collect::<Result<Vec<f64>, _>>()?;
             println!("{:24} {:8.1} tokens/s, of {samples:.1?}", row.name, compare::median(&samples));
@@ -47,34 +44,22 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-impl Row {
-    /// Whether one loaded model serves both rows.
-    pub(crate) fn same_model(&self, other: &Self) -> bool {
-        self.weights == other.weights && self.numerics == other.numerics
-    }
-}
-
 /// A loaded model.
 pub(crate) struct Engine {
     pub(crate) backend: CpuBackend,
 }
 
 impl Engine {
-    /// The model with all its experts, ready for a row; `None` where the engine has no such weights or numerics yet.
-    ///
-    /// The only place that knows how weights, numerics and threads are asked for.
-    pub(crate) fn load(model: &Path, row: &Row, threads: usize) -> anyhow::Result<Option<Self>> {
+    /// The model with all its experts, ready for a row.
+    pub(crate) fn load(model: &Path, row: &Row, threads: usize) -> anyhow::Result<Self> {
         let options =
             LoadOptions { weights: row.weights, numerics: row.numerics, threads, ..LoadOptions::default() };
         let backend = CpuBackend::load(model, &options, |_, _| ())?;
-        let experts = backend.config().experts() as u32;
-        let all: Vec<_> = backend
-            .config()
-            .moe_layers()
-            .flat_map(|layer| (0..experts).map(move |expert| (layer, expert)))
-            .collect();
-        backend.load_experts(&all, |_| ())?;
-        Ok(Some(Self { backend }))
+        let config = backend.config();
+        let of_layer = |layer| (0..config.experts() as u32).map(move |expert| (layer, expert));
+        let experts: Vec<(usize, u32)> = config.moe_layers().flat_map(of_layer).collect();
+        backend.load_experts(&experts, |_| ())?;
+        Ok(Self { backend })
     }
 
     /// Tokens per second of one sample.
@@ -97,10 +82,9 @@ impl Engine {
 
 /// Bytes of everything that every step reads, and of so many experts.
 fn bytes(config: &ModelConfig, weights: WeightFormat, experts: f64) -> f64 {
-    // Of the embeddings' table a step reads a row per token; the head is a matrix of its own.
+    // Of the embeddings' table, which is bf16 in every format, a step reads a row per token.
     let embeddings = (config.vocabulary() * config.hidden() * 2) as u64;
-    let always = config.dense_bytes(weights) - embeddings;
-    always as f64 + experts * config.expert_bytes(weights) as f64
+    (config.dense_bytes(weights) - embeddings) as f64 + experts * config.expert_bytes(weights) as f64
 }
 
 /// Tokens per second of one sample; `observe` gets the experts that the rows of each layer and step chose.

@@ -7,12 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use expertmesh_engine::WeightFormat;
 use serde_json::Value;
 
 use crate::busy::Busy;
 use crate::gguf;
-use crate::rows::{Row, Work, peers_name};
-use expertmesh_engine::WeightFormat;
+use crate::rows::{Row, Work};
 
 /// No sample takes as long; a program that hangs is ended then.
 const LIMIT: Duration = Duration::from_secs(600);
@@ -46,7 +46,7 @@ impl Peer {
         if weights == WeightFormat::Bf16 {
             return Ok(());
         }
-        self.quantise(&bf16, &self.file(weights), peers_name(weights))
+        self.quantise(&bf16, &self.file(weights), format_name(weights))
     }
 
     /// Converts a GGUF file to another type with llama.cpp's own tool.
@@ -118,7 +118,7 @@ impl Peer {
     }
 
     fn file(&self, weights: WeightFormat) -> PathBuf {
-        self.models.join(format!("model-{}.gguf", peers_name(weights)))
+        self.models.join(format!("model-{}.gguf", format_name(weights)))
     }
 
     /// Runs a program to its end and returns what it printed; what it complained about is in llama.log.
@@ -141,5 +141,14 @@ impl Peer {
         };
         ensure!(status.success(), "{program}: {status}; see {}", log.display());
         Ok(fs::read_to_string(&printed)?)
+    }
+}
+
+/// llama.cpp's name of its format of that size.
+fn format_name(weights: WeightFormat) -> &'static str {
+    match weights {
+        WeightFormat::Int8 => "Q8_0",
+        WeightFormat::Int4 => "Q4_0",
+        _ => "BF16",
     }
 }

@@ -2,15 +2,6 @@
 
 use expertmesh_engine::{Numerics, WeightFormat};
 
-/// llama.cpp's name of its format of that size.
-pub(crate) fn peers_name(weights: WeightFormat) -> &'static str {
-    match weights {
-        WeightFormat::Int8 => "Q8_0",
-        WeightFormat::Int4 => "Q4_0",
-        _ => "BF16",
-    }
-}
-
 /// What one sample computes; every context starts empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Work {
@@ -59,6 +50,11 @@ pub(crate) struct Row {
 impl Row {
     const fn new(name: &'static str, weights: WeightFormat, work: Work) -> Self {
         Self { name, weights, numerics: Numerics::Pair, work, busy: false }
+    }
+
+    /// Whether one loaded model serves both rows.
+    pub(crate) fn same_model(&self, other: &Self) -> bool {
+        self.weights == other.weights && self.numerics == other.numerics
     }
 }
 

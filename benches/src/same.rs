@@ -3,15 +3,15 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, ensure};
-use expertmesh_engine::{Backend, BlockAllocator, LocalExchange, Span, Step, forward};
+use anyhow::ensure;
+use expertmesh_engine::{Backend, BlockAllocator, LocalExchange, Span, Step, compute_threads, forward};
 
 use crate::compare::{LLAMA, median};
 use crate::model::{SHAPE, split_mix};
 use crate::ours::Engine;
 use crate::peer::Peer;
 use crate::rows::ROWS;
-use crate::{gguf, machine, model};
+use crate::{gguf, model};
 
 /// One dense layer and one of experts.
 const LAYERS: usize = 2;
@@ -58,8 +58,8 @@ fn relative_error(ours: &[f32], peer: &[f32]) -> f64 {
 
 /// Our logits: (tokens, vocabulary).
 fn ours(args: &Args, tokens: &[u32]) -> anyhow::Result<Vec<f32>> {
-    let engine = Engine::load(&args.out.join("model"), &ROWS[0], machine::threads())?;
-    let backend = engine.context("the engine has no bf16")?.backend;
+    let engine = Engine::load(&args.out.join("model"), &ROWS[0], compute_threads())?;
+    let backend = engine.backend;
     let blocks = BlockAllocator::needed(tokens.len());
     let span = |(start, &token): (usize, &u32)| Span {
         tokens: vec![token],
@@ -75,7 +75,7 @@ fn ours(args: &Args, tokens: &[u32]) -> anyhow::Result<Vec<f32>> {
 
 /// llama.cpp's logits: (tokens, vocabulary).
 fn peer(args: &Args, tokens: &[u32]) -> anyhow::Result<Vec<f32>> {
-    let peer = Peer::new(&args.llama, &args.out, machine::threads());
+    let peer = Peer::new(&args.llama, &args.out, compute_threads());
     let [bf16, f32, logits] = ["bf16.gguf", "f32.gguf", "logits"].map(|name| args.out.join(name));
     gguf::convert(&args.out.join("model"), &bf16)?;
     peer.quantise(&bf16, &f32, "F32")?;

@@ -4,38 +4,41 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use memmap2::{Mmap, MmapMut};
+use memmap2::Mmap;
+
+use super::arena::Piece;
 
 /// Bytes that nobody writes any more, on a cache line's boundary. Copies share them.
 #[derive(Clone)]
 pub(crate) struct Blob {
-    pages: Arc<Mmap>,
+    pages: Pages,
     range: Range<usize>,
 }
 
+#[derive(Clone)]
+enum Pages {
+    Mapped(Arc<Mmap>),
+    Filled(Arc<Piece>),
+}
+
 impl Blob {
-    /// Memory of so many bytes, zeroed, filled by `fill`. Large ones ask for huge pages: a pass over the weights
-    /// would spend its time in page walks otherwise.
+    /// Memory of so many bytes, zeroed, filled by `fill`.
     pub(crate) fn fill(bytes: usize, fill: impl FnOnce(&mut [u8])) -> io::Result<Self> {
-        const HUGE: usize = 2 << 20;
-        let mut pages = MmapMut::map_anon(bytes.max(1))?;
-        #[cfg(target_os = "linux")]
-        if bytes >= HUGE {
-            // Advice: where the system has none to give, small pages do.
-            let _ = pages.advise(memmap2::Advice::HugePage);
-        }
-        fill(&mut pages[..bytes]);
-        Ok(Self { pages: Arc::new(pages.make_read_only()?), range: 0..bytes })
+        Ok(Self { pages: Pages::Filled(Arc::new(Piece::fill(bytes, fill)?)), range: 0..bytes })
     }
 
     /// A part of a mapped file.
     pub(crate) fn mapped(pages: Arc<Mmap>, range: Range<usize>) -> Self {
         assert!(range.end <= pages.len() && range.start.is_multiple_of(64), "a blob outside of its file");
-        Self { pages, range }
+        Self { pages: Pages::Mapped(pages), range }
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.pages[self.range.clone()]
+        let all = match &self.pages {
+            Pages::Mapped(file) => &file[..],
+            Pages::Filled(piece) => piece.bytes(),
+        };
+        &all[self.range.clone()]
     }
 
     pub(crate) fn part(&self, range: Range<usize>) -> Self {

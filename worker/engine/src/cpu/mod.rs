@@ -5,11 +5,13 @@
 
 #![allow(unsafe_code, reason = "kernels, threads that borrow, and memory that is mapped")]
 
+mod arena;
 mod attention;
 mod blob;
 pub(crate) mod isa;
 mod kernel;
 mod math;
+mod memory;
 mod matrix;
 mod norm;
 pub(crate) mod parts;
@@ -90,6 +92,7 @@ impl CpuBackend {
         options: &LoadOptions,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
+        memory::keep_freed_blocks();
         let config = ModelConfig::read(model)?;
         let checkpoint = Checkpoint::open(model)?;
         let plan = Plan::new(&config, options.weights);

@@ -11,8 +11,8 @@ use super::rows::{CpuActivations, CpuRows, Quantised};
 use crate::checkpoint::widen;
 use crate::{Isa, Numerics};
 
-/// Weights that a unit reads, at least: a claim costs nothing beside them.
-const UNIT_BYTES: usize = 48 << 10;
+/// Weights that a unit reads, at least: prefetching begins anew with each. The best of 48 to 768 KiB.
+const UNIT_BYTES: usize = 256 << 10;
 
 /// Pairs that share a block of rows, where there are many rows.
 const SHARING_PAIRS: usize = 4;
@@ -155,9 +155,9 @@ impl<'a> Product<'a> {
     /// Leaves `wide` empty where the kernel has no use for it.
     fn widen(&self, compute: &Compute, rows: Range<usize>, wide: &mut Vec<f32>) {
         let Input::Bf16(input) = self.input else { return };
-        wide.clear();
-        if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) {
-            wide.resize(rows.len() * input.stride, 0.0);
+        let elements = if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) { rows.len() * input.stride } else { 0 };
+        wide.resize(elements, 0.0);
+        if elements > 0 {
             for (row, wide) in rows.zip(wide.chunks_exact_mut(input.stride)) {
                 widen_row(compute.isa, input.padded(self.input_row(row)), wide);
             }

@@ -12,7 +12,7 @@
 //!
 //! Versions of the two inner loops, scores and values:
 //! 1. [`plain`]: plain Rust, for any processor, and again for AVX2 with FMA.
-//! 2. [`avx512`]: VDPBF16PS for scores, FMA on widened values; 4 heads share what they read.
+//! 2. [`avx512`]: FMA on widened elements; 4 heads share what they read, and the lanes of 16 scores are added at a time.
 
 use super::exact_product_plus;
 use crate::checkpoint::widen;
@@ -252,92 +252,104 @@ mod plain {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutex2var_ps, _mm512_set1_epi32, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+        __m512, __m512i, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+        _mm512_loadu_si512, _mm512_permutex2var_ps, _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
-    use super::{Block, Context, LANES, WIDTH, tree};
+    use super::{Block, Context, HEADS, LANES, WIDTH};
 
-    /// Positions whose scores are computed side by side, so that their sums hide each other's latency.
-    const POSITIONS: usize = 2;
+    /// Positions whose scores are computed side by side: with 4 heads, as many as a register has lanes.
+    const POSITIONS: usize = 4;
 
     /// # Safety
-    /// The processor has AVX-512 F and BF16; shapes are as `attend` has asserted.
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    /// The processor has AVX-512 F; shapes are as `attend` has asserted.
+    #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn scores(queries: &[&[u16]], context: Context, rows: &[u16], out: &mut Block) {
-        let (mut queries, mut head) = (queries, 0);
-        while !queries.is_empty() {
-            // SAFETY: the caller's promise, for some of its heads.
-            let done = unsafe {
+        let count = rows.len() / context.stride;
+        for first in (0..count).step_by(POSITIONS) {
+            // Where there are fewer, the last one is computed several times.
+            let row = |p: usize| &rows[(first + p).min(count - 1) * context.stride + context.key..][..context.key_width];
+            let keys: [&[u16]; POSITIONS] = std::array::from_fn(row);
+            // SAFETY: keys and queries are all as long as `key_width`.
+            let scores = unsafe {
                 match queries.len() {
-                    4.. => of_heads::<4>(queries, context, rows, &mut out[head..]),
-                    2..4 => of_heads::<2>(queries, context, rows, &mut out[head..]),
-                    _ => of_heads::<1>(queries, context, rows, &mut out[head..]),
+                    4 => of_heads::<4>(queries, keys),
+                    3 => of_heads::<3>(queries, keys),
+                    2 => of_heads::<2>(queries, keys),
+                    _ => of_heads::<1>(queries, keys),
                 }
             };
-            queries = &queries[done..];
-            head += done;
+            for (out, scores) in out.iter_mut().zip(&scores[..queries.len()]) {
+                let length = POSITIONS.min(count - first);
+                out[first..first + length].copy_from_slice(&scores[..length]);
+            }
         }
     }
 
-    #[target_feature(enable = "avx512f,avx512bf16")]
+    /// The scores of some heads and [`POSITIONS`] positions.
+    #[target_feature(enable = "avx512f")]
     #[inline]
-    unsafe fn of_heads<const H: usize>(
-        queries: &[&[u16]],
-        context: Context,
-        rows: &[u16],
-        out: &mut [[f32; 64]],
-    ) -> usize {
-        let count = rows.len() / context.stride;
-        let mut position = 0;
-        // SAFETY: positions below `count` have a row each.
-        unsafe {
-            while count - position >= POSITIONS {
-                of_positions::<H, POSITIONS>(queries, context, rows, position, out);
-                position += POSITIONS;
-            }
-            if position < count {
-                of_positions::<H, 1>(queries, context, rows, position, out);
-            }
-        }
-        H
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    #[inline]
-    unsafe fn of_positions<const H: usize, const P: usize>(
-        queries: &[&[u16]],
-        context: Context,
-        rows: &[u16],
-        first: usize,
-        out: &mut [[f32; 64]],
-    ) {
-        let mut sums = [[_mm512_setzero_ps(); P]; H];
-        for at in (0..context.key_width).step_by(WIDTH) {
-            // SAFETY: a key is `key_width` long, and a query too.
-            unsafe {
-                let keys: [__m512bh; P] = std::array::from_fn(|p| {
-                    as_bf16(_mm512_loadu_si512(
-                        rows.as_ptr().add((first + p) * context.stride + context.key + at).cast(),
-                    ))
-                });
-                for (head, sums) in sums.iter_mut().enumerate() {
-                    let query = as_bf16(_mm512_loadu_si512(queries[head].as_ptr().add(at).cast()));
-                    for (sum, key) in sums.iter_mut().zip(keys) {
-                        *sum = _mm512_dpbf16_ps(*sum, query, key);
-                    }
+    unsafe fn of_heads<const H: usize>(queries: &[&[u16]], keys: [&[u16]; POSITIONS]) -> [[f32; POSITIONS]; HEADS] {
+        let mut sums = [[_mm512_setzero_ps(); POSITIONS]; H];
+        for at in (0..keys[0].len()).step_by(WIDTH) {
+            // SAFETY: 32 elements of a row.
+            let keys = keys.map(|key| unsafe { halves(key.as_ptr().add(at)) });
+            for (head, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: as above.
+                let query = unsafe { halves(queries[head].as_ptr().add(at)) };
+                for (sum, key) in sums.iter_mut().zip(&keys) {
+                    *sum = _mm512_fmadd_ps(query[1], key[1], *sum);
+                }
+                for (sum, key) in sums.iter_mut().zip(&keys) {
+                    *sum = _mm512_fmadd_ps(query[0], key[0], *sum);
                 }
             }
         }
-        for (head, sums) in sums.iter().enumerate() {
-            for (p, sum) in sums.iter().enumerate() {
-                let mut lanes = [0.0; LANES];
-                // SAFETY: a register is 16 lanes.
-                unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), *sum) };
-                out[head][first + p] = tree(lanes);
-            }
-        }
+        let mut all = [[_mm512_setzero_ps(); POSITIONS]; HEADS];
+        all[..H].copy_from_slice(&sums);
+        let mut scores = [[0.0; POSITIONS]; HEADS];
+        // SAFETY: sixteen scores are a register.
+        unsafe { _mm512_storeu_ps(scores.as_mut_ptr().cast(), trees(all.as_flattened())) };
+        scores
+    }
+
+    /// Even and odd elements of 32, widened.
+    ///
+    /// # Safety
+    /// There are 32 elements.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn halves(elements: *const u16) -> [__m512; 2] {
+        let odd_bits = _mm512_set1_epi32(0xffff_0000u32 as i32);
+        // SAFETY: the caller's promise.
+        let bits = unsafe { _mm512_loadu_si512(elements.cast()) };
+        [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(_mm512_and_si512(bits, odd_bits))]
+    }
+
+    /// [`tree`](super::tree) of sixteen registers at a time: lane i is that of register i.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn trees(sums: &[__m512]) -> __m512 {
+        // Quarters of four lanes are written q0 to q3. Lane l + lane l + 8: q0 + q2 and q1 + q3, of two registers in one.
+        let eight: [__m512; 8] = std::array::from_fn(|i| {
+            let (a, b) = (sums[2 * i], sums[2 * i + 1]);
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+        });
+        // Lane l + lane l + 4: of four registers in one, a quarter each.
+        let four: [__m512; 4] = std::array::from_fn(|i| {
+            let (a, b) = (eight[2 * i], eight[2 * i + 1]);
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+        });
+        // Lane l + lane l + 2: two lanes of each quarter of two registers in one.
+        let two: [__m512; 2] = std::array::from_fn(|i| {
+            let (a, b) = (four[2 * i], four[2 * i + 1]);
+            _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b))
+        });
+        // The last two lanes: lane 4q + i is that of register 4i + q.
+        let (a, b) = (two[0], two[1]);
+        let one = _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b));
+        _mm512_permutexvar_ps(indices(|lane| lane % 4 * 4 + lane / 4), one)
     }
 
     /// # Safety
@@ -450,13 +462,6 @@ mod avx512 {
         let indices: [i32; LANES] = std::array::from_fn(|lane| of(lane as i32));
         // SAFETY: a register is 16 lanes.
         unsafe { _mm512_loadu_si512(indices.as_ptr().cast()) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    #[inline]
-    fn as_bf16(register: __m512i) -> __m512bh {
-        // SAFETY: two views of the same 64 bytes.
-        unsafe { std::mem::transmute(register) }
     }
 }
 

@@ -200,6 +200,7 @@ mod avx512 {
         // SAFETY: the first of `R` rows that the caller promises.
         let x = unsafe { rows.data.as_ptr().add(first * rows.stride) };
         for (k, step) in weights.iter().enumerate() {
+            super::super::prefetch(step.as_ptr(), step.len());
             // SAFETY: a step is two registers long.
             let panels = unsafe {
                 [_mm512_loadu_si512(step.as_ptr().cast()), _mm512_loadu_si512(step.as_ptr().add(64).cast())]

@@ -78,7 +78,7 @@ impl Bf16Rows<'_> {
 
 /// How far: the best of 1 to 8 KiB, and a page is 4.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 4096;
+const AHEAD: usize = 3072;
 
 /// Asks for cache lines of weights some way ahead: where one row is multiplied, memory is what takes the time, and the
 /// processor's own prefetchers end at a page's border. Beyond the weights it asks for what comes after them.
