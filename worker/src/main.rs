@@ -41,7 +41,7 @@ enum Command {
     Inspect(inspect::Args),
     /// Pack a checkpoint into a directory that is mapped instead of read.
     Prepare(prepare::Args),
-    /// Compare a model with what its golden.safetensors recorded.
+    /// Compare the reference with what golden.safetensors recorded, and the fast path with the reference.
     Verify(verify::Args),
 }
 

@@ -1,4 +1,7 @@
-//! `expertmesh-worker verify`: what the engine computes against what golden.safetensors recorded, and against itself.
+//! `expertmesh-worker verify`: the reference against what golden.safetensors recorded, the fast path against the
+//! reference, and against itself.
+
+mod fast;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,11 +14,16 @@ use expertmesh_engine::{
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
+use self::fast::fast_and_reference;
 use crate::engine::{ComputedAs, ComputedWith};
 use crate::generate::load;
 use crate::process::Fatal;
 
 const GOLDEN: &str = "golden.safetensors";
+
+/// What a packed model has, and what a checkpoint has.
+const PACKED: &str = "packed.json";
+const CHECKPOINTS: [&str; 2] = ["model.safetensors", "model.safetensors.index.json"];
 
 /// Largest ‖ours − theirs‖ / ‖theirs‖ that is OK.
 const TOLERANCE: f64 = 1e-4;
@@ -43,18 +51,33 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 
 /// Prints the table; whether nothing is wrong.
 fn verify(args: &Args) -> Result<bool, Fatal> {
+    refuse_packed(&args.model)?;
     let golden = SafetensorsFile::open(&args.model.join(GOLDEN))?;
     let reference = Reference::open(&args.model)?;
     let tokens = tokens(&golden, reference.config())?;
-    let ours = traced(reference.config(), &tokens, reference.forward(&tokens)?);
+    let trace = reference.forward(&tokens)?;
+    let ours = traced(reference.config(), &tokens, trace.clone());
 
     println!("{:<12} {:<12} {:<12} {:>10} {:>10}", "tensor", "shape", "verdict", "largest", "relative");
     let mut all_ok = reference_and_golden(&ours, &golden)?;
-    all_ok &= whole_and_chunks(&load(&args.model, &args.computed_as.with(args.computed_with))?, &tokens)?;
+    let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
+    all_ok &= fast_and_reference(&backend, &reference, &tokens, &trace)?;
+    all_ok &= whole_and_chunks(&backend, &tokens)?;
     if let Some(path) = &args.dump {
         dump(&ours, path)?;
     }
     Ok(all_ok)
+}
+
+/// A packed model without the checkpoint that it was made of has nothing that the reference could compute from.
+fn refuse_packed(model: &Path) -> Result<(), Fatal> {
+    let has = |file: &str| model.join(file).exists();
+    if has(PACKED) && !CHECKPOINTS.into_iter().any(has) {
+        let problem =
+            "is packed; verify needs the checkpoint that it was made of, since the reference reads that";
+        return Err(Fatal::new("NoCheckpoint", format!("{} {problem}", model.display())));
+    }
+    Ok(())
 }
 
 /// What the reference computes agrees with what transformers computed.
@@ -293,75 +316,4 @@ fn dump(tensors: &Tensors, path: &Path) -> Result<(), Fatal> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-    use crate::tokenizer::tests::tiny_r1;
-
-    /// tiny-r1 with another golden.
-    fn with_golden(name: &str, golden: &Path) -> PathBuf {
-        let model = std::env::temp_dir().join(format!("expertmesh-verify-{name}-{}", std::process::id()));
-        fs::create_dir_all(&model).unwrap();
-        for file in ["config.json", "model.safetensors"] {
-            fs::copy(tiny_r1().join(file), model.join(file)).unwrap();
-        }
-        fs::copy(golden, model.join(GOLDEN)).unwrap();
-        model
-    }
-
-    #[test]
-    fn what_was_dumped_verifies_and_a_change_of_it_does_not() {
-        let out = std::env::temp_dir().join(format!("expertmesh-dump-{}.safetensors", std::process::id()));
-        assert!(verify(&Args { model: tiny_r1(), dump: Some(out.clone()) }).unwrap());
-        let model = with_golden("dump", &out);
-        let args = Args { model: model.clone(), dump: None };
-        assert!(verify(&args).unwrap());
-
-        let golden = SafetensorsFile::open(&out).unwrap();
-        assert_eq!(SafetensorsFile::open(&tiny_r1().join(GOLDEN)).unwrap().names(), golden.names());
-
-        let reference = Reference::open(&model).unwrap();
-        let tokens = tokens(&golden, reference.config()).unwrap();
-        let trace = reference.forward(&tokens).unwrap();
-        for (name, element) in [("logits", 5), ("weights.2", 3), ("experts.4", 1), ("mtp_logits", 7)] {
-            let mut changed = traced(reference.config(), &tokens, trace.clone());
-            match &mut changed.get_mut(name).unwrap().values {
-                Values::F32(values) => values[element] += 1.0,
-                Values::I64(values) => values[element] += 1,
-            }
-            fs::remove_file(model.join(GOLDEN)).unwrap();
-            dump(&changed, &model.join(GOLDEN)).unwrap();
-            assert!(!verify(&args).unwrap(), "{name}");
-        }
-        let mut more = traced(reference.config(), &tokens, trace);
-        more.insert("hidden.6".to_owned(), Tensor { width: None, values: Values::F32(vec![0.0]) });
-        fs::remove_file(model.join(GOLDEN)).unwrap();
-        dump(&more, &model.join(GOLDEN)).unwrap();
-        assert!(!verify(&args).unwrap(), "a tensor that nobody computed");
-        fs::remove_file(&out).unwrap();
-        fs::remove_dir_all(&model).unwrap();
-    }
-
-    #[test]
-    fn numbers_that_are_not_numbers_are_not_ok() {
-        let relative = |ours: &[f32]| match Verdict::numbers(ours, &[1.0, 2.0]) {
-            Verdict::Numbers { relative, .. } => relative,
-            _ => unreachable!(),
-        };
-        assert_eq!(relative(&[1.0, 2.0]), 0.0);
-        assert!(relative(&[f32::NAN, 2.0]).is_nan());
-        assert!(!Verdict::numbers(&[1.0, f32::NAN], &[1.0, 2.0]).print("logits", &[2]));
-        assert!(!Verdict::numbers(&[1.0], &[0.0]).print("logits", &[1]));
-    }
-
-    #[test]
-    fn a_golden_that_is_missing_or_of_another_vocabulary_is_named() {
-        let missing = verify(&Args { model: "/nowhere".into(), dump: None }).err().unwrap();
-        assert!(missing.message.starts_with("/nowhere/golden.safetensors: "), "{}", missing.message);
-        let other = with_golden("other", &tiny_r1().join("model.safetensors"));
-        let error = verify(&Args { model: other.clone(), dump: None }).err().unwrap();
-        assert_eq!(error.reason, "MissingTensor");
-        fs::remove_dir_all(&other).unwrap();
-    }
-}
+mod tests;

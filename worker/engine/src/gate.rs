@@ -4,7 +4,11 @@
 //! best experts. DeepSeek-V2 report (arXiv 2405.04434), section 2.2: softmax scores, groups by their best. The other
 //! families are the softmax with one group.
 
+mod margin;
+
 use std::cmp::Ordering;
+
+pub(crate) use margin::margins;
 
 use crate::Routes;
 use crate::config::{GateConfig, GroupScore, Scores};

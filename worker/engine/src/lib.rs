@@ -8,6 +8,7 @@ mod backend;
 mod checkpoint;
 mod config;
 mod cpu;
+mod deviation;
 mod error;
 mod fingerprint;
 mod forward;
@@ -30,6 +31,7 @@ pub use cpu::isa::Isa;
 pub use cpu::parts::WeightFormat;
 pub use cpu::threads::compute_threads;
 pub use cpu::{CpuActivations, CpuBackend, CpuKv, CpuRows, LoadOptions};
+pub use deviation::{Deviation, LayerDeviation, Tolerance, mean_divergence, relative};
 pub use error::EngineError;
 pub use fingerprint::ModelFingerprint;
 pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
@@ -37,7 +39,7 @@ pub use generation::{GenerationConfig, SamplingOverrides};
 pub use kv::{BlockAllocator, OutOfBlocks};
 pub use numerics::Numerics;
 pub use pack::{PackedModel, PrepareOptions, Prepared, prepare};
-pub use reference::{Reference, Trace};
+pub use reference::{Gated, LayerTrace, Reference, Trace};
 pub use sample::{
     History, InvalidSampling, Logprobs, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampler, Sampling, SamplingParams,
     logprobs,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::grouped::GroupedAttention;
 use super::latent::LatentAttention;
-use super::moe::{mixture, swiglu};
+use super::moe::{choose, margins, mixture, swiglu};
 use super::weights::{Weights, add};
 use crate::checkpoint::Checkpoint;
 use crate::config::{AttentionConfig, ModelConfig};
@@ -33,6 +33,26 @@ pub struct Trace {
     pub mtp_logits: Option<Vec<f32>>,
 }
 
+/// What one layer makes of a residual stream of T rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerTrace {
+    /// The residual stream after it: (T, hidden).
+    pub hidden: Vec<f32>,
+    /// `None` for a dense layer.
+    pub gate: Option<Gated>,
+}
+
+/// What a gate saw and chose.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gated {
+    /// Its input: (T, hidden).
+    pub normed: Vec<f32>,
+    pub routes: Routes,
+    /// Of each row the greatest relative error of its input that certainly leaves the choice as it is, if the error
+    /// points in a direction like any other: r moves the logit of expert e by r · ‖x‖ · ‖wₑ‖ / √hidden. (T)
+    pub margins: Vec<f32>,
+}
+
 impl Reference {
     /// Opens a model's directory; tensors are read, and checked, when they are needed.
     pub fn open(model: &Path) -> Result<Self, EngineError> {
@@ -53,13 +73,11 @@ impl Reference {
     /// missing, of another shape or type, or not finite.
     pub fn forward(&self, tokens: &[u32]) -> Result<Trace, EngineError> {
         let (vocabulary, hidden) = (self.config.vocabulary, self.config.hidden);
-        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
-            return Err(EngineError::UnknownToken { token, vocabulary });
-        }
-        let mut x = self.weights.embed(self.names.embeddings(), tokens, [vocabulary, hidden])?; // (T, hidden)
+        let mut x = self.embed(tokens)?; // (T, hidden)
         let (mut states, mut routes) = (Vec::new(), Vec::new());
         for layer in 0..self.config.layers {
-            routes.push(self.layer(layer, self.config.is_moe(layer), &mut x, 0)?);
+            let gated = self.layer(layer, self.config.is_moe(layer), &mut x, 0)?;
+            routes.push(gated.map(|(_, routes)| routes));
             states.push(x.clone());
         }
         let x = self.weights.norm(self.names.norm(), &x, hidden, self.config.norm_eps)?; // (T, hidden)
@@ -68,26 +86,45 @@ impl Reference {
         Ok(Trace { hidden: states, routes, logits, mtp_logits })
     }
 
-    /// One layer on `x` (T, hidden), whose first row is at position `start`.
+    /// The embeddings of a sequence, which the first layer takes: (T, hidden).
+    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+        let (vocabulary, hidden) = (self.config.vocabulary, self.config.hidden);
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
+            return Err(EngineError::UnknownToken { token, vocabulary });
+        }
+        self.weights.embed(self.names.embeddings(), tokens, [vocabulary, hidden])
+    }
+
+    /// One layer on somebody's residual stream (T, hidden) from position 0, so that what they make of it can be
+    /// compared without the errors of the layers before.
+    pub fn layer_from(&self, layer: usize, hidden: &[f32]) -> Result<LayerTrace, EngineError> {
+        let mut x = hidden.to_vec();
+        let Some((normed, routes)) = self.layer(layer, self.config.is_moe(layer), &mut x, 0)? else {
+            return Ok(LayerTrace { hidden: x, gate: None });
+        };
+        let margins = margins(&self.weights, &self.config, layer, &normed)?;
+        Ok(LayerTrace { hidden: x, gate: Some(Gated { normed, routes, margins }) })
+    }
+
+    /// One layer on `x` (T, hidden), whose first row is at position `start`: the gate's input and choice.
     fn layer(
         &self,
         layer: usize,
         is_moe: bool,
         x: &mut [f32],
         start: usize,
-    ) -> Result<Option<Routes>, EngineError> {
+    ) -> Result<Option<(Vec<f32>, Routes)>, EngineError> {
         let (names, hidden, eps) = (&self.names, self.config.hidden, self.config.norm_eps);
         let normed = self.weights.norm(&names.attention_norm(layer), x, hidden, eps)?; // (T, hidden)
         add(x, &self.attend(layer, &normed, start)?);
         let normed = self.weights.norm(&names.feed_forward_norm(layer), x, hidden, eps)?; // (T, hidden)
-        let (out, routes) = if is_moe {
-            let (out, routes) = mixture(&self.weights, &self.config, layer, &normed)?; // (T, hidden), (T, top_k)
-            (out, Some(routes))
-        } else {
-            (swiglu(&self.weights, &names.dense(layer), &normed, [self.config.dense_inner, hidden])?, None)
-        };
-        add(x, &out);
-        Ok(routes)
+        if !is_moe {
+            add(x, &swiglu(&self.weights, &names.dense(layer), &normed, [self.config.dense_inner, hidden])?);
+            return Ok(None);
+        }
+        let routes = choose(&self.weights, &self.config, layer, &normed)?; // (T, top_k)
+        add(x, &mixture(&self.weights, &self.config, layer, (&normed, &routes))?);
+        Ok(Some((normed, routes)))
     }
 
     /// (T, hidden) → (T, hidden)

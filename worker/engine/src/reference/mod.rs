@@ -10,4 +10,4 @@ mod latent;
 mod moe;
 mod weights;
 
-pub use forward::{Reference, Trace};
+pub use forward::{Gated, LayerTrace, Reference, Trace};

@@ -1,7 +1,7 @@
 //! The feed-forward part: SwiGLU (arXiv 2002.05202), and the mixture of experts (DeepSeekMoE, arXiv 2401.06066, section
 //! 3, equations 9 to 11).
 
-use super::weights::{Weights, add};
+use super::weights::{Weights, add, dot};
 use crate::config::ModelConfig;
 use crate::forward::group;
 use crate::gate::{self, sigmoid};
@@ -21,25 +21,64 @@ pub(super) fn swiglu(
     weights.linear(&names.down, &a, [hidden, inner]) // (rows, hidden)
 }
 
-/// shared(x) + Σ wₑ·expertₑ(x), e ascending: (rows, hidden) → (rows, hidden), and the gate's choice.
-pub(super) fn mixture(
+/// The gate's choice for rows (rows, hidden).
+pub(super) fn choose(
     weights: &Weights,
     config: &ModelConfig,
     layer: usize,
     x: &[f32],
-) -> Result<(Vec<f32>, Routes), EngineError> {
-    let (names, hidden) = (Names::new(config), config.hidden);
-    let logits = weights.linear(&names.gate(layer), x, [config.gate.experts, hidden])?; // (rows, experts)
+) -> Result<Routes, EngineError> {
+    let (logits, bias) = gate_logits(weights, config, layer, x)?;
+    Ok(gate::route(&config.gate, &logits, &bias)) // (rows, top_k)
+}
+
+/// Of each row how sure that choice is: (rows), as [`Gated::margins`](super::Gated) has it.
+pub(super) fn margins(
+    weights: &Weights,
+    config: &ModelConfig,
+    layer: usize,
+    x: &[f32],
+) -> Result<Vec<f32>, EngineError> {
+    let (experts, hidden) = (config.gate.experts, config.hidden);
+    let (logits, bias) = gate_logits(weights, config, layer, x)?;
+    let sizes = weights.sizes(&Names::new(config).gate(layer), [experts, hidden])?; // (experts)
+    let of_row = |(x, logits): (&[f32], &[f32])| {
+        let typical = (dot(x, x) / hidden as f32).sqrt();
+        let sizes: Vec<f32> = sizes.iter().map(|size| size * typical).collect(); // (experts)
+        gate::margins(&config.gate, logits, &bias, &sizes)[0]
+    };
+    Ok(x.chunks_exact(hidden).zip(logits.chunks_exact(experts)).map(of_row).collect())
+}
+
+/// (rows, experts), and the bias: (experts), or empty.
+fn gate_logits(
+    weights: &Weights,
+    config: &ModelConfig,
+    layer: usize,
+    x: &[f32],
+) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+    let (names, experts) = (Names::new(config), config.gate.experts);
+    let logits = weights.linear(&names.gate(layer), x, [experts, config.hidden])?;
     let bias = match config.gate.bias {
-        true => weights.vector(&names.gate_bias(layer), config.gate.experts)?, // (experts)
+        true => weights.vector(&names.gate_bias(layer), experts)?,
         false => Vec::new(),
     };
-    let routes = gate::route(&config.gate, &logits, &bias); // (rows, top_k)
+    Ok((logits, bias))
+}
+
+/// shared(x) + Σ wₑ·expertₑ(x), e ascending: (rows, hidden) → (rows, hidden).
+pub(super) fn mixture(
+    weights: &Weights,
+    config: &ModelConfig,
+    layer: usize,
+    (x, routes): (&[f32], &Routes),
+) -> Result<Vec<f32>, EngineError> {
+    let (names, hidden) = (Names::new(config), config.hidden);
     let mut out = match config.shared_inner {
         0 => vec![0.0; x.len()],
         inner => swiglu(weights, &names.shared(layer), x, [inner, hidden])?, // (rows, hidden)
     };
-    let grouped = group(&routes, |_| true);
+    let grouped = group(routes, |_| true);
     let mut places = grouped.at.iter(); // row · top_k + slot
     for group in &grouped.groups {
         let rows = group.rows.iter().flat_map(|&row| &x[row as usize * hidden..][..hidden]);
@@ -51,5 +90,5 @@ pub(super) fn mixture(
             add(&mut out[row as usize * hidden..][..hidden], &weighted);
         }
     }
-    Ok((out, routes))
+    Ok(out)
 }

@@ -74,6 +74,16 @@ impl Weights {
         Ok(rms_norm(x, &self.vector(name, width)?, eps))
     }
 
+    /// ‖row‖ of a stored matrix's rows: (outputs).
+    pub(super) fn sizes(&self, name: &str, [outputs, inputs]: [usize; 2]) -> Result<Vec<f32>, EngineError> {
+        let (matrix, mut row) = (self.checkpoint.matrix(name, outputs, inputs)?, vec![0.0; inputs]);
+        let size = |output| {
+            matrix.widen_row(output, &mut row);
+            dot(&row, &row).sqrt()
+        };
+        Ok((0..outputs).map(size).collect())
+    }
+
     pub(super) fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, EngineError> {
         self.checkpoint.widened(name, &[width])
     }

@@ -1,6 +1,6 @@
 //! A row's bits depend on its own sequence and on nothing else.
 
-use expertmesh_engine::{BLOCK_TOKENS, ExpertGroup, WeightFormat};
+use expertmesh_engine::{BLOCK_TOKENS, ExpertGroup, Isa, Numerics, WeightFormat};
 
 use super::*;
 
@@ -12,17 +12,87 @@ fn tokens(count: usize, seed: u32) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i * 31 + i * 7 + seed * 13 + 5) % 256).collect()
 }
 
-/// Prefills in chunks of these lengths, repeated; the last chunk's record.
+/// Every kind of attention and of gate; the first has more than one partial of the softmax in bf16.
+const MODELS: [&str; 5] = [LONG, "golden/qwen3-moe", "golden/v2-lite", "golden/mixtral", "golden/olmoe"];
+
+const FORMATS: [WeightFormat; 4] =
+    [WeightFormat::Bf16, WeightFormat::Fp8, WeightFormat::Int8, WeightFormat::Int4];
+
+/// How long the texts are: more than two blocks of the cache.
+fn length(folder: &str, weights: WeightFormat) -> usize {
+    if folder == LONG && weights == WeightFormat::Bf16 { LONG_LENGTH } else { 150 }
+}
+
+/// Everything that is computed in chunks of these lengths, repeated; of the logits the last chunk's.
 fn in_chunks(backend: &CpuBackend, tokens: &[u32], lengths: &[usize], blocks: &[u32]) -> Record {
     let mut kv = backend.allocate_kv(blocks.iter().max().map_or(0, |&last| last as usize + 1));
     let (mut start, mut record, mut lengths) = (0, Record::default(), lengths.iter().cycle());
     while start < tokens.len() {
         let end = tokens.len().min(start + lengths.next().unwrap());
         let span = Span { tokens: tokens[start..end].to_vec(), start, blocks: blocks.to_vec(), logits: true };
-        record = compute(backend, &Step { spans: vec![span] }, &mut kv);
+        record.append(compute(backend, &Step { spans: vec![span] }, &mut kv));
         start = end;
     }
     record
+}
+
+#[test]
+fn every_instruction_set_and_any_number_of_threads_give_the_same_bits_in_all_formats_and_numerics() {
+    for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+        eprintln!("skipped: this machine has no {isa}, whose bits are compared where it is");
+    }
+    let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available()).zip([2, 5, 1, 2]);
+    let best = [(Isa::detect(), 2), (Isa::detect(), 5)];
+    let others: Vec<(Isa, usize)> = sets.chain(best).collect();
+    for folder in MODELS {
+        for weights in FORMATS {
+            let tokens = tokens(length(folder, weights), 10);
+            for numerics in Numerics::ALL {
+                let compute = |isa, threads| {
+                    let backend = load_as(folder, &LoadOptions { weights, numerics, isa, threads });
+                    in_chunks(&backend, &tokens, &[tokens.len()], &blocks(tokens.len()))
+                };
+                let expected = compute(Isa::detect(), 1);
+                for &(isa, threads) in &others {
+                    let same = compute(isa, threads) == expected;
+                    assert!(same, "{folder} {weights} {numerics}: {isa} on {threads} threads differs");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_block_tables_and_batches_change_no_bit_in_any_format_and_numerics() {
+    for folder in MODELS {
+        for weights in FORMATS {
+            for numerics in Numerics::ALL {
+                let options = LoadOptions { weights, numerics, threads: 2, ..LoadOptions::default() };
+                let backend = load_as(folder, &options);
+                let (first, second) = (tokens(150, 11), tokens(90, 12));
+                let expected = in_chunks(&backend, &first, &[150], &[0, 1, 2]);
+                for (lengths, table) in [(&[1][..], [2, 0, 1]), (&[63, 1, 65], [7, 3, 5]), (&[17], [0, 9, 1])]
+                {
+                    let chunked = in_chunks(&backend, &first, lengths, &table);
+                    assert!(chunked == expected, "{folder} {weights} {numerics}: chunks of {lengths:?}");
+                }
+                // The end of one sequence beside the beginning of another.
+                let alone = in_chunks(&backend, &second, &[90], &[0, 1]);
+                let (mut kv, table) = (backend.allocate_kv(6), vec![4, 1, 2]);
+                let span = |tokens: &[u32], start, blocks| Span {
+                    tokens: tokens.to_vec(),
+                    start,
+                    blocks,
+                    logits: true,
+                };
+                compute(&backend, &Step { spans: vec![span(&first[..140], 0, table.clone())] }, &mut kv);
+                let spans = vec![span(&second, 0, vec![5, 0]), span(&first[140..], 140, table)];
+                let together = compute(&backend, &Step { spans }, &mut kv);
+                let logits = [alone.logits, expected.logits].concat();
+                assert!(together.logits == logits, "{folder} {weights} {numerics}: a batch differs");
+            }
+        }
+    }
 }
 
 #[test]

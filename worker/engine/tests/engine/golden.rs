@@ -97,27 +97,12 @@ fn the_reference_takes_one_token_and_none_that_is_not_in_the_vocabulary() {
     assert_eq!(error.to_string(), "token 256 is not in the vocabulary of 256");
 }
 
-#[derive(serde::Deserialize)]
-struct Conversation {
-    ids: Vec<u32>,
-    /// Per position the two greatest logits, after rounding to four places: (token, logit).
-    top: Vec<[(u32, f32); 2]>,
-}
-
-/// tiny-r1's held-out conversations with what transformers made of them.
-fn conversations() -> Vec<Conversation> {
-    let heldout = std::fs::read(model("models/tiny-r1").join("heldout.json")).unwrap();
-    let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
-    assert_eq!(conversations.len(), 40);
-    conversations
-}
-
-/// `logits` is of tokens to (tokens, vocabulary).
-fn most_probable_tokens_agree(vocabulary: usize, logits: impl Fn(&[u32]) -> Vec<f32>) {
+#[test]
+fn the_references_most_probable_token_is_transformers_wherever_theirs_is_clear() {
     let (mut compared, mut positions) = (0, 0);
-    for Conversation { ids, top } in &conversations() {
-        let logits = logits(ids);
-        for (position, (logits, [first, second])) in logits.chunks_exact(vocabulary).zip(top).enumerate() {
+    for (Conversation { ids, top }, (_, trace)) in conversations().iter().zip(held_out()) {
+        let rows = trace.logits.chunks_exact(trace.logits.len() / ids.len());
+        for (position, (logits, [first, second])) in rows.zip(top).enumerate() {
             positions += 1;
             if first.1 - second.1 > 0.02 {
                 compared += 1;
@@ -128,10 +113,4 @@ fn most_probable_tokens_agree(vocabulary: usize, logits: impl Fn(&[u32]) -> Vec<
         }
     }
     assert!(compared * 100 > positions * 95, "{compared} of {positions} positions are clear");
-}
-
-#[test]
-fn the_references_most_probable_token_is_transformers_wherever_theirs_is_clear() {
-    let reference = Reference::open(&model("models/tiny-r1")).unwrap();
-    most_probable_tokens_agree(reference.config().vocabulary(), |ids| reference.forward(ids).unwrap().logits);
 }

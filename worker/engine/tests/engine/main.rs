@@ -1,5 +1,6 @@
 //! The engine against what transformers recorded, against itself, and against broken models.
 
+mod answers;
 mod bits;
 mod configs;
 mod corrupted;
@@ -8,12 +9,16 @@ mod golden;
 mod malformed;
 mod packed;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use expertmesh_engine::{
     Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile,
-    Span, Step, forward,
+    Span, Step, Trace, forward, relative,
 };
+
+/// The trained model among those of the tests.
+const TINY: &str = "models/tiny-r1";
 
 /// A folder of the repository's tests.
 fn model(folder: &str) -> PathBuf {
@@ -25,7 +30,12 @@ fn load(folder: &str) -> CpuBackend {
 }
 
 fn load_as(folder: &str, options: &LoadOptions) -> CpuBackend {
-    let backend = CpuBackend::load(&model(folder), options, |_, _| ()).unwrap();
+    load_from(&model(folder), options)
+}
+
+/// With all experts.
+fn load_from(model: &Path, options: &LoadOptions) -> CpuBackend {
+    let backend = CpuBackend::load(model, options, |_, _| ()).unwrap();
     let experts = backend.config().experts() as u32;
     let all: Vec<_> = backend
         .config()
@@ -42,6 +52,34 @@ fn golden(folder: &str) -> (SafetensorsFile, Vec<u32>) {
     (golden, ids)
 }
 
+#[derive(serde::Deserialize)]
+struct Conversation {
+    ids: Vec<u32>,
+    /// Per position the two greatest logits, after rounding to four places: (token, logit).
+    top: Vec<[(u32, f32); 2]>,
+}
+
+/// tiny-r1's held-out conversations with what transformers made of them.
+fn conversations() -> Vec<Conversation> {
+    let heldout = std::fs::read(model("models/tiny-r1").join("heldout.json")).unwrap();
+    let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
+    assert_eq!(conversations.len(), 40);
+    conversations
+}
+
+/// The conversations' ids, and what the reference makes of them.
+fn held_out() -> &'static [(Vec<u32>, Trace)] {
+    static TRACED: OnceLock<Vec<(Vec<u32>, Trace)>> = OnceLock::new();
+    TRACED.get_or_init(|| {
+        let reference = Reference::open(&model(TINY)).unwrap();
+        let traced = |Conversation { ids, .. }| {
+            let trace = reference.forward(&ids).unwrap();
+            (ids, trace)
+        };
+        conversations().into_iter().map(traced).collect()
+    })
+}
+
 /// Block tables in order of position.
 fn blocks(positions: usize) -> Vec<u32> {
     (0..BlockAllocator::needed(positions) as u32).collect()
@@ -56,6 +94,22 @@ struct Record {
     routes: Vec<Routes>,
     /// (spans that want logits, vocabulary)
     logits: Vec<f32>,
+}
+
+impl Record {
+    /// What the next step of the same sequence left behind; of the logits the later ones stay.
+    fn append(&mut self, next: Self) {
+        if self.hidden.is_empty() {
+            *self = next;
+            return;
+        }
+        self.hidden.iter_mut().zip(next.hidden).for_each(|(all, rows)| all.extend(rows));
+        for (all, routes) in self.routes.iter_mut().zip(next.routes) {
+            all.experts.extend(routes.experts);
+            all.weights.extend(routes.weights);
+        }
+        self.logits = next.logits;
+    }
 }
 
 fn compute(backend: &CpuBackend, step: &Step, kv: &mut <CpuBackend as Backend>::Kv) -> Record {
@@ -79,12 +133,4 @@ fn whole(tokens: &[u32]) -> Step {
     Step {
         spans: vec![Span { tokens: tokens.to_vec(), start: 0, blocks: blocks(tokens.len()), logits: true }],
     }
-}
-
-/// ‖ours − theirs‖ / ‖theirs‖
-fn relative(ours: &[f32], theirs: &[f32]) -> f64 {
-    assert_eq!(ours.len(), theirs.len());
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let difference: f64 = ours.iter().zip(theirs).map(|(a, b)| square(a - b)).sum();
-    (difference / theirs.iter().map(|&b| square(b)).sum::<f64>()).sqrt()
 }

@@ -10,7 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 use super::*;
 
 /// A tensor under change: name, type, shape, bytes.
-type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);
+pub(super) type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);
 
 /// A copy of a folder of tests/golden that is removed in the end.
 pub(super) struct Copy(pub(super) PathBuf);
@@ -29,7 +29,7 @@ impl Copy {
         Self(path)
     }
 
-    fn tensors(&self) -> Vec<Tensor> {
+    pub(super) fn tensors(&self) -> Vec<Tensor> {
         let bytes = fs::read(self.0.join("model.safetensors")).unwrap();
         let tensors = SafeTensors::deserialize(&bytes).unwrap();
         let owned = |(name, view): (String, TensorView)| {
@@ -39,7 +39,7 @@ impl Copy {
     }
 
     /// Writes some tensors to a file of the model.
-    fn write(&self, file: &str, tensors: &[Tensor]) {
+    pub(super) fn write(&self, file: &str, tensors: &[Tensor]) {
         let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
             (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap())
         });
