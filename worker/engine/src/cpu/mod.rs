@@ -8,11 +8,11 @@
 mod arena;
 mod attention;
 pub(crate) mod blob;
+mod buffer;
 pub(crate) mod isa;
 mod kernel;
 mod math;
 mod matrix;
-mod memory;
 mod norm;
 pub(crate) mod parts;
 mod pool;
@@ -94,7 +94,6 @@ impl CpuBackend {
         options: &LoadOptions,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
-        memory::keep_freed_blocks();
         let config = ModelConfig::read(model)?;
         let (source, format) = Source::open(model, &config, options.weights)?;
         let plan = Plan::new(&config, format);
@@ -165,11 +164,32 @@ impl CpuBackend {
         norm_rows(&self.compute, rows, weight, self.config.norm_eps)
     }
 
+    /// The chosen rows, in the order of `which`.
+    fn select(&self, rows: &CpuActivations, which: &[u32]) -> CpuActivations {
+        let mut selected = CpuActivations::dirty(which.len(), rows.width);
+        let (stride, shares) = (selected.stride, Shares::new(&mut selected.data));
+        self.compute.pool.run_rows(which.len(), &|row| {
+            // SAFETY: each row is one unit's.
+            let out = unsafe { shares.take(row * stride..(row + 1) * stride) };
+            out.copy_from_slice(rows.padded(which[row] as usize));
+        });
+        selected
+    }
+
+    fn add(&self, to: &mut CpuRows, what: &CpuRows) {
+        let (width, rows) = (to.width, to.rows());
+        let shares = Shares::new(&mut to.data);
+        self.compute.pool.run_rows(rows, &|row| {
+            // SAFETY: each row is one unit's.
+            add(unsafe { shares.take(row * width..(row + 1) * width) }, what.row(row));
+        });
+    }
+
     /// One feed-forward part of all rows: (rows, hidden).
     fn swiglu(&self, part: &SwiGlu, x: &CpuActivations) -> CpuRows {
         let inner = gate_up(&self.compute, &[(part, 0..x.rows())], x); // (rows, inner)
-        let mut out = CpuRows::zeros(x.rows(), self.config.hidden);
-        let input = Input::new(&inner, part.down.shape.format);
+        let mut out = CpuRows::dirty(x.rows(), self.config.hidden);
+        let input = Input::new(&self.compute, &inner, part.down.shape.format);
         multiply(&self.compute, &[Product::to_f32(&part.down, &input, 0..x.rows(), &mut out)]);
         out
     }
@@ -227,7 +247,8 @@ impl Backend for CpuBackend {
         let table = self.ends.embeddings.bytes().as_chunks::<2>().0;
         let tokens = step.spans.iter().flat_map(|span| &span.tokens);
         let rows = tokens.flat_map(|&token| &table[token as usize * hidden..][..hidden]);
-        CpuRows { width: hidden, data: rows.map(|&bits| widen(u16::from_le_bytes(bits))).collect() } // (rows, hidden)
+        let data: Vec<f32> = rows.map(|&bits| widen(u16::from_le_bytes(bits))).collect();
+        CpuRows { width: hidden, data: data.into() } // (rows, hidden)
     }
 
     fn attend(
@@ -242,16 +263,16 @@ impl Backend for CpuBackend {
         let (compute, rope, norm_eps) = (&self.compute, &self.rope, self.config.norm_eps);
         let around = Surroundings { compute, rope, norm_eps, places: places(rope, step) };
         let attended = weights.attention.attend(&around, &normed, &mut kv.layers[layer]); // (rows, hidden)
-        add(&mut hidden.data, &attended.data);
+        self.add(hidden, &attended);
         let normed = self.norm(hidden, &weights.feed_forward_norm); // (rows, hidden)
         match &weights.feed_forward {
             FeedForward::Dense(dense) => {
-                add(&mut hidden.data, &self.swiglu(dense, &normed).data);
+                self.add(hidden, &self.swiglu(dense, &normed));
                 Attended::Dense
             }
             FeedForward::Moe { gate, bias, .. } => {
-                let mut logits = CpuRows::zeros(normed.rows(), self.config.experts()); // (rows, experts)
-                let input = Input::new(&normed, gate.shape.format);
+                let mut logits = CpuRows::dirty(normed.rows(), self.config.experts()); // (rows, experts)
+                let input = Input::new(compute, &normed, gate.shape.format);
                 multiply(compute, &[Product::to_f32(gate, &input, 0..normed.rows(), &mut logits)]);
                 let routes = self.route(&logits, bias); // (rows, top_k)
                 Attended::Moe { normed, routes }
@@ -279,7 +300,7 @@ impl Backend for CpuBackend {
         };
         let experts = groups.iter().map(resident).collect::<Result<Vec<_>, _>>()?;
         let which: Vec<u32> = groups.iter().flat_map(|group| &group.rows).copied().collect();
-        let gathered = inputs.select(&which); // (rows of all groups, hidden)
+        let gathered = self.select(inputs, &which); // (rows of all groups, hidden)
         let mut end = 0;
         let parts: Vec<_> = experts
             .iter()
@@ -290,9 +311,9 @@ impl Backend for CpuBackend {
             })
             .collect();
         let inner = gate_up(&self.compute, &parts, &gathered); // (rows of all groups, inner)
-        let mut out = CpuActivations::zeros(which.len(), self.config.hidden);
+        let mut out = CpuActivations::dirty(which.len(), self.config.hidden);
         let Some((first, _)) = parts.first() else { return Ok(out) };
-        let input = Input::new(&inner, first.down.shape.format);
+        let input = Input::new(&self.compute, &inner, first.down.shape.format);
         let mut columns = Columns::new(&mut out);
         let products: Vec<Product> = parts
             .iter()
@@ -316,7 +337,7 @@ impl Backend for CpuBackend {
         let (width, top_k) = (hidden.width, routes.top_k);
         let rows = hidden.rows();
         let shares = Shares::new(&mut hidden.data);
-        self.compute.pool.run(rows, &|row| {
+        self.compute.pool.run_rows(rows, &|row| {
             let mut sum = shared.row(row).to_vec(); // (hidden)
             for slot in row * top_k..(row + 1) * top_k {
                 add_weighted(self.compute.isa, &mut sum, routes.weights[slot], answers.row(slot));
@@ -332,10 +353,10 @@ impl Backend for CpuBackend {
             end += span.tokens.len();
             span.logits.then(|| end - 1)
         });
-        let data = lasts.flat_map(|row| hidden.row(row)).copied().collect();
-        let normed = self.norm(&CpuRows { width: hidden.width, data }, &self.ends.norm); // (spans, hidden)
-        let mut logits = CpuRows::zeros(normed.rows(), self.config.vocabulary); // (spans, vocabulary)
-        let input = Input::new(&normed, self.ends.head.shape.format);
+        let data: Vec<f32> = lasts.flat_map(|row| hidden.row(row)).copied().collect();
+        let normed = self.norm(&CpuRows { width: hidden.width, data: data.into() }, &self.ends.norm); // (spans, hidden)
+        let mut logits = CpuRows::dirty(normed.rows(), self.config.vocabulary); // (spans, vocabulary)
+        let input = Input::new(&self.compute, &normed, self.ends.head.shape.format);
         multiply(&self.compute, &[Product::to_f32(&self.ends.head, &input, 0..normed.rows(), &mut logits)]);
         logits
     }
@@ -345,14 +366,21 @@ impl Backend for CpuBackend {
     }
 
     fn scatter(&self, from: &CpuActivations, at: &[u32], into: &mut CpuActivations) {
-        for (row, &at) in at.iter().enumerate() {
-            into.row_mut(at as usize).copy_from_slice(from.row(row));
-        }
+        let mut taken = vec![false; into.rows()];
+        at.iter().for_each(|&at| {
+            assert!(!std::mem::replace(&mut taken[at as usize], true), "two rows for one place")
+        });
+        let (stride, shares) = (into.stride, Shares::new(&mut into.data));
+        self.compute.pool.run_rows(at.len(), &|row| {
+            let start = at[row] as usize * stride;
+            // SAFETY: each row has a place of its own.
+            unsafe { shares.take(start..start + stride) }.copy_from_slice(from.padded(row));
+        });
     }
 
     fn upload(&self, rows: &[u16]) -> CpuActivations {
         let hidden = self.config.hidden;
-        let mut uploaded = CpuActivations::zeros(rows.len() / hidden, hidden);
+        let mut uploaded = CpuActivations::dirty(rows.len() / hidden, hidden);
         for (row, values) in rows.chunks_exact(hidden).enumerate() {
             uploaded.row_mut(row).copy_from_slice(values);
         }
@@ -364,7 +392,7 @@ impl Backend for CpuBackend {
     }
 
     fn download(&self, rows: &CpuRows) -> Vec<f32> {
-        rows.data.clone()
+        rows.data.to_vec()
     }
 
     fn load(&self, layer: usize, expert: u32) -> Result<u64, EngineError> {

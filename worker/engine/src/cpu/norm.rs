@@ -25,10 +25,10 @@ pub(crate) fn norm_in_place(row: &mut [f32], weight: &[f32], eps: f32) {
 
 /// Every row normed by itself: (rows, width) → (rows, width).
 pub(crate) fn norm_rows(compute: &Compute, rows: &CpuRows, weight: &[f32], eps: f32) -> CpuActivations {
-    let mut out = CpuActivations::zeros(rows.rows(), rows.width);
+    let mut out = CpuActivations::dirty(rows.rows(), rows.width);
     let (width, stride) = (rows.width, out.stride);
     let shares = Shares::new(&mut out.data);
-    compute.pool.run(rows.rows(), &|row| {
+    compute.pool.run_rows(rows.rows(), &|row| {
         // SAFETY: each row is one unit's.
         let out = unsafe { shares.take(row * stride..row * stride + width) };
         norm_row(compute.isa, rows.row(row), weight, eps, out);

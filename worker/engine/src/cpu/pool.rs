@@ -102,6 +102,14 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// Calls `work` once with each of 0..`rows`, on all threads where there are many. For what takes a microsecond a row.
+    pub(crate) fn run_rows(&self, rows: usize, work: &Work) {
+        const TOGETHER: usize = 8;
+        self.run(rows.div_ceil(TOGETHER), &|unit| {
+            (unit * TOGETHER..rows.min((unit + 1) * TOGETHER)).for_each(work);
+        });
+    }
+
     /// Calls `work` once with each of 0..`units`, on all threads, and returns when all are done. Units should take
     /// microseconds. A unit that panics makes the caller panic.
     pub(crate) fn run(&self, units: usize, work: &Work) {

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::buffer::Buffer;
 use super::kernel::{self, Bf16Rows, Int8Rows, LANES, PAIR, ROWS, Tile, Wide, bf16, fp8, int4, int8};
 use super::math::{round_bf16, silu};
 use super::matrix::{Format, Matrix};
@@ -24,6 +25,14 @@ pub(crate) struct Compute {
     pub(crate) numerics: Numerics,
 }
 
+#[cfg(test)]
+impl Compute {
+    /// One thread, `pair`.
+    pub(crate) fn alone(isa: Isa) -> Self {
+        Self { pool: Pool::new(1), isa, numerics: Numerics::Pair }
+    }
+}
+
 /// Rows as a matrix's format wants them.
 pub(crate) enum Input<'a> {
     Bf16(&'a CpuActivations),
@@ -31,11 +40,11 @@ pub(crate) enum Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    pub(crate) fn new(rows: &'a CpuActivations, format: Format) -> Self {
+    pub(crate) fn new(compute: &Compute, rows: &'a CpuActivations, format: Format) -> Self {
         match format {
             Format::Bf16 | Format::Fp8 => Self::Bf16(rows),
-            Format::Int8 => Self::Quantised(Quantised::new(rows, int8::BLOCK)),
-            Format::Int4 => Self::Quantised(Quantised::new(rows, int4::BLOCK)),
+            Format::Int8 => Self::Quantised(Quantised::new(compute, rows, int8::BLOCK)),
+            Format::Int4 => Self::Quantised(Quantised::new(compute, rows, int4::BLOCK)),
         }
     }
 }
@@ -135,10 +144,10 @@ impl<'a> Product<'a> {
     fn compute(&self, compute: &Compute, unit: usize) {
         let (shape, per_unit) = (&self.matrix.shape, self.pairs_per_unit());
         let mut tile: Tile = [[0.0; PAIR]; ROWS];
-        let mut wide = Vec::new();
+        let mut wide = Buffer::dirty(0);
         for first in self.rows.clone().step_by(ROWS) {
             let rows = first..self.rows.end.min(first + ROWS);
-            self.widen(compute, rows.clone(), &mut wide);
+            wide = self.widen(compute, rows.clone(), wide);
             for pair in unit * per_unit..shape.pairs().min((unit + 1) * per_unit) {
                 self.multiply(compute, self.matrix.pair(pair), (rows.clone(), &wide), &mut tile);
                 // SAFETY: this pair's columns of these rows are this unit's alone.
@@ -152,19 +161,18 @@ impl<'a> Product<'a> {
         row * self.step + self.offset
     }
 
-    /// Leaves `wide` empty where the kernel has no use for it.
-    fn widen(&self, compute: &Compute, rows: Range<usize>, wide: &mut Vec<f32>) {
-        let Input::Bf16(input) = self.input else { return };
-        let elements = if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) {
-            rows.len() * input.stride
-        } else {
-            0
-        };
-        wide.resize(elements, 0.0);
-        if elements > 0 {
-            for (row, wide) in rows.zip(wide.chunks_exact_mut(input.stride)) {
-                widen_row(compute.isa, input.padded(self.input_row(row)), wide);
+    /// The rows in f32, or nothing where the kernel has no use for them. Takes the memory of the rows before.
+    fn widen(&self, compute: &Compute, rows: Range<usize>, before: Buffer<f32>) -> Buffer<f32> {
+        drop(before);
+        match self.input {
+            Input::Bf16(input) if bf16::wants_wide(compute.isa, compute.numerics, rows.len()) => {
+                let mut wide = Buffer::dirty(rows.len() * input.stride);
+                for (row, wide) in rows.zip(wide.chunks_exact_mut(input.stride)) {
+                    widen_row(compute.isa, input.padded(self.input_row(row)), wide);
+                }
+                wide
             }
+            _ => Buffer::dirty(0),
         }
     }
 

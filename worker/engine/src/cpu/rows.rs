@@ -1,6 +1,11 @@
 //! Matrices of rows: f32 for the residual stream, bf16 for what goes into a product, int8 for what goes into an
 //! integer one.
 
+use super::buffer::Buffer;
+use super::kernel;
+use super::math::round_even;
+use super::pool::Shares;
+use super::products::Compute;
 use crate::checkpoint::widen;
 
 /// Rows of f32.
@@ -8,12 +13,17 @@ use crate::checkpoint::widen;
 pub struct CpuRows {
     pub(crate) width: usize,
     /// (rows, width)
-    pub(crate) data: Vec<f32>,
+    pub(crate) data: Buffer<f32>,
 }
 
 impl CpuRows {
     pub(crate) fn zeros(rows: usize, width: usize) -> Self {
-        Self { width, data: vec![0.0; rows * width] }
+        Self { width, data: Buffer::zeros(rows * width) }
+    }
+
+    /// For whoever writes every element before it is read.
+    pub(crate) fn dirty(rows: usize, width: usize) -> Self {
+        Self { width, data: Buffer::dirty(rows * width) }
     }
 
     pub(crate) fn rows(&self) -> usize {
@@ -29,18 +39,28 @@ impl CpuRows {
 pub(crate) const K_PADDING: usize = 64;
 
 /// Rows of bf16, each padded with zeros.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct CpuActivations {
     pub(crate) width: usize,
     pub(crate) stride: usize,
     /// (rows, stride)
-    pub(crate) data: Vec<u16>,
+    pub(crate) data: Buffer<u16>,
 }
 
 impl CpuActivations {
     pub(crate) fn zeros(rows: usize, width: usize) -> Self {
         let stride = width.next_multiple_of(K_PADDING);
-        Self { width, stride, data: vec![0; rows * stride] }
+        Self { width, stride, data: Buffer::zeros(rows * stride) }
+    }
+
+    /// For whoever writes every element but the padding before it is read.
+    pub(crate) fn dirty(rows: usize, width: usize) -> Self {
+        let stride = width.next_multiple_of(K_PADDING);
+        let mut data = Buffer::dirty(rows * stride);
+        if width < stride {
+            data.chunks_exact_mut(stride).for_each(|row| row[width..].fill(0));
+        }
+        Self { width, stride, data }
     }
 
     #[cfg(test)]
@@ -69,12 +89,6 @@ impl CpuActivations {
     pub(crate) fn padded(&self, row: usize) -> &[u16] {
         &self.data[row * self.stride..][..self.stride]
     }
-
-    pub(crate) fn select(&self, which: &[u32]) -> Self {
-        let mut data = Vec::with_capacity(which.len() * self.stride);
-        which.iter().for_each(|&row| data.extend_from_slice(self.padded(row as usize)));
-        Self { data, ..*self }
-    }
 }
 
 /// Rows of int8 with a scale per row and block of K.
@@ -92,7 +106,7 @@ pub(crate) struct Quantised {
 
 impl Quantised {
     /// Symmetric: a block's greatest magnitude becomes 127; a block of zeros has the scale 0.
-    pub(crate) fn new(rows: &CpuActivations, block: usize) -> Self {
+    pub(crate) fn new(compute: &Compute, rows: &CpuActivations, block: usize) -> Self {
         let (stride, blocks) = (rows.stride, rows.stride / block);
         let mut quantised = Self {
             block,
@@ -101,11 +115,22 @@ impl Quantised {
             scales: vec![0.0; rows.rows() * blocks],
             sums: vec![0; rows.rows() * blocks],
         };
-        for (index, (from, to)) in
-            rows.data.chunks_exact(block).zip(quantised.data.chunks_exact_mut(block)).enumerate()
-        {
-            (quantised.scales[index], quantised.sums[index]) = quantise_block(from, to);
-        }
+        let (data, scales, sums) = (
+            Shares::new(&mut quantised.data),
+            Shares::new(&mut quantised.scales),
+            Shares::new(&mut quantised.sums),
+        );
+        compute.pool.run_rows(rows.rows(), &|row| {
+            // SAFETY: each row is one unit's.
+            let (data, scales, sums) = unsafe {
+                let of_row = row * blocks..(row + 1) * blocks;
+                (data.take(row * stride..(row + 1) * stride), scales.take(of_row.clone()), sums.take(of_row))
+            };
+            let from = rows.padded(row).chunks_exact(block).zip(data.chunks_exact_mut(block));
+            for ((from, to), (scale, sum)) in from.zip(scales.iter_mut().zip(sums)) {
+                (*scale, *sum) = quantise_block(compute.isa, from, to);
+            }
+        });
         quantised
     }
 
@@ -115,22 +140,24 @@ impl Quantised {
     }
 }
 
-/// The scale, and the sum of what was written.
-fn quantise_block(from: &[u16], to: &mut [i8]) -> (f32, i32) {
-    // Magnitudes of bf16 order as integers do.
-    let greatest = widen(from.iter().fold(0, |greatest, bits| greatest.max(bits & 0x7fff)));
-    if greatest == 0.0 {
-        to.fill(0);
-        return (0.0, 0);
+kernel::for_each_isa! {
+    /// The scale, and the sum of what was written.
+    fn quantise_block(from: &[u16], to: &mut [i8]) -> (f32, i32) {
+        // Magnitudes of bf16 order as integers do.
+        let greatest = widen(from.iter().fold(0, |greatest, bits| greatest.max(bits & 0x7fff)));
+        if greatest == 0.0 {
+            to.fill(0);
+            return (0.0, 0);
+        }
+        // The product of both is a little off 127 at most: the rounded quotient stays within ±127.
+        let (scale, inverse) = (greatest / 127.0, 127.0 / greatest);
+        let mut sum = 0;
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = round_even(widen(from) * inverse) as i8;
+            sum += i32::from(*to);
+        }
+        (scale, sum)
     }
-    // The product of both is a little off 127 at most: the rounded quotient stays within ±127.
-    let (scale, inverse) = (greatest / 127.0, 127.0 / greatest);
-    let mut sum = 0;
-    for (to, &from) in to.iter_mut().zip(from) {
-        *to = super::math::round_even(widen(from) * inverse) as i8;
-        sum += i32::from(*to);
-    }
-    (scale, sum)
 }
 
 #[cfg(test)]
@@ -138,6 +165,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::Isa;
 
     proptest! {
         #[test]
@@ -145,7 +173,7 @@ mod tests {
             values in prop::collection::vec(-100.0f32..100.0, 1..200), block in prop_oneof![Just(32usize), Just(64)],
         ) {
             let rows = CpuActivations::from_f32(&values, values.len());
-            let quantised = Quantised::new(&rows, block);
+            let quantised = Quantised::new(&Compute::alone(Isa::Portable), &rows, block);
             for (at, &bits) in rows.data.iter().enumerate() {
                 let scale = quantised.scales[at / block];
                 let error = (widen(bits) - f32::from(quantised.data[at]) * scale).abs();

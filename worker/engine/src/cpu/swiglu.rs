@@ -28,8 +28,8 @@ pub(crate) fn gate_up(
     x: &CpuActivations,
 ) -> CpuActivations {
     let Some((first, _)) = parts.first() else { return CpuActivations::zeros(0, 1) };
-    let mut inner = CpuActivations::zeros(x.rows(), first.inner());
-    let input = Input::new(x, first.format());
+    let mut inner = CpuActivations::dirty(x.rows(), first.inner());
+    let input = Input::new(compute, x, first.format());
     let mut columns = Columns::new(&mut inner);
     let products: Vec<Product> = parts
         .iter()

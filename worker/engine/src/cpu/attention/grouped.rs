@@ -38,8 +38,8 @@ impl Grouped {
         self.write(around, k, &v, cache);
         let queries = self.queries(around, q); // (rows · heads, head)
         let mixed = self.mix(around, &queries, cache); // (rows, heads · head)
-        let mut out = CpuRows::zeros(mixed.rows(), self.out.shape.outputs);
-        let input = Input::new(&mixed, self.out.shape.format);
+        let mut out = CpuRows::dirty(mixed.rows(), self.out.shape.outputs);
+        let input = Input::new(around.compute, &mixed, self.out.shape.format);
         multiply(around.compute, &[Product::to_f32(&self.out, &input, 0..mixed.rows(), &mut out)]);
         self.add_bias(3, &mut out);
         out // (rows, hidden)
@@ -51,9 +51,9 @@ impl Grouped {
     }
 
     fn project(&self, around: &Surroundings, normed: &CpuActivations) -> [CpuRows; 3] {
-        let (rows, input) = (normed.rows(), Input::new(normed, self.q.shape.format));
+        let (rows, input) = (normed.rows(), Input::new(around.compute, normed, self.q.shape.format));
         let matrices = [&self.q, &self.k, &self.v];
-        let mut out = matrices.map(|matrix| CpuRows::zeros(rows, matrix.shape.outputs));
+        let mut out = matrices.map(|matrix| CpuRows::dirty(rows, matrix.shape.outputs));
         let products: Vec<Product> = matrices
             .iter()
             .zip(&mut out)
@@ -99,10 +99,10 @@ impl Grouped {
     /// Normed and rotated: (rows · heads, head).
     fn queries(&self, around: &Surroundings, mut q: CpuRows) -> CpuActivations {
         let (heads, head, rows) = (self.shape.heads, self.shape.head, q.rows());
-        let mut queries = CpuActivations::zeros(rows * heads, head);
+        let mut queries = CpuActivations::dirty(rows * heads, head);
         let stride = queries.stride;
         let (q_shares, shares) = (Shares::new(&mut q.data), Shares::new(&mut queries.data));
-        around.compute.pool.run(rows, &|row| {
+        around.compute.pool.run_rows(rows, &|row| {
             // SAFETY: each row is one unit's.
             let (q, queries) = unsafe {
                 (
@@ -122,7 +122,7 @@ impl Grouped {
     fn mix(&self, around: &Surroundings, queries: &CpuActivations, cache: &[u16]) -> CpuActivations {
         let GroupedConfig { heads, kv_heads, head, .. } = self.shape;
         let (width, rows, shared_by) = (self.width(), queries.rows() / heads, heads / kv_heads);
-        let mut mixed = CpuActivations::zeros(rows, heads * head);
+        let mut mixed = CpuActivations::dirty(rows, heads * head);
         let stride = mixed.stride;
         let shares = Shares::new(&mut mixed.data);
         // Of each row and key, groups of heads that share it.

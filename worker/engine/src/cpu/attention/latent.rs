@@ -44,8 +44,8 @@ impl Latent {
         let queries = self.absorb(around, queries); // (rows, heads · key width)
         let mixed = self.mix(around, &queries, cache); // (rows · heads, latent)
         let values = self.values(around, &mixed); // (rows, heads · value)
-        let mut out = CpuRows::zeros(values.rows(), self.out.shape.outputs);
-        let input = Input::new(&values, self.out.shape.format);
+        let mut out = CpuRows::dirty(values.rows(), self.out.shape.outputs);
+        let input = Input::new(around.compute, &values, self.out.shape.format);
         multiply(around.compute, &[Product::to_f32(&self.out, &input, 0..values.rows(), &mut out)]);
         out // (rows, hidden)
     }
@@ -58,46 +58,48 @@ impl Latent {
     /// Queries before they are rotated, and latents with their rotated keys before they are normed and rotated.
     fn down(&self, around: &Surroundings, normed: &CpuActivations) -> (CpuRows, CpuRows) {
         let (compute, rows) = (around.compute, normed.rows());
-        let mut kv = CpuRows::zeros(rows, self.shape.cached());
-        let mut q = CpuRows::zeros(rows, self.shape.heads * self.shape.query());
-        let input = Input::new(normed, self.kv_down.shape.format);
+        let mut kv = CpuRows::dirty(rows, self.shape.cached());
+        let mut q = CpuRows::dirty(rows, self.shape.heads * self.shape.query());
+        let input = Input::new(around.compute, normed, self.kv_down.shape.format);
         let kv_product = Product::to_f32(&self.kv_down, &input, 0..rows, &mut kv);
         let Some(q_down) = &self.q_down else {
             multiply(compute, &[kv_product, Product::to_f32(&self.q_up, &input, 0..rows, &mut q)]);
             return (q, kv);
         };
-        let mut latent = CpuRows::zeros(rows, q_down.shape.outputs);
+        let mut latent = CpuRows::dirty(rows, q_down.shape.outputs);
         multiply(compute, &[Product::to_f32(q_down, &input, 0..rows, &mut latent), kv_product]);
         let latent = norm_rows(compute, &latent, &self.q_norm, LATENT_NORM_EPS);
-        let input = Input::new(&latent, self.q_up.shape.format);
+        let input = Input::new(compute, &latent, self.q_up.shape.format);
         multiply(compute, &[Product::to_f32(&self.q_up, &input, 0..rows, &mut q)]);
         (q, kv)
     }
 
     /// Latents normed and keys rotated, in bf16, into the cache.
     fn write(&self, around: &Surroundings, kv: &CpuRows, cache: &mut [u16]) {
-        let (latent, cached) = (self.shape.latent, self.shape.cached());
-        let mut rotated = vec![0.0; self.shape.rope];
-        for (row, place) in around.places.iter().enumerate() {
-            let slot = &mut cache[place.slot(self.key_width())];
+        let (latent, cached, stride) = (self.shape.latent, self.shape.cached(), self.key_width());
+        let shares = Shares::new(cache);
+        around.compute.pool.run_rows(kv.rows(), &|row| {
+            let place = &around.places[row];
+            // SAFETY: `places` has seen that no two rows are at one place.
+            let slot = unsafe { shares.take(place.slot(stride)) };
             let (latents, keys) = kv.row(row).split_at(latent);
             norm_row(around.compute.isa, latents, &self.kv_norm, LATENT_NORM_EPS, &mut slot[..latent]);
-            rotated.copy_from_slice(keys);
+            let mut rotated = keys.to_vec();
             around.rope.rotate(&mut rotated, place.angles);
             round(around.compute.isa, &rotated, &mut slot[latent..cached]);
-        }
+        });
     }
 
     /// W_UK·q and the rotated part, of every head: (rows, heads · key width).
     fn absorb(&self, around: &Surroundings, mut q: CpuRows) -> CpuActivations {
         let LatentConfig { heads, nope, latent, rope, .. } = self.shape;
         let (compute, rows, query, key) = (around.compute, q.rows(), self.shape.query(), self.key_width());
-        let mut queries = CpuActivations::zeros(rows, heads * key);
-        let mut plain = CpuActivations::zeros(rows * heads, nope);
+        let mut queries = CpuActivations::dirty(rows, heads * key);
+        let mut plain = CpuActivations::dirty(rows * heads, nope);
         let (stride, plain_stride) = (queries.stride, plain.stride);
         let (q_shares, shares, plain_shares) =
             (Shares::new(&mut q.data), Shares::new(&mut queries.data), Shares::new(&mut plain.data));
-        compute.pool.run(rows, &|row| {
+        compute.pool.run_rows(rows, &|row| {
             // SAFETY: each row is one unit's.
             let (q, queries, plain) = unsafe {
                 (
@@ -109,10 +111,12 @@ impl Latent {
             for (head, q) in q.chunks_exact_mut(query).enumerate() {
                 round(compute.isa, &q[..nope], &mut plain[head * plain_stride..][..nope]);
                 around.rope.rotate(&mut q[nope..], around.places[row].angles);
-                round(compute.isa, &q[nope..], &mut queries[head * key + latent..][..rope]);
+                let (rotated, padding) = queries[head * key + latent..(head + 1) * key].split_at_mut(rope);
+                round(compute.isa, &q[nope..], rotated);
+                padding.fill(0);
             }
         });
-        let input = Input::new(&plain, self.k_absorb[0].shape.format);
+        let input = Input::new(compute, &plain, self.k_absorb[0].shape.format);
         let mut columns = Columns::new(&mut queries);
         let products: Vec<Product> = self
             .k_absorb
@@ -130,7 +134,7 @@ impl Latent {
     fn mix(&self, around: &Surroundings, queries: &CpuActivations, cache: &[u16]) -> CpuActivations {
         let LatentConfig { heads, latent, .. } = self.shape;
         let (rows, key, width) = (queries.rows(), self.key_width(), latent.next_multiple_of(WIDTH));
-        let mut mixed = CpuActivations::zeros(rows * heads, latent);
+        let mut mixed = CpuActivations::dirty(rows * heads, latent);
         let stride = mixed.stride;
         let shares = Shares::new(&mut mixed.data);
         let groups = heads.div_ceil(HEADS);
@@ -167,8 +171,8 @@ impl Latent {
     fn values(&self, around: &Surroundings, mixed: &CpuActivations) -> CpuActivations {
         let LatentConfig { heads, value, .. } = self.shape;
         let rows = mixed.rows() / heads;
-        let mut values = CpuActivations::zeros(rows, heads * value);
-        let input = Input::new(mixed, self.v_up[0].shape.format);
+        let mut values = CpuActivations::dirty(rows, heads * value);
+        let input = Input::new(around.compute, mixed, self.v_up[0].shape.format);
         let mut columns = Columns::new(&mut values);
         let products: Vec<Product> = self
             .v_up

@@ -60,12 +60,17 @@ impl Attention {
     }
 }
 
+/// Where the rows of a step are. Panics where two are at one place: they are written at the same time.
 pub(crate) fn places<'a>(rope: &'a Rope, step: &'a Step) -> Vec<Place<'a>> {
     let of_span = |span: &'a crate::Span| {
         let positions = span.start..span.start + span.tokens.len();
         positions.map(move |position| Place { position, blocks: &span.blocks, angles: rope.angles(position) })
     };
-    step.spans.iter().flat_map(of_span).collect()
+    let places: Vec<Place> = step.spans.iter().flat_map(of_span).collect();
+    let mut slots: Vec<usize> = places.iter().map(|place| place.slot(1).start).collect();
+    slots.sort_unstable();
+    assert!(slots.windows(2).all(|pair| pair[0] != pair[1]), "two rows of a step are at one place");
+    places
 }
 
 /// Elements of a position's row in the cache of one layer.

@@ -172,6 +172,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::widen;
     use crate::cpu::math::round_bf16;
+    use crate::cpu::products::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
 
     fn compare(k: usize, rows: usize, seed: usize) {
@@ -192,7 +193,7 @@ mod tests {
             }
         }
         let values: Vec<f32> = (0..rows * k).map(|at| noise(at + seed * 7) * 3.0).collect();
-        let x = Quantised::new(&CpuActivations::from_f32(&values, k), BLOCK);
+        let x = Quantised::new(&Compute::alone(Isa::Portable), &CpuActivations::from_f32(&values, k), BLOCK);
         let int8 = Int8Rows {
             data: &x.data,
             stride: x.stride,

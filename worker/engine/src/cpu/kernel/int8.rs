@@ -250,6 +250,7 @@ mod tests {
     use super::super::tests::noise;
     use super::*;
     use crate::cpu::math::round_bf16;
+    use crate::cpu::products::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
 
     /// Every version that this machine has against the definition.
@@ -270,7 +271,7 @@ mod tests {
             }
         }
         let values: Vec<f32> = (0..rows * k).map(|at| noise(at + seed * 7) * 3.0).collect();
-        let x = Quantised::new(&CpuActivations::from_f32(&values, k), BLOCK);
+        let x = Quantised::new(&Compute::alone(Isa::Portable), &CpuActivations::from_f32(&values, k), BLOCK);
         let int8 = Int8Rows {
             data: &x.data,
             stride: x.stride,
