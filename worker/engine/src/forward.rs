@@ -67,10 +67,10 @@ pub struct Grouped {
     pub at: Vec<u32>,
 }
 
-/// The rows of each expert that `wanted` names.
-pub fn group(routes: &Routes, wanted: impl Fn(u32) -> bool) -> Grouped {
-    let mut places: Vec<(u32, u32)> = // (expert, place among the answers)
-        routes.experts.iter().copied().zip(0..).filter(|&(expert, _)| wanted(expert)).collect();
+/// The rows of each expert, of some pairs of row and expert: row · top_k + slot.
+pub fn group(routes: &Routes, pairs: impl IntoIterator<Item = u32>) -> Grouped {
+    let of_pair = |pair: u32| (routes.experts[pair as usize], pair);
+    let mut places: Vec<(u32, u32)> = pairs.into_iter().map(of_pair).collect(); // (expert, place among the answers)
     places.sort_unstable();
     let top_k = routes.top_k as u32;
     let groups = places.chunk_by(|a, b| a.0 == b.0).map(|chunk| ExpertGroup {
@@ -98,7 +98,7 @@ impl<B: Backend> Exchange<B> for LocalExchange {
         normed: &B::Activations,
         routes: &Routes,
     ) -> Result<B::Activations, NotResident> {
-        let grouped = group(routes, |_| true);
+        let grouped = group(routes, 0..routes.experts.len() as u32);
         let computed = backend.experts(layer, normed, &grouped.groups)?; // (rows · top_k, hidden), by expert
         let mut answers = backend.zeros(routes.experts.len()); // (rows · top_k, hidden), by row
         backend.scatter(&computed, &grouped.at, &mut answers);

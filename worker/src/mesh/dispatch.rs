@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, Exchange, ExpertGroup, NotResident, Routes};
+use expertmesh_engine::{Backend, Exchange, Grouped, NotResident, Routes, group};
 use expertmesh_proto::expert::{Answers, Rows};
 use expertmesh_proto::placement::Placement;
 use tokio::sync::watch;
@@ -138,17 +138,10 @@ impl<B: Backend> MeshExchange<B> {
         routes: &Routes,
     ) -> Result<Vec<u32>, LoadFailed> {
         let again = self.load(layer, routes)?;
-        let mut pairs = std::mem::take(&mut self.layer.local);
-        if pairs.is_empty() {
+        let Grouped { groups, at } = group(routes, std::mem::take(&mut self.layer.local));
+        if groups.is_empty() {
             return Ok(again);
         }
-        pairs.sort_unstable_by_key(|&pair| (routes.experts[pair as usize], pair));
-        let same = |a: &u32, b: &u32| routes.experts[*a as usize] == routes.experts[*b as usize];
-        let group = |chunk: &[u32]| ExpertGroup {
-            expert: routes.experts[chunk[0] as usize],
-            rows: chunk.iter().map(|pair| pair / routes.top_k as u32).collect(),
-        };
-        let groups: Vec<ExpertGroup> = pairs.chunk_by(same).map(group).collect();
         let outputs = loop {
             match backend.experts(layer, normed, &groups) {
                 Ok(outputs) => break outputs,
@@ -157,7 +150,7 @@ impl<B: Backend> MeshExchange<B> {
             }
         };
         if let Some(answers) = &mut self.layer.answers {
-            backend.scatter(&outputs, &pairs, answers);
+            backend.scatter(&outputs, &at, answers);
         }
         Ok(again)
     }
