@@ -180,7 +180,7 @@ impl<B: Backend> Exchange<B> for Watched {
         normed: &B::Activations,
         routes: &Routes,
     ) -> Result<(), EngineError> {
-        for group in group(routes, |_| true).groups {
+        for group in group(routes, 0..routes.experts.len() as u32).groups {
             backend.load(layer, group.expert)?;
         }
         let widened = backend.download_activations(normed).into_iter().map(crate::checkpoint::widen);
