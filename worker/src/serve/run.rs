@@ -144,7 +144,13 @@ where
         metrics.prompt_tokens.inc_by(prefilled as u64);
         let vocabulary = self.backend.config().vocabulary();
         for ((&id, _), logits) in sampled.zip(logits.chunks_exact(vocabulary)) {
-            self.sampled(id, logits, live);
+            if logits.iter().all(|logit| logit.is_finite()) {
+                self.sampled(id, logits, live);
+            } else {
+                // Its later rows would not be either, and peers end the streams that such rows come on.
+                tracing::error!("the logits of a sequence are not finite");
+                self.end(id, live, Err(Status::internal("the logits are not finite")));
+            }
         }
     }
 
@@ -275,6 +281,17 @@ mod tests {
 
     /// What three sequences answer with a cache of so many blocks, and how often one gave its blocks back.
     fn answers(backend: &Arc<CpuBackend>, blocks: usize) -> (Vec<Vec<v1::GenerateEvent>>, u64) {
+        let (answers, preemptions) = events(backend, blocks);
+        (
+            answers.into_iter().map(|answer| answer.into_iter().map(Result::unwrap).collect()).collect(),
+            preemptions,
+        )
+    }
+
+    fn events(
+        backend: &Arc<CpuBackend>,
+        blocks: usize,
+    ) -> (Vec<Vec<Result<v1::GenerateEvent, Status>>>, u64) {
         let metrics = Arc::new(WorkerMetrics::new(&Registry::new()));
         let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
         let engine = Loop {
@@ -294,7 +311,7 @@ mod tests {
         let answers: Vec<_> = (0..3).map(submit).collect();
         let thread = std::thread::spawn(move || engine.run(&receiver));
         let read = |mut answer: tokio_mpsc::Receiver<Result<v1::GenerateEvent, Status>>| {
-            std::iter::from_fn(|| answer.blocking_recv()).map(Result::unwrap).collect()
+            std::iter::from_fn(|| answer.blocking_recv()).collect()
         };
         let answers = answers.into_iter().map(read).collect();
         drop(commands);
@@ -319,5 +336,30 @@ mod tests {
         let (found, preemptions) = answers(&backend, 4);
         assert!(preemptions > 0);
         assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn a_sequence_whose_logits_are_not_numbers_fails_at_once() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
+        let model = std::env::temp_dir().join(format!("expertmesh-not-finite-{}", std::process::id()));
+        std::fs::create_dir_all(&model).unwrap();
+        std::fs::copy(golden.join("config.json"), model.join("config.json")).unwrap();
+        let mut file = std::fs::read(golden.join("model.safetensors")).unwrap();
+        let header = 8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize;
+        let tensors: serde_json::Value = serde_json::from_slice(&file[8..header]).unwrap();
+        let offsets = &tensors["model.norm.weight"]["data_offsets"];
+        let range = [0, 1].map(|at| header + offsets[at].as_u64().unwrap() as usize);
+        file[range[0]..range[1]].fill(0x7f); // 3.4e38
+        std::fs::write(model.join("model.safetensors"), file).unwrap();
+        let backend = Arc::new(CpuBackend::load(&model, &LoadOptions::default(), |_, _| ()).unwrap());
+        let config = backend.config();
+        for layer in config.moe_layers() {
+            (0..config.experts() as u32).for_each(|expert| drop(backend.load(layer, expert)));
+        }
+        std::fs::remove_dir_all(&model).unwrap();
+        for answer in events(&backend, 64).0 {
+            let [Err(status)] = &answer[..] else { panic!("{} events", answer.len()) };
+            assert!(status.message().contains("not finite"), "{status}");
+        }
     }
 }

@@ -10,8 +10,9 @@ use memmap2::{Advice, MmapMut, MmapRaw, UncheckedAdvice};
 /// Bytes of a mapping; it takes memory only where it is written to.
 const CHUNK: usize = 256 << 20;
 
-/// What pieces begin and end at.
-const PAGE: usize = 4096;
+/// What pieces begin and end at: the largest page of any system. Where pages are larger than this, dropping a piece would
+/// clear its neighbours' ends.
+const PAGE: usize = 64 << 10;
 
 /// A piece of a mapping, filled once. Dropping it gives its memory back, and the last one the mapping.
 pub(crate) struct Piece {
@@ -86,7 +87,12 @@ mod tests {
                 assert!(out.iter().all(|&byte| byte == 0));
                 out.fill(round);
             });
-            kept.push((round, bytes, piece.unwrap()));
+            let piece = piece.unwrap();
+            assert!(
+                (piece.bytes().as_ptr() as usize).is_multiple_of(64 << 10),
+                "pages of aarch64 may be 64 KiB"
+            );
+            kept.push((round, bytes, piece));
             if round % 3 == 0 {
                 kept.remove(usize::from(round) % kept.len());
             }

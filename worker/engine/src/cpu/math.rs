@@ -6,11 +6,16 @@
 /// (VDPBF16PS and TDPBF16PS do, FMA does not).
 const LEAST: f32 = 2.775_557_6e-17;
 
-/// To the nearest bf16, ties to even; magnitudes below 2⁻⁵⁵ become 0, NaN stays NaN.
+/// From this magnitude on, 2⁶³, a bf16 counts as infinite. No product of two others overflows, where a fused addition of
+/// the opposite sign would bring it back and an addition after the product would not.
+const MOST: f32 = 9.223_372e18;
+
+/// To the nearest bf16, ties to even; magnitudes below 2⁻⁵⁵ become 0, those from 2⁶³ on infinite, NaN stays NaN.
 #[inline(always)]
 pub(crate) fn round_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    let rounded = if value.abs() >= MOST { (bits >> 16) as u16 & 0x8000 | 0x7f80 } else { rounded };
     let rounded = if value.is_nan() { 0x7fc0 } else { rounded };
     if value.abs() < LEAST { 0 } else { rounded }
 }
@@ -22,8 +27,7 @@ pub(crate) fn round_even(value: f32) -> f32 {
     (value + MAGIC) - MAGIC
 }
 
-/// eˣ with a relative error below 3·10⁻⁷. Below −87 it is 0, above 88 that of 88. NaN gives something finite; what
-/// feeds on NaN ends elsewhere.
+/// eˣ with a relative error below 3·10⁻⁷. Below −87 it is 0, above 88 that of 88. NaN stays NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4; // few bits, so that its products with n are exact
@@ -70,6 +74,8 @@ mod tests {
         assert_eq!(round(LEAST), LEAST);
         assert!(round(f32::NAN).is_nan());
         assert_eq!(round(f32::INFINITY), f32::INFINITY);
+        assert_eq!((MOST, round(MOST), round(-f32::MAX)), (2f32.powi(63), f32::INFINITY, f32::NEG_INFINITY));
+        assert_eq!(round(MOST / 2.0), MOST / 2.0);
     }
 
     proptest! {
@@ -90,6 +96,7 @@ mod tests {
     fn exp_ends_where_f32_does() {
         assert_eq!((exp(0.0), exp(-88.0), exp(f32::NEG_INFINITY)), (1.0, 0.0, 0.0));
         assert_eq!(exp(1000.0), exp(88.0));
+        assert!(exp(f32::NAN).is_nan() && silu(f32::NAN).is_nan());
         assert_eq!(silu(-1000.0), -1000.0 / (1.0 + exp(88.0)));
     }
 }

@@ -197,7 +197,8 @@ fn int4_scale(values: &[f32]) -> u16 {
         }
         errors.iter().sum::<f32>()
     };
-    let mut best = (0, f32::INFINITY);
+    // Where all squares overflow, none is better.
+    let mut best = (round_bf16(greatest / -8.0), f32::INFINITY);
     for step in 0..=14 {
         for sign in [-1.0, 1.0] {
             let scale = round_bf16(sign * greatest / (6.0 + step as f32 * 0.25));
@@ -262,5 +263,18 @@ fn pack_fp8(
             let code = stored.map_or_else(|| crate::fp8::encode(row[k] / scale), |(codes, _)| codes[k]);
             block[fp8::element(lane, k - first)] = code;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_in_4_bits_is_not_lost_where_squares_overflow() {
+        for greatest in [3e19f32, -3e19, 1e30, f32::MAX] {
+            assert_ne!(int4_scale(&[1.0, greatest]), 0, "{greatest}");
+        }
+        assert_eq!(int4_scale(&[0.0]), 0);
     }
 }

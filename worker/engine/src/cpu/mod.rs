@@ -88,12 +88,14 @@ pub struct CpuKv {
 
 impl CpuBackend {
     /// Reads all but the routed experts, of a checkpoint, which is packed now, or of a packed model, which is mapped;
-    /// `progress` gets (done, total) in bytes.
+    /// `progress` gets (done, total) in bytes. Panics where this machine does not have the instruction set.
     pub fn load(
         model: &Path,
         options: &LoadOptions,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, EngineError> {
+        // Kernels take it on trust; and asking is what makes the system hand out the tiles.
+        assert!(options.isa.is_available(), "this machine has no {}", options.isa);
         let config = ModelConfig::read(model)?;
         let (source, format) = Source::open(model, &config, options.weights)?;
         let plan = Plan::new(&config, format);

@@ -4,6 +4,7 @@
 //! others up, and they burn what it waits for. Here units are small and claimed one by one, so that whoever runs does
 //! the work, and whoever waits soon sleeps.
 
+use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -69,8 +70,8 @@ struct Slot {
     /// Units in the upper half, the next unclaimed one in the lower: one addition claims a unit of the work that is
     /// there at that moment, however long ago a thread last looked.
     state: AtomicU64,
-    /// The two words of a `&Work`. Valid as long as a claimed unit is not done.
-    work: [AtomicUsize; 2],
+    /// Written while all units are claimed and done, read between the claim of a unit and its `done`.
+    work: UnsafeCell<Option<*const Work<'static>>>,
     done: AtomicUsize,
     panicked: AtomicBool,
     /// The caller sleeps until all is done.
@@ -78,6 +79,12 @@ struct Slot {
     finished: Mutex<()>,
     finish: Condvar,
 }
+
+// SAFETY: `work` is written by the caller that holds the slot, before `state` says that there are units, and after all
+// of those before are `done`; it is read in between only. What it points to is Sync.
+unsafe impl Sync for Slot {}
+// SAFETY: as above.
+unsafe impl Send for Slot {}
 
 impl Pool {
     /// So many threads in all; 1 computes on the caller alone.
@@ -189,11 +196,11 @@ impl Shared {
 impl Slot {
     fn publish(&self, units: usize, work: &Work) {
         self.done.store(0, Ordering::SeqCst);
-        // SAFETY: a reference to a trait object is two words. They are read back only between the claim of a unit and
-        // its `done`, and `run` does not return before every unit is done, so that the reference lives then.
-        let words: [usize; 2] = unsafe { std::mem::transmute(work) };
-        self.work[0].store(words[0], Ordering::SeqCst);
-        self.work[1].store(words[1], Ordering::SeqCst);
+        // SAFETY: the same pointer, whose lifetime is forgotten. It is followed only between the claim of a unit and its
+        // `done`, and `run` does not return before every unit is done, so that the work lives then.
+        let work = unsafe { std::mem::transmute::<*const Work<'_>, *const Work<'static>>(work) };
+        // SAFETY: no unit is claimed and not done, so that nobody reads.
+        unsafe { *self.work.get() = Some(work) };
         self.state.store((units as u64) << 32, Ordering::SeqCst);
     }
 
@@ -212,11 +219,10 @@ impl Slot {
         if unit >= units {
             return false;
         }
-        let words = [self.work[0].load(Ordering::SeqCst), self.work[1].load(Ordering::SeqCst)];
-        // SAFETY: see `publish`: the claimed unit is not done, so that these are the words of the work it is of, and
-        // its caller still waits.
-        let work: &Work = unsafe { std::mem::transmute(words) };
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(unit as usize)));
+        // SAFETY: see `publish`: the claimed unit is not done, so that this is the work it is of, and its caller still
+        // waits.
+        let work = || unsafe { (*self.work.get()).map(|work| (*work)(unit as usize)) };
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
         if caught.is_err() {
             self.panicked.store(true, Ordering::SeqCst);
         }
