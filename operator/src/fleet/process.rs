@@ -133,8 +133,8 @@ impl ProcessFleet {
         }
     }
 
-    /// One of `size` that share this machine. A later size changes its threads only when it is started anew: they
-    /// change no token, and a start costs the sequences that it runs.
+    /// One of `size` that share this machine. It keeps its threads at a later size: they change no token, and a start
+    /// costs the sequences that it runs.
     fn worker(&mut self, slot: u32, size: u32) -> Child {
         let name = format!("worker-{slot}");
         let drain = self.deployment.desired.drain_timeout.as_secs().max(1);
