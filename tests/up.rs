@@ -10,6 +10,7 @@ use expertmesh_tests::process::{Process, Scratch, binary};
 use expertmesh_tests::reference::Question;
 use expertmesh_tests::up::Up;
 use expertmesh_tests::{root, wait_for};
+use serde_json::json;
 
 #[test]
 fn a_newcomer_pastes_the_printed_line_and_gets_the_answer() {
@@ -31,6 +32,29 @@ fn a_newcomer_pastes_the_printed_line_and_gets_the_answer() {
         up.api.check_stream(&question, |_| {}).unwrap();
     }
     up.end("INT");
+}
+
+#[test]
+fn int8_workers_say_so_share_the_machine_and_answer() {
+    let mut up = Up::start_with("int8", "tiny-r1\n  workers", "tiny-r1\n    weights: int8\n  workers");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for slot in 0..4 {
+        let fingerprint = runtime.block_on(up.fingerprint(slot));
+        assert_eq!((&*fingerprint.format, &*fingerprint.numerics), ("int8", "pair-1"), "worker {slot}");
+    }
+    let all = std::thread::available_parallelism().unwrap().get();
+    for pid in up.workers() {
+        let arguments = Up::arguments(pid);
+        let threads = arguments.split_once("--threads ").and_then(|(_, rest)| rest.split(' ').next());
+        let threads: usize = threads.and_then(|threads| threads.parse().ok()).expect(&arguments);
+        assert!(threads == 1 || threads * 4 <= all, "{arguments}");
+    }
+    let message = json!({"role": "user", "content": "What is 46 + 37?"});
+    let body = json!({"model": "tiny-r1", "temperature": 0, "messages": [message]});
+    let (status, answer) = http::post(&format!("{}/v1/chat/completions", up.api.url), &body).unwrap();
+    let text = answer["choices"][0]["message"]["content"].as_str().unwrap_or_default();
+    assert!(status == 200 && text.contains("83"), "{status}: {answer}");
+    up.end("TERM");
 }
 
 #[test]
@@ -123,6 +147,13 @@ fn what_cannot_start_is_told_in_one_line() {
             "spec.experts.minReplicas (5) must not be above",
         ),
         ("scheme", "file:///", "s3://", &free, "spec.model.uri (s3://models/tiny-r1) must be file://"),
+        (
+            "weights",
+            "tiny-r1\n  workers",
+            "tiny-r1\n    weights: int3\n  workers",
+            &free,
+            "spec.model.weights: \"int3\" is none of native, bf16, fp8, int8, int4",
+        ),
         ("yaml", "spec:", "spec", &free, "yaml.yaml"),
     ] {
         let file = scratch.path().join(format!("{name}.yaml"));

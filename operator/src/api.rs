@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use expertmesh_engine::{Numerics, WeightFormat};
 use k8s_openapi::api::core::v1::{LocalObjectReference, Toleration};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -84,6 +85,33 @@ pub(crate) struct Model {
         "'spec.model.uri (' + self + ') must be file:// and an absolute path without .., such as file:///models/tiny-r1'".into()
     )))]
     pub(crate) uri: String,
+    /// How weights are held: as they are stored (`native`), or in another format, made while loading if not by `prepare`.
+    #[serde(default)]
+    pub(crate) weights: Weights,
+}
+
+/// The names are those of [`WeightFormat`].
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Weights {
+    #[default]
+    Native,
+    Bf16,
+    Fp8,
+    Int8,
+    Int4,
+}
+
+impl From<Weights> for WeightFormat {
+    fn from(weights: Weights) -> Self {
+        match weights {
+            Weights::Native => Self::Native,
+            Weights::Bf16 => Self::Bf16,
+            Weights::Fp8 => Self::Fp8,
+            Weights::Int8 => Self::Int8,
+            Weights::Int4 => Self::Int4,
+        }
+    }
 }
 
 /// The processes that hold the model and run sequences.
@@ -177,6 +205,9 @@ pub(crate) struct Serving {
         "'spec.serving.maxContextTokens (%d) must be at least 2'.format([self])".into()
     )))]
     pub(crate) max_context_tokens: Option<i32>,
+    /// The order in which products are added, on every machine the same bits: `pair` is fast with AVX-512, `tile` with AMX.
+    #[serde(default)]
+    pub(crate) numerics: SumOrder,
     /// How long a process that leaves may go on with what it runs, such as 90s or 5m.
     #[serde(default = "five_minutes")]
     #[schemars(length(max = 32))]
@@ -184,6 +215,24 @@ pub(crate) struct Serving {
         "'spec.serving.drainTimeout (' + self + ') must be a duration from 1s to 24h, such as 90s or 5m'".into()
     )))]
     pub(crate) drain_timeout: String,
+}
+
+/// The names are those of [`Numerics`].
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SumOrder {
+    #[default]
+    Pair,
+    Tile,
+}
+
+impl From<SumOrder> for Numerics {
+    fn from(order: SumOrder) -> Self {
+        match order {
+            SumOrder::Pair => Self::Pair,
+            SumOrder::Tile => Self::Tile,
+        }
+    }
 }
 
 /// What the operator last saw.
@@ -247,7 +296,7 @@ impl Default for Frontend {
 
 impl Default for Serving {
     fn default() -> Self {
-        Self { max_context_tokens: None, drain_timeout: five_minutes() }
+        Self { max_context_tokens: None, numerics: SumOrder::default(), drain_timeout: five_minutes() }
     }
 }
 

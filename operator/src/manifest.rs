@@ -105,7 +105,7 @@ fn schema() -> Value {
     schema
 }
 
-/// Whether the value is of the schema's type, has what it requires, and nothing that it does not know.
+/// Whether the value is of the schema's type and one of its choices, has what it requires, and nothing that it does not know.
 fn check(schema: &Value, value: &Value, path: &str) -> Result<(), String> {
     if let Some(expected) = schema["type"].as_str().filter(|expected| !is_a(value, expected)) {
         return Err(format!("{path}: {value} is not {}", article(expected)));
@@ -129,7 +129,13 @@ fn check(schema: &Value, value: &Value, path: &str) -> Result<(), String> {
             let mut numbered = items.iter().enumerate();
             numbered.try_for_each(|(at, item)| check(&schema["items"], item, &format!("{path}[{at}]")))
         }
-        _ => Ok(()),
+        _ => match schema["enum"].as_array() {
+            Some(choices) if !choices.contains(value) => {
+                let choices: Vec<&str> = choices.iter().filter_map(Value::as_str).collect();
+                Err(format!("{path}: {value} is none of {}", choices.join(", ")))
+            }
+            _ => Ok(()),
+        },
     }
 }
 
@@ -163,6 +169,8 @@ fn join(path: &str, field: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use expertmesh_engine::{Numerics, WeightFormat};
+
     use super::*;
 
     const SAMPLE: &str = include_str!("../../deploy/samples/tiny-r1.yaml");
@@ -197,6 +205,7 @@ mod tests {
         );
         assert_eq!(deployment.desired.drain_timeout.as_secs(), 300);
         assert_eq!((deployment.max_context_tokens, deployment.desired.paused), (None, false));
+        assert_eq!((deployment.weights, deployment.numerics), (WeightFormat::Native, Numerics::Pair));
     }
 
     #[test]
@@ -225,6 +234,26 @@ mod tests {
             error(&deployment("m", "").replace("{uri: file:///models/m}", "{}")),
             "spec.model.uri: missing"
         );
+    }
+
+    #[test]
+    fn every_format_and_order_of_sums_that_workers_know_can_be_chosen_and_no_other() {
+        let with = |weights: &str, numerics: &str| {
+            let text = deployment("m", &format!("  serving: {{numerics: {numerics}}}"));
+            validate(&text.replace("models/m}", &format!("models/m, weights: {weights}}}")))
+        };
+        for weights in WeightFormat::ALL {
+            assert_eq!(with(weights.name(), "pair").unwrap().weights, weights);
+        }
+        for numerics in Numerics::ALL {
+            assert_eq!(with("native", numerics.name()).unwrap().numerics, numerics);
+        }
+        assert_eq!(
+            with("int3", "pair").unwrap_err(),
+            r#"spec.model.weights: "int3" is none of native, bf16, fp8, int8, int4"#
+        );
+        assert_eq!(with("int8", "f32").unwrap_err(), r#"spec.serving.numerics: "f32" is none of pair, tile"#);
+        assert_eq!(with("8", "pair").unwrap_err(), "spec.model.weights: 8 is not a string");
     }
 
     #[test]

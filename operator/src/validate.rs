@@ -6,6 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use expertmesh_engine::{Numerics, WeightFormat};
+
 use crate::api::{ModelDeployment, PodFields};
 use crate::decide::Desired;
 
@@ -16,6 +18,8 @@ pub(crate) struct ValidatedDeployment {
     pub(crate) name: String,
     /// Absolute, without `..`: in the image, or below `--root` under `up`.
     pub(crate) model_path: PathBuf,
+    pub(crate) weights: WeightFormat,
+    pub(crate) numerics: Numerics,
     pub(crate) desired: Desired,
     pub(crate) frontends: u32,
     pub(crate) max_context_tokens: Option<u32>,
@@ -59,6 +63,8 @@ impl ValidatedDeployment {
         Ok(Self {
             name,
             model_path: PathBuf::from(spec.model.uri.trim_start_matches("file://")),
+            weights: spec.model.weights.into(),
+            numerics: spec.serving.numerics.into(),
             desired,
             frontends: spec.frontend.replicas.unsigned_abs(),
             max_context_tokens: spec.serving.max_context_tokens.map(i32::unsigned_abs),
@@ -71,6 +77,11 @@ impl ValidatedDeployment {
     /// Whether nothing differs but what is decided anew at every step.
     pub(crate) fn is_same_but_desired(&self, other: &Self) -> bool {
         Self { desired: other.desired.clone(), ..self.clone() } == *other
+    }
+
+    /// What is computed: workers and frontends take it alike.
+    pub(crate) fn computed_as(&self) -> [(&'static str, &'static str); 2] {
+        [("--weights", self.weights.name()), ("--numerics", self.numerics.name())]
     }
 
     /// Where the model is on a disk on which the image's root is `root`.

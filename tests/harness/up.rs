@@ -4,8 +4,12 @@ use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
+
+use crate::mesh::test_caller;
 use crate::openai::Api;
-use crate::process::{Process, Scratch};
+use crate::process::{Addresses, Process, Scratch};
 use crate::{root, wait_for};
 
 pub struct Up {
@@ -21,9 +25,17 @@ pub struct Up {
 impl Up {
     /// Serves a copy of the sample; waits until it says that it is ready.
     pub fn start(test: &str) -> Self {
+        Self::start_with(test, "", "")
+    }
+
+    /// The same with `to` in the place of `from`.
+    pub fn start_with(test: &str, from: &str, to: &str) -> Self {
         let scratch = Scratch::new(test);
         let file = scratch.path().join("model.yaml");
-        std::fs::copy(root().join("deploy/samples/tiny-r1.yaml"), &file).expect("the sample is there");
+        let sample = std::fs::read_to_string(root().join("deploy/samples/tiny-r1.yaml"));
+        let sample = sample.expect("the sample is there");
+        assert!(sample.contains(from), "{from} is not in the sample");
+        std::fs::write(&file, sample.replacen(from, to, 1)).expect("a copy of it");
         let port = Self::free_port();
         let path = file.to_str().expect("a UTF-8 path").to_string();
         let arguments = ["up", &path, "--root", "tests", "--port", &port.to_string()];
@@ -48,6 +60,28 @@ impl Up {
     pub fn workers(&mut self) -> Vec<u32> {
         self.see();
         self.children().into_iter().filter(|pid| runs(*pid, "serve")).collect()
+    }
+
+    /// The command line of a process.
+    pub fn arguments(pid: u32) -> String {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&command).replace('\0', " ")
+    }
+
+    /// What a worker says that it computes.
+    pub async fn fingerprint(&self, worker: u32) -> v1::ModelFingerprint {
+        let name = format!("-worker-{worker}.json");
+        let state = std::env::temp_dir().join(format!("expertmesh-up-{}", self.process.id()));
+        let mut files =
+            std::fs::read_dir(state).expect("its folder").filter_map(|entry| Some(entry.ok()?.path()));
+        let file = files.find(|path| path.to_str().is_some_and(|path| path.ends_with(&name)));
+        let text = std::fs::read_to_string(file.expect("the worker announced itself")).expect("a file");
+        let addresses: Addresses = serde_json::from_str(&text).expect("addresses");
+        let control = ControlClient::connect(format!("http://{}", addresses.grpc)).await;
+        let request = v1::ReportRequest { caller: Some(test_caller()) };
+        let reports = control.expect("a worker that lives").report(request).await;
+        let report = reports.expect("reports").into_inner().message().await.expect("a report");
+        report.and_then(|report| report.callee?.fingerprint).expect("a fingerprint")
     }
 
     /// Whether the last that it said of its state is this.

@@ -126,6 +126,7 @@ fn container(owner: &Owner, process: &Process) -> Container {
 fn worker_arguments(process: &Process) -> Vec<String> {
     let mut arguments = vec!["serve".into(), "--name".into(), "$(POD_NAME)".into()];
     arguments.extend(listening(process, "--listen", ports::GRPC_NUMBER));
+    arguments.extend(computed_as(process));
     arguments.extend(limits(process));
     arguments
 }
@@ -134,8 +135,15 @@ fn frontend_arguments(owner: &Owner, process: &Process) -> Vec<String> {
     let mut arguments = vec!["frontend".into(), "--served-name".into(), owner.name.clone()];
     arguments.extend(listening(process, "--listen", ports::HTTP_NUMBER));
     arguments.extend(["--control".into(), anywhere(ports::GRPC_NUMBER)]);
+    arguments.extend(computed_as(process));
     arguments.extend(limits(process));
     arguments
+}
+
+/// Said also where it is the default: a revision's images may have other ones. Threads follow from the pod's quota.
+fn computed_as(process: &Process) -> Vec<String> {
+    let options = process.deployment.computed_as().into_iter();
+    options.flat_map(|(flag, value)| [flag.to_string(), value.to_string()]).collect()
 }
 
 /// Of spec.serving: a frontend refuses what no worker would take.

@@ -4,6 +4,7 @@
 //! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
 //! ever after: an upgrade of the operator restarts nothing.
 
+use expertmesh_engine::{Numerics, WeightFormat};
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use serde::{Deserialize, Serialize};
@@ -62,16 +63,23 @@ impl Revision {
     }
 }
 
-/// `<rev8>`: over what may not mix. A field that a later version adds must be left out where it is not set, so that it
+/// `<rev8>`: over what may not mix. A field that a later version adds must be left out at its default, so that it
 /// makes no new revision of what runs.
 pub(crate) fn hash(deployment: &ValidatedDeployment) -> String {
-    let parts = json!({
+    let mut parts = json!({
         "drainMilliseconds": deployment.desired.drain_timeout.as_millis().to_string(),
         "frontend": deployment.frontend_pod,
         "maxContextTokens": deployment.max_context_tokens,
         "model": deployment.model_path,
         "workers": deployment.worker_pod,
     });
+    // Came later; a default is filled in by the API server, whether it was written or not.
+    if deployment.weights != WeightFormat::default() {
+        parts["weights"] = json!(deployment.weights.name());
+    }
+    if deployment.numerics != Numerics::default() {
+        parts["numerics"] = json!(deployment.numerics.name());
+    }
     let mut text = String::new();
     canonical(&parts, &mut text);
     Sha256::digest(text.as_bytes()).iter().take(4).map(|byte| format!("{byte:02x}")).collect()

@@ -1,3 +1,6 @@
+use std::collections::BTreeSet;
+
+use expertmesh_engine::{Numerics, WeightFormat};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;
@@ -88,6 +91,37 @@ fn workers_and_frontends_are_told_the_same_limits() {
 }
 
 #[test]
+fn workers_and_frontends_are_told_the_same_format_and_order_of_sums() {
+    let mut deployment = deployment("  serving: {numerics: tile}\n");
+    deployment.weights = WeightFormat::Int8;
+    let revision = Revision::new(&owner(), &deployment, "expertmesh:1");
+    for template in [revision.workers, revision.frontend] {
+        let arguments = template.spec.unwrap().containers[0].args.clone().unwrap().join(" ");
+        assert!(arguments.contains("--weights int8 --numerics tile"), "{arguments}");
+        assert!(!arguments.contains("--threads"), "they follow from the quota: {arguments}");
+    }
+}
+
+#[test]
+fn a_deployment_of_before_formats_could_be_chosen_keeps_its_revision() {
+    for same in ["", "  serving: {numerics: pair}\n"] {
+        assert_eq!(revision(same).hash, "3e3a242a", "{same}");
+    }
+    let mut hashes: Vec<String> = WeightFormat::ALL.map(|weights| hash_with(weights, Numerics::Pair)).into();
+    assert_eq!(hashes[0], "3e3a242a", "native");
+    hashes
+        .extend([WeightFormat::Native, WeightFormat::Int8].map(|weights| hash_with(weights, Numerics::Tile)));
+    let distinct: BTreeSet<&String> = hashes.iter().collect();
+    assert_eq!(distinct.len(), hashes.len(), "{hashes:?}");
+}
+
+fn hash_with(weights: WeightFormat, numerics: Numerics) -> String {
+    let mut deployment = deployment("");
+    (deployment.weights, deployment.numerics) = (weights, numerics);
+    Revision::new(&owner(), &deployment, "expertmesh:1").hash
+}
+
+#[test]
 fn a_revision_is_what_may_not_mix_and_nothing_else() {
     let base = revision("").hash;
     for same in [
@@ -101,6 +135,7 @@ fn a_revision_is_what_may_not_mix_and_nothing_else() {
     let others = [
         "  serving: {maxContextTokens: 512}\n",
         "  serving: {drainTimeout: 60s}\n",
+        "  serving: {numerics: tile}\n",
         "  workers: {image: 'other:1'}\n",
         "  workers: {resources: {requests: {cpu: '1'}}}\n",
         "  frontend: {podLabels: {a: b}}\n",

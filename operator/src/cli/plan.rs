@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
-use expertmesh_engine::{EngineError, ModelConfig, WeightFormat};
+use expertmesh_engine::{EngineError, ModelConfig, PackedModel, WeightFormat};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
 use k8s_openapi::Resource;
@@ -43,23 +43,41 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     let directory = deployment.model_below(&plan.root);
     let config =
         ModelConfig::read(&directory).with_context(|| format!("the model at {}", directory.display()))?;
-    let shape = shape(&config).with_context(|| format!("the model at {}", directory.display()))?;
-    print!("{}", render(&deployment, &shape, u64::from(plan.disk) * 1_000_000));
+    let weights = held_as(&deployment, &directory, &config)?;
+    let shape = shape(&config, weights).with_context(|| format!("the model at {}", directory.display()))?;
+    print!("{}", render(&deployment, &shape, weights, u64::from(plan.disk) * 1_000_000));
     Ok(())
 }
 
-fn shape(config: &ModelConfig) -> Result<ModelShape, EngineError> {
+/// The deployment's format, or the only one that a packed model has.
+fn held_as(
+    deployment: &ValidatedDeployment,
+    directory: &Path,
+    config: &ModelConfig,
+) -> anyhow::Result<WeightFormat> {
+    let asked = deployment.weights;
+    let Some(packed) = PackedModel::open(directory, config)? else { return Ok(asked) };
+    let weights = packed.weights();
+    ensure!(
+        asked == weights || asked == WeightFormat::Native,
+        "spec.model.weights ({asked}): the model at {} is packed in {weights}; ask for {weights} or native",
+        directory.display()
+    );
+    Ok(weights)
+}
+
+fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, EngineError> {
     Ok(ModelShape {
         first_moe_layer: config.placed_layers()?.start as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
-        expert_bytes: config.expert_bytes(WeightFormat::Native),
-        dense_bytes: config.dense_bytes(WeightFormat::Native),
+        expert_bytes: config.expert_bytes(weights),
+        dense_bytes: config.dense_bytes(weights),
     })
 }
 
 /// `disk` in bytes a second.
-fn render(deployment: &ValidatedDeployment, shape: &ModelShape, disk: u64) -> String {
+fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightFormat, disk: u64) -> String {
     let (workers, copies) = (deployment.desired.workers, deployment.desired.min_replicas);
     let slots: Vec<u32> = (0..workers).collect();
     let target = place(shape, &slots, copies, &BTreeMap::new());
@@ -84,6 +102,8 @@ fn render(deployment: &ValidatedDeployment, shape: &ModelShape, disk: u64) -> St
     });
     let imbalance = Placement::new(1, placed.collect()).map_or(1.0, |placement| imbalance(&placement));
     let lines = [
+        ("weights", weights.to_string()),
+        ("numerics", deployment.numerics.to_string()),
         ("copies", format!("{all} of {} (layer, expert) pairs", all as u32 / copies.min(workers))),
         ("dense part", format!("{} on every worker", HumanBytes(shape.dense_bytes))),
         (
@@ -188,25 +208,31 @@ fn counted(count: u32, what: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
-    fn plan(workers: u32, copies: u32) -> String {
+    fn plan(workers: u32, copies: u32, weights: WeightFormat) -> String {
         let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let mut deployment = manifest::read(&top.join("deploy/samples/tiny-r1.yaml")).unwrap();
         (deployment.desired.workers, deployment.desired.min_replicas) = (workers, copies);
-        let config = ModelConfig::read(&deployment.model_below(&top.join("tests"))).unwrap();
-        render(&deployment, &shape(&config).unwrap(), 1_000_000_000)
+        deployment.weights = weights;
+        let directory = deployment.model_below(&top.join("tests"));
+        let config = ModelConfig::read(&directory).unwrap();
+        let weights = held_as(&deployment, &directory, &config).unwrap();
+        render(&deployment, &shape(&config, weights).unwrap(), weights, 1_000_000_000)
     }
 
     #[test]
     fn the_sample_is_planned_as_eight_experts_on_each_of_four_workers() {
-        insta::assert_snapshot!(plan(4, 1));
+        insta::assert_snapshot!(plan(4, 1, WeightFormat::Native));
+    }
+
+    #[test]
+    fn another_format_is_planned_with_its_own_bytes() {
+        insta::assert_snapshot!(plan(4, 1, WeightFormat::Int8));
     }
 
     #[test]
     fn uneven_numbers_are_planned_within_one_expert() {
-        insta::assert_snapshot!(plan(5, 2));
+        insta::assert_snapshot!(plan(5, 2, WeightFormat::Native));
     }
 }

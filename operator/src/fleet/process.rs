@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, io};
 
+use expertmesh_engine::compute_threads;
 use expertmesh_proto::placement::Placement;
 use futures::future::join_all;
 use jiff::Timestamp;
@@ -126,19 +127,22 @@ impl ProcessFleet {
         }
         for slot in 0..size {
             if !self.workers.contains_key(&slot) {
-                let worker = self.worker(slot);
+                let worker = self.worker(slot, size);
                 self.workers.insert(slot, worker);
             }
         }
     }
 
-    fn worker(&mut self, slot: u32) -> Child {
+    /// One of `size` that share this machine. It keeps its threads at a later size: they change no token, and a start
+    /// costs the sequences that it runs.
+    fn worker(&mut self, slot: u32, size: u32) -> Child {
         let name = format!("worker-{slot}");
         let drain = self.deployment.desired.drain_timeout.as_secs().max(1);
         let arguments = [
             ("--slot", slot.to_string()),
             ("--listen", "127.0.0.1:0".into()),
             ("--drain-timeout", drain.to_string()),
+            ("--threads", share(compute_threads(), size).to_string()),
         ];
         self.start("serve", name, arguments.to_vec())
     }
@@ -161,7 +165,8 @@ impl ProcessFleet {
         let context =
             self.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.to_string()));
         let common = [("--name", name.clone()), ("--metrics", "127.0.0.1:0".into())];
-        for (flag, value) in common.into_iter().chain(own).chain(context) {
+        let computed_as = self.deployment.computed_as().map(|(flag, value)| (flag, value.to_string()));
+        for (flag, value) in common.into_iter().chain(own).chain(computed_as).chain(context) {
             arguments.extend([flag.into(), value.into()]);
         }
         let files = self.state.path().join(format!("{}-{name}.x", self.started));
@@ -242,6 +247,11 @@ impl Fleet for ProcessFleet {
     }
 }
 
+/// The threads of one of so many workers: together no more than the machine has, but for one each.
+fn share(threads: usize, workers: u32) -> usize {
+    (threads / (workers.max(1) as usize)).max(1)
+}
+
 /// The worker's program: beside our own, as it is built and packaged, or else in PATH.
 fn worker_program() -> Result<PathBuf, ProcessError> {
     let own = env::current_exe().unwrap_or_default();
@@ -294,5 +304,17 @@ impl StateDirectory {
 impl Drop for StateDirectory {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_share_the_threads_of_the_machine_and_each_has_one() {
+        let shares =
+            [(8, 1), (8, 3), (8, 4), (2, 4), (1, 1), (8, 0)].map(|(all, workers)| share(all, workers));
+        assert_eq!(shares, [8, 2, 2, 1, 1, 8]);
     }
 }

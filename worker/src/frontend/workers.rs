@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use expertmesh_engine::ModelFingerprint;
+use expertmesh_proto::expert::checksum;
 use expertmesh_proto::placement::PlacedWorker;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
@@ -130,12 +131,12 @@ impl Workers {
         self.0.changed.subscribe()
     }
 
-    /// The model that is served, in a few characters.
+    /// What is served, in a few characters: another format or order of sums may answer otherwise.
     pub(crate) fn system_fingerprint(&self) -> Option<String> {
         let view = self.view();
-        view.fingerprint
-            .as_ref()
-            .map(|print| format!("fp_{}", print.weights.get(..10).unwrap_or(&print.weights)))
+        let ModelFingerprint { architecture, weights, format, numerics } = view.fingerprint.as_ref()?;
+        let all = [architecture, weights, format, numerics].map(String::as_bytes).join(&0);
+        Some(format!("fp_{:08x}", checksum(&all)))
     }
 
     /// Who calls, for a sequence's request.
