@@ -212,7 +212,7 @@ fn a_spec_that_cannot_work_is_told_why() {
         (
             "foreign",
             "UnsupportedArchitecture",
-            ["LlamaForCausalLM is not supported", "supported: DeepseekV3ForCausalLM"],
+            ["LlamaForCausalLM is not supported", "supported: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM"],
         ),
     ] {
         wait_for("the status to tell", || {
