@@ -16,6 +16,7 @@ mod fp8;
 mod gate;
 mod generation;
 mod kv;
+mod math;
 mod names;
 mod norm;
 mod numerics;

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use super::blob::Blob;
 use super::kernel::{LANES, PAIR, bf16, fp8, int4, int8};
-use super::math::{round_bf16, round_even};
 use crate::checkpoint::widen;
 use crate::config::FP8_BLOCK;
+use crate::math::{round_bf16, round_even};
 
 /// How a matrix's weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -11,7 +11,6 @@ pub(crate) mod blob;
 mod buffer;
 pub(crate) mod isa;
 mod kernel;
-mod math;
 mod matrix;
 mod norm;
 pub(crate) mod parts;

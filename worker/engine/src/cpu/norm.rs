@@ -1,10 +1,10 @@
 //! Root mean square normalisation of rows that become bf16.
 
 use super::kernel;
-use super::math::round_bf16;
 use super::pool::Shares;
 use super::products::Compute;
 use super::rows::{CpuActivations, CpuRows};
+use crate::math::round_bf16;
 use crate::norm::mean_square;
 
 kernel::for_each_isa! {

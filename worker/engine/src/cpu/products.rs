@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use super::buffer::Buffer;
 use super::kernel::{self, Bf16Rows, Int8Rows, LANES, PAIR, ROWS, Tile, Wide, bf16, fp8, int4, int8};
-use super::math::{round_bf16, silu};
 use super::matrix::{Format, Matrix};
 use super::pool::Pool;
 use super::rows::{CpuActivations, CpuRows, Quantised};
 use crate::checkpoint::widen;
+use crate::math::{round_bf16, silu};
 use crate::{Isa, Numerics};
 
 /// Weights that a unit reads, at least: prefetching begins anew with each. The best of 48 to 768 KiB.

@@ -3,10 +3,10 @@
 
 use super::buffer::Buffer;
 use super::kernel;
-use super::math::round_even;
 use super::pool::Shares;
 use super::products::Compute;
 use crate::checkpoint::widen;
+use crate::math::round_even;
 
 /// Rows of f32.
 #[derive(Debug, Clone, PartialEq)]
@@ -68,7 +68,7 @@ impl CpuActivations {
         let mut rows = Self::zeros(values.len() / width, width);
         for (row, values) in values.chunks_exact(width).enumerate() {
             let out = rows.row_mut(row).iter_mut().zip(values);
-            out.for_each(|(out, &value)| *out = super::math::round_bf16(value));
+            out.for_each(|(out, &value)| *out = crate::math::round_bf16(value));
         }
         rows
     }

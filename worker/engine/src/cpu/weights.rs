@@ -211,7 +211,7 @@ impl<'a> Tensors<'a> {
             let mut row = vec![0.0; width];
             for (at, out) in (first..).zip(out.chunks_exact_mut(width * 2)) {
                 table.widen_row(at, &mut row);
-                let bits = row.iter().map(|&value| super::math::round_bf16(value));
+                let bits = row.iter().map(|&value| crate::math::round_bf16(value));
                 let out = out.chunks_exact_mut(2).zip(bits);
                 out.for_each(|(out, bits)| out.copy_from_slice(&bits.to_le_bytes()));
             }

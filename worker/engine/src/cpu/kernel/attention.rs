@@ -16,7 +16,7 @@
 
 use super::exact_product_plus;
 use crate::checkpoint::widen;
-use crate::cpu::math::{exp, round_bf16};
+use crate::math::{exp, round_bf16};
 use crate::{BLOCK_TOKENS, Isa};
 
 /// Heads that one call computes at most.

@@ -287,7 +287,7 @@ pub(crate) mod tests {
     use super::super::tests::wide_noise;
     use super::super::{LANES, ROWS, Wide};
     use super::*;
-    use crate::cpu::math::round_bf16;
+    use crate::math::round_bf16;
 
     /// One output by the definition.
     pub(crate) fn define(numerics: Numerics, x: &[u16], w: &[u16]) -> f32 {

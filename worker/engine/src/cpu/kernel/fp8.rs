@@ -170,7 +170,7 @@ mod tests {
     use super::super::tests::noise;
     use super::*;
     use crate::checkpoint::widen;
-    use crate::cpu::math::round_bf16;
+    use crate::math::round_bf16;
 
     #[test]
     fn every_code_is_what_e4m3_says() {

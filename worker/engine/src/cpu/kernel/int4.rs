@@ -171,9 +171,9 @@ mod tests {
     use super::super::tests::noise;
     use super::*;
     use crate::checkpoint::widen;
-    use crate::cpu::math::round_bf16;
     use crate::cpu::products::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
+    use crate::math::round_bf16;
 
     fn compare(k: usize, rows: usize, seed: usize) {
         let blocks = k.div_ceil(BLOCK);

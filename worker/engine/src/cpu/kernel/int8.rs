@@ -249,9 +249,9 @@ mod tests {
 
     use super::super::tests::noise;
     use super::*;
-    use crate::cpu::math::round_bf16;
     use crate::cpu::products::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
+    use crate::math::round_bf16;
 
     /// Every version that this machine has against the definition.
     fn compare(k: usize, rows: usize, seed: usize) {
