@@ -8,6 +8,7 @@ pub mod v1 {
 
 pub mod expert;
 mod invalid;
+pub mod latency;
 pub mod placement;
 
 pub use invalid::Invalid;

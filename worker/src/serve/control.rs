@@ -125,6 +125,7 @@ impl<B: Backend> WorkerState<B> {
             running: load.running,
             waiting: load.waiting,
             kv_usage: load.kv_usage as f32,
+            latencies: None,
             bytes_loaded,
             bytes_to_load: bytes_loaded + u64::from(residency.missing) * self.shape.expert_bytes,
         }
