@@ -1,0 +1,9 @@
+//! Requests over time: read from traces or made from a seed, and sent to an endpoint as they fall due.
+
+pub(crate) mod arrivals;
+pub(crate) mod lengths;
+pub(crate) mod patterns;
+pub(crate) mod random;
+mod rates;
+mod read;
+pub(crate) mod trace;
