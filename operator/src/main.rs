@@ -41,6 +41,8 @@ enum Command {
     Up(cli::up::Up),
     /// Print where a ModelDeployment's experts would be, without starting anything.
     Plan(cli::plan::Plan),
+    /// Send requests to an OpenAI-compatible API as a pattern or a trace has them, and report what clients waited for.
+    Load(cli::load::Load),
     /// Print the CustomResourceDefinition.
     Crd,
 }
@@ -62,6 +64,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Operator(operator) => runtime.block_on(cli::operator::run(operator)),
         Command::Up(up) => runtime.block_on(cli::up::run(up)),
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
+        Command::Load(load) => runtime.block_on(cli::load::run(load)),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
     }
 }

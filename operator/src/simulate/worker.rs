@@ -193,7 +193,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::requests::Goals;
-    use super::super::service::DEFAULT;
+    use super::super::service::{DEFAULT, StepTime};
     use super::*;
     use crate::load::trace::{Request, Trace};
 
@@ -201,7 +201,7 @@ mod tests {
 
     fn model() -> ServiceModel {
         let mut model = ServiceModel::parse(DEFAULT).unwrap();
-        (model.step.fixed, model.step.decode_row, model.step.prefill_row) = (0.010, 0.002, 0.001);
+        model.step = StepTime { fixed: 0.010, decode_row: 0.002, prefill_row: 0.001, context_token: 0.0 };
         model
     }
 
