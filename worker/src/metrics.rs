@@ -23,6 +23,17 @@ fn seconds(name: &str, help: &str) -> HistogramOpts {
     HistogramOpts::new(name, help).buckets(buckets)
 }
 
+/// vLLM's bounds of the time to the first token, in seconds, with more below 1 ms.
+const FIRST_TOKEN: [f64; 25] = [
+    0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
+    7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+];
+/// vLLM's bounds of the time per token, in seconds, with more below 10 ms.
+const PER_TOKEN: [f64; 24] = [
+    0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
+
 /// What a worker exports. A peer's label is its slot, which bounds the series by the deployment's size.
 pub(crate) struct WorkerMetrics {
     pub(crate) running: IntGauge,
@@ -129,6 +140,7 @@ impl WorkerMetrics {
 pub(crate) struct FrontendMetrics {
     first_token: Histogram,
     inter_token: Histogram,
+    per_token: Histogram,
     requests: IntCounterVec,
     request_seconds: HistogramVec,
     prompt_tokens: IntCounter,
@@ -164,8 +176,9 @@ impl FrontendMetrics {
         let counters = |name: &str, help: &str, labels: &[&str]| {
             registered(registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
-        let latency = |name: &str, help: &str| {
-            let family = registered(registry, HistogramVec::new(seconds(name, help), &["model_name"]));
+        let latency = |name: &str, help: &str, bounds: &[f64]| {
+            let options = HistogramOpts::new(name, help).buckets(bounds.to_vec());
+            let family = registered(registry, HistogramVec::new(options, &["model_name"]));
             family.with_label_values(&[model])
         };
         let request = HistogramOpts::new(
@@ -177,8 +190,18 @@ impl FrontendMetrics {
             first_token: latency(
                 "vllm:time_to_first_token_seconds",
                 "From a request's arrival to the first token of each of its choices.",
+                &FIRST_TOKEN,
             ),
-            inter_token: latency("vllm:inter_token_latency_seconds", "Between two tokens of a choice."),
+            inter_token: latency(
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens of a choice, where the client keeps up.",
+                &PER_TOKEN,
+            ),
+            per_token: latency(
+                "vllm:request_time_per_output_token_seconds",
+                "The mean time between a choice's tokens, observed at its end.",
+                &PER_TOKEN,
+            ),
             requests: counters(
                 "expertmesh_frontend_requests_total",
                 "Requests answered, by endpoint and HTTP status; 499 where the client left.",
@@ -215,6 +238,10 @@ impl FrontendMetrics {
 
     pub(crate) fn inter_token(&self, since: Duration) {
         self.inter_token.observe(since.as_secs_f64());
+    }
+
+    pub(crate) fn per_token(&self, mean: Duration) {
+        self.per_token.observe(mean.as_secs_f64());
     }
 
     pub(crate) fn prompt_tokens(&self, count: usize) {

@@ -8,6 +8,8 @@ mod connections;
 mod control;
 mod fields;
 mod format;
+mod hold;
+mod latencies;
 mod logprobs;
 mod model;
 mod openai;

@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tonic::transport::{Channel, Endpoint};
 
+use super::hold::{Held, Hold};
 use super::route::{self, Avoided, Known, Load, Readiness};
 use crate::mesh::identity::{fingerprint_message, fingerprint_of};
 use crate::mesh::placement::CurrentPlacement;
@@ -43,6 +44,7 @@ struct Shared {
     /// Sent whenever `view` changed.
     changed: watch::Sender<()>,
     queue: Semaphore,
+    hold: Hold,
     metrics: FrontendMetrics,
 }
 
@@ -106,7 +108,7 @@ impl Workers {
         let fingerprint = me.fingerprint.as_ref().map(fingerprint_of);
         let view = Mutex::new(View { fingerprint, workers: BTreeMap::new(), was_ready: false });
         let (changed, queue) = (watch::Sender::new(()), Semaphore::new(QUEUE));
-        Self(Arc::new(Shared { me, queue_timeout, view, changed, queue, metrics }))
+        Self(Arc::new(Shared { me, queue_timeout, view, changed, queue, hold: Hold::default(), metrics }))
     }
 
     /// Watches the workers of each placement, until `placement` is dropped.
@@ -129,6 +131,11 @@ impl Workers {
 
     pub(crate) fn changes(&self) -> watch::Receiver<()> {
         self.0.changed.subscribe()
+    }
+
+    /// The sequences that wait for a worker.
+    pub(crate) fn waiting(&self) -> watch::Receiver<Held> {
+        self.0.hold.subscribe()
     }
 
     /// What is served, in a few characters: another format or order of sums may answer otherwise.
@@ -157,7 +164,8 @@ impl Workers {
             return Err(NoWorker::QueueFull);
         }
         let _counted = self.0.metrics.queued();
-        let waiting = async {
+        let held = self.0.hold.enter(|| route::why_none(&self.view().known()));
+        let found = async {
             loop {
                 // The sender lives as long as `self`.
                 let _ = changes.changed().await;
@@ -166,8 +174,10 @@ impl Workers {
                 }
             }
         };
-        let found = timeout(self.0.queue_timeout, waiting).await;
-        found.map_err(|_| NoWorker::TimedOut(route::why_none(&self.view().known())))
+        let lease = timeout(self.0.queue_timeout, found).await;
+        let lease = lease.map_err(|_| NoWorker::TimedOut(route::why_none(&self.view().known())))?;
+        held.release();
+        Ok(lease)
     }
 
     fn try_lease(&self, avoided: &Avoided) -> Option<Lease> {
