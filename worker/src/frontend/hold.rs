@@ -43,6 +43,12 @@ impl Hold {
     pub(crate) fn subscribe(&self) -> watch::Receiver<Held> {
         self.0.subscribe()
     }
+
+    /// Returns once a sequence waits.
+    pub(crate) async fn begins(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.subscribe().wait_for(|held| held.waiting > 0).await;
+    }
 }
 
 impl Waiting<'_> {

@@ -170,6 +170,29 @@ async fn without_a_worker_a_request_waits_and_is_then_told_to_come_back() {
 }
 
 #[tokio::test]
+async fn a_deployment_without_workers_holds_requests_until_one_comes() {
+    let house = House::open(&[&[]], 8).await;
+    let addresses = house.stage.place(&[]);
+    house.stage.until_eligible(0).await;
+    assert_eq!(house.server.readiness(), Ok(()));
+    let come = async {
+        house.stage.until_waiting(2).await;
+        // Takes connections and never answers, as a pod that is gone may not.
+        let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addresses = [vec![gone.local_addr().unwrap().to_string()], addresses[0].clone()].concat();
+        house.stage.place(&[addresses]);
+        let placed = Instant::now();
+        house.stage.until_waiting(0).await;
+        (placed.elapsed(), gone)
+    };
+    let (whole, stream, (took, _gone)) =
+        tokio::join!(house.chat(json!({})), house.chat(json!({"stream": true})), come);
+    assert_eq!((whole.status(), stream.status()), (StatusCode::OK, StatusCode::OK));
+    assert!(took < Duration::from_millis(900), "an address that does not answer held it up: {took:?}");
+    assert_eq!(events(stream).await.last().unwrap(), "[DONE]");
+}
+
+#[tokio::test]
 async fn a_slow_client_neither_slows_the_model_down_nor_looks_like_a_slow_model() {
     let house = House::open(&[&[]], 8).await;
     let wishes = json!({"stream": true, "max_tokens": 200, "ignore_eos": true});
