@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use expertmesh_metrics::Registry;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    core::Collector,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, core::Collector,
 };
 
 /// Registers a collector. Two metrics of one name are a mistake of this file, which its test finds.
@@ -13,8 +13,14 @@ fn registered<C: Collector + Clone + 'static>(
     collector: Result<C, prometheus::Error>,
 ) -> C {
     let collector = collector.expect("a metric's name and labels are valid");
-    registry.register(Box::new(collector.clone())).expect("a metric's name is its own");
-    collector
+    registry.add(collector).expect("a metric's name is its own")
+}
+
+/// Their part of `docs/metrics.md`.
+pub(crate) fn sections() -> String {
+    let (worker, frontend) = (Registry::new(), Registry::new());
+    let _ = (WorkerMetrics::new(&worker), FrontendMetrics::new(&frontend, ""));
+    worker.section("Worker") + &frontend.section("Frontend")
 }
 
 /// From 0.1 ms to 26 s.
@@ -47,7 +53,10 @@ pub(crate) struct WorkerMetrics {
     pub(crate) experts_resident: IntGauge,
     pub(crate) experts_resident_bytes: IntGauge,
     pub(crate) experts_missing: IntGauge,
+    pub(crate) expert_loads: IntCounterVec,
+    pub(crate) expert_loaded_bytes: IntCounter,
     pub(crate) placement_epoch: IntGauge,
+    pub(crate) peers: IntGauge,
     pub(crate) peers_alive: IntGauge,
     pub(crate) rows_dispatched: IntCounterVec,
     pub(crate) rows_served: IntCounterVec,
@@ -75,6 +84,14 @@ impl WorkerMetrics {
         // At zero before the first of a kind ends: a rate needs both ends of a step.
         for outcome in ["stop", "length", "move", "cancelled", "failed", "refused"] {
             sequences.with_label_values(&[outcome]);
+        }
+        let expert_loads = counters(
+            "expertmesh_worker_expert_loads_total",
+            "Experts loaded, by cause: the placement wants them here, or a row's owner elected this worker.",
+            &["cause"],
+        );
+        for cause in ["placement", "elected"] {
+            expert_loads.with_label_values(&[cause]);
         }
         let exchange =
             seconds("expertmesh_worker_exchange_seconds", "From dispatching rows to a peer to its answer.");
@@ -105,10 +122,16 @@ impl WorkerMetrics {
                 "expertmesh_worker_experts_missing",
                 "Pairs of layer and expert that the placement wants here and that are not resident yet.",
             ),
+            expert_loads,
+            expert_loaded_bytes: counter(
+                "expertmesh_worker_expert_loaded_bytes_total",
+                "Bytes of the experts loaded.",
+            ),
             placement_epoch: gauge(
                 "expertmesh_worker_placement_epoch",
                 "Epoch of the placement that is followed.",
             ),
+            peers: gauge("expertmesh_worker_peers", "Peers that the placement names."),
             peers_alive: gauge("expertmesh_worker_peers_alive", "Peers whose stream is up."),
             rows_dispatched: counters(
                 "expertmesh_worker_rows_dispatched_total",
@@ -276,5 +299,13 @@ impl FrontendMetrics {
 
     pub(crate) fn eligible_workers(&self, count: usize) {
         self.eligible_workers.set(count as i64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_page_of_metrics_is_the_one_that_the_code_makes() {
+        assert!(include_str!("../../docs/metrics.md").ends_with(&super::sections()), "run `make generated`");
     }
 }

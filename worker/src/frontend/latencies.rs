@@ -131,7 +131,7 @@ impl Drop for Clock {
 
 #[cfg(test)]
 mod tests {
-    use prometheus::Registry;
+    use expertmesh_metrics::Registry;
 
     use super::*;
 

@@ -29,9 +29,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use expertmesh_metrics::Registry;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::ControlServer;
-use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use expertmesh_engine::ModelFingerprint;
+use expertmesh_metrics::Registry;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};
@@ -12,7 +13,6 @@ use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
 use expertmesh_proto::v1::inference_server::{Inference, InferenceServer};
 use expertmesh_proto::v1::report_response::State;
-use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
