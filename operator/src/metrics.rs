@@ -4,10 +4,11 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use expertmesh_metrics::Registry;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 use prometheus::{Encoder, GaugeVec, IntGaugeVec, TextEncoder};
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts};
 
 use crate::decide::autoscale::{Goals, Look};
 
@@ -293,6 +294,11 @@ impl Metrics {
         }
     }
 
+    /// The operator's part of `docs/metrics.md`.
+    pub(crate) fn section(&self) -> String {
+        self.registry.section("Operator")
+    }
+
     /// As Prometheus reads it.
     pub(crate) fn text(&self) -> Result<String, prometheus::Error> {
         let mut text = Vec::new();
@@ -320,8 +326,7 @@ where
 }
 
 fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+    registry.add(metric)
 }
 
 #[cfg(test)]
