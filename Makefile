@@ -2,6 +2,7 @@
 CARGO = cargo
 CRD = deploy/crds/modeldeployments.yaml
 CRD_IN_CHART = charts/expertmesh/files/modeldeployments.yaml
+METRICS = docs/metrics.md
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
 
@@ -40,12 +41,14 @@ lint: ## formatting, clippy and rustdoc, warnings being errors
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps --quiet
 
-generated: build ## write the generated files anew: the CRD and the chart's copy of it
+generated: build ## write the generated files anew: the CRD and the chart's copy of it, the page of metrics
 	target/release/expertmesh crd >$(CRD)
 	cp $(CRD) $(CRD_IN_CHART)
+	{ target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } >$(METRICS)
 
 check-generated: build
-	@target/release/expertmesh crd | cmp - $(CRD) && cmp $(CRD) $(CRD_IN_CHART) || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
+	@target/release/expertmesh crd | cmp - $(CRD) && cmp $(CRD) $(CRD_IN_CHART) && \
+	 { target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } | cmp - $(METRICS) || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
 
 cluster: ## a three-node Kubernetes on this machine; prints the line that makes it this shell's
 	@tests/cluster/build.sh

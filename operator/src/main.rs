@@ -45,6 +45,9 @@ enum Command {
     Load(cli::load::Load),
     /// Print the CustomResourceDefinition.
     Crd,
+    /// Print the beginning of docs/metrics.md, with the operator's part.
+    #[command(hide = true)]
+    Metrics,
 }
 
 fn main() -> ExitCode {
@@ -66,6 +69,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
         Command::Load(load) => runtime.block_on(cli::load::run(load)),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
+        Command::Metrics => cli::metrics::run().map(|()| ExitCode::SUCCESS),
     }
 }
 

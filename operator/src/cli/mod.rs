@@ -2,6 +2,7 @@
 
 pub(crate) mod crd;
 pub(crate) mod load;
+pub(crate) mod metrics;
 pub(crate) mod operator;
 pub(crate) mod plan;
 pub(crate) mod up;
