@@ -5,4 +5,5 @@ pub(crate) mod load;
 pub(crate) mod metrics;
 pub(crate) mod operator;
 pub(crate) mod plan;
+pub(crate) mod simulate;
 pub(crate) mod up;

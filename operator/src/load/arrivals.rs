@@ -89,6 +89,10 @@ impl Arrivals {
         }
     }
 
+    pub(crate) fn pattern(&self) -> Option<Pattern> {
+        self.pattern
+    }
+
     pub(crate) fn seed(&self) -> u64 {
         self.seed
     }

@@ -1,6 +1,5 @@
 //! One request to an OpenAI-compatible endpoint, timed as its answer streams in.
 
-use std::error::Error as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -78,9 +78,14 @@ impl Fleet {
         }
     }
 
-    /// Requests that have no token yet, resumed ones among them.
+    /// Requests that no worker could take.
+    pub(crate) fn held(&self) -> impl Iterator<Item = Id> {
+        self.held.iter().copied()
+    }
+
+    /// Requests whose prompt is not computed, resumed ones among them.
     pub(crate) fn before_prefill(&self) -> impl Iterator<Item = Id> {
-        self.held.iter().copied().chain(self.members.iter().flat_map(|member| member.worker.before_prefill()))
+        self.held().chain(self.members.iter().flat_map(|member| member.worker.before_prefill()))
     }
 
     pub(crate) fn next_change(&self) -> Option<Micros> {
@@ -154,7 +159,7 @@ impl Fleet {
         }
         for id in moving {
             if !self.submit(id, now, model, requests) {
-                requests.refused();
+                requests.refused(id);
             }
         }
         self.changed(now);
@@ -198,9 +203,9 @@ impl History {
 mod tests {
     use std::time::Duration;
 
-    use super::super::requests::Goals;
     use super::super::service::DEFAULT;
     use super::*;
+    use crate::decide::autoscale::Goals;
     use crate::load::trace::{Request, Trace};
 
     fn world(count: usize) -> (ServiceModel, Requests) {
@@ -211,6 +216,11 @@ mod tests {
     }
 
     const SECOND: Micros = 1_000_000;
+
+    fn submit(fleet: &mut Fleet, id: Id, model: &ServiceModel, requests: &mut Requests) {
+        requests.arrived(id);
+        assert!(fleet.submit(id, 0, model, requests));
+    }
 
     fn settle(fleet: &mut Fleet, model: &ServiceModel, requests: &mut Requests) -> Micros {
         let mut now = 0;
@@ -224,10 +234,10 @@ mod tests {
 
     #[test]
     fn requests_go_to_the_least_loaded_of_those_that_are_ready() {
-        let (model, requests) = world(4);
+        let (model, mut requests) = world(4);
         let mut fleet = Fleet::new(2);
         fleet.resize(3, 0, &model);
-        (0..4).for_each(|id| assert!(fleet.submit(id, 0, &model, &requests)));
+        (0..4).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
         let loads: Vec<u32> =
             fleet.members.iter().map(|one| one.worker.running() + one.worker.waiting()).collect();
         assert_eq!(loads, [2, 2, 0]);
@@ -248,7 +258,7 @@ mod tests {
     fn one_that_leaves_moves_its_sequences_and_one_that_is_wanted_again_stays() {
         let (model, mut requests) = world(6);
         let mut fleet = Fleet::new(3);
-        (0..6).for_each(|id| assert!(fleet.submit(id, 0, &model, &requests)));
+        (0..6).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
         fleet.resize(1, 0, &model);
         fleet.resize(2, SECOND, &model);
         let left = settle(&mut fleet, &model, &mut requests);
@@ -272,7 +282,7 @@ mod tests {
     fn requests_wait_for_the_first_worker() {
         let (model, mut requests) = world(2);
         let mut fleet = Fleet::new(0);
-        (0..2).for_each(|id| assert!(fleet.submit(id, 0, &model, &requests)));
+        (0..2).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
         assert_eq!(fleet.load().held, 2);
         fleet.resize(1, 0, &model);
         settle(&mut fleet, &model, &mut requests);

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use expertmesh_proto::latency::Histogram;
-
+use crate::decide::autoscale::{FrontendLoad, Goals};
 use crate::load::trace::Trace;
 
 /// Time since the trace's beginning.
@@ -13,21 +12,6 @@ pub(crate) type Id = u32;
 
 /// Tokens after which the time per token is noted, as frontends do.
 pub(crate) const NOTED: u32 = 16;
-
-/// What is promised: times to the first token, and per token after it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Goals {
-    pub(crate) ttft: Duration,
-    pub(crate) tpot: Duration,
-}
-
-/// What a frontend measured since its start.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct Latencies {
-    pub(crate) first_token: Histogram,
-    pub(crate) per_token: Histogram,
-    pub(crate) choices: u64,
-}
 
 #[derive(Debug, Clone)]
 pub(crate) struct Progress {
@@ -42,7 +26,7 @@ pub(crate) struct Progress {
     /// When the first token came, and when the last one did.
     pub(crate) first: Option<Micros>,
     pub(crate) end: Option<Micros>,
-    frontend: u32,
+    pub(crate) frontend: u32,
 }
 
 impl Progress {
@@ -71,7 +55,8 @@ impl Progress {
 #[derive(Debug)]
 pub(crate) struct Requests {
     pub(crate) all: Vec<Progress>,
-    pub(crate) frontends: Vec<Latencies>,
+    /// What each frontend reports, but for what waits.
+    pub(crate) frontends: Vec<FrontendLoad>,
     goals: (Micros, Micros),
     pub(crate) finished: usize,
     /// Those that are known not to have met a goal.
@@ -94,7 +79,7 @@ impl Requests {
         };
         Self {
             all: trace.requests.iter().enumerate().map(progress).collect(),
-            frontends: vec![Latencies::default(); frontends as usize],
+            frontends: vec![FrontendLoad::default(); frontends as usize],
             goals: (micros(goals.ttft), micros(goals.tpot)),
             finished: 0,
             missed: 0,
@@ -105,13 +90,20 @@ impl Requests {
         &self.all[id as usize]
     }
 
-    pub(crate) fn arrived(&mut self, id: Id) {
-        let frontend = self.all[id as usize].frontend;
-        self.frontends[frontend as usize].choices += 1;
+    /// The frontend that a request came to.
+    pub(crate) fn frontend(&mut self, id: Id) -> &mut FrontendLoad {
+        &mut self.frontends[self.all[id as usize].frontend as usize]
     }
 
-    /// Refused: its client got an error.
-    pub(crate) fn refused(&mut self) {
+    pub(crate) fn arrived(&mut self, id: Id) {
+        let frontend = self.frontend(id);
+        frontend.latencies.choices += 1;
+        frontend.in_flight += 1;
+    }
+
+    /// Its client got an error.
+    pub(crate) fn refused(&mut self, id: Id) {
+        self.frontend(id).in_flight -= 1;
         self.missed += 1;
         self.finished += 1;
     }
@@ -120,7 +112,8 @@ impl Requests {
     /// was the answer's end.
     pub(crate) fn produce(&mut self, id: Id, tokens: u32, now: Micros) -> bool {
         let request = &mut self.all[id as usize];
-        let latencies = &mut self.frontends[request.frontend as usize];
+        let frontend = &mut self.frontends[request.frontend as usize];
+        let latencies = &mut frontend.latencies;
         if request.first.is_none() {
             request.first = Some(now);
             request.noted = now;
@@ -137,6 +130,7 @@ impl Requests {
         }
         if ended {
             request.end = Some(now);
+            frontend.in_flight -= 1;
             self.finished += 1;
             self.missed += usize::from(!self.met(id));
         }
@@ -173,12 +167,15 @@ pub(crate) fn micros(duration: Duration) -> Micros {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decide::Latencies;
     use crate::load::trace::Request;
 
     fn one(output: u32) -> Requests {
         let request = Request { at: Duration::from_secs(1), prompt: 10, output };
         let goals = Goals { ttft: Duration::from_secs(1), tpot: Duration::from_millis(50) };
-        Requests::new(&Trace::new(vec![request], Duration::from_secs(2)), goals, 1)
+        let mut requests = Requests::new(&Trace::new(vec![request], Duration::from_secs(2)), goals, 1);
+        requests.arrived(0);
+        requests
     }
 
     #[test]
@@ -189,11 +186,12 @@ mod tests {
         assert!(!requests.produce(0, 16, 2_300_000));
         assert_eq!(requests.get(0).due(), 3);
         assert!(requests.produce(0, 3, 2_330_000));
-        let mut expected = Latencies::default();
+        let mut expected = Latencies { choices: 1, ..Latencies::default() };
         expected.first_token.add(Duration::from_millis(500));
         expected.per_token.add(Duration::from_millis(50));
         expected.per_token.add(Duration::from_millis(10));
-        assert_eq!(requests.frontends, [expected]);
+        assert_eq!(requests.frontends[0].latencies, expected);
+        assert_eq!(requests.frontends[0].in_flight, 0);
         assert_eq!(requests.get(0).per_token(), Some(830_000 / 19));
         assert_eq!((requests.attainment(), requests.missed, requests.finished), (1.0, 0, 1));
     }

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use super::fleet::{Fleet, History, Load};
-use super::requests::{Goals, Id, Micros, Requests, micros};
+use super::requests::{Id, Micros, Requests, micros};
 use super::service::ServiceModel;
+use crate::decide::autoscale::Goals;
 use crate::load::percentiles::{Percentiles, percentile};
 use crate::load::trace::Trace;
 
@@ -85,7 +86,7 @@ pub(crate) fn run(world: World<'_>, start: u32, scaler: &mut dyn Scaler, patienc
 fn arrive(id: Id, now: Micros, model: &ServiceModel, (fleet, requests): (&mut Fleet, &mut Requests)) {
     requests.arrived(id);
     if !fleet.submit(id, now, model, requests) {
-        requests.refused();
+        requests.refused(id);
     }
 }
 

@@ -73,8 +73,9 @@ mod tests {
     use std::time::Duration;
 
     use super::super::fleet::{Fleet, Load};
-    use super::super::requests::{Goals, Requests};
+    use super::super::requests::Requests;
     use super::*;
+    use crate::decide::autoscale::Goals;
     use crate::load::trace::Trace;
 
     /// What is decided at (second, sequences, desired).

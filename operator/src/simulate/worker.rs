@@ -192,9 +192,9 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::requests::Goals;
     use super::super::service::{DEFAULT, StepTime};
     use super::*;
+    use crate::decide::autoscale::Goals;
     use crate::load::trace::{Request, Trace};
 
     const GOALS: Goals = Goals { ttft: Duration::from_secs(1), tpot: Duration::from_millis(50) };
@@ -224,6 +224,7 @@ mod tests {
         for id in 0..all.len() as u32 {
             let now = requests.get(id).arrival;
             worker.advance(now, model, &mut requests);
+            requests.arrived(id);
             assert!(worker.submit(id, now, model, &requests));
         }
         worker.advance(u64::MAX, model, &mut requests);
@@ -270,6 +271,7 @@ mod tests {
     fn what_a_worker_gives_back_goes_on_elsewhere() {
         let (model, mut requests) = (model(), requests(&[(0, 100, 30), (0, 400, 5)]));
         let (mut leaving, mut other) = (Worker::default(), Worker::default());
+        requests.arrived(0);
         leaving.submit(0, 0, &model, &requests);
         leaving.advance(110_000 + 12_000 * 7 + 5, &model, &mut requests);
         leaving.submit(1, 194_005, &model, &requests);
