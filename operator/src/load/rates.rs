@@ -32,18 +32,19 @@ impl Rates {
         Self::new(length, |_| 1.0)
     }
 
-    /// Two states whose times are exponential (a Markov-modulated Poisson process): quiet for three minutes, then three times
-    /// as much for one; shorter where there is little time in all.
+    /// Quiet for about twenty minutes, then three times as much for about six, rising and falling within a minute and a half each;
+    /// all of it shorter where there is less than an hour.
     pub(super) fn bursts(length: Duration, seed: u64) -> Self {
         let mut random = Random::new(seed, RATES);
-        let short = (length.as_secs_f64() / 1800.0).min(1.0);
-        let (mut busy, mut until) = (true, 0.0);
+        let short = (length.as_secs_f64() / 3600.0).min(1.0);
+        let mut burst = Burst { begin: short * 600.0 * (0.5 + random.unit()), length: 0.0, height: 2.0 };
+        burst.length = short * 360.0 * (0.75 + 0.5 * random.unit());
         Self::new(length, |at| {
-            while at >= until {
-                busy = !busy;
-                until += short * if busy { 60.0 } else { 180.0 } * random.exponential();
+            while at >= burst.begin + burst.length {
+                burst.begin += burst.length + short * 1200.0 * (0.75 + 0.5 * random.unit());
+                burst.length = short * 360.0 * (0.75 + 0.5 * random.unit());
             }
-            if busy { 3.0 } else { 1.0 }
+            1.0 + burst.at(at)
         })
     }
 

@@ -67,13 +67,14 @@ impl Fleet {
         Self { members: (0..size).map(member).collect(), desired: size, history, ..Self::default() }
     }
 
-    pub(crate) fn load(&self) -> Load {
-        let sum = |count: fn(&Worker) -> u32| self.members.iter().map(|member| count(&member.worker)).sum();
+    pub(crate) fn load(&self, model: &ServiceModel) -> Load {
+        let loads = self.members.iter().map(|member| member.worker.load(model));
+        let (running, waiting) = loads.fold((0, 0), |sum, load| (sum.0 + load.0, sum.1 + load.1));
         Load {
             desired: self.desired,
             ready: self.members.iter().filter(|member| member.serves()).count() as u32,
-            running: sum(Worker::running),
-            waiting: sum(Worker::waiting),
+            running,
+            waiting,
             held: self.held.len() as u32,
         }
     }
@@ -99,10 +100,7 @@ impl Fleet {
     /// To the least loaded worker that can take it; held where there is none. False where it is refused.
     pub(crate) fn submit(&mut self, id: Id, now: Micros, model: &ServiceModel, requests: &Requests) -> bool {
         let serving = self.members.iter_mut().filter(|member| member.serves());
-        match serving
-            .map(|member| &mut member.worker)
-            .min_by_key(|worker| worker.running() + worker.waiting())
-        {
+        match serving.map(|member| &mut member.worker).min_by_key(|worker| worker.sequences()) {
             Some(worker) => worker.submit(id, now, model, requests),
             None if self.held.len() < MAX_HELD => {
                 self.held.push_back(id);
@@ -238,8 +236,7 @@ mod tests {
         let mut fleet = Fleet::new(2);
         fleet.resize(3, 0, &model);
         (0..4).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
-        let loads: Vec<u32> =
-            fleet.members.iter().map(|one| one.worker.running() + one.worker.waiting()).collect();
+        let loads: Vec<u32> = fleet.members.iter().map(|one| one.worker.sequences()).collect();
         assert_eq!(loads, [2, 2, 0]);
     }
 
@@ -248,9 +245,9 @@ mod tests {
         let (model, mut requests) = world(1);
         let mut fleet = Fleet::new(1);
         fleet.resize(3, 10 * SECOND, &model);
-        assert_eq!((fleet.load().desired, fleet.load().ready), (3, 1));
+        assert_eq!((fleet.load(&model).desired, fleet.load(&model).ready), (3, 1));
         let ready = settle(&mut fleet, &model, &mut requests);
-        assert_eq!((fleet.load().ready, ready), (3, 22 * SECOND));
+        assert_eq!((fleet.load(&model).ready, ready), (3, 22 * SECOND));
         assert_eq!(fleet.history.worker_seconds(20 * SECOND), 10.0 + 30.0);
     }
 
@@ -283,10 +280,10 @@ mod tests {
         let (model, mut requests) = world(2);
         let mut fleet = Fleet::new(0);
         (0..2).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
-        assert_eq!(fleet.load().held, 2);
+        assert_eq!(fleet.load(&model).held, 2);
         fleet.resize(1, 0, &model);
         settle(&mut fleet, &model, &mut requests);
         fleet.advance(60 * SECOND, &model, &mut requests);
-        assert_eq!((requests.finished, fleet.load().held), (2, 0));
+        assert_eq!((requests.finished, fleet.load(&model).held), (2, 0));
     }
 }

@@ -69,7 +69,7 @@ pub(crate) fn run(world: World<'_>, start: u32, scaler: &mut dyn Scaler, patienc
             arrive(arrived as Id, now, model, (&mut fleet, &mut requests));
             arrived += 1;
         } else {
-            let seen = Seen { now, load: fleet.load(), fleet: &fleet, requests: &requests };
+            let seen = Seen { now, load: fleet.load(model), fleet: &fleet, requests: &requests };
             let desired = scaler.look(&seen);
             fleet.resize(desired, now, model);
             look_at = scaler.period().map(|period| now + period);

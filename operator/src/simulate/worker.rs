@@ -55,12 +55,19 @@ impl Run {
 }
 
 impl Worker {
-    pub(crate) fn running(&self) -> u32 {
-        self.decoding_count + self.prefilling.len() as u32
+    /// In the batch or to be taken into it by the next step, and waiting for a place in it.
+    pub(crate) fn load(&self, model: &ServiceModel) -> (u32, u32) {
+        let running = self.sequences().min(model.batch.running);
+        (running, self.sequences() - running)
     }
 
-    pub(crate) fn waiting(&self) -> u32 {
-        self.waiting.len() as u32
+    /// All of them.
+    pub(crate) fn sequences(&self) -> u32 {
+        self.batched() + self.waiting.len() as u32
+    }
+
+    fn batched(&self) -> u32 {
+        self.decoding_count + self.prefilling.len() as u32
     }
 
     /// Those whose prompt is not all computed.
@@ -70,7 +77,7 @@ impl Worker {
 
     /// Queues a sequence; false where the queue is full.
     pub(crate) fn submit(&mut self, id: Id, now: Micros, model: &ServiceModel, requests: &Requests) -> bool {
-        if self.waiting() >= model.batch.waiting {
+        if self.waiting.len() >= model.batch.waiting as usize {
             return false;
         }
         self.waiting.push_back(id);
@@ -109,11 +116,11 @@ impl Worker {
 
     /// Begins the next steps, where there is something to compute.
     fn plan(&mut self, now: Micros, model: &ServiceModel, requests: &Requests) {
-        while self.running() < model.batch.running {
+        while self.batched() < model.batch.running {
             let Some(id) = self.waiting.pop_front() else { break };
             self.prefilling.push((id, 0));
         }
-        if self.running() == 0 {
+        if self.batched() == 0 {
             return;
         }
         let (mut chunks, mut attended) = (vec![], self.context as f64);
@@ -228,7 +235,7 @@ mod tests {
             assert!(worker.submit(id, now, model, &requests));
         }
         worker.advance(u64::MAX, model, &mut requests);
-        assert_eq!((worker.running(), worker.waiting(), worker.context), (0, 0, 0));
+        assert_eq!((worker.sequences(), worker.context), (0, 0));
         requests
     }
 
@@ -264,7 +271,7 @@ mod tests {
         assert!(worker.submit(0, 0, &model, &requests), "computed at once");
         assert!(worker.submit(1, 0, &model, &requests), "waits for the next step");
         assert!(!worker.submit(2, 0, &model, &requests));
-        assert_eq!((worker.running(), worker.waiting()), (1, 1));
+        assert_eq!((worker.batched(), worker.load(&model)), (1, (2, 0)));
     }
 
     #[test]
@@ -276,7 +283,7 @@ mod tests {
         leaving.advance(110_000 + 12_000 * 7 + 5, &model, &mut requests);
         leaving.submit(1, 194_005, &model, &requests);
         assert_eq!(leaving.drain(194_006, &mut requests), [0, 1]);
-        assert_eq!((requests.get(0).produced, leaving.running()), (8, 0));
+        assert_eq!((requests.get(0).produced, leaving.sequences()), (8, 0));
         assert!(other.submit(0, 200_000, &model, &requests));
         other.advance(u64::MAX, &model, &mut requests);
         assert_eq!(times_of(&requests, 0), (110, 200 + 10 + 108 + 21 * 12));
