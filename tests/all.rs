@@ -4,5 +4,6 @@ mod chaos;
 mod kubernetes;
 mod mesh;
 mod metrics;
+mod monitoring;
 mod openai;
 mod up;

@@ -11,7 +11,13 @@ fn agent() -> ureq::Agent {
 
 /// GET: the status and the text.
 pub fn get(url: &str) -> Result<(u16, String), String> {
-    let mut response = agent().get(url).call().map_err(|error| format!("{url}: {error}"))?;
+    get_with(url, &[])
+}
+
+/// GET with parameters behind the `?`.
+pub fn get_with(url: &str, parameters: &[(&str, &str)]) -> Result<(u16, String), String> {
+    let request = agent().get(url).query_pairs(parameters.iter().copied());
+    let mut response = request.call().map_err(|error| format!("{url}: {error}"))?;
     let text = response.body_mut().read_to_string().map_err(|error| format!("{url}: {error}"))?;
     Ok((response.status().as_u16(), text))
 }
