@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use expertmesh_metrics::Registry;
 use prometheus::core::Collector;
 use prometheus::{Encoder, GaugeVec, IntGaugeVec, TextEncoder};
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts};
 
 /// The labels of what is told per ModelDeployment.
 const DEPLOYMENT: [&str; 2] = ["namespace", "name"];
@@ -144,6 +145,11 @@ impl Metrics {
         let _ = self.placement_imbalance.remove_label_values(&labels);
     }
 
+    /// The operator's part of `docs/metrics.md`.
+    pub(crate) fn section(&self) -> String {
+        self.registry.section("Operator")
+    }
+
     /// As Prometheus reads it.
     pub(crate) fn text(&self) -> Result<String, prometheus::Error> {
         let mut text = Vec::new();
@@ -153,8 +159,7 @@ impl Metrics {
 }
 
 fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
-    registry.register(Box::new(metric.clone()))?;
-    Ok(metric)
+    registry.add(metric)
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use super::chat::Chat;
 use super::choices::{self, Update, Updates};
 use super::completions::Completions;
 use super::format::{Format, Header, Whole, Writer};
+use super::latencies::Latencies;
 use super::model::Model;
 use super::openai::{self, ApiError, BODY_LIMIT, Failure};
 use super::resume::Patience;
@@ -37,6 +38,7 @@ pub(crate) struct Server {
     pub(crate) model: Model,
     pub(crate) workers: Workers,
     pub(crate) metrics: FrontendMetrics,
+    pub(crate) latencies: Latencies,
     pub(crate) patience: Patience,
     permits: Arc<Semaphore>,
     /// Bytes of bodies that may be parsed and tokenized at once: each takes some hundred bytes of memory meanwhile.
@@ -61,6 +63,7 @@ impl Server {
             model,
             workers,
             metrics,
+            latencies: Latencies::default(),
             patience,
             permits: Arc::new(Semaphore::new(max_requests)),
             reading: Arc::new(Semaphore::new(BODY_LIMIT)),

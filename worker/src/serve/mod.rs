@@ -17,11 +17,11 @@ use std::thread;
 use std::time::Duration;
 
 use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
+use expertmesh_metrics::Registry;
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
-use prometheus::Registry;
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -215,7 +215,7 @@ impl Worker {
         let config = backend.config();
         let (hidden, vocabulary) = (config.hidden(), config.vocabulary() as u32);
         let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
-        let residency = Residency::new(backend.clone());
+        let residency = Residency::new(backend.clone(), metrics.clone());
         let (commands, receiver) = sync_channel(COMMANDS);
         let shared = Arc::new(Shared {
             load: watch::Sender::new(Load::default()),
@@ -369,6 +369,7 @@ async fn keep_gauges(state: Arc<WorkerState<CpuBackend>>, peers: Arc<Peers>) {
         metrics.experts_resident_bytes.set(residency.resident_bytes as i64);
         metrics.experts_missing.set(residency.missing.into());
         metrics.placement_epoch.set(state.placement.get().epoch() as i64);
+        metrics.peers.set(peers.count() as i64);
         metrics.peers_alive.set(peers.alive().len() as i64);
         changes.next().await;
     }

@@ -256,7 +256,7 @@ mod tests {
     use std::path::Path;
 
     use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange, SamplingParams};
-    use prometheus::Registry;
+    use expertmesh_metrics::Registry;
 
     use super::super::scheduler::Bounds;
     use super::*;
