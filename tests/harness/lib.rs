@@ -6,6 +6,7 @@ pub mod kubernetes;
 pub mod mesh;
 pub mod openai;
 pub mod process;
+pub mod prometheus;
 pub mod promtool;
 pub mod reference;
 pub mod up;
