@@ -6,7 +6,7 @@ METRICS = docs/metrics.md
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load cluster-down image audit
+.PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,9 @@ cluster: ## a three-node Kubernetes on this machine; prints the line that makes 
 
 cluster-load: image ## the project's image into the cluster's nodes
 	@tests/cluster/load.sh target/image/expertmesh.tar
+
+monitoring: ## Prometheus beside the cluster, which must run, with our rules; prints its URL
+	@tests/cluster/prometheus.sh
 
 cluster-down: ## take the cluster away; its binaries stay
 	@tests/cluster/down.sh

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::{http, root};
+use crate::{prometheus, root};
 
 pub struct Dashboard {
     /// `models.json`.
@@ -68,26 +68,14 @@ impl Query {
     }
 }
 
-/// The queries that a Prometheus has no data for, each with its expression: a panel that shows nothing, or what is not a number.
-///
-/// `url` is the Prometheus's, as `http://127.0.0.1:9090`.
-pub fn silent(url: &str, namespace: &str, name: &str) -> Result<Vec<String>, String> {
+/// The queries that the Prometheus beside the cluster has no number for, each with its expression: a panel that shows nothing.
+pub fn silent(namespace: &str, name: &str) -> Result<Vec<String>, String> {
     let mut silent = Vec::new();
     for query in all().iter().flat_map(Dashboard::queries) {
         let expression = query.of(namespace, name);
-        if ask(url, &expression)?.iter().all(|series| series["value"][1] == "NaN") {
+        if prometheus::query(&expression)?.iter().all(|series| series.value.is_nan()) {
             silent.push(format!("{}: {expression}", query.place));
         }
     }
     Ok(silent)
-}
-
-/// The series of an instant query.
-pub fn ask(url: &str, expression: &str) -> Result<Vec<Value>, String> {
-    let (status, text) = http::get_with(&format!("{url}/api/v1/query"), &[("query", expression)])?;
-    let json: Value = serde_json::from_str(&text).map_err(|error| format!("{error}: {text}"))?;
-    match json["data"]["result"].as_array() {
-        Some(result) if status == 200 => Ok(result.clone()),
-        _ => Err(format!("{expression}: {status}: {text}")),
-    }
 }

@@ -7,6 +7,7 @@ pub mod kubernetes;
 pub mod mesh;
 pub mod openai;
 pub mod process;
+pub mod prometheus;
 pub mod promql;
 pub mod promtool;
 pub mod reference;
