@@ -4,6 +4,7 @@ mod chaos;
 mod kubernetes;
 mod mesh;
 mod metrics;
+mod monitoring;
 mod openai;
 mod traces;
 mod up;
