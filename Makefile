@@ -23,6 +23,7 @@ test: setup lint check-generated ## every check and every test; names at its end
 
 build: ## all binaries, in target/release
 	$(CARGO) build --release --workspace
+	@ln -sf expertmesh target/release/kubectl-expertmesh # which makes it `kubectl expertmesh`, where this folder is in PATH
 
 setup: ## fetch what the tests need beside Rust, and say what cannot be had
 	@tests/setup.sh
