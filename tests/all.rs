@@ -5,4 +5,5 @@ mod kubernetes;
 mod mesh;
 mod metrics;
 mod openai;
+mod scalers;
 mod up;
