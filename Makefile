@@ -1,7 +1,8 @@
 # Everything is built with the release profile, so that nothing is compiled twice.
 CARGO = cargo
 CRD = deploy/crds/modeldeployments.yaml
-CRD_IN_CHART = charts/expertmesh/files/modeldeployments.yaml
+CHART_FILES = charts/expertmesh/files
+METRICS = docs/metrics.md
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
 
@@ -40,12 +41,18 @@ lint: ## formatting, clippy and rustdoc, warnings being errors
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps --quiet
 
-generated: build ## write the generated files anew: the CRD and the chart's copy of it
+generated: build ## write the generated files anew: the CRD, the page of metrics, the chart's copies of files of deploy/
 	target/release/expertmesh crd >$(CRD)
-	cp $(CRD) $(CRD_IN_CHART)
+	{ target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } >$(METRICS)
+	cp $(CRD) $(CHART_FILES)/modeldeployments.yaml
+	cp deploy/alerts/expertmesh.yaml $(CHART_FILES)/alerts.yaml
+	rm -rf $(CHART_FILES)/dashboards && cp -r deploy/dashboards $(CHART_FILES)/dashboards
 
 check-generated: build
-	@target/release/expertmesh crd | cmp - $(CRD) && cmp $(CRD) $(CRD_IN_CHART) || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
+	@target/release/expertmesh crd | cmp - $(CRD) && \
+	 { target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } | cmp - $(METRICS) && \
+	 cmp $(CRD) $(CHART_FILES)/modeldeployments.yaml && cmp deploy/alerts/expertmesh.yaml $(CHART_FILES)/alerts.yaml && \
+	 diff -rq deploy/dashboards $(CHART_FILES)/dashboards || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
 
 cluster: ## a three-node Kubernetes on this machine; prints the line that makes it this shell's
 	@tests/cluster/build.sh

@@ -5,7 +5,7 @@ use expertmesh_tests::mesh::Mesh;
 use expertmesh_tests::reference::{Question, reference};
 use expertmesh_tests::{promtool, skipped};
 
-const WORKER: [&str; 12] = [
+const WORKER: [&str; 16] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -14,14 +14,19 @@ const WORKER: [&str; 12] = [
     "expertmesh_worker_sequences_total",
     "expertmesh_worker_experts_resident",
     "expertmesh_worker_experts_resident_bytes",
+    "expertmesh_worker_expert_loads_total",
+    "expertmesh_worker_expert_loaded_bytes_total",
+    "expertmesh_worker_peers",
+    "expertmesh_worker_peers_alive",
     "expertmesh_worker_placement_epoch",
     "expertmesh_worker_rows_dispatched_total",
     "expertmesh_worker_rows_served_total",
     "expertmesh_worker_exchange_seconds",
 ];
-const FRONTEND: [&str; 6] = [
+const FRONTEND: [&str; 7] = [
     "vllm:time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds",
+    "vllm:request_time_per_output_token_seconds",
     "expertmesh_frontend_requests_total",
     "expertmesh_frontend_errors_total",
     "expertmesh_frontend_queue_length",
@@ -73,8 +78,14 @@ async fn workers_and_frontends_export_what_dashboards_ask_for_each_series_from_o
     assert_eq!(of_frontend("expertmesh_frontend_errors_total"), 1.0);
     assert_eq!(of_frontend("vllm:time_to_first_token_seconds_count"), 4.0);
     assert_eq!(of_frontend("vllm:inter_token_latency_seconds_count"), tokens - 4.0);
+    assert_eq!(of_frontend("vllm:request_time_per_output_token_seconds_count"), 4.0);
     let rows = of_workers("expertmesh_worker_rows_dispatched_total");
     assert!(rows > tokens && rows == of_workers("expertmesh_worker_rows_served_total"), "{rows}");
     assert!(of_workers("expertmesh_worker_exchange_seconds_count") > tokens);
     assert_eq!(of_workers("expertmesh_worker_experts_resident "), 160.0);
+    assert_eq!(of_workers("expertmesh_worker_expert_loads_total{cause=\"placement\""), 160.0);
+    assert_eq!(of_workers("expertmesh_worker_expert_loads_total{cause=\"elected\""), 0.0);
+    let bytes = of_workers("expertmesh_worker_expert_loaded_bytes_total");
+    assert_eq!(bytes, of_workers("expertmesh_worker_experts_resident_bytes"));
+    assert_eq!(of_workers("expertmesh_worker_peers "), 2.0);
 }

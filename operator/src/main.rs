@@ -41,6 +41,9 @@ enum Command {
     Plan(cli::plan::Plan),
     /// Print the CustomResourceDefinition.
     Crd,
+    /// Print the beginning of docs/metrics.md, with the operator's part.
+    #[command(hide = true)]
+    Metrics,
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(up) => runtime.block_on(cli::up::run(up)),
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
+        Command::Metrics => cli::metrics::run().map(|()| ExitCode::SUCCESS),
     }
 }
 

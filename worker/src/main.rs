@@ -15,6 +15,7 @@ mod stop;
 mod template;
 mod text;
 mod tokenizer;
+mod traces;
 mod verify;
 
 use std::process::ExitCode;
@@ -41,6 +42,9 @@ enum Command {
     Inspect(inspect::Args),
     /// Pack a checkpoint into a directory that is mapped instead of read.
     Prepare(prepare::Args),
+    /// Print the worker's and the frontend's part of docs/metrics.md.
+    #[command(hide = true)]
+    Metrics,
     /// Compare the reference with what golden.safetensors recorded, and the fast path with the reference.
     Verify(verify::Args),
 }
@@ -52,6 +56,10 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Prepare(args) => prepare::run(args),
+        Command::Metrics => {
+            print!("{}", metrics::sections());
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Verify(args) => verify::run(args),
     };
     process::exit_code(result)

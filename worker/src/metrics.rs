@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
+use expertmesh_metrics::Registry;
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    core::Collector,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, core::Collector,
 };
 
 /// Registers a collector. Two metrics of one name are a mistake of this file, which its test finds.
@@ -13,8 +13,14 @@ fn registered<C: Collector + Clone + 'static>(
     collector: Result<C, prometheus::Error>,
 ) -> C {
     let collector = collector.expect("a metric's name and labels are valid");
-    registry.register(Box::new(collector.clone())).expect("a metric's name is its own");
-    collector
+    registry.add(collector).expect("a metric's name is its own")
+}
+
+/// Their part of `docs/metrics.md`.
+pub(crate) fn sections() -> String {
+    let (worker, frontend) = (Registry::new(), Registry::new());
+    let _ = (WorkerMetrics::new(&worker), FrontendMetrics::new(&frontend, ""));
+    worker.section("Worker") + &frontend.section("Frontend")
 }
 
 /// From 0.1 ms to 26 s.
@@ -22,6 +28,17 @@ fn seconds(name: &str, help: &str) -> HistogramOpts {
     let buckets = (0..10).map(|step| 1e-4 * 4f64.powi(step)).collect();
     HistogramOpts::new(name, help).buckets(buckets)
 }
+
+/// vLLM's bounds of the time to the first token, in seconds, with more below 1 ms.
+const FIRST_TOKEN: [f64; 25] = [
+    0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0,
+    7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+];
+/// vLLM's bounds of the time per token, in seconds, with more below 10 ms.
+const PER_TOKEN: [f64; 24] = [
+    0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
 
 /// What a worker exports. A peer's label is its slot, which bounds the series by the deployment's size.
 pub(crate) struct WorkerMetrics {
@@ -36,7 +53,10 @@ pub(crate) struct WorkerMetrics {
     pub(crate) experts_resident: IntGauge,
     pub(crate) experts_resident_bytes: IntGauge,
     pub(crate) experts_missing: IntGauge,
+    pub(crate) expert_loads: IntCounterVec,
+    pub(crate) expert_loaded_bytes: IntCounter,
     pub(crate) placement_epoch: IntGauge,
+    pub(crate) peers: IntGauge,
     pub(crate) peers_alive: IntGauge,
     pub(crate) rows_dispatched: IntCounterVec,
     pub(crate) rows_served: IntCounterVec,
@@ -64,6 +84,14 @@ impl WorkerMetrics {
         // At zero before the first of a kind ends: a rate needs both ends of a step.
         for outcome in ["stop", "length", "move", "cancelled", "failed", "refused"] {
             sequences.with_label_values(&[outcome]);
+        }
+        let expert_loads = counters(
+            "expertmesh_worker_expert_loads_total",
+            "Experts loaded, by cause: the placement wants them here, or a row's owner elected this worker.",
+            &["cause"],
+        );
+        for cause in ["placement", "elected"] {
+            expert_loads.with_label_values(&[cause]);
         }
         let exchange =
             seconds("expertmesh_worker_exchange_seconds", "From dispatching rows to a peer to its answer.");
@@ -94,10 +122,16 @@ impl WorkerMetrics {
                 "expertmesh_worker_experts_missing",
                 "Pairs of layer and expert that the placement wants here and that are not resident yet.",
             ),
+            expert_loads,
+            expert_loaded_bytes: counter(
+                "expertmesh_worker_expert_loaded_bytes_total",
+                "Bytes of the experts loaded.",
+            ),
             placement_epoch: gauge(
                 "expertmesh_worker_placement_epoch",
                 "Epoch of the placement that is followed.",
             ),
+            peers: gauge("expertmesh_worker_peers", "Peers that the placement names."),
             peers_alive: gauge("expertmesh_worker_peers_alive", "Peers whose stream is up."),
             rows_dispatched: counters(
                 "expertmesh_worker_rows_dispatched_total",
@@ -129,6 +163,7 @@ impl WorkerMetrics {
 pub(crate) struct FrontendMetrics {
     first_token: Histogram,
     inter_token: Histogram,
+    per_token: Histogram,
     requests: IntCounterVec,
     request_seconds: HistogramVec,
     prompt_tokens: IntCounter,
@@ -164,8 +199,9 @@ impl FrontendMetrics {
         let counters = |name: &str, help: &str, labels: &[&str]| {
             registered(registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
-        let latency = |name: &str, help: &str| {
-            let family = registered(registry, HistogramVec::new(seconds(name, help), &["model_name"]));
+        let latency = |name: &str, help: &str, bounds: &[f64]| {
+            let options = HistogramOpts::new(name, help).buckets(bounds.to_vec());
+            let family = registered(registry, HistogramVec::new(options, &["model_name"]));
             family.with_label_values(&[model])
         };
         let request = HistogramOpts::new(
@@ -177,8 +213,18 @@ impl FrontendMetrics {
             first_token: latency(
                 "vllm:time_to_first_token_seconds",
                 "From a request's arrival to the first token of each of its choices.",
+                &FIRST_TOKEN,
             ),
-            inter_token: latency("vllm:inter_token_latency_seconds", "Between two tokens of a choice."),
+            inter_token: latency(
+                "vllm:inter_token_latency_seconds",
+                "Between two tokens of a choice, where the client keeps up.",
+                &PER_TOKEN,
+            ),
+            per_token: latency(
+                "vllm:request_time_per_output_token_seconds",
+                "The mean time between a choice's tokens, observed at its end.",
+                &PER_TOKEN,
+            ),
             requests: counters(
                 "expertmesh_frontend_requests_total",
                 "Requests answered, by endpoint and HTTP status; 499 where the client left.",
@@ -217,6 +263,10 @@ impl FrontendMetrics {
         self.inter_token.observe(since.as_secs_f64());
     }
 
+    pub(crate) fn per_token(&self, mean: Duration) {
+        self.per_token.observe(mean.as_secs_f64());
+    }
+
     pub(crate) fn prompt_tokens(&self, count: usize) {
         self.prompt_tokens.inc_by(count as u64);
     }
@@ -249,5 +299,13 @@ impl FrontendMetrics {
 
     pub(crate) fn eligible_workers(&self, count: usize) {
         self.eligible_workers.set(count as i64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_page_of_metrics_is_the_one_that_the_code_makes() {
+        assert!(include_str!("../../docs/metrics.md").ends_with(&super::sections()), "run `make generated`");
     }
 }

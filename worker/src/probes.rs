@@ -6,7 +6,8 @@ use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use prometheus::{Encoder, Registry, TextEncoder};
+use expertmesh_metrics::Registry;
+use prometheus::{Encoder, TextEncoder};
 
 /// Why a process cannot serve, or `Ok`.
 pub(crate) type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;

@@ -38,11 +38,6 @@ impl Text {
         checked
     }
 
-    /// Tokens so far.
-    pub(crate) fn tokens(&self) -> usize {
-        self.tokens
-    }
-
     /// Characters of the tokens so far, where the next one's text begins; a stop string's are among them.
     pub(crate) fn characters(&self) -> usize {
         self.characters

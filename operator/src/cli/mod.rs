@@ -1,6 +1,7 @@
 //! The subcommands of `expertmesh`.
 
 pub(crate) mod crd;
+pub(crate) mod metrics;
 pub(crate) mod operator;
 pub(crate) mod plan;
 pub(crate) mod up;

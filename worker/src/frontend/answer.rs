@@ -39,11 +39,6 @@ impl Answer {
         Self { tokenizer: tokenizer.clone(), text, reasoning }
     }
 
-    /// Tokens so far.
-    pub(crate) fn tokens(&self) -> usize {
-        self.text.tokens()
-    }
-
     /// The piece has an end where a stop string was completed.
     pub(crate) fn token(&mut self, Generated { id, ends, logprobs }: Generated) -> Piece {
         let offset = self.text.characters();
@@ -104,17 +99,18 @@ mod tests {
         let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
         let stops = stops.iter().map(|stop| stop.to_string()).collect();
         let mut answer = Answer::new(&tokenizer, stops, min_tokens, Some(Reasoning::after("<think>\n")));
-        let mut split = Split::default();
+        let (mut split, mut tokens) = (Split::default(), 0);
         for id in tokenizer.encode(text).unwrap() {
+            tokens += 1;
             let piece = answer.token(Generated { id, ends: id == 1, logprobs: None });
             append(&mut split, piece.split);
             if piece.end.is_some() {
-                return (split, piece.end, answer.tokens());
+                return (split, piece.end, tokens);
             }
         }
         let piece = answer.finish(End::Length);
         append(&mut split, piece.split);
-        (split, piece.end, answer.tokens())
+        (split, piece.end, tokens)
     }
 
     #[test]

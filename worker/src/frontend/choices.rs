@@ -1,15 +1,24 @@
 //! The choices of a request as they are generated, merged into one stream of pieces.
 
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Instant;
 
+use futures::poll;
 use futures::stream::{BoxStream, SelectAll, StreamExt, select_all, unfold};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::answer::{Answer, Piece};
+use super::latencies::Clock;
 use super::openai::ApiError;
-use super::resume::{Sequence, Step};
+use super::resume::{Sequence, SequenceError, Step};
 use super::server::Server;
 use super::valid::{ValidChoice, ValidRequest};
-use crate::metrics::FrontendMetrics;
+use crate::traces::Parent;
+
+/// Tokens of a choice that may wait for its client; then its sequence pauses.
+const AHEAD: usize = 64;
 
 /// A piece, and the choice that it belongs to.
 #[derive(Debug, PartialEq)]
@@ -21,56 +30,93 @@ pub(crate) struct Update {
 /// Pieces of all choices as they come. Dropping it cancels every sequence.
 pub(crate) type Updates = SelectAll<BoxStream<'static, Result<Update, ApiError>>>;
 
+type Arrived = Result<Step, SequenceError>;
+
 struct Choice {
     index: usize,
     /// Gone once it ended: a worker need not go on after a stop string.
-    sequence: Option<Sequence>,
+    steps: Option<mpsc::Receiver<Arrived>>,
     answer: Answer,
-    metrics: FrontendMetrics,
-    /// When the request arrived, then when the last token did.
-    last: Instant,
 }
 
-/// Starts them; nothing runs before the stream is polled.
-pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, arrived: Instant) -> Updates {
+/// When a request arrived, and where its spans belong.
+pub(crate) struct Start {
+    pub(crate) arrived: Instant,
+    pub(crate) parent: Parent,
+}
+
+/// Starts them, each in a task that reads on while its client does not.
+pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, begun: &Start) -> Updates {
     let choice = |(index, choice): (usize, ValidChoice)| {
         let ValidChoice { sequence, stops, reasoning } = choice;
         let answer = Answer::new(&server.model.tokenizer, stops, sequence.min_tokens, reasoning);
         let sequence =
-            Sequence::new(sequence, server.workers.clone(), server.metrics.clone(), server.patience);
-        Choice { index, sequence: Some(sequence), answer, metrics: server.metrics.clone(), last: arrived }
+            Sequence::new(sequence, server.workers.clone(), server.metrics.clone(), server.patience)
+                .traced(begun.parent.clone());
+        let clock = server.latencies.accept(begun.arrived, server.metrics.clone());
+        let (steps, arriving) = mpsc::channel(AHEAD);
+        tokio::spawn(read(sequence, clock, steps));
+        Choice { index, steps: Some(arriving), answer }
     };
     let choices = request.choices(&server.model, id).into_iter().enumerate().map(choice);
     select_all(choices.map(|choice| unfold(choice, Choice::advance).boxed()))
 }
 
-impl Choice {
-    async fn advance(mut self) -> Option<(Result<Update, ApiError>, Self)> {
-        let step = self.sequence.as_mut()?.next().await;
-        let piece = match step {
-            Ok(Step::Token(generated)) => {
-                self.observe();
-                self.answer.token(generated)
-            }
-            Ok(Step::Ended(end)) => self.answer.finish(end),
-            Err(error) => {
-                self.sequence = None;
-                return Some((Err(error.into()), self));
+/// Reads a sequence to its end, or until nobody takes its steps, which cancels it. Each token is stamped as it comes.
+async fn read(mut sequence: Sequence, mut clock: Clock, steps: mpsc::Sender<Arrived>) {
+    // Tokens may have come while nobody read them.
+    let mut behind = false;
+    loop {
+        let place = match steps.try_reserve() {
+            Ok(place) => place,
+            Err(TrySendError::Closed(())) => return,
+            Err(TrySendError::Full(())) => {
+                behind = true;
+                let Ok(place) = steps.reserve().await else { return };
+                place
             }
         };
+        let (step, waited_for) = tokio::select! {
+            next = next(&mut sequence) => next,
+            () = steps.closed() => return,
+        };
+        if matches!(step, Ok(Step::Token(_))) {
+            clock.token(Instant::now(), !behind);
+        }
+        behind &= !waited_for;
+        let last = !matches!(step, Ok(Step::Token(_)));
+        place.send(step);
+        if last {
+            return;
+        }
+    }
+}
+
+/// The next step, and whether it had not come before it was asked for.
+async fn next(sequence: &mut Sequence) -> (Arrived, bool) {
+    let mut next = pin!(sequence.next());
+    match poll!(next.as_mut()) {
+        Poll::Ready(step) => (step, false),
+        Poll::Pending => (next.await, true),
+    }
+}
+
+impl Choice {
+    async fn advance(mut self) -> Option<(Result<Update, ApiError>, Self)> {
+        let piece = match self.steps.as_mut()?.recv().await {
+            Some(Ok(Step::Token(generated))) => self.answer.token(generated),
+            Some(Ok(Step::Ended(end))) => self.answer.finish(end),
+            Some(Err(error)) => return Some(self.fail(error.into())),
+            None => return Some(self.fail(ApiError::Internal("its reader is gone".to_string()))),
+        };
         if piece.end.is_some() {
-            self.sequence = None;
+            self.steps = None;
         }
         Some((Ok(Update { choice: self.index, piece }), self))
     }
 
-    fn observe(&mut self) {
-        let since = self.last.elapsed();
-        self.last = Instant::now();
-        self.metrics.generated_token();
-        match self.answer.tokens() {
-            0 => self.metrics.first_token(since),
-            _ => self.metrics.inter_token(since),
-        }
+    fn fail(mut self, error: ApiError) -> (Result<Update, ApiError>, Self) {
+        self.steps = None;
+        (Err(error), self)
     }
 }

@@ -1,7 +1,7 @@
 //! `Control` as a frontend serves it: the placement to follow, what it says of itself, and how it leaves.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1::control_server::Control;
@@ -67,12 +67,15 @@ async fn report(
 ) {
     let (mut workers, mut in_flight, mut leaving) =
         (server.workers.changes(), server.in_flight(), server.leaving());
-    let mut placements = placement.subscribe();
+    let (mut placements, mut waiting) = (placement.subscribe(), server.workers.waiting());
     while reports.send(Ok(now(&server, &placement, &me))).await.is_ok() {
+        let none_waited = waiting.borrow_and_update().waiting == 0;
         let changed = async {
             tokio::select! {
                 _ = workers.changed() => {}
                 _ = in_flight.changed() => {}
+                // The first that waits may wake a deployment from zero: it does not gather.
+                _ = waiting.changed() => if none_waited { return },
                 _ = leaving.changed() => {}
                 _ = placements.changed() => {}
             }
@@ -99,6 +102,8 @@ fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::Re
         epoch: placement.epoch(),
         placement_hash: placement.hash().to_string(),
         running: *server.in_flight().borrow(),
+        waiting: server.workers.waiting().borrow().waiting,
+        latencies: Some(server.latencies.report(Instant::now())),
         ..v1::ReportResponse::default()
     }
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use expertmesh_engine::ModelFingerprint;
+use expertmesh_metrics::Registry;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};
@@ -12,7 +13,6 @@ use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
 use expertmesh_proto::v1::inference_server::{Inference, InferenceServer};
 use expertmesh_proto::v1::report_response::State;
-use prometheus::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
@@ -169,6 +169,8 @@ pub(crate) struct Stage {
     pub(crate) workers: Workers,
     pub(crate) metrics: FrontendMetrics,
     pub(crate) players: Vec<Scripted>,
+    pub(crate) registry: Registry,
+    placement: CurrentPlacement,
     tasks: Vec<AbortHandle>,
 }
 
@@ -183,19 +185,17 @@ pub(crate) fn fingerprint(weights: &str) -> ModelFingerprint {
     ModelFingerprint { architecture, weights: weights.to_string(), format, numerics }
 }
 
+fn worker(slot: u32, addresses: &[String]) -> PlacedWorker {
+    let (name, addresses) = (format!("w-{slot}"), addresses.to_vec());
+    PlacedWorker { slot, name, addresses, experts: ExpertSet::default(), draining: false }
+}
+
 /// Workers with a script each; slot 0 is chosen first.
 pub(crate) async fn stage(scripts: &[&[Act]]) -> Stage {
     let (mut players, mut tasks, mut placed) = (Vec::new(), Vec::new(), Vec::new());
     for (slot, script) in (0..).zip(scripts) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let addresses = vec![listener.local_addr().unwrap().to_string()];
-        placed.push(PlacedWorker {
-            slot,
-            name: format!("w-{slot}"),
-            addresses,
-            experts: ExpertSet::default(),
-            draining: false,
-        });
+        placed.push(worker(slot, &[listener.local_addr().unwrap().to_string()]));
         let script = Arc::new(Mutex::new(script.iter().copied().collect()));
         let state = watch::Sender::new(State::Ready);
         let player = Scripted {
@@ -212,14 +212,15 @@ pub(crate) async fn stage(scripts: &[&[Act]]) -> Stage {
         tasks.push(tokio::spawn(serving).abort_handle());
         players.push(player);
     }
-    let metrics = FrontendMetrics::new(&Registry::new(), "m");
+    let registry = Registry::new();
+    let metrics = FrontendMetrics::new(&registry, "m");
     let me =
         v1::Caller { fingerprint: Some(fingerprint_message(&fingerprint("w"))), ..v1::Caller::default() };
     let workers = Workers::new(me, QUEUE_TIMEOUT, metrics.clone());
     let placement = CurrentPlacement::load(None).unwrap();
     placement.apply(Placement::new(1, placed).unwrap()).unwrap();
-    tasks.push(tokio::spawn(workers.clone().follow(placement)).abort_handle());
-    let stage = Stage { workers, metrics, players, tasks };
+    tasks.push(tokio::spawn(workers.clone().follow(placement.clone())).abort_handle());
+    let stage = Stage { workers, metrics, players, registry, placement, tasks };
     stage.until_eligible(scripts.len()).await;
     stage
 }
@@ -230,6 +231,34 @@ impl Stage {
         while self.workers.eligible() != count {
             changes.changed().await.unwrap();
         }
+    }
+
+    /// The next placement: the addresses of each worker. Returns those of the one before.
+    pub(crate) fn place(&self, addresses: &[Vec<String>]) -> Vec<Vec<String>> {
+        let before = self.placement.get();
+        let workers = (0..).zip(addresses).map(|(slot, addresses)| worker(slot, addresses)).collect();
+        self.placement.apply(Placement::new(before.epoch() + 1, workers).unwrap()).unwrap();
+        before.workers().iter().map(|worker| worker.addresses.clone()).collect()
+    }
+
+    /// Until so many sequences wait for a worker.
+    pub(crate) async fn until_waiting(&self, count: u32) {
+        self.workers.waiting().wait_for(|held| held.waiting == count).await.unwrap();
+    }
+
+    /// Until so many of our sequences are on a worker.
+    pub(crate) async fn until_in_flight(&self, slot: u32, count: u32) {
+        while self.workers.in_flight(slot) != Some(count) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Tokens that came from workers.
+    pub(crate) fn tokens(&self) -> f64 {
+        let families = self.registry.gather();
+        let family =
+            families.iter().find(|family| family.name() == "expertmesh_frontend_generated_tokens_total");
+        family.map_or(0.0, |family| family.get_metric()[0].get_counter().get_value())
     }
 
     pub(crate) fn seen(&self, slot: usize) -> Vec<v1::GenerateRequest> {

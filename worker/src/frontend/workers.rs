@@ -7,16 +7,20 @@ use std::time::Duration;
 
 use expertmesh_engine::ModelFingerprint;
 use expertmesh_proto::expert::checksum;
-use expertmesh_proto::placement::PlacedWorker;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::inference_client::InferenceClient;
 use expertmesh_proto::v1::report_response::State;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
+use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
+use super::hold::{Held, Hold};
 use super::route::{self, Avoided, Known, Load, Readiness};
 use crate::mesh::identity::{fingerprint_message, fingerprint_of};
 use crate::mesh::placement::CurrentPlacement;
@@ -28,6 +32,10 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
 const KEEPALIVE: Duration = Duration::from_secs(2);
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(1);
+/// No longer than that while a sequence waits.
+const HASTE: Duration = Duration::from_millis(100);
+/// A worker's next address is tried so long after the one before: that of a pod which is gone may not answer at all.
+const STAGGER: Duration = Duration::from_millis(50);
 /// Sequences that may wait for a worker at once.
 const QUEUE: usize = 1024;
 
@@ -43,6 +51,7 @@ struct Shared {
     /// Sent whenever `view` changed.
     changed: watch::Sender<()>,
     queue: Semaphore,
+    hold: Hold,
     metrics: FrontendMetrics,
 }
 
@@ -50,8 +59,15 @@ struct View {
     /// Ours, or that of the first worker that was ready.
     fingerprint: Option<ModelFingerprint>,
     workers: BTreeMap<u32, Entry>,
-    /// A worker could take a sequence at some time.
-    was_ready: bool,
+    /// A placement is followed, or a worker could take a sequence at some time.
+    may_wait: bool,
+}
+
+/// A worker's reports, the first one read.
+struct Reports {
+    channel: Channel,
+    first: v1::ReportResponse,
+    rest: Streaming<v1::ReportResponse>,
 }
 
 struct Entry {
@@ -104,9 +120,9 @@ impl Workers {
     /// Workers with another fingerprint than `me` has are not used; where it has none, the first ready worker's counts.
     pub(crate) fn new(me: v1::Caller, queue_timeout: Duration, metrics: FrontendMetrics) -> Self {
         let fingerprint = me.fingerprint.as_ref().map(fingerprint_of);
-        let view = Mutex::new(View { fingerprint, workers: BTreeMap::new(), was_ready: false });
+        let view = Mutex::new(View { fingerprint, workers: BTreeMap::new(), may_wait: false });
         let (changed, queue) = (watch::Sender::new(()), Semaphore::new(QUEUE));
-        Self(Arc::new(Shared { me, queue_timeout, view, changed, queue, metrics }))
+        Self(Arc::new(Shared { me, queue_timeout, view, changed, queue, hold: Hold::default(), metrics }))
     }
 
     /// Watches the workers of each placement, until `placement` is dropped.
@@ -114,21 +130,27 @@ impl Workers {
         let mut placements = placement.subscribe();
         loop {
             let current = placements.borrow_and_update().clone();
-            self.place(current.workers());
+            self.place(&current);
             if placements.changed().await.is_err() {
                 return;
             }
         }
     }
 
-    /// `Ok` where a worker can take a sequence now, or could before and a request may wait for one.
+    /// `Ok` where a worker can take a sequence now, or a request may wait for one: where there is a placement, also one
+    /// without workers.
     pub(crate) fn readiness(&self) -> Result<(), String> {
         let view = self.view();
-        if view.was_ready { Ok(()) } else { Err(route::why_none(&view.known())) }
+        if view.may_wait { Ok(()) } else { Err(route::why_none(&view.known())) }
     }
 
     pub(crate) fn changes(&self) -> watch::Receiver<()> {
         self.0.changed.subscribe()
+    }
+
+    /// The sequences that wait for a worker.
+    pub(crate) fn waiting(&self) -> watch::Receiver<Held> {
+        self.0.hold.subscribe()
     }
 
     /// What is served, in a few characters: another format or order of sums may answer otherwise.
@@ -157,7 +179,8 @@ impl Workers {
             return Err(NoWorker::QueueFull);
         }
         let _counted = self.0.metrics.queued();
-        let waiting = async {
+        let held = self.0.hold.enter(|| route::why_none(&self.view().known()));
+        let found = async {
             loop {
                 // The sender lives as long as `self`.
                 let _ = changes.changed().await;
@@ -166,8 +189,10 @@ impl Workers {
                 }
             }
         };
-        let found = timeout(self.0.queue_timeout, waiting).await;
-        found.map_err(|_| NoWorker::TimedOut(route::why_none(&self.view().known())))
+        let lease = timeout(self.0.queue_timeout, found).await;
+        let lease = lease.map_err(|_| NoWorker::TimedOut(route::why_none(&self.view().known())))?;
+        held.release();
+        Ok(lease)
     }
 
     fn try_lease(&self, avoided: &Avoided) -> Option<Lease> {
@@ -180,8 +205,10 @@ impl Workers {
         Some(Lease { slot, incarnation: load.incarnation, client, in_flight: entry.in_flight.clone() })
     }
 
-    fn place(&self, placed: &[PlacedWorker]) {
+    fn place(&self, placement: &Placement) {
+        let placed = placement.workers();
         let mut view = self.view();
+        view.may_wait |= placement.epoch() > 0;
         view.workers.retain(|slot, _| placed.iter().any(|worker| worker.slot == *slot));
         for worker in placed {
             match view.workers.get_mut(&worker.slot) {
@@ -204,43 +231,72 @@ impl Workers {
 
     /// Keeps a report stream open for as long as the task lives.
     async fn watch(self, slot: u32, addresses: Vec<String>) {
+        loop {
+            let tries =
+                addresses.iter().zip(0..).map(|(address, at)| self.reach(slot, address, STAGGER * at));
+            // Each is tried until one answers.
+            let Some(reports) = tries.collect::<FuturesUnordered<_>>().next().await else { return };
+            let problem = self.read(slot, reports).await;
+            self.lost(slot, &problem);
+            self.pause(FIRST_BACKOFF).await;
+        }
+    }
+
+    /// Asks one address for reports until that slot's worker answers.
+    async fn reach(&self, slot: u32, address: &str, after: Duration) -> Reports {
+        sleep(after).await;
         let mut backoff = FIRST_BACKOFF;
         loop {
-            for address in &addresses {
-                let (reported, problem) = self.read_reports(slot, address).await;
-                self.lost(slot, &problem);
-                if reported {
-                    backoff = FIRST_BACKOFF;
-                }
+            match self.greet(slot, address).await {
+                Ok(reports) => return reports,
+                Err(problem) => tracing::debug!(slot, address, problem, "worker not reached"),
             }
-            sleep(backoff).await;
+            self.pause(backoff).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
     }
 
-    /// Reads reports until the stream breaks: whether there was one, and what went wrong.
-    async fn read_reports(&self, slot: u32, address: &str) -> (bool, String) {
-        let channel = match connect(address).await {
-            Ok(channel) => channel,
-            Err(problem) => return (false, problem),
-        };
+    async fn greet(&self, slot: u32, address: &str) -> Result<Reports, String> {
+        let channel = connect(address).await?;
         let request = v1::ReportRequest { caller: Some(self.caller(0)) };
         let mut control = ControlClient::new(channel.clone());
-        let mut reports = match timeout(REPORT_TIMEOUT, control.report(request)).await {
-            Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) => return (false, status.message().to_string()),
-            Err(_) => return (false, "no answer to Report".to_string()),
+        let greeting = async {
+            let mut rest = control.report(request).await?.into_inner();
+            Ok((rest.message().await?, rest))
         };
-        let mut reported = false;
+        match timeout(REPORT_TIMEOUT, greeting).await {
+            Ok(Ok((Some(first), rest))) if first.slot == slot => Ok(Reports { channel, first, rest }),
+            Ok(Ok((Some(first), _))) => Err(format!("slot {} answers there", first.slot)),
+            Ok(Ok((None, _))) => Err("it ended its reports".to_string()),
+            Ok(Err::<_, tonic::Status>(status)) => Err(status.message().to_string()),
+            Err(_) => Err("no answer to Report".to_string()),
+        }
+    }
+
+    /// Reads reports until the stream breaks, and says why it did.
+    async fn read(&self, slot: u32, reports: Reports) -> String {
+        let Reports { channel, first, mut rest } = reports;
+        self.take(first, &channel);
         loop {
-            match timeout(REPORT_TIMEOUT, reports.message()).await {
+            match timeout(REPORT_TIMEOUT, rest.message()).await {
                 Ok(Ok(Some(report))) if report.slot == slot => self.take(report, &channel),
-                Ok(Ok(Some(report))) => return (reported, format!("slot {} answers there", report.slot)),
-                Ok(Ok(None)) => return (reported, "it ended its reports".to_string()),
-                Ok(Err(status)) => return (reported, status.message().to_string()),
-                Err(_) => return (reported, "silent".to_string()),
+                Ok(Ok(Some(report))) => return format!("slot {} answers there", report.slot),
+                Ok(Ok(None)) => return "it ended its reports".to_string(),
+                Ok(Err(status)) => return status.message().to_string(),
+                Err(_) => return "silent".to_string(),
             }
-            reported = true;
+        }
+    }
+
+    /// Before a worker is tried again.
+    async fn pause(&self, backoff: Duration) {
+        let hurried = async {
+            self.0.hold.begins().await;
+            sleep(HASTE).await;
+        };
+        tokio::select! {
+            () = sleep(backoff) => {}
+            () = hurried => {}
         }
     }
 
@@ -281,8 +337,6 @@ impl Workers {
         let Some(entry) = view.workers.get_mut(&slot) else { return };
         if entry.load.take().is_some() {
             tracing::warn!(worker = entry.placed.name, slot, problem, "worker lost");
-        } else {
-            tracing::debug!(worker = entry.placed.name, slot, problem, "worker not reached");
         }
         entry.client = None;
         self.settle(view);
@@ -292,7 +346,7 @@ impl Workers {
     fn settle(&self, mut view: MutexGuard<'_, View>) {
         let eligible = view.workers.values().filter(|entry| entry.known().eligible().is_ok()).count();
         self.0.metrics.eligible_workers(eligible);
-        view.was_ready |= eligible > 0;
+        view.may_wait |= eligible > 0;
         drop(view);
         self.0.changed.send_replace(());
     }

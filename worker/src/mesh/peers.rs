@@ -103,6 +103,11 @@ impl Peers {
         self.shared.alive.borrow().clone()
     }
 
+    /// The peers of the placement.
+    pub(crate) fn count(&self) -> usize {
+        self.lock().len()
+    }
+
     /// Whether a peer's link took the rows. Where it is down or has its tickets under way, their reply says so.
     pub(crate) fn send(&self, slot: u32, outgoing: Outgoing) -> bool {
         let links = self.lock();

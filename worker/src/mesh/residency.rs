@@ -8,6 +8,8 @@ use expertmesh_engine::Backend;
 use expertmesh_proto::placement::ExpertSet;
 use tokio::sync::watch;
 
+use crate::metrics::WorkerMetrics;
+
 /// How long an expert that the placement does not name stays after its last use.
 const EXTRA_IDLE: Duration = Duration::from_secs(10);
 /// How long after a failed load the placement's wish is tried again.
@@ -38,6 +40,7 @@ pub(crate) struct Snapshot {
 
 pub(crate) struct Residency<B> {
     backend: Arc<B>,
+    metrics: Arc<WorkerMetrics>,
     state: Mutex<State>,
     /// Wakes the loader thread, and those that wait for it.
     turn: Condvar,
@@ -59,9 +62,9 @@ struct State {
 }
 
 impl<B: Backend> Residency<B> {
-    pub(crate) fn new(backend: Arc<B>) -> Arc<Self> {
+    pub(crate) fn new(backend: Arc<B>, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
         let (state, turn) = (Mutex::new(State::default()), Condvar::new());
-        Arc::new(Self { backend, state, turn, changed: watch::Sender::new(0) })
+        Arc::new(Self { backend, metrics, state, turn, changed: watch::Sender::new(0) })
     }
 
     /// Counts changes of the state.
@@ -149,6 +152,9 @@ impl<B: Backend> Residency<B> {
                 let result = self.backend.load(key.0 as usize, key.1);
                 state = self.lock();
                 state.loading = None;
+                if let Ok(bytes) = result {
+                    self.count(state.assigned.contains(key.0, key.1), bytes);
+                }
                 state.record(key, result.map_err(|error| error.to_string()));
             } else if let Some(key) = state.idle() {
                 self.backend.evict(key.0 as usize, key.1);
@@ -166,6 +172,13 @@ impl<B: Backend> Residency<B> {
             self.notify();
             state = self.lock();
         }
+    }
+
+    /// An expert was loaded. What the placement does not want here, somebody elected this worker for.
+    fn count(&self, placed: bool, bytes: u64) {
+        let cause = if placed { "placement" } else { "elected" };
+        self.metrics.expert_loads.with_label_values(&[cause]).inc();
+        self.metrics.expert_loaded_bytes.inc_by(bytes);
     }
 
     pub(crate) fn stop(&self) {

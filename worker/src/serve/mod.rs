@@ -17,11 +17,11 @@ use std::thread;
 use std::time::Duration;
 
 use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
+use expertmesh_metrics::Registry;
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
-use prometheus::Registry;
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -43,6 +43,7 @@ use crate::mesh::residency::Residency;
 use crate::metrics::WorkerMetrics;
 use crate::probes;
 use crate::process::{self, Addresses, Fatal};
+use crate::traces;
 
 /// Rows of a step: enough for a prompt's chunk to use the weights that it reads.
 const STEP_ROWS: usize = 256;
@@ -89,6 +90,8 @@ pub(crate) struct Args {
     computed_as: ComputedAs,
     #[command(flatten)]
     computed_with: ComputedWith,
+    #[command(flatten)]
+    traces: traces::Args,
     /// How long leaving may take, in seconds
     #[arg(long, default_value_t = 30)]
     drain_timeout: u64,
@@ -121,7 +124,12 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     process::exit_when_parent_is_gone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", error.to_string()))?;
+    let traces = {
+        let _within = runtime.enter();
+        args.traces.start("expertmesh-worker", &args.name)?
+    };
     let result = runtime.block_on(serve(args));
+    drop(traces);
     // A task that waits for a silent peer does not hold the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
@@ -215,7 +223,7 @@ impl Worker {
         let config = backend.config();
         let (hidden, vocabulary) = (config.hidden(), config.vocabulary() as u32);
         let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
-        let residency = Residency::new(backend.clone());
+        let residency = Residency::new(backend.clone(), metrics.clone());
         let (commands, receiver) = sync_channel(COMMANDS);
         let shared = Arc::new(Shared {
             load: watch::Sender::new(Load::default()),
@@ -369,6 +377,7 @@ async fn keep_gauges(state: Arc<WorkerState<CpuBackend>>, peers: Arc<Peers>) {
         metrics.experts_resident_bytes.set(residency.resident_bytes as i64);
         metrics.experts_missing.set(residency.missing.into());
         metrics.placement_epoch.set(state.placement.get().epoch() as i64);
+        metrics.peers.set(peers.count() as i64);
         metrics.peers_alive.set(peers.alive().len() as i64);
         changes.next().await;
     }

@@ -1,7 +1,9 @@
 //! The operator's view of a frontend, over real gRPC.
 
+use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
 use expertmesh_proto::v1::control_client::ControlClient;
+use futures::StreamExt;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tonic::Code;
@@ -10,14 +12,16 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
 use super::*;
+use crate::frontend::choices::{self, Start};
 use crate::frontend::model::Model;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Stage, stage};
+use crate::frontend::valid::ValidRequest;
 use crate::tokenizer::tests::tiny_r1;
+use crate::traces::Parent;
 
 struct Post {
-    /// Keeps the scripted workers alive.
-    _stage: Stage,
+    stage: Stage,
     server: Arc<Server>,
     channel: Channel,
     _serving: JoinSet<()>,
@@ -36,7 +40,7 @@ async fn post() -> Post {
     let mut serving = JoinSet::new();
     serving.spawn(crate::frontend::serve_control(listener, service));
     let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
-    Post { _stage: stage, server, channel, _serving: serving }
+    Post { stage, server, channel, _serving: serving }
 }
 
 fn placement(epoch: u64) -> v1::ApplyPlacementRequest {
@@ -85,4 +89,39 @@ async fn a_drained_frontend_says_so_to_everyone_who_asks() {
     let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();
     let report = reports.message().await.unwrap().unwrap();
     assert_eq!((report.state(), report.reason.as_str()), (State::Draining, "draining"));
+}
+
+#[tokio::test]
+async fn a_sequence_that_waits_is_reported_at_once_and_for_how_long_it_waits() {
+    let post = post().await;
+    let addresses = post.stage.place(&[]);
+    post.stage.until_eligible(0).await;
+    let mut control = ControlClient::new(post.channel.clone());
+    let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();
+    assert_eq!(reports.message().await.unwrap().unwrap().waiting, 0);
+    let request =
+        ValidRequest::completion(&post.server.model, br#"{"model": "tiny-r1", "prompt": [5]}"#).unwrap();
+    let asked = Instant::now();
+    let updates =
+        choices::start(&post.server, &request, "c", &Start { arrived: asked, parent: Parent::default() });
+    let awaited = |report: &v1::ReportResponse| {
+        let awaiting = report.latencies.as_ref().unwrap().awaiting.as_ref().unwrap();
+        Histogram::from_proto(awaiting).unwrap()
+    };
+    let report = reports.message().await.unwrap().unwrap();
+    assert!(asked.elapsed() < PERIOD / 2, "it waited for the period");
+    assert_eq!((report.waiting, awaited(&report).count()), (1, 1));
+    let later = reports.message().await.unwrap().unwrap();
+    assert_eq!(awaited(&later).surely_above(PERIOD / 2).count(), 1);
+    post.stage.place(&addresses);
+    assert_eq!(updates.count().await, 17, "sixteen tokens and the end");
+    loop {
+        let report = reports.message().await.unwrap().unwrap();
+        if report.waiting == 0 && awaited(&report).count() == 0 {
+            let latencies = report.latencies.unwrap();
+            let first = Histogram::from_proto(&latencies.first_token.unwrap()).unwrap();
+            assert_eq!((first.surely_above(PERIOD / 2).count(), latencies.choices), (1, 1));
+            break;
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
+use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::v1::report_response::State as WorkerState;
 use serde_json::Value;
 use tower::ServiceExt;
@@ -156,10 +157,63 @@ async fn without_a_worker_a_request_waits_and_is_then_told_to_come_back() {
     let house = House::open(&[&[]], 8).await;
     house.stage.players[0].state.send_replace(WorkerState::Loading);
     house.stage.until_eligible(0).await;
-    let response = house.chat(json!({})).await;
-    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-    assert!(response.headers().contains_key(header::RETRY_AFTER));
-    assert_eq!(value(response).await["error"]["code"], "overloaded");
+    for stream in [false, true] {
+        let response = house.chat(json!({"stream": stream})).await;
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(response.headers().contains_key(header::RETRY_AFTER));
+        assert_eq!(value(response).await["error"]["code"], "overloaded");
+    }
+    house.stage.workers.fill_queue();
+    let refused = timeout(QUEUE_TIMEOUT / 2, house.chat(json!({"stream": true}))).await.unwrap();
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE, "a full queue is no reason to wait");
+    assert!(refused.headers().contains_key(header::RETRY_AFTER));
+}
+
+#[tokio::test]
+async fn a_deployment_without_workers_holds_requests_until_one_comes() {
+    let house = House::open(&[&[]], 8).await;
+    let addresses = house.stage.place(&[]);
+    house.stage.until_eligible(0).await;
+    assert_eq!(house.server.readiness(), Ok(()));
+    let come = async {
+        house.stage.until_waiting(2).await;
+        // Takes connections and never answers, as a pod that is gone may not.
+        let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addresses = [vec![gone.local_addr().unwrap().to_string()], addresses[0].clone()].concat();
+        house.stage.place(&[addresses]);
+        let placed = Instant::now();
+        house.stage.until_waiting(0).await;
+        (placed.elapsed(), gone)
+    };
+    let (whole, stream, (took, _gone)) =
+        tokio::join!(house.chat(json!({})), house.chat(json!({"stream": true})), come);
+    assert_eq!((whole.status(), stream.status()), (StatusCode::OK, StatusCode::OK));
+    assert!(took < Duration::from_millis(900), "an address that does not answer held it up: {took:?}");
+    assert_eq!(events(stream).await.last().unwrap(), "[DONE]");
+}
+
+#[tokio::test]
+async fn a_slow_client_neither_slows_the_model_down_nor_looks_like_a_slow_model() {
+    let house = House::open(&[&[]], 8).await;
+    let wishes = json!({"stream": true, "max_tokens": 200, "ignore_eos": true});
+    let mut body = house.chat(wishes.clone()).await.into_body().into_data_stream();
+    while house.stage.tokens() < 65.0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // What it does not read pauses its sequence, and nobody else's.
+    assert_eq!(events(house.chat(wishes).await).await.last().unwrap(), "[DONE]");
+    assert!(house.stage.tokens() < 65.0 + 200.0 + 2.0, "{}", house.stage.tokens());
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    while let Some(data) = body.next().await {
+        drop(data.unwrap());
+    }
+    assert_eq!(house.stage.tokens(), 400.0);
+    let report = house.server.latencies.report(Instant::now());
+    let counts = |message: Option<_>| Histogram::from_proto(&message.unwrap()).unwrap();
+    let (first, per_token) = (counts(report.first_token), counts(report.per_token));
+    assert_eq!((first.count(), report.choices, counts(report.awaiting).count()), (2, 2, 0));
+    assert!(per_token.count() >= 4, "{per_token:?}");
+    assert_eq!(per_token.surely_above(Duration::from_millis(10)).count(), 0, "{per_token:?}");
 }
 
 #[tokio::test]
@@ -172,7 +226,8 @@ async fn one_request_too_many_is_refused_at_once_and_a_client_that_leaves_makes_
     assert!(refused.headers().contains_key(header::RETRY_AFTER));
     assert_eq!((*house.server.in_flight().borrow(), house.stage.workers.in_flight(0)), (1, Some(1)));
     drop(stalled);
-    assert_eq!((*house.server.in_flight().borrow(), house.stage.workers.in_flight(0)), (0, Some(0)));
+    assert_eq!(*house.server.in_flight().borrow(), 0);
+    house.stage.until_in_flight(0, 0).await;
     assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
 }
 
