@@ -63,6 +63,7 @@ cluster-load: image ## the project's image into the cluster's nodes
 	@tests/cluster/load.sh target/image/expertmesh.tar
 
 monitoring: ## Prometheus beside the cluster, which must run, with our rules; prints its URL
+	@tests/cluster/build.sh prometheus
 	@tests/cluster/prometheus.sh
 
 cluster-down: ## take the cluster away; its binaries stay
