@@ -6,4 +6,5 @@ mod mesh;
 mod metrics;
 mod monitoring;
 mod openai;
+mod traces;
 mod up;

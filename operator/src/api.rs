@@ -2,6 +2,8 @@
 //!
 //! `expertmesh crd` prints the CustomResourceDefinition that follows from this file.
 
+mod autoscaling;
+
 use std::collections::BTreeMap;
 
 use expertmesh_engine::{Numerics, WeightFormat};
@@ -11,6 +13,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
+
+pub(crate) use autoscaling::{
+    Autoscaling, AutoscalingStatus, PolicyType, ScaleDecision, ScalingPolicy, ScalingRules, Schedule,
+    SelectPolicy,
+};
 
 /// Serves a mixture-of-experts model from workers that share its experts.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,8 +63,11 @@ use serde::{Deserialize, Serialize};
         .message(Message::Expression("'metadata.name (' + self.metadata.name + ') must be at most 40 of a-z, 0-9 and -, start with a letter and end with a letter or digit'".into()))
 )]
 #[x_kube(
-    validation = Rule::new("self.experts.minReplicas <= self.workers.replicas").message(Message::Expression(
+    validation = Rule::new("has(self.autoscaling) || self.workers.replicas == 0 || self.experts.minReplicas <= self.workers.replicas").message(Message::Expression(
         "'spec.experts.minReplicas (%d) must not be above spec.workers.replicas (%d)'.format([self.experts.minReplicas, self.workers.replicas])".into()
+    )),
+    validation = Rule::new("!has(self.autoscaling) || self.autoscaling.minWorkers == 0 || self.experts.minReplicas <= self.autoscaling.minWorkers").message(Message::Expression(
+        "'spec.experts.minReplicas (%d) must not be above spec.autoscaling.minWorkers (%d)'.format([self.experts.minReplicas, self.autoscaling.minWorkers])".into()
     ))
 )]
 pub(crate) struct ModelDeploymentSpec {
@@ -66,6 +76,9 @@ pub(crate) struct ModelDeploymentSpec {
     pub(crate) workers: Workers,
     #[serde(default)]
     pub(crate) experts: Experts,
+    /// Sets `workers.replicas` by the goals below. Without it, whoever scales the object does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) autoscaling: Option<Autoscaling>,
     #[serde(default)]
     pub(crate) frontend: Frontend,
     #[serde(default)]
@@ -118,10 +131,11 @@ impl From<Weights> for WeightFormat {
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Workers {
-    /// How many: the only desired size. `kubectl scale` and autoscalers set it through the scale subresource.
+    /// How many: the only desired size. `kubectl scale` and autoscalers set it through the scale subresource. At 0, frontends
+    /// hold requests for a while and then say when to come back.
     #[serde(default = "one")]
-    #[x_kube(validation = Rule::new("self >= 1 && self <= 1024").message(Message::Expression(
-        "'spec.workers.replicas (%d) must be from 1 to 1024'.format([self])".into()
+    #[x_kube(validation = Rule::new("self >= 0 && self <= 1024").message(Message::Expression(
+        "'spec.workers.replicas (%d) must be from 0 to 1024'.format([self])".into()
     )))]
     pub(crate) replicas: i32,
     #[serde(flatten)]
@@ -264,6 +278,8 @@ pub(crate) struct ModelDeploymentStatus {
     pub(crate) revision: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) placement: Option<PlacementStatus>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) autoscaling: Option<AutoscalingStatus>,
 }
 
 /// The placement last written.

@@ -6,6 +6,7 @@
 //! |---------------------|-------------------------------------|------------------------------------|-----------------------------------------|
 //! | expertmesh.dev      | modeldeployments                    | get list watch                     | `reconcile/fetch.rs`, `watch.rs`        |
 //! | expertmesh.dev      | modeldeployments/status             | patch                              | `reconcile.rs`, `reconcile/refuse.rs`   |
+//! | expertmesh.dev      | modeldeployments/scale              | patch                              | `reconcile/scale.rs`                    |
 //! | apps                | statefulsets                        | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs` |
 //! | apps                | statefulsets/scale                  | patch                              | `fleet/kubernetes.rs`                   |
 //! | apps                | deployments                         | list watch create patch delete     | here, `reconcile/fetch.rs`, `watch.rs`  |

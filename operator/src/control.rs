@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::{ExpertSet, MAX_EXPERTS, Placement};
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::report_response::State as WireState;
@@ -16,7 +17,7 @@ use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::decide::{Member, ModelShape, Report, Seen, State};
+use crate::decide::{Latencies, Member, ModelShape, Report, Seen, State};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// For a call that answers at once.
@@ -249,8 +250,22 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
         experts_loading: message.experts_loading,
         running: message.running,
         waiting: message.waiting,
+        kv_usage: message.kv_usage.clamp(0.0, 1.0),
         bytes_loaded: message.bytes_loaded,
         bytes_to_load: message.bytes_to_load,
+        latencies: message.latencies.map(checked_latencies).transpose()?.map(Box::new),
+        incarnation: message.callee.map_or(0, |callee| callee.incarnation),
+    })
+}
+
+fn checked_latencies(message: v1::Latencies) -> Result<Latencies, Invalid> {
+    let v1::Latencies { first_token, per_token, awaiting, choices } = message;
+    let checked = |histogram: Option<v1::Histogram>| Histogram::from_proto(&histogram.unwrap_or_default());
+    Ok(Latencies {
+        first_token: checked(first_token)?,
+        per_token: checked(per_token)?,
+        awaiting: checked(awaiting)?,
+        choices,
     })
 }
 

@@ -8,8 +8,8 @@ use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tracing::warn;
 
-use crate::api::ModelDeploymentStatus;
-use crate::status::{self, READY, WORKERS_AVAILABLE};
+use crate::api::{ModelDeploymentStatus, ScaleDecision};
+use crate::status::{self, GOAL_UNATTAINABLE, READY, SCALER_CONFLICT, WORKERS_AVAILABLE};
 
 /// The API takes a kilobyte.
 const LONGEST_NOTE: usize = 1000;
@@ -40,12 +40,37 @@ pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymen
     if before.revision.is_none() && after.revision.is_some() {
         notes.push(Note::normal("Created", "Create", "workers, frontends and Services were created"));
     }
+    notes.extend(autoscaled(before, after));
     notes.extend(resized(before, after));
     notes.extend(promoted(before, after));
     notes.extend(placed(before, after));
     notes.extend(workers_failed(before, after));
     notes.extend(ready(before, after));
+    notes.extend(
+        [GOAL_UNATTAINABLE, SCALER_CONFLICT].into_iter().filter_map(|kind| warned(kind, before, after)),
+    );
     notes
+}
+
+/// Every decision that was not there before, the earliest first.
+fn autoscaled(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Vec<Note> {
+    let decisions = |status: &ModelDeploymentStatus| {
+        status.autoscaling.as_ref().map(|autoscaling| autoscaling.decisions.clone()).unwrap_or_default()
+    };
+    let known = decisions(before);
+    let new = decisions(after).into_iter().rev().filter(|decision| !known.contains(decision));
+    new.map(|ScaleDecision { from, to, reason, message, .. }| {
+        let text = format!("from {from} to {to} workers ({reason}): {message}");
+        Note::normal("Autoscaled", format!("Scale-{from}-{to}-{reason}"), text)
+    })
+    .collect()
+}
+
+/// A condition that became True, or does so for another reason in words.
+fn warned(kind: &str, before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
+    let now = status::condition(after, kind).filter(|now| now.status == "True")?;
+    let told = status::condition(before, kind).is_some_and(|was| was.status == "True");
+    (!told).then(|| Note::warning(kind, "Autoscale", now.message.clone()))
 }
 
 fn resized(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {

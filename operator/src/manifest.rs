@@ -275,7 +275,11 @@ mod tests {
                 "  workers: {replicas: 2}\n  experts: {minReplicas: 3}",
                 "spec.experts.minReplicas (3) must not be above spec.workers.replicas (2)",
             ),
-            ("  workers: {replicas: 1025}", "spec.workers.replicas (1025) must be from 1 to 1024"),
+            ("  workers: {replicas: 1025}", "spec.workers.replicas (1025) must be from 0 to 1024"),
+            (
+                "  experts: {minReplicas: 2}\n  autoscaling: {maxWorkers: 4}",
+                "spec.experts.minReplicas (2) must not be above spec.autoscaling.minWorkers (1)",
+            ),
             ("  experts: {minReplicas: 0}", "spec.experts.minReplicas (0) must be at least 1"),
             ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),
             ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 2"),

@@ -1,14 +1,21 @@
 //! Every metric of the operator, declared once.
 
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use expertmesh_metrics::Registry;
-use prometheus::core::Collector;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 use prometheus::{Encoder, GaugeVec, IntGaugeVec, TextEncoder};
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts};
 
+use crate::decide::autoscale::{Goals, Look};
+
 /// The labels of what is told per ModelDeployment.
 const DEPLOYMENT: [&str; 2] = ["namespace", "name"];
+/// The values of the label `goal`, as looks count them.
+const GOALS: [&str; 2] = ["ttft", "tpot"];
 
 /// Cheap to clone: every clone counts on the same metrics.
 #[derive(Clone)]
@@ -20,12 +27,25 @@ pub(crate) struct Metrics {
     watch_errors: IntCounterVec,
     actions: IntCounterVec,
     leader: IntGauge,
+    queue_depth: IntGauge,
+    /// Deployments that are to be reconciled since a report, and were not yet.
+    waiting: Arc<Mutex<HashSet<(String, String)>>>,
+    conditions: IntGaugeVec,
     workers_desired: IntGaugeVec,
     workers_ready: IntGaugeVec,
+    frontends_desired: IntGaugeVec,
     frontends_ready: IntGaugeVec,
     experts_missing: IntGaugeVec,
     placement_epoch: IntGaugeVec,
     placement_imbalance: GaugeVec,
+    migrations: IntCounterVec,
+    migrated_bytes: IntCounterVec,
+    autoscaler_load: GaugeVec,
+    autoscaler_wanted: IntGaugeVec,
+    decisions: IntCounterVec,
+    goal_seconds: GaugeVec,
+    goal_samples: IntCounterVec,
+    goal_misses: IntCounterVec,
 }
 
 /// What the per-deployment gauges show.
@@ -33,6 +53,7 @@ pub(crate) struct Metrics {
 pub(crate) struct Figures {
     pub(crate) workers_desired: u32,
     pub(crate) workers_ready: u32,
+    pub(crate) frontends_desired: u32,
     pub(crate) frontends_ready: u32,
     /// (layer, expert) pairs with fewer live copies than wanted.
     pub(crate) experts_missing: u64,
@@ -61,6 +82,22 @@ impl Metrics {
             "expertmesh_leader",
             "1 where this operator holds the lease and works, 0 where it stands by.",
         )?;
+        let queue_depth = IntGauge::new(
+            "expertmesh_reconcile_queue_depth",
+            "Deployments of which a report asked for a reconcile that has not begun.",
+        )?;
+        let of_deployment = |name: &str, help: &str, more: &[&str]| {
+            add(&registry, IntCounterVec::new(Opts::new(name, help), &[&DEPLOYMENT[..], more].concat())?)
+        };
+        let ratio = |name: &str, help: &str, more: &[&str]| {
+            add(&registry, GaugeVec::new(Opts::new(name, help), &[&DEPLOYMENT[..], more].concat())?)
+        };
+        let condition =
+            Opts::new("expertmesh_condition", "1 where a condition of the status is True, else 0.");
+        let condition = IntGaugeVec::new(condition, &["namespace", "name", "type"])?;
+        let build = Opts::new("expertmesh_build_info", "1; the label says which version this operator is.");
+        let build = add(&registry, IntGaugeVec::new(build, &["version"])?)?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Ok(Self {
             reconciles: counter(
                 "expertmesh_reconciles_total",
@@ -80,8 +117,12 @@ impl Metrics {
             )?,
             actions: counter("expertmesh_actions_total", "Actions taken on fleets, by kind.", "kind")?,
             leader: add(&registry, leader)?,
+            queue_depth: add(&registry, queue_depth)?,
+            waiting: Arc::default(),
+            conditions: add(&registry, condition)?,
             workers_desired: gauge("expertmesh_workers_desired", "Workers that the spec asks for.")?,
             workers_ready: gauge("expertmesh_workers_ready", "Workers that are ready.")?,
+            frontends_desired: gauge("expertmesh_frontends_desired", "Frontends that the spec asks for.")?,
             frontends_ready: gauge("expertmesh_frontends_ready", "Frontends that are ready.")?,
             experts_missing: gauge(
                 "expertmesh_experts_under_replicated",
@@ -89,6 +130,41 @@ impl Metrics {
             )?,
             placement_epoch: gauge("expertmesh_placement_epoch", "Epoch of the current placement.")?,
             placement_imbalance: add(&registry, GaugeVec::new(imbalance, &DEPLOYMENT)?)?,
+            migrations: of_deployment(
+                "expertmesh_expert_migrations_total",
+                "Pairs of layer and expert that a placement gave to a worker which was not to hold them before.",
+                &[],
+            )?,
+            migrated_bytes: of_deployment("expertmesh_expert_migrated_bytes_total", "Their bytes.", &[])?,
+            autoscaler_load: ratio(
+                "expertmesh_autoscaler_load_ratio",
+                "Mean over 45 s of latency over goal, each at most 2: above 0.55 workers are added, below 0.40 they may go.",
+                &[],
+            )?,
+            autoscaler_wanted: gauge(
+                "expertmesh_autoscaler_workers_wanted",
+                "Workers that the load calls for, before the limits of spec.autoscaling.behavior.",
+            )?,
+            decisions: of_deployment(
+                "expertmesh_scale_decisions_total",
+                "Changes of spec.workers.replicas that the autoscaler wrote.",
+                &["direction", "reason"],
+            )?,
+            goal_seconds: ratio(
+                "expertmesh_goal_seconds",
+                "The goal for a 90th percentile, by goal: ttft or tpot.",
+                &["goal"],
+            )?,
+            goal_samples: of_deployment(
+                "expertmesh_goal_samples_total",
+                "Latencies that frontends reported, by goal: ttft of every choice, tpot of each 16 tokens.",
+                &["goal"],
+            )?,
+            goal_misses: of_deployment(
+                "expertmesh_goal_misses_total",
+                "Those of them that were above the goal.",
+                &["goal"],
+            )?,
             registry,
         })
     }
@@ -115,8 +191,64 @@ impl Metrics {
         self.leader.set(i64::from(leading));
     }
 
+    /// A report asks for a reconcile.
+    pub(crate) fn asked(&self, namespace: &str, name: &str) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.insert((namespace.into(), name.into()));
+        self.queue_depth.set(waiting.len() as i64);
+    }
+
+    /// One begins, or will never.
+    pub(crate) fn begun(&self, namespace: &str, name: &str) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.remove(&(namespace.to_string(), name.to_string()));
+        self.queue_depth.set(waiting.len() as i64);
+    }
+
+    pub(crate) fn told(&self, namespace: &str, name: &str, conditions: &[Condition]) {
+        for condition in conditions {
+            let gauge = self.conditions.with_label_values(&[namespace, name, condition.type_.as_str()]);
+            gauge.set(i64::from(condition.status == "True"));
+        }
+    }
+
+    /// Experts that a placement moves, and the bytes of one.
+    pub(crate) fn migrated(&self, (namespace, name): (&str, &str), experts: u64, bytes: u64) {
+        self.migrations.with_label_values(&[namespace, name]).inc_by(experts);
+        self.migrated_bytes.with_label_values(&[namespace, name]).inc_by(experts.saturating_mul(bytes));
+    }
+
+    pub(crate) fn scaled(&self, (namespace, name): (&str, &str), direction: &str, reason: &str) {
+        self.decisions.with_label_values(&[namespace, name, direction, reason]).inc();
+    }
+
+    /// What the autoscaler aims at; nothing is shown of one that is no more.
+    pub(crate) fn aims(&self, namespace: &str, name: &str, goals: Option<Goals>) {
+        let Some(goals) = goals else { return self.forget_autoscaler(namespace, name) };
+        for (goal, time) in GOALS.into_iter().zip([goals.ttft, goals.tpot]) {
+            self.goal_seconds.with_label_values(&[namespace, name, goal]).set(time.as_secs_f64());
+            self.goal_samples.with_label_values(&[namespace, name, goal]);
+            self.goal_misses.with_label_values(&[namespace, name, goal]);
+        }
+        for direction in ["up", "down"] {
+            let reason = if direction == "up" { "Goal" } else { "Spare" };
+            self.decisions.with_label_values(&[namespace, name, direction, reason]);
+        }
+    }
+
+    pub(crate) fn looked(&self, namespace: &str, name: &str, look: &Look) {
+        self.autoscaler_load.with_label_values(&[namespace, name]).set(look.verdict.load);
+        self.autoscaler_wanted.with_label_values(&[namespace, name]).set(look.verdict.wanted.into());
+        for (goal, count) in GOALS.into_iter().zip(look.counts) {
+            self.goal_samples.with_label_values(&[namespace, name, goal]).inc_by(count.samples);
+            self.goal_misses.with_label_values(&[namespace, name, goal]).inc_by(count.misses);
+        }
+    }
+
     pub(crate) fn show(&self, namespace: &str, name: &str, figures: Figures) {
         let labels = [namespace, name];
+        self.migrated((namespace, name), 0, 0); // at zero before the first: a rate needs both ends of a step
+        self.frontends_desired.with_label_values(&labels).set(figures.frontends_desired.into());
         self.workers_desired.with_label_values(&labels).set(figures.workers_desired.into());
         self.workers_ready.with_label_values(&labels).set(figures.workers_ready.into());
         self.frontends_ready.with_label_values(&labels).set(figures.frontends_ready.into());
@@ -135,6 +267,7 @@ impl Metrics {
         let gauges = [
             &self.workers_desired,
             &self.workers_ready,
+            &self.frontends_desired,
             &self.frontends_ready,
             &self.experts_missing,
             &self.placement_epoch,
@@ -143,6 +276,22 @@ impl Metrics {
             let _ = gauge.remove_label_values(&labels); // fails where it never had a value
         }
         let _ = self.placement_imbalance.remove_label_values(&labels);
+        for counter in [&self.migrations, &self.migrated_bytes] {
+            let _ = counter.remove_label_values(&labels);
+        }
+        remove_all(&self.conditions, &labels);
+        self.begun(namespace, name);
+        self.forget_autoscaler(namespace, name);
+    }
+
+    fn forget_autoscaler(&self, namespace: &str, name: &str) {
+        let labels = [namespace, name];
+        let _ = self.autoscaler_load.remove_label_values(&labels);
+        let _ = self.autoscaler_wanted.remove_label_values(&labels);
+        remove_all(&self.goal_seconds, &labels);
+        for counter in [&self.decisions, &self.goal_samples, &self.goal_misses] {
+            remove_all(counter, &labels);
+        }
     }
 
     /// The operator's part of `docs/metrics.md`.
@@ -155,6 +304,24 @@ impl Metrics {
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// Removes all series of a deployment, whatever their other labels.
+fn remove_all<B: MetricVecBuilder>(family: &MetricVec<B>, deployment: &[&str; 2])
+where
+    MetricVec<B>: Collector,
+{
+    let names = family.desc().first().map(|desc| desc.variable_labels.clone()).unwrap_or_default();
+    for metric in family.collect().iter().flat_map(|family| family.get_metric()) {
+        let value = |name: &String| {
+            let label = metric.get_label().iter().find(|label| label.name() == name);
+            label.map_or("", |label| label.value())
+        };
+        let values: Vec<&str> = names.iter().map(value).collect();
+        if values[..2] == deployment[..] {
+            let _ = family.remove_label_values(&values);
+        }
     }
 }
 
@@ -171,7 +338,12 @@ mod tests {
         let metrics = Metrics::new().unwrap();
         metrics.show("ns", "m", Figures { workers_ready: 3, ..Figures::default() });
         assert!(metrics.text().unwrap().contains(r#"expertmesh_workers_ready{name="m",namespace="ns"} 3"#));
+        metrics.aims("ns", "m", Some(Goals { ttft: Duration::from_secs(1), tpot: Duration::from_secs(1) }));
+        metrics.scaled(("ns", "m"), "up", "Goal");
+        metrics.asked("ns", "m");
+        assert!(metrics.text().unwrap().contains("expertmesh_reconcile_queue_depth 1"));
         metrics.forget("ns", "m");
+        assert!(metrics.text().unwrap().contains("expertmesh_reconcile_queue_depth 0"));
         assert!(!metrics.text().unwrap().contains(r#"namespace="ns""#));
     }
 

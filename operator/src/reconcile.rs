@@ -6,6 +6,7 @@
 mod fetch;
 mod memory;
 mod refuse;
+mod scale;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,13 +24,14 @@ use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::{self, ApiError};
 use crate::build::names::EXPERTMESH;
 use crate::build::{self, Revision, Size};
+use crate::decide::autoscale::Look;
 use crate::decide::rollout::{Revisions, Rollout, rollout};
 use crate::decide::{self, Decision, Observation};
 use crate::events::{self, Events};
 use crate::fleet::Fleet;
 use crate::fleet::kubernetes::{Caller, FleetError, KubernetesFleet};
 use crate::metrics::Metrics;
-use crate::status::{self, Situation};
+use crate::status::{self, Scaling, Situation};
 use crate::validate::{ValidatedDeployment, ValidationError};
 
 use fetch::{Fetched, Found};
@@ -118,6 +120,7 @@ impl ReconcileError {
 /// One deployment, once.
 pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     let (key, began) = (Key::of(&object), Instant::now());
+    context.metrics.begun(&key.namespace, &key.name);
     let result =
         tokio::time::timeout(LONGEST, step(&context, &key)).await.unwrap_or(Err(ReconcileError::TimedOut));
     context.metrics.reconciled(result.as_ref().map(|_| ()).map_err(ReconcileError::reason), began.elapsed());
@@ -152,7 +155,7 @@ async fn deploy(
     key: &Key,
     found: &Found,
 ) -> Result<Result<Action, ReconcileError>, ReconcileError> {
-    let deployment = ValidatedDeployment::new(&found.object)?;
+    let mut deployment = ValidatedDeployment::new(&found.object)?;
     if found.name_is_taken {
         return Err(ReconcileError::NameTaken(key.name.clone()));
     }
@@ -172,13 +175,18 @@ async fn deploy(
     if !deployment.desired.paused {
         settle(context, key, found, &plan).await?;
     }
+    let serving = (old.as_ref().unwrap_or(&wanted), plan.next.is_some());
+    let goals = deployment.autoscaling.as_ref().map(|policy| policy.goals);
+    context.metrics.aims(&key.namespace, &key.name, goals);
+    let scaling = scale::scale(context, found, &mut deployment, serving).await?;
     let mut acted = wanted.advance(context, &deployment).await;
     if let Some(old) = &mut old {
         acted = acted.and(old.advance(context, &deployment).await);
     }
     let serving = old.as_ref().unwrap_or(&wanted);
     let next = old.is_some().then_some((wanted.revision.hash.as_str(), &wanted.seen));
-    let changed = context.tell(found, &deployment, &plan, (serving, next), acted.as_ref().err()).await?;
+    let told = Told { deployment: &deployment, plan: &plan, serving, next, scaling: scaling.as_ref() };
+    let changed = context.tell(found, told, acted.as_ref().err()).await?;
     let settled = serving.decision.waiting_for.is_empty() && serving.decision.actions.is_empty();
     let idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
     let pause = if idle { LATER } else { context.memory.pause(key, changed) };
@@ -243,6 +251,11 @@ impl<'a> Side<'a> {
                 _ => info!(name, revision = self.revision.hash, "{what}"),
             }
             context.metrics.acted(kind(action));
+            if let decide::Action::Place(placement) = action {
+                let bytes = self.seen.shape().map_or(0, |shape| shape.expert_bytes);
+                let moved = decide::placement::moved(&self.seen.placement, placement);
+                context.metrics.migrated((&self.found.owner.namespace, name), moved, bytes);
+            }
         }
         let mut fleet = self.fleet.lock().await;
         fleet.act(&self.decision.actions).await?;
@@ -251,16 +264,33 @@ impl<'a> Side<'a> {
     }
 }
 
+/// What a status is made of.
+struct Told<'a> {
+    deployment: &'a ValidatedDeployment,
+    plan: &'a Rollout,
+    serving: &'a Side<'a>,
+    next: Option<(&'a str, &'a Observation)>,
+    scaling: Option<&'a Scaling>,
+}
+
 impl Context {
     fn fleet(&self, found: &Found, revision: &str) -> SharedFleet {
         let key = Key { namespace: found.owner.namespace.clone(), name: found.owner.name.clone() };
         let (trigger, reference) = (self.trigger.clone(), key.reference());
-        let changed = move || {
-            // A full queue holds a request for a reconcile already.
-            let _ = trigger.try_send(reference.clone());
+        let (metrics, of) = (self.metrics.clone(), key.clone());
+        let changed = move |look: Option<&Look>| {
+            if let Some(look) = look {
+                metrics.looked(&of.namespace, &of.name, look);
+            }
+            if look.is_none_or(|look| look.is_news) {
+                metrics.asked(&of.namespace, &of.name);
+                // A full queue holds a request for a reconcile already.
+                let _ = trigger.try_send(reference.clone());
+            }
         };
         let new = || {
-            KubernetesFleet::new(self.client.clone(), found.owner.clone(), revision, &self.caller, changed)
+            let of = (found.owner.clone(), revision);
+            KubernetesFleet::new(self.client.clone(), of, &self.caller, changed)
         };
         self.memory.fleet(&key, &found.owner.reference.uid, revision, new)
     }
@@ -270,9 +300,7 @@ impl Context {
     async fn tell(
         &self,
         found: &Found,
-        deployment: &ValidatedDeployment,
-        plan: &Rollout,
-        (serving, next): (&Side<'_>, Option<(&str, &Observation)>),
+        Told { deployment, plan, serving, next, scaling }: Told<'_>,
         failed: Option<&ReconcileError>,
     ) -> Result<bool, ApiError> {
         let before = found.status();
@@ -284,17 +312,19 @@ impl Context {
             seen: &serving.seen,
             decision: &serving.decision,
             next,
+            scaling,
             before: &before,
             now: Timestamp::now(),
         });
         self.metrics.show(
             &found.owner.namespace,
             &found.owner.name,
-            status::figures(&deployment.desired, &serving.seen),
+            status::figures(&deployment.desired, deployment.frontends, &serving.seen),
         );
         if let Some(error) = failed {
             after = refuse::explained(&before, after, found.object.metadata.generation, error);
         }
+        self.metrics.told(&found.owner.namespace, &found.owner.name, &after.conditions);
         self.write(found, &before, &after).await?;
         Ok(before != after)
     }

@@ -4,7 +4,7 @@ mod conditions;
 
 use jiff::Timestamp;
 
-use crate::api::{ModelDeploymentStatus, PlacementStatus};
+use crate::api::{AutoscalingStatus, ModelDeploymentStatus, PlacementStatus};
 use crate::build::names::query;
 use crate::build::{Component, Owner};
 use crate::decide::placement::imbalance;
@@ -12,7 +12,8 @@ use crate::decide::{Decision, Desired, Observation, State};
 use crate::metrics::Figures;
 
 pub(crate) use conditions::{
-    INVALID_SPEC, PROGRESSING, READY, WORKERS_AVAILABLE, blocked, condition, is_waiting,
+    GOAL_UNATTAINABLE, INVALID_SPEC, PROGRESSING, READY, SCALER_CONFLICT, WORKERS_AVAILABLE, blocked,
+    condition, failing, is_waiting,
 };
 
 /// Everything that a status depends on.
@@ -26,8 +27,19 @@ pub(crate) struct Situation<'a> {
     pub(crate) decision: &'a Decision,
     /// The revision that is to serve next, where one is being made ready.
     pub(crate) next: Option<(&'a str, &'a Observation)>,
+    pub(crate) scaling: Option<&'a Scaling>,
     pub(crate) before: &'a ModelDeploymentStatus,
     pub(crate) now: Timestamp,
+}
+
+/// What the autoscaler came to.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Scaling {
+    pub(crate) status: AutoscalingStatus,
+    /// Why its goals cannot be met.
+    pub(crate) unattainable: Option<String>,
+    /// Who else sets the size.
+    pub(crate) conflict: Option<String>,
 }
 
 /// The status to be written, which equals `before` where nothing changed.
@@ -50,12 +62,14 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
             hash: seen.placement.hash().to_string(),
             imbalance: format!("{:.2}", imbalance(&seen.placement)),
         }),
+        autoscaling: situation.scaling.map(|scaling| scaling.status.clone()),
     }
 }
 
 /// What the metrics show of the same.
-pub(crate) fn figures(desired: &Desired, seen: &Observation) -> Figures {
+pub(crate) fn figures(desired: &Desired, frontends: u32, seen: &Observation) -> Figures {
     Figures {
+        frontends_desired: frontends,
         workers_desired: desired.workers,
         workers_ready: seen.ready_workers() as u32,
         frontends_ready: answering(seen) as u32,
@@ -65,8 +79,11 @@ pub(crate) fn figures(desired: &Desired, seen: &Observation) -> Figures {
     }
 }
 
-/// True where requests are answered, by all workers that there should be.
+/// True where requests are answered, by all workers that there should be; or wait for one, where there should be none.
 pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
+    if desired.workers == 0 {
+        return following(seen) > 0 && seen.size == 0;
+    }
     let experts = Experts::count(seen, desired.min_replicas);
     following(seen) > 0
         && all_workers_ready(desired, seen)
@@ -81,6 +98,9 @@ fn all_workers_ready(desired: &Desired, seen: &Observation) -> bool {
 /// Of those that there are and that do not leave, however many there should be.
 fn those_that_stay_are_ready(desired: &Desired, seen: &Observation) -> bool {
     let staying = seen.size.min(desired.workers);
+    if desired.workers == 0 {
+        return true;
+    }
     let ready = seen.reports().filter(|(slot, report)| *slot < staying && report.state == State::Ready);
     staying > 0 && ready.count() == staying as usize
 }

@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use expertmesh_engine::{Numerics, WeightFormat};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use crate::api::{ModelDeployment, PodFields};
+use crate::api::{self, ModelDeployment, PodFields};
 use crate::decide::Desired;
+use crate::decide::autoscale::{By, Goals, Limit, Policy, Rules, Schedule, Select};
 
 /// A ModelDeployment that keeps every rule, with its defaults applied. Only [`ValidatedDeployment::new`] makes one.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,6 +23,9 @@ pub(crate) struct ValidatedDeployment {
     pub(crate) weights: WeightFormat,
     pub(crate) numerics: Numerics,
     pub(crate) desired: Desired,
+    pub(crate) autoscaling: Option<Policy>,
+    /// Of a worker, in bytes, where it is limited.
+    pub(crate) memory: Option<u64>,
     pub(crate) frontends: u32,
     pub(crate) max_context_tokens: Option<u32>,
     pub(crate) worker_pod: PodFields,
@@ -61,6 +66,8 @@ impl ValidatedDeployment {
             paused: spec.paused,
         };
         Ok(Self {
+            autoscaling: spec.autoscaling.as_ref().map(policy).transpose()?,
+            memory: spec.workers.pod.resources.limits.get("memory").and_then(bytes),
             name,
             model_path: PathBuf::from(spec.model.uri.trim_start_matches("file://")),
             weights: spec.model.weights.into(),
@@ -76,7 +83,8 @@ impl ValidatedDeployment {
 
     /// Whether nothing differs but what is decided anew at every step.
     pub(crate) fn is_same_but_desired(&self, other: &Self) -> bool {
-        Self { desired: other.desired.clone(), ..self.clone() } == *other
+        let (desired, autoscaling) = (other.desired.clone(), other.autoscaling.clone());
+        Self { desired, autoscaling, ..self.clone() } == *other
     }
 
     /// What is computed: workers and frontends take it alike.
@@ -93,4 +101,141 @@ impl ValidatedDeployment {
 fn duration(field: &str, text: &str) -> Result<Duration, ValidationError> {
     let parsed = text.parse::<kube::core::Duration>();
     parsed.map(Duration::from).map_err(|error| ValidationError::Rule(format!("{field} ({text}): {error}")))
+}
+
+fn policy(spec: &api::Autoscaling) -> Result<Policy, ValidationError> {
+    let field = |name: &str| format!("spec.autoscaling.{name}");
+    let schedule = |(at, schedule): (usize, &api::Schedule)| {
+        let api::Schedule { time_zone, start, end, min_workers } = schedule;
+        Schedule::new(time_zone, start, end, min_workers.unsigned_abs())
+            .map_err(|problem| ValidationError::Rule(format!("{}[{at}].{problem}", field("schedules"))))
+    };
+    let behavior = spec.behavior.clone().unwrap_or_default();
+    Ok(Policy {
+        min: spec.min_workers.unsigned_abs(),
+        max: spec.max_workers.unsigned_abs(),
+        goals: Goals {
+            ttft: duration(&field("ttft"), &spec.ttft)?,
+            tpot: duration(&field("tpot"), &spec.tpot)?,
+        },
+        idle_after: duration(&field("idleAfter"), &spec.idle_after)?,
+        advisory: spec.advisory,
+        up: rules(behavior.scale_up, Rules::up()),
+        down: rules(behavior.scale_down, Rules::down()),
+        schedules: spec.schedules.iter().enumerate().map(schedule).collect::<Result<_, _>>()?,
+    })
+}
+
+fn rules(given: Option<api::ScalingRules>, default: Rules) -> Rules {
+    let Some(api::ScalingRules { stabilization_window_seconds, select_policy, policies }) = given else {
+        return default;
+    };
+    let limit = |policy: &api::ScalingPolicy| Limit {
+        by: match policy.kind {
+            api::PolicyType::Pods => By::Workers(policy.value.unsigned_abs()),
+            api::PolicyType::Percent => By::Percent(policy.value.unsigned_abs()),
+        },
+        period: Duration::from_secs(u64::from(policy.period_seconds.unsigned_abs())),
+    };
+    let seconds = |seconds: i32| Duration::from_secs(u64::from(seconds.unsigned_abs()));
+    Rules {
+        stabilization: stabilization_window_seconds.map_or(default.stabilization, seconds),
+        select: match select_policy {
+            api::SelectPolicy::Max => Select::Most,
+            api::SelectPolicy::Min => Select::Least,
+            api::SelectPolicy::Disabled => Select::Disabled,
+        },
+        limits: if policies.is_empty() { default.limits } else { policies.iter().map(limit).collect() },
+    }
+}
+
+/// Of an amount of memory such as 1Gi, 512M or 1e9; none where it is none.
+fn bytes(Quantity(text): &Quantity) -> Option<u64> {
+    const SUFFIXES: [(&str, f64); 12] = [
+        ("Ki", 1024.0),
+        ("Mi", 1_048_576.0),
+        ("Gi", 1_073_741_824.0),
+        ("Ti", 1_099_511_627_776.0),
+        ("Pi", 1_125_899_906_842_624.0),
+        ("k", 1e3),
+        ("M", 1e6),
+        ("G", 1e9),
+        ("T", 1e12),
+        ("P", 1e15),
+        ("m", 1e-3),
+        ("", 1.0),
+    ];
+    let read =
+        |(suffix, factor): &(&str, f64)| Some(text.strip_suffix(suffix)?.parse::<f64>().ok()? * factor);
+    SUFFIXES.iter().find_map(read).filter(|bytes| *bytes >= 0.0).map(|bytes| bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_of_memory_are_read_as_kubernetes_reads_them() {
+        let read = |text: &str| bytes(&Quantity(text.into()));
+        assert_eq!(
+            ["1Gi", "512M", "128Mi", "1e9", "1000", "1500m", "much"].map(read),
+            [
+                Some(1 << 30),
+                Some(512_000_000),
+                Some(128 << 20),
+                Some(1_000_000_000),
+                Some(1000),
+                Some(1),
+                None
+            ]
+        );
+    }
+
+    fn autoscaled(fields: &str) -> Result<Option<Policy>, String> {
+        let yaml = format!(
+            "apiVersion: expertmesh.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: m}}\n\
+             spec: {{model: {{uri: 'file:///m'}}, autoscaling: {fields}}}"
+        );
+        let object: ModelDeployment = serde_yaml::from_str(&yaml).map_err(|error| error.to_string())?;
+        let deployment = ValidatedDeployment::new(&object).map_err(|error| error.to_string())?;
+        Ok(deployment.autoscaling)
+    }
+
+    #[test]
+    fn goals_alone_are_enough_for_a_policy() {
+        let policy = autoscaled("{maxWorkers: 6}").unwrap().unwrap();
+        assert_eq!((policy.min, policy.max, policy.advisory), (1, 6, false));
+        assert_eq!(policy.goals, Goals { ttft: Duration::from_millis(500), tpot: Duration::from_millis(50) });
+        assert_eq!((policy.up, policy.down), (Rules::up(), Rules::down()));
+    }
+
+    #[test]
+    fn behavior_is_taken_as_of_a_horizontal_pod_autoscaler() {
+        let fields = "{maxWorkers: 6, behavior: {scaleDown: {stabilizationWindowSeconds: 10, selectPolicy: Min, \
+                      policies: [{type: Percent, value: 50, periodSeconds: 15}]}}}";
+        let policy = autoscaled(fields).unwrap().unwrap();
+        let limits = vec![Limit { by: By::Percent(50), period: Duration::from_secs(15) }];
+        let expected = Rules { stabilization: Duration::from_secs(10), select: Select::Least, limits };
+        assert_eq!((policy.up, policy.down), (Rules::up(), expected));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_by_its_field() {
+        let refused = |fields: &str| autoscaled(fields).unwrap_err();
+        assert_eq!(
+            refused("{minWorkers: 7, maxWorkers: 6}"),
+            "spec.autoscaling.minWorkers (7) must not be above spec.autoscaling.maxWorkers (6)"
+        );
+        assert!(
+            refused("{maxWorkers: 6, ttft: soon}")
+                .contains("spec.autoscaling.ttft (soon) must be a duration")
+        );
+        let schedules =
+            "{maxWorkers: 6, schedules: [{start: '0 8 * * *', end: '0 25 * * *', minWorkers: 2}]}";
+        let error = refused(schedules);
+        assert!(
+            error.starts_with("spec.autoscaling.schedules[0].end (0 25 * * *) in timeZone UTC: "),
+            "{error}"
+        );
+    }
 }

@@ -10,6 +10,8 @@ pub const MAX_PART_BYTES: usize = 1 << 20;
 pub const MAX_TICKET_ROWS: usize = 1024;
 /// Tickets that one ordered pair of workers may have under way.
 pub const MAX_TICKETS: usize = 2;
+/// A longer `traceparent` is none of the version that we know: ignored.
+const TRACEPARENT_BYTES: usize = 55;
 
 /// A payload whose checksum is not that of its content: the sender counts as failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -62,8 +64,8 @@ impl Limits {
     }
 
     fn rows_per_part(&self, lists: usize) -> usize {
-        // 5 bytes bound a varint of u32; 128 cover the message's other fields.
-        ((MAX_PART_BYTES - 128) / (self.hidden * 2 + lists * 5)).max(1)
+        // 5 bytes bound a varint of u32; 192 cover the message's other fields.
+        ((MAX_PART_BYTES - 192) / (self.hidden * 2 + lists * 5)).max(1)
     }
 }
 
@@ -79,6 +81,8 @@ pub struct Rows {
     pub experts: Vec<u32>,
     /// (rows, hidden), bits of bf16
     pub values: Vec<u16>,
+    /// The span that these rows belong to, as W3C writes it; empty: none.
+    pub traceparent: String,
 }
 
 impl Rows {
@@ -104,6 +108,7 @@ impl Rows {
                 row_experts: row_experts.to_vec(),
                 experts,
                 rows: to_bytes(values),
+                traceparent: if part == 0 { self.traceparent.clone() } else { String::new() },
             };
             message.crc32c = dispatch_crc(&message);
             message
@@ -172,7 +177,9 @@ impl DispatchParts {
             .into());
         }
         let ticket = Ticket { session: part.session, ticket: part.ticket, attempt: part.attempt };
-        let rows = Rows { layer: part.layer, load: part.load, ..Rows::default() };
+        let known = part.traceparent.len() <= TRACEPARENT_BYTES;
+        let traceparent = if known { part.traceparent.clone() } else { String::new() };
+        let rows = Rows { layer: part.layer, load: part.load, traceparent, ..Rows::default() };
         Ok(Self { ticket, parts: part.parts, next: 0, rows })
     }
 
@@ -369,7 +376,8 @@ mod tests {
         let row_experts: Vec<u32> = (0..count).map(|row| row as u32 % 4 + 1).collect();
         let experts = row_experts.iter().flat_map(|&n| (0..n).map(move |e| e * 3 + n)).collect();
         let values = (0..count * LIMITS.hidden).map(|at| at as u16 % 0x7f80).collect();
-        Rows { layer: 2, load: count.is_multiple_of(2), row_experts, experts, values }
+        let traceparent = "t".repeat(count % 56);
+        Rows { layer: 2, load: count.is_multiple_of(2), row_experts, experts, values, traceparent }
     }
 
     fn join(parts: Vec<v1::Dispatch>) -> Result<Rows, PartError> {

@@ -23,7 +23,8 @@ impl Frontend {
         let what = ["frontend", "--served-name", "tiny-r1", "--model", &model, "--placement", &placement];
         let anywhere = "127.0.0.1:0";
         let listening = ["--listen", anywhere, "--control", anywhere, "--metrics", anywhere];
-        let arguments = [&what[..], &listening[..]].concat();
+        let more: Vec<&str> = mesh.flags.iter().map(String::as_str).collect();
+        let arguments = [&what[..], &listening[..], &more[..]].concat();
         let mut process = Process::start(&mesh.scratch, "frontend", "expertmesh-worker", &arguments);
         let addresses = process.addresses();
         let url = format!("http://{}", addresses.http.as_deref().expect("a frontend has an HTTP address"));

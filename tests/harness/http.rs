@@ -30,7 +30,14 @@ fn got(
 
 /// POST of JSON: the status and the JSON.
 pub fn post(url: &str, body: &Value) -> Result<(u16, Value), String> {
-    let mut response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
+    post_with(url, &[], body)
+}
+
+/// The same with more headers.
+pub fn post_with(url: &str, headers: &[(&str, &str)], body: &Value) -> Result<(u16, Value), String> {
+    let request =
+        headers.iter().fold(agent().post(url), |request, (name, value)| request.header(*name, *value));
+    let mut response = request.send_json(body).map_err(|error| format!("{url}: {error}"))?;
     let json = response.body_mut().read_json().map_err(|error| format!("{url}: {error}"))?;
     Ok((response.status().as_u16(), json))
 }

@@ -25,15 +25,22 @@ pub struct Mesh {
     pub workers: Vec<Process>,
     pub addresses: Vec<Addresses>,
     pub epoch: u64,
+    /// What every process gets beside its own flags.
+    pub flags: Vec<String>,
 }
 
 impl Mesh {
     /// Starts `count` workers, each with its share of the experts, and waits until all are ready.
     pub async fn start(name: &str, count: u32) -> Self {
-        let scratch = Scratch::new(name);
-        let mut workers: Vec<Process> = (0..count).map(|slot| start_worker(&scratch, slot)).collect();
-        let addresses = workers.iter_mut().map(Process::addresses).collect();
-        let mut mesh = Self { scratch, workers, addresses, epoch: 0 };
+        Self::start_with(name, count, &[]).await
+    }
+
+    /// The same with more flags for each, and for a frontend in front of them.
+    pub async fn start_with(name: &str, count: u32, flags: &[&str]) -> Self {
+        let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
+        let mut mesh = Self { scratch, workers: Vec::new(), addresses: Vec::new(), epoch: 0, flags };
+        mesh.workers = (0..count).map(|slot| mesh.start_worker(slot)).collect();
+        mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
         mesh.place(|slot, expert| expert * count / EXPERTS == slot).await;
         for slot in 0..count {
             mesh.until(slot, "ready", |report| report.state() == State::Ready).await;
@@ -43,8 +50,17 @@ impl Mesh {
 
     /// Starts a worker again that was killed; it finds its place from the next placement.
     pub async fn restart(&mut self, slot: u32) {
-        self.workers[slot as usize] = start_worker(&self.scratch, slot);
+        self.workers[slot as usize] = self.start_worker(slot);
         self.addresses[slot as usize] = self.workers[slot as usize].addresses();
+    }
+
+    fn start_worker(&self, slot: u32) -> Process {
+        let (name, model) = (format!("worker-{slot}"), tiny_r1());
+        let model = model.to_str().expect("a UTF-8 path");
+        let anywhere = "127.0.0.1:0";
+        let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];
+        let flags: Vec<&str> = args.into_iter().chain(self.flags.iter().map(String::as_str)).collect();
+        Process::start(&self.scratch, &name, "expertmesh-worker", &flags)
     }
 
     /// Pushes a new placement to every worker that answers.
@@ -118,14 +134,6 @@ pub async fn apply(control: &mut ControlClient<Channel>, placement: &Placement) 
         .apply_placement(v1::ApplyPlacementRequest { caller: Some(test_caller()), placement })
         .await
         .map(drop)
-}
-
-fn start_worker(scratch: &Scratch, slot: u32) -> Process {
-    let (name, model) = (format!("worker-{slot}"), tiny_r1());
-    let model = model.to_str().expect("a UTF-8 path");
-    let args =
-        ["serve", "--name", &name, "--model", model, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"];
-    Process::start(scratch, &name, "expertmesh-worker", &args)
 }
 
 /// The request that asks a worker for the rest of what `reference` answered.

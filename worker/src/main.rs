@@ -15,6 +15,7 @@ mod stop;
 mod template;
 mod text;
 mod tokenizer;
+mod traces;
 mod verify;
 
 use std::process::ExitCode;

@@ -17,16 +17,21 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
+use crate::decide::autoscale::{Autoscaler, Change, Load, Size};
+use crate::decide::placement::fewest;
 use crate::decide::{Decision, Member, Observation, Report, State, decide};
 use crate::fleet::Fleet;
 use crate::fleet::process::{ENDED, Lines, ProcessFleet};
 use crate::manifest;
+use crate::status;
 use crate::validate::ValidatedDeployment;
 
 /// How often to look where nothing is heard: also after edits of the file.
 const PERIOD: Duration = Duration::from_millis(500);
 /// Reports that come within this time make one decision.
 const PACE: Duration = Duration::from_millis(20);
+/// Changes of size that are remembered, for the limits of `behavior`.
+const CHANGES_KEPT: usize = 64;
 /// How often a process may die without a word before the deployment was ever ready.
 const TRIES: u32 = 3;
 
@@ -54,8 +59,18 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
     let (lines, changed) = (Lines::new(), Arc::new(Notify::new()));
     let fleet = ProcessFleet::new(deployment.clone(), model, up.port, lines.clone(), changed.clone())?;
     let bars = Bars { lines: lines.clone(), bars: BTreeMap::new() };
-    let mut serving =
-        Serving { up, deployment, modified, fleet, changed, bars, was_ready: false, is_settled: false };
+    let mut serving = Serving {
+        up,
+        deployment,
+        modified,
+        fleet,
+        changed,
+        bars,
+        autoscaler: Autoscaler::default(),
+        changes: Vec::new(),
+        was_ready: false,
+        is_settled: false,
+    };
     let failed = tokio::select! {
         Err(error) = serving.run() => Some(error),
         () = stop.asked() => None,
@@ -84,6 +99,9 @@ struct Serving {
     fleet: ProcessFleet,
     changed: Arc<Notify>,
     bars: Bars,
+    autoscaler: Autoscaler,
+    /// Of size, by the autoscaler.
+    changes: Vec<Change>,
     was_ready: bool,
     is_settled: bool,
 }
@@ -95,6 +113,7 @@ impl Serving {
             self.read_again();
             let seen = self.fleet.observe().await?;
             self.check_start()?;
+            self.scale(&seen);
             let decision = decide(&self.deployment.desired, &seen, Timestamp::now());
             tracing::debug!(actions = ?decision.actions, waiting_for = decision.waiting_for, "decided");
             self.fleet.act(&decision.actions).await?;
@@ -102,6 +121,36 @@ impl Serving {
             let _ = timeout(PERIOD, self.changed.notified()).await;
             sleep(PACE).await;
         }
+    }
+
+    /// By `spec.autoscaling`, as on a cluster.
+    fn scale(&mut self, seen: &Observation) {
+        let now = Timestamp::now();
+        let desired = &self.deployment.desired;
+        let shape = seen.shape();
+        let size = Size {
+            workers: desired.workers,
+            at_least: shape.map_or(1, |shape| fewest(&shape, desired.min_replicas, self.deployment.memory)),
+            failing: status::failing(seen),
+        };
+        self.autoscaler.set(self.deployment.autoscaling.as_ref(), size, self.changes.clone());
+        self.autoscaler.look(&Load::of(seen.members()), now);
+        let (Some(verdict), Some(policy)) = (self.autoscaler.verdict(now), &self.deployment.autoscaling)
+        else {
+            return;
+        };
+        let (from, to) = (desired.workers, verdict.workers);
+        if from == to || policy.advisory || desired.paused {
+            return;
+        }
+        self.bars.lines.say(&format!(
+            "{from} → {to} workers ({}): {}",
+            verdict.reason.as_str(),
+            verdict.message
+        ));
+        self.changes.push(Change { at: now, from, to });
+        self.changes.drain(..self.changes.len().saturating_sub(CHANGES_KEPT));
+        self.deployment.desired.workers = to;
     }
 
     /// Takes over what was edited, where that can change while it runs.
@@ -118,10 +167,14 @@ impl Serving {
         if !edited.is_same_but_desired(&self.deployment) {
             let file = self.up.file.display();
             self.bars.lines.say(&format!(
-                "{file}: only spec.workers.replicas, spec.experts and spec.paused change while it runs; the rest with the next `expertmesh up`"
+                "{file}: only spec.workers.replicas, spec.autoscaling, spec.experts and spec.paused change while it runs; the rest with the next `expertmesh up`"
             ));
         }
-        let desired = edited.desired;
+        let mut desired = edited.desired;
+        if edited.autoscaling.is_some() {
+            desired.workers = self.deployment.desired.workers;
+        }
+        self.deployment.autoscaling = edited.autoscaling;
         if desired.workers != self.deployment.desired.workers {
             let (from, to) = (self.deployment.desired.workers, desired.workers);
             self.bars.lines.say(&format!("spec.workers.replicas: {from} → {to}"));

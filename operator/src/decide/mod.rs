@@ -1,5 +1,6 @@
 //! What to do next, as pure functions: no IO, and no clock but `now`.
 
+pub(crate) mod autoscale;
 pub(crate) mod placement;
 pub(crate) mod rollout;
 #[cfg(test)]
@@ -9,6 +10,7 @@ mod step;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::{ExpertSet, Placement};
 use jiff::Timestamp;
 
@@ -17,7 +19,7 @@ pub(crate) use step::decide;
 /// The part of a ModelDeployment that sizes and places.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Desired {
-    /// At least 1.
+    /// 0 where none is to run: what waits, waits in the frontends.
     pub(crate) workers: u32,
     /// Live copies of every expert, on different workers. At least 1.
     pub(crate) min_replicas: u32,
@@ -83,10 +85,47 @@ pub(crate) struct Report {
     pub(crate) resident_bytes: u64,
     /// (layer, expert) pairs still to load for the placement.
     pub(crate) experts_loading: u32,
+    /// Sequences in the batch; of a frontend, requests in flight.
     pub(crate) running: u32,
+    /// Sequences queued; of a frontend, sequences that wait for a worker.
     pub(crate) waiting: u32,
+    /// Share of the latent cache in use, 0 to 1.
+    pub(crate) kv_usage: f32,
     pub(crate) bytes_loaded: u64,
     pub(crate) bytes_to_load: u64,
+    /// Of frontends.
+    pub(crate) latencies: Option<Box<Latencies>>,
+    /// When the process began, in nanoseconds since 1970.
+    pub(crate) incarnation: u64,
+}
+
+/// What a frontend's clients waited for; counts grow from the process's start.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Latencies {
+    pub(crate) first_token: Histogram,
+    pub(crate) per_token: Histogram,
+    /// Now: the ages of the choices that have no token yet.
+    pub(crate) awaiting: Histogram,
+    pub(crate) choices: u64,
+}
+
+impl Latencies {
+    /// What came since an earlier state of these; what waits now, waits now.
+    pub(crate) fn since(&self, earlier: &Self) -> Self {
+        Self {
+            first_token: self.first_token.since(&earlier.first_token),
+            per_token: self.per_token.since(&earlier.per_token),
+            awaiting: self.awaiting.clone(),
+            choices: self.choices.saturating_sub(earlier.choices),
+        }
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.first_token.merge(&other.first_token);
+        self.per_token.merge(&other.per_token);
+        self.awaiting.merge(&other.awaiting);
+        self.choices = self.choices.saturating_add(other.choices);
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

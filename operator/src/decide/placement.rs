@@ -47,6 +47,32 @@ pub(crate) fn place(
     target
 }
 
+/// Pairs of layer and expert that workers are to hold by `after` and were not by `before`.
+pub(crate) fn moved(before: &Placement, after: &Placement) -> u64 {
+    let held = |slot, (layer, expert)| {
+        before.worker(slot).is_some_and(|worker| worker.experts.contains(layer, expert))
+    };
+    let workers = after.workers().iter();
+    workers.map(|worker| worker.experts.iter().filter(|&pair| !held(worker.slot, pair)).count() as u64).sum()
+}
+
+/// What a worker keeps free of experts, in bytes: its latent cache and the rows of a step.
+const BESIDE_EXPERTS: u64 = 512 << 20;
+
+/// The fewest workers that hold every expert so often, where each has so many bytes (any number, where it is not known).
+pub(crate) fn fewest(shape: &ModelShape, min_replicas: u32, memory: Option<u64>) -> u32 {
+    let copies = u64::from(min_replicas.max(1));
+    let layers = u64::from(shape.layers.saturating_sub(shape.first_moe_layer));
+    let fits = |workers: &u64| {
+        let experts = (u64::from(shape.experts) * copies).div_ceil(*workers).saturating_mul(layers);
+        let needed = shape.dense_bytes.saturating_add(experts.saturating_mul(shape.expert_bytes));
+        memory.is_none_or(|memory| needed.saturating_add(BESIDE_EXPERTS) <= memory)
+    };
+    // Where no number does, memory is no reason to keep more.
+    let most = u64::from(shape.experts) * copies;
+    (copies..=most.max(copies)).find(fits).unwrap_or(copies) as u32
+}
+
 /// The most experts on one worker over the mean: 1 where all hold as many.
 pub(crate) fn imbalance(placement: &Placement) -> f64 {
     let counts: Vec<usize> = placement.workers().iter().map(|worker| worker.experts.len()).collect();
@@ -215,6 +241,18 @@ mod tests {
         let five = place(&shape, &slots(5), 1, &four);
         assert_eq!(moves(&four, &five), 8);
         assert_eq!(five[&4].len(), 8);
+    }
+
+    #[test]
+    fn the_fewest_workers_are_those_whose_memory_holds_every_expert() {
+        let gib = |gib: u64| gib << 30;
+        let shape = ModelShape { expert_bytes: gib(1) / 4, dense_bytes: gib(2), ..shape(1, 4, 32) };
+        // An expert's four layers are 1 GiB: 32 GiB of experts, and 2.5 GiB beside them on each worker.
+        assert_eq!(fewest(&shape, 1, None), 1);
+        assert_eq!(fewest(&shape, 1, Some(gib(40))), 1);
+        assert_eq!(fewest(&shape, 1, Some(gib(12))), 4);
+        assert_eq!(fewest(&shape, 2, Some(gib(12))), 8);
+        assert_eq!(fewest(&shape, 3, Some(gib(1))), 3, "it does not work anyway");
     }
 
     #[test]

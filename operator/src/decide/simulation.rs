@@ -121,7 +121,7 @@ impl Simulation {
     fn resize(&mut self, size: u32) {
         for worker in self.workers.iter().skip(size as usize) {
             let idle = worker.draining || worker.sequences == 0 || !worker.alive;
-            assert!(idle || self.deaths, "a worker is stopped only when it is drained");
+            assert!(idle || self.deaths || size == 0, "a worker is stopped only when it is drained");
         }
         let starting = self.below(5);
         let random = self.below(1000);
@@ -190,6 +190,9 @@ impl Simulation {
 
     /// While nobody dies, what was resident somewhere once is resident somewhere.
     fn check(&mut self) {
+        if self.workers.is_empty() {
+            self.had = ExpertSet::default();
+        }
         for layer in SHAPE.first_moe_layer..SHAPE.layers {
             for expert in 0..SHAPE.experts {
                 let resident = self.workers.iter().any(|worker| worker.resident.contains(layer, expert));
@@ -221,6 +224,10 @@ impl Simulation {
 
     fn assert_settled(&self) {
         assert_eq!(self.workers.len() as u32, self.desired.workers);
+        if self.desired.workers == 0 {
+            assert!(self.frontend.follows.epoch() > 0, "it takes requests that wait");
+            return;
+        }
         let written: BTreeMap<u32, ExpertSet> =
             self.written.workers().iter().map(|worker| (worker.slot, worker.experts.clone())).collect();
         let slots: Vec<u32> = (0..self.desired.workers).collect();
@@ -264,6 +271,9 @@ impl Process {
                 waiting: 0,
                 bytes_loaded: 0,
                 bytes_to_load: 0,
+                kv_usage: 0.0,
+                latencies: None,
+                incarnation: 0,
             });
             self.silent_since = None;
             self.draining_since =
@@ -298,6 +308,23 @@ fn scaling_out_and_in_writes_two_placements_each() {
     simulation.desired.workers = 2;
     simulation.settle();
     assert_eq!(simulation.written.epoch(), 5);
+}
+
+#[test]
+fn at_zero_the_placement_is_kept_so_that_workers_which_come_back_need_no_other() {
+    let mut simulation = Simulation::new(3, 1, 7);
+    simulation.settle();
+    simulation.desired.workers = 0;
+    simulation.settle();
+    assert_eq!((simulation.workers.len(), simulation.written.workers().len()), (0, 3));
+    simulation.desired.workers = 3;
+    simulation.settle();
+    assert_eq!(simulation.written.epoch(), 1);
+    simulation.desired.workers = 0;
+    simulation.settle();
+    simulation.desired.workers = 1;
+    simulation.settle();
+    assert_eq!(simulation.written.workers().len(), 1);
 }
 
 #[test]
@@ -373,7 +400,7 @@ enum Event {
 fn events(deaths: bool) -> impl Strategy<Value = Vec<Event>> {
     let event = prop_oneof![
         4 => (1u32..25).prop_map(Event::Ticks),
-        4 => (1u32..7).prop_map(Event::Scale),
+        4 => (0u32..7).prop_map(Event::Scale),
         1 => (1u32..4).prop_map(Event::Replicas),
         1 => Just(Event::OperatorRestarts),
         if deaths { 3 } else { 0 } => (0u32..6).prop_map(Event::Kill),

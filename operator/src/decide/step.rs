@@ -25,6 +25,9 @@ pub(crate) fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> D
     if desired.paused {
         return Decision { actions: told(), waiting_for: "spec.paused to become false".into() };
     }
+    if desired.workers == 0 {
+        return to_zero(seen);
+    }
     if seen.size < step.keep {
         let resize = vec![Action::Resize(step.keep)];
         let waiting_for = match (seen.size, step.keep - 1) {
@@ -69,6 +72,28 @@ fn keep(desired: &Desired, seen: &Observation, now: Timestamp) -> u32 {
     let first_leaving =
         seen.workers.range(1..seen.size.max(1)).find(|(slot, worker)| leaving(**slot, worker));
     first_leaving.map_or(desired.workers, |(&slot, _)| slot.min(desired.workers)).max(1)
+}
+
+/// All at once: each hands its sequences back, and they wait in the frontends. The placement stays as it is, so that whoever
+/// comes back knows what to load before anybody tells it.
+fn to_zero(seen: &Observation) -> Decision {
+    if seen.size > 0 {
+        let actions = vec![Action::Resize(0)];
+        return Decision { actions, waiting_for: "the workers to leave".into() };
+    }
+    // Frontends take requests once they follow a placement: one without workers will do.
+    if seen.placement.epoch() == 0
+        && let Ok(nobody) = Placement::new(1, vec![])
+    {
+        let actions = [Action::Place(nobody.clone())].into_iter().chain(pushes(seen, &nobody)).collect();
+        return Decision { actions, waiting_for: "frontends to follow the placement".into() };
+    }
+    let follows =
+        |frontend: &Seen| frontend.report.as_ref().is_some_and(|report| report.follows(&seen.placement));
+    let behind = seen.frontends.iter().find(|frontend| !follows(frontend));
+    let waiting_for =
+        behind.map_or(String::new(), |frontend| format!("{} to follow the placement", frontend.name));
+    Decision { actions: pushes(seen, &seen.placement), waiting_for }
 }
 
 struct Step<'a> {

@@ -18,9 +18,10 @@ use super::Fleet;
 use crate::apply::{self, ApiError, Object};
 use crate::build::names::{EXPERTMESH, query};
 use crate::build::{Component, Owner, PLACEMENT_KEY, config_map};
+use crate::decide::autoscale::{Change, Look, Policy, Size, Verdict};
 use crate::decide::{Action, Member, Observation, Seen, State};
 
-use streams::Streams;
+use streams::{SharedAutoscaler, Streams};
 
 pub(crate) use streams::Caller;
 
@@ -29,6 +30,7 @@ pub(crate) struct KubernetesFleet {
     owner: Owner,
     revision: String,
     streams: Streams,
+    autoscaler: SharedAutoscaler,
     /// Before the first observation.
     fresh: bool,
     /// Pods that should have ended long ago, with their nodes, as of the last observation.
@@ -59,16 +61,38 @@ impl fmt::Debug for KubernetesFleet {
 }
 
 impl KubernetesFleet {
-    /// `changed` is called, some moments later, when a process reports something that a decision could depend on.
+    /// `changed` is called, some moments later, when a process reports something that a decision could depend on, and with
+    /// every look of the autoscaler.
     pub(crate) fn new(
         client: Client,
-        owner: Owner,
-        revision: &str,
+        (owner, revision): (Owner, &str),
         caller: &Caller,
-        changed: impl Fn() + Send + 'static,
+        changed: impl Fn(Option<&Look>) + Send + 'static,
     ) -> Self {
-        let streams = Streams::new(caller, changed);
-        Self { client, owner, revision: revision.into(), streams, fresh: true, overdue: Vec::new() }
+        let autoscaler = SharedAutoscaler::default();
+        let streams = Streams::new(caller, autoscaler.clone(), changed);
+        Self {
+            client,
+            owner,
+            revision: revision.into(),
+            streams,
+            autoscaler,
+            fresh: true,
+            overdue: Vec::new(),
+        }
+    }
+
+    /// What it is to scale, and what it says to that now; none without a policy.
+    pub(crate) fn autoscale(
+        &self,
+        policy: Option<&Policy>,
+        size: Size,
+        changes: Vec<Change>,
+        now: Timestamp,
+    ) -> Option<Verdict> {
+        let mut autoscaler = streams::locked(&self.autoscaler);
+        autoscaler.set(policy, size, changes);
+        autoscaler.verdict(now)
     }
 
     /// Deletes pods for good that should have ended long ago and whose node is gone: nobody else does, and a StatefulSet

@@ -1,9 +1,11 @@
 //! The conditions: whether a deployment serves, and if not, why and what to do about it.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::{Experts, Situation, all_workers_ready, answering, those_that_stay_are_ready};
+use super::{Experts, Scaling, Situation, all_workers_ready, answering, those_that_stay_are_ready};
 use crate::api::ModelDeploymentStatus;
 use crate::decide::{Action, Decision, Failure, Observation, Seen, State};
 
@@ -13,11 +15,18 @@ pub(crate) const WORKERS_AVAILABLE: &str = "WorkersAvailable";
 pub(crate) const EXPERTS_AVAILABLE: &str = "ExpertsAvailable";
 pub(crate) const PROGRESSING: &str = "Progressing";
 pub(crate) const DEGRADED: &str = "Degraded";
+/// These two only with `spec.autoscaling`.
+pub(crate) const GOAL_UNATTAINABLE: &str = "GoalUnattainable";
+pub(crate) const SCALER_CONFLICT: &str = "ScalerConflict";
 
 /// The reason of everything that a user has to correct in the spec.
 pub(crate) const INVALID_SPEC: &str = "InvalidSpec";
 const WORKERS_STARTING: &str = "WorkersStarting";
 const WORKERS_SCALING: &str = "WorkersScaling";
+const SCALED_TO_ZERO: &str = "ScaledToZero";
+const WAKING: &str = "Waking";
+/// How long the first worker may take to come back before Ready says that it does not.
+const WAKES_WITHIN: Duration = Duration::from_secs(60);
 
 /// True for the reasons that time alone resolves.
 pub(crate) fn is_waiting(reason: &str) -> bool {
@@ -54,6 +63,9 @@ impl Verdict {
 pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
     let workers = workers_available(situation);
     let experts_available = experts_available(situation, experts);
+    let scaling = situation
+        .scaling
+        .map(|scaling| [(GOAL_UNATTAINABLE, unattainable(scaling)), (SCALER_CONFLICT, conflict(scaling))]);
     let verdicts = [
         (READY, ready(situation, &workers, &experts_available)),
         (MODEL_PREPARED, model_prepared(situation)),
@@ -64,7 +76,21 @@ pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
     ];
     let stamp =
         |(kind, verdict)| stamped(situation.before, situation.generation, situation.now, (kind, verdict));
-    verdicts.into_iter().map(stamp).collect()
+    verdicts.into_iter().chain(scaling.into_iter().flatten()).map(stamp).collect()
+}
+
+fn unattainable(scaling: &Scaling) -> Verdict {
+    match &scaling.unattainable {
+        Some(why) => Verdict { status: "True", ..Verdict::no("MoreDoNotHelp", why) },
+        None => Verdict::no("Attainable", "nothing speaks against the goals"),
+    }
+}
+
+fn conflict(scaling: &Scaling) -> Verdict {
+    match &scaling.conflict {
+        Some(who) => Verdict { status: "True", ..Verdict::no("OtherWriter", who) },
+        None => Verdict::no("Alone", "nobody else sets spec.workers.replicas"),
+    }
 }
 
 /// The status of a deployment that cannot be reconciled, for a reason that has to be told in conditions of some kinds:
@@ -109,6 +135,9 @@ fn stamped(
 fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict {
     let seen = situation.seen;
     let (ready_workers, ready_frontends) = (seen.ready_workers(), answering(seen));
+    if let Some(verdict) = asleep(situation).filter(|_| ready_frontends > 0) {
+        return verdict;
+    }
     let was = condition(situation.before, READY).is_some_and(|was| was.status == "True");
     if !was || ready_workers == 0 {
         // Whoever is to come or to leave does not count: those that there are answer.
@@ -134,8 +163,38 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
     }
 }
 
+/// At zero, and on the way back: requests wait in the frontends meanwhile.
+fn asleep(situation: &Situation) -> Option<Verdict> {
+    let Situation { seen, desired, now, .. } = situation;
+    let url = situation.owner.url();
+    if desired.workers == 0 {
+        return Some(match situation.scaling {
+            Some(_) => {
+                Verdict::yes(SCALED_TO_ZERO, format!("no worker runs; the first request at {url} starts one"))
+            }
+            None => Verdict::yes(
+                SCALED_TO_ZERO,
+                format!(
+                    "no worker runs: requests at {url} wait, and are told to come back, until spec.workers.replicas is above 0"
+                ),
+            ),
+        });
+    }
+    let was = condition(situation.before, READY).filter(|was| was.status == "True")?;
+    let slept = [SCALED_TO_ZERO, WAKING].contains(&was.reason.as_str());
+    let late = |worker: &Seen| {
+        let since = worker.silent_since.and_then(|since| Duration::try_from(now.duration_since(since)).ok());
+        since.is_some_and(|since| since > WAKES_WITHIN)
+    };
+    let comes =
+        seen.ready_workers() == 0 && first_failure(seen).is_none() && !seen.workers.values().any(late);
+    (slept && comes).then(|| Verdict::yes(WAKING, format!("requests at {url} wait for the first worker")))
+}
+
 fn model_prepared(situation: &Situation) -> Verdict {
-    if situation.seen.shape().is_some() {
+    let before = condition(situation.before, MODEL_PREPARED).filter(|was| was.status == "True");
+    let was_read = before.is_some() && situation.desired.workers == 0;
+    if situation.seen.shape().is_some() || was_read {
         return Verdict::yes("ModelRead", "workers have read the model");
     }
     match first_failure(situation.seen) {
@@ -147,6 +206,9 @@ fn model_prepared(situation: &Situation) -> Verdict {
 fn workers_available(situation: &Situation) -> Verdict {
     let (seen, wanted) = (situation.seen, situation.desired.workers);
     let ready = seen.ready_workers();
+    if wanted == 0 {
+        return Verdict::yes(SCALED_TO_ZERO, "no worker is wanted");
+    }
     if all_workers_ready(situation.desired, seen) {
         return Verdict::yes(
             "AllReady",
@@ -180,6 +242,9 @@ fn not_ready_because(worker: &Seen) -> Option<String> {
 
 fn experts_available(situation: &Situation, experts: &Experts) -> Verdict {
     let Experts { known, all, resident, missing, loading } = *experts;
+    if situation.desired.workers == 0 {
+        return Verdict::no(SCALED_TO_ZERO, "no worker runs");
+    }
     if !known {
         return Verdict::unknown(WORKERS_STARTING, "no worker has read the model yet");
     }
@@ -237,6 +302,16 @@ fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
         return Verdict::yes("UnderReplicated", text);
     }
     Verdict::no("Healthy", "nothing has failed")
+}
+
+/// A worker that is not ready and cannot run, and what to do about it.
+pub(crate) fn failing(seen: &Observation) -> Option<String> {
+    let mut workers = seen.workers.range(..seen.size);
+    workers.find_map(|(slot, worker)| {
+        let is_ready = worker.report.as_ref().is_some_and(|report| report.state == State::Ready);
+        let failure = worker.failure.as_ref().filter(|_| !is_ready)?;
+        Some(described(&format!("worker {slot}"), failure))
+    })
 }
 
 /// The failure of the lowest slot that has one.

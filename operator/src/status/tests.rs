@@ -39,6 +39,9 @@ fn report(state: State, epoch: u64, resident: ExpertSet) -> Report {
         waiting: 0,
         bytes_loaded: 0,
         bytes_to_load: 0,
+        kv_usage: 0.0,
+        latencies: None,
+        incarnation: 0,
     }
 }
 
@@ -96,6 +99,7 @@ fn computed_after(
         seen,
         decision: &decision,
         next: None,
+        scaling: None,
         before,
         now,
     };
@@ -150,7 +154,7 @@ fn an_expert_with_too_few_copies_still_serves_but_is_degraded() {
     assert_eq!(told(&status, "Ready").0, "True");
     assert_eq!(told(&status, "ExpertsAvailable").1, "UnderReplicated");
     assert_eq!(told(&status, "Degraded").1, "UnderReplicated");
-    assert_eq!(figures(&desired, &healthy()).experts_missing, 8);
+    assert_eq!(figures(&desired, 1, &healthy()).experts_missing, 8);
 }
 
 #[test]

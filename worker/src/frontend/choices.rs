@@ -15,6 +15,7 @@ use super::openai::ApiError;
 use super::resume::{Sequence, SequenceError, Step};
 use super::server::Server;
 use super::valid::{ValidChoice, ValidRequest};
+use crate::traces::Parent;
 
 /// Tokens of a choice that may wait for its client; then its sequence pauses.
 const AHEAD: usize = 64;
@@ -38,14 +39,21 @@ struct Choice {
     answer: Answer,
 }
 
+/// When a request arrived, and where its spans belong.
+pub(crate) struct Start {
+    pub(crate) arrived: Instant,
+    pub(crate) parent: Parent,
+}
+
 /// Starts them, each in a task that reads on while its client does not.
-pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, arrived: Instant) -> Updates {
+pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, begun: &Start) -> Updates {
     let choice = |(index, choice): (usize, ValidChoice)| {
         let ValidChoice { sequence, stops, reasoning } = choice;
         let answer = Answer::new(&server.model.tokenizer, stops, sequence.min_tokens, reasoning);
         let sequence =
-            Sequence::new(sequence, server.workers.clone(), server.metrics.clone(), server.patience);
-        let clock = server.latencies.accept(arrived, server.metrics.clone());
+            Sequence::new(sequence, server.workers.clone(), server.metrics.clone(), server.patience)
+                .traced(begun.parent.clone());
+        let clock = server.latencies.accept(begun.arrived, server.metrics.clone());
         let (steps, arriving) = mpsc::channel(AHEAD);
         tokio::spawn(read(sequence, clock, steps));
         Choice { index, steps: Some(arriving), answer }

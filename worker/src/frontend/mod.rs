@@ -47,6 +47,7 @@ use crate::mesh::identity::fingerprint_message;
 use crate::mesh::placement::CurrentPlacement;
 use crate::metrics::FrontendMetrics;
 use crate::process::{self, Addresses, Fatal};
+use crate::traces;
 
 /// How long connections may stay open that no running request needs, once this frontend closes.
 const LINGER: Duration = Duration::from_secs(2);
@@ -91,6 +92,8 @@ pub(crate) struct Args {
     /// How long a worker may bring no token before another one is tried
     #[arg(long, env = "EXPERTMESH_STALL_TIMEOUT", value_parser = duration, default_value = "120s")]
     stall_timeout: Duration,
+    #[command(flatten)]
+    traces: traces::Args,
     /// How long requests are still taken after SIGTERM, for clients that do not know yet
     #[arg(long, env = "EXPERTMESH_DRAIN_GRACE", value_parser = duration, default_value = "2s")]
     drain_grace: Duration,
@@ -119,7 +122,12 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     process::exit_when_parent_is_gone();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", format!("no runtime: {error}")))?;
+    let traces = {
+        let _within = runtime.enter();
+        args.traces.start("expertmesh-frontend", &args.name)?
+    };
     let result = runtime.block_on(serve(args));
+    drop(traces);
     runtime.shutdown_timeout(Duration::from_secs(1));
     result.map(|()| ExitCode::SUCCESS)
 }

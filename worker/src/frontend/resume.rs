@@ -6,11 +6,12 @@ use expertmesh_proto::v1;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Request, Status, Streaming};
 
 use super::route::Avoided;
 use super::workers::{Lease, NoWorker, Workers};
 use crate::metrics::FrontendMetrics;
+use crate::traces::{Parent, Span, SpanKind};
 
 /// Failures in a row, without a token between them, after which a sequence is given up.
 const MAX_FAILURES: u32 = 8;
@@ -133,11 +134,19 @@ pub(crate) struct Sequence {
     workers: Workers,
     metrics: FrontendMetrics,
     patience: Patience,
-    running: Option<(Streaming<v1::GenerateEvent>, Lease)>,
+    running: Option<Running>,
+    parent: Parent,
     attempt: u32,
     avoided: Avoided,
     /// Since the last token.
     setbacks: Setbacks,
+}
+
+/// A try on a worker.
+struct Running {
+    events: Streaming<v1::GenerateEvent>,
+    lease: Lease,
+    span: Span,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -179,10 +188,17 @@ impl Sequence {
             metrics,
             patience,
             running: None,
+            parent: Parent::default(),
             attempt: 0,
             avoided: Avoided::new(),
             setbacks: Setbacks::default(),
         }
+    }
+
+    /// Its spans belong there.
+    pub(crate) fn traced(mut self, parent: Parent) -> Self {
+        self.parent = parent;
+        self
     }
 
     /// The next token, or the end; not to be called after that.
@@ -222,11 +238,11 @@ impl Sequence {
                 return Ok(Err(setback));
             }
         }
-        let Some((stream, _)) = &mut self.running else {
+        let Some(Running { events, .. }) = &mut self.running else {
             return Ok(Err(Setback::new("Unavailable", "not started")));
         };
         let patience = if self.progress.ended.is_some() { FAREWELL } else { self.patience.stall };
-        match timeout(patience, stream.message()).await {
+        match timeout(patience, events.message()).await {
             Ok(Ok(Some(v1::GenerateEvent { event: Some(event) }))) => Ok(Ok(event)),
             Ok(Ok(Some(_))) => Ok(Err(Setback::new("Protocol", "an empty event"))),
             Ok(Ok(None)) => Ok(Err(Setback::new("Unavailable", "the stream ended too early"))),
@@ -236,18 +252,26 @@ impl Sequence {
     }
 
     async fn start(&mut self) -> Result<Result<(), Setback>, SequenceError> {
+        let waiting = self.parent.child("wait for a worker", SpanKind::Internal);
         let mut lease = self.workers.lease(&self.avoided, self.progress.generated() > 0).await?;
-        let request = self.progress.rest(self.workers.caller(self.attempt));
+        drop(waiting);
+        let span = self.parent.child("attempt", SpanKind::Client);
+        span.set("expertmesh.sequence", self.progress.request.id.clone());
+        span.set("expertmesh.attempt", i64::from(self.attempt));
+        span.set("expertmesh.slot", i64::from(lease.slot));
+        let mut request = Request::new(self.progress.rest(self.workers.caller(self.attempt)));
+        span.tell(request.metadata_mut());
         self.attempt += 1;
         let started = timeout(self.patience.stall, lease.client.generate(request)).await;
         let outcome = match started {
             Ok(Ok(response)) => {
-                self.running = Some((response.into_inner(), lease));
+                self.running = Some(Running { events: response.into_inner(), lease, span });
                 return Ok(Ok(()));
             }
             Ok(Err(status)) => self.refused(status)?,
             Err(_) => Setback::new("Stalled", "no answer to Generate"),
         };
+        span.fail(outcome.reason);
         self.avoided.insert((lease.slot, lease.incarnation));
         Ok(Err(outcome))
     }
@@ -267,7 +291,8 @@ impl Sequence {
 
     /// Leaves the worker, and waits a little where it was not the first time.
     async fn set_back(&mut self, setback: Setback) -> Result<(), SequenceError> {
-        if let Some((_, lease)) = self.running.take() {
+        if let Some(Running { lease, span, .. }) = self.running.take() {
+            span.fail(setback.reason);
             self.avoided.insert((lease.slot, lease.incarnation));
         }
         let Progress { request, .. } = &self.progress;

@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
 use super::chat::Chat;
-use super::choices::{self, Update, Updates};
+use super::choices::{self, Start, Update, Updates};
 use super::completions::Completions;
 use super::format::{Format, Header, Whole, Writer};
 use super::latencies::Latencies;
@@ -29,6 +29,7 @@ use super::sse;
 use super::valid::ValidRequest;
 use super::workers::Workers;
 use crate::metrics::{Counted, FrontendMetrics};
+use crate::traces::{self, Span};
 
 /// A client that takes longer to send its body holds a place that others could have.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -124,6 +125,7 @@ impl Server {
             in_flight,
             _counted: counted,
             permit: None,
+            span: Span::default(),
             done: false,
         }
     }
@@ -137,6 +139,7 @@ pub(crate) struct Tracked {
     in_flight: watch::Sender<u32>,
     _counted: Counted,
     permit: Option<OwnedSemaphorePermit>,
+    span: Span,
     done: bool,
 }
 
@@ -144,12 +147,14 @@ impl Tracked {
     /// `code` is the HTTP status.
     pub(crate) fn answered(mut self, code: &str) {
         self.done = true;
+        self.span.set("http.response.status_code", code.parse().unwrap_or(0_i64));
         self.metrics.answered(self.endpoint, code, self.arrived.elapsed());
     }
 
     /// The status was 200, but the answer is not complete.
     pub(crate) fn failed_midway(self, reason: &'static str) {
         self.metrics.failed(reason);
+        self.span.fail(reason);
         self.answered("500");
     }
 }
@@ -158,6 +163,7 @@ impl Drop for Tracked {
     fn drop(&mut self) {
         if !self.done {
             self.metrics.failed("ClientLeft");
+            self.span.fail("ClientLeft");
             self.metrics.answered(self.endpoint, "499", self.arrived.elapsed());
         }
         self.in_flight.send_modify(|count| *count = count.saturating_sub(1));
@@ -181,6 +187,7 @@ pub(crate) fn router(server: Arc<Server>) -> Router {
 
 async fn generate<F: Format>(State(server): State<Arc<Server>>, request: Request) -> Response {
     let mut tracked = server.track(F::ENDPOINT);
+    tracked.span = traces::request(request.headers(), || format!("POST {}", request.uri().path()));
     match answer::<F>(&server, request, &mut tracked).await {
         Ok(Answer::Whole(response)) => finish(tracked, response),
         Ok(Answer::Stream(writer, first, updates)) => sse::respond::<F>(*writer, first, updates, tracked),
@@ -209,7 +216,11 @@ async fn answer<F: Format>(
     let request = validate::<F>(server.clone(), body).await?;
     server.metrics.prompt_tokens(request.prompt_tokens());
     let header = server.header(F::ID);
-    let mut updates = choices::start(server, &request, &header.id, tracked.arrived);
+    tracked.span.set("gen_ai.response.id", header.id.clone());
+    tracked.span.set("gen_ai.request.model", header.model.clone());
+    tracked.span.set("gen_ai.usage.input_tokens", request.prompt_tokens() as i64);
+    let start = Start { arrived: tracked.arrived, parent: tracked.span.parent() };
+    let mut updates = choices::start(server, &request, &header.id, &start);
     let mut wholes = vec![Whole::default(); request.count()];
     let reply = request.reply();
     let writer = Writer { header, reply, request };
@@ -282,6 +293,7 @@ async fn no_method(State(server): State<Arc<Server>>, method: Method) -> Respons
 fn finish(tracked: Tracked, response: Response) -> Response {
     if let Some(Failure(reason)) = response.extensions().get() {
         tracked.metrics.failed(reason);
+        tracked.span.fail(reason);
     }
     tracked.answered(response.status().as_str());
     response

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::peers::{Outcome, Outgoing, Peers, Reply};
 use super::residency::{LoadFailed, Residency};
 use super::route::{Holders, Known, Target, route};
+use crate::traces::{self, Span, SpanKind};
 
 /// How long a holder that said "not resident" is passed over for a copy, or asked to load where there is none.
 const COLD: Duration = Duration::from_secs(1);
@@ -48,6 +49,7 @@ struct Flight {
     sent: Instant,
     /// Ascending.
     pairs: Vec<u32>,
+    span: Span,
 }
 
 impl<B: Backend> LayerState<B> {
@@ -100,7 +102,8 @@ impl<B: Backend> MeshExchange<B> {
             };
             let host = self.layer.host.get_or_insert_with(|| backend.download_activations(normed));
             let rows = rows_of(host, layer as u32, load, routes, &pairs);
-            self.launch(Flight { slot, attempt, load, sent: Instant::now(), pairs }, rows);
+            let span = traces::current().child("dispatch", SpanKind::Client);
+            self.launch(Flight { slot, attempt, load, sent: Instant::now(), pairs, span }, rows);
         }
     }
 
@@ -116,10 +119,15 @@ impl<B: Backend> MeshExchange<B> {
         route(&self.holders, me, (layer, expert), &Known { alive, tried, cold: &cold })
     }
 
-    fn launch(&mut self, flight: Flight, rows: Rows) {
+    fn launch(&mut self, flight: Flight, mut rows: Rows) {
         self.next_ticket += 1;
         let ticket = self.next_ticket;
         let (slot, pairs) = (flight.slot, flight.pairs.len() as u64);
+        if !flight.span.is_none() {
+            describe(&flight.span, slot, &rows);
+            flight.span.set("expertmesh.attempt", i64::from(flight.attempt));
+            rows.traceparent = flight.span.traceparent();
+        }
         let reply = Reply::new(ticket, self.outcomes.0.clone());
         let outgoing = Outgoing { ticket, attempt: flight.attempt, rows, reply };
         self.layer.flights.insert(ticket, flight);
@@ -186,11 +194,12 @@ impl<B: Backend> MeshExchange<B> {
         routes: &Routes,
         outcome: Outcome,
     ) -> Option<(Vec<u32>, u32)> {
-        let flight = self.layer.flights.remove(&outcome.ticket)?;
+        let mut flight = self.layer.flights.remove(&outcome.ticket)?;
         let metrics = &self.peers.shared.metrics;
         let answers = match outcome.result {
             Ok(answers) => answers,
             Err(reason) => {
+                flight.span.fail(reason);
                 metrics.rows_rerouted.with_label_values(&[reason]).inc_by(flight.pairs.len() as u64);
                 self.give_up(routes, &flight, |_| true);
                 return Some((flight.pairs, flight.attempt + 1));
@@ -200,6 +209,7 @@ impl<B: Backend> MeshExchange<B> {
         // This thread may have computed meanwhile: what counts is when the answer came.
         let took = outcome.at.duration_since(flight.sent);
         metrics.exchange_seconds.with_label_values(&[&label]).observe(took.as_secs_f64());
+        flight.span.end_at(outcome.at);
         let Answers { not_resident, values } = answers;
         let absent = |pair: &u32| not_resident.contains(&routes.experts[*pair as usize]);
         let (again, answered): (Vec<u32>, Vec<u32>) = flight.pairs.iter().partition(|pair| absent(pair));
@@ -274,6 +284,14 @@ impl<B: Backend> Exchange<B> for MeshExchange<B> {
     }
 }
 
+/// Whose rows, or for whom, and how many.
+pub(crate) fn describe(span: &Span, slot: u32, rows: &Rows) {
+    span.set("expertmesh.peer", i64::from(slot));
+    span.set("expertmesh.layer", i64::from(rows.layer));
+    span.set("expertmesh.rows", rows.row_experts.len() as i64);
+    span.set("expertmesh.pairs", rows.experts.len() as i64);
+}
+
 /// The rows of pairs, each once with its experts. `pairs` ascend, so the experts of a row do.
 fn rows_of(host: &[u16], layer: u32, load: bool, routes: &Routes, pairs: &[u32]) -> Rows {
     let top_k = routes.top_k as u32;
@@ -303,6 +321,7 @@ mod tests {
             row_experts: vec![2, 1],
             experts: vec![3, 9, 3],
             values: vec![0, 0, 2, 2],
+            traceparent: String::new(),
         };
         assert_eq!(rows, expected);
     }

@@ -17,8 +17,10 @@ use tokio::time::{interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request as Call, Response as Reply, Status, Streaming};
 
+use super::dispatch::describe;
 use super::peers::Shared;
 use super::residency::{Residency, distinct};
+use crate::traces::{self, SpanKind};
 
 const HEARTBEAT: Duration = Duration::from_millis(200);
 /// How long a peer's rows wait for the loader.
@@ -189,6 +191,8 @@ impl<B: Backend> Pump<B> {
 impl<B: Backend> Exchange<B> {
     /// Waits for the loader where this worker was elected, then for the serving thread. `None` while shutting down.
     async fn serve(&self, slot: u32, rows: Rows) -> Option<Answers> {
+        let span = traces::dispatched(&rows.traceparent).child("experts", SpanKind::Server);
+        describe(&span, slot, &rows);
         let experts = distinct(&rows.experts);
         if rows.load {
             let loads = experts.into_iter().map(|expert| self.residency.ensured(rows.layer, expert));

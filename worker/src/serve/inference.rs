@@ -11,8 +11,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::run::{Command, EVENTS, Events, Shared, Submission};
+use super::run::{Command, EVENTS, Events, Shared, Spans, Submission};
 use crate::mesh::identity::Identity;
+use crate::traces;
 
 /// More stop tokens than any client names.
 const MAX_STOP_TOKENS: usize = 128;
@@ -34,10 +35,12 @@ impl Inference for InferenceService {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
+        let parent = traces::called(request.metadata());
         let request = request.into_inner();
         self.identity.admit(request.caller.as_ref())?;
         let (events, receiver) = mpsc::channel(EVENTS);
-        let submission = self.check(request, events)?;
+        let spans = Spans::begin(&parent, &request);
+        let submission = Submission { spans, ..self.check(request, events)? };
         self.submit(submission).inspect_err(|_| {
             self.shared.metrics.sequences.with_label_values(&["refused"]).inc();
         })?;
@@ -69,7 +72,8 @@ impl InferenceService {
         let history = History::new(&sampling, &tokens, prompt);
         let max_length = (tokens.len() + max_tokens as usize).min(self.max_context);
         let logprobs = logprobs.map(|top| top as usize);
-        Ok(Submission { tokens, history, sampling, logprobs, max_length, events })
+        let spans = Spans::default();
+        Ok(Submission { tokens, history, sampling, logprobs, max_length, events, spans })
     }
 
     fn check_tokens(&self, request: &v1::GenerateRequest) -> Result<(), Invalid> {

@@ -43,6 +43,7 @@ use crate::mesh::residency::Residency;
 use crate::metrics::WorkerMetrics;
 use crate::probes;
 use crate::process::{self, Addresses, Fatal};
+use crate::traces;
 
 /// Rows of a step: enough for a prompt's chunk to use the weights that it reads.
 const STEP_ROWS: usize = 256;
@@ -89,6 +90,8 @@ pub(crate) struct Args {
     computed_as: ComputedAs,
     #[command(flatten)]
     computed_with: ComputedWith,
+    #[command(flatten)]
+    traces: traces::Args,
     /// How long leaving may take, in seconds
     #[arg(long, default_value_t = 30)]
     drain_timeout: u64,
@@ -121,7 +124,12 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     process::exit_when_parent_is_gone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", error.to_string()))?;
+    let traces = {
+        let _within = runtime.enter();
+        args.traces.start("expertmesh-worker", &args.name)?
+    };
     let result = runtime.block_on(serve(args));
+    drop(traces);
     // A task that waits for a silent peer does not hold the process.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result

@@ -15,6 +15,7 @@ use tonic::Status;
 
 use super::scheduler::{Plan, Scheduler, Sequence};
 use crate::metrics::WorkerMetrics;
+use crate::traces::{self, Parent, Span, SpanKind};
 
 /// Tokens that may wait for a slow reader; its sequence pauses then.
 pub(crate) const EVENTS: usize = 64;
@@ -43,6 +44,24 @@ pub(crate) struct Submission {
     pub(crate) max_length: usize,
     /// Dropping the other end cancels the sequence.
     pub(crate) events: Events,
+    pub(crate) spans: Spans,
+}
+
+/// What is traced of a sequence: itself, and its wait for a place in the batch.
+#[derive(Default)]
+pub(crate) struct Spans {
+    sequence: Span,
+    queue: Span,
+}
+
+impl Spans {
+    pub(crate) fn begin(parent: &Parent, request: &v1::GenerateRequest) -> Self {
+        let sequence = parent.child("sequence", SpanKind::Server);
+        sequence.set("expertmesh.sequence", request.request_id.clone());
+        sequence.set("expertmesh.tokens", request.tokens.len() as i64);
+        let queue = sequence.parent().child("queue", SpanKind::Internal);
+        Self { sequence, queue }
+    }
 }
 
 /// How busy the thread is.
@@ -127,6 +146,9 @@ where
     /// Computes a plan and hands its tokens out.
     fn step(&mut self, plan: &Plan, live: &mut BTreeMap<u64, Submission>) {
         let start = Instant::now();
+        let steps = trace(plan, live);
+        // The experts' calls are told in the first one's trace.
+        let entered = steps.first().and_then(Span::enter);
         let logits = forward(&*self.backend, &plan.step, &mut self.kv, &mut self.exchange, &mut |_| {});
         let logits = match logits {
             Ok(rows) => self.backend.download(&rows), // (spans that want logits, vocabulary)
@@ -136,6 +158,7 @@ where
                 return;
             }
         };
+        drop((entered, steps));
         self.scheduler.computed(plan);
         let metrics = self.shared.metrics.clone();
         metrics.step_seconds.observe(start.elapsed().as_secs_f64());
@@ -186,6 +209,7 @@ where
             Err(_) => "failed",
         };
         self.shared.metrics.sequences.with_label_values(&[outcome]).inc();
+        live.spans.sequence.set("expertmesh.outcome", outcome);
         let event = how.map(|reason| v1::GenerateEvent {
             event: Some(Event::Finished(v1::Finished { reason: reason.into() })),
         });
@@ -216,6 +240,31 @@ where
         let load = Load { running, waiting, kv_usage: self.scheduler.usage() };
         self.shared.load.send_if_modified(|current| std::mem::replace(current, load) != load);
     }
+}
+
+/// A span for every traced sequence of a plan, each in its own trace.
+fn trace(plan: &Plan, live: &mut BTreeMap<u64, Submission>) -> Vec<Span> {
+    let mut steps: Vec<Span> = Vec::new();
+    if !traces::on() {
+        return steps;
+    }
+    for (id, span) in plan.ids.iter().zip(&plan.step.spans) {
+        let Some(Submission { spans, .. }) = live.get_mut(id) else { continue };
+        spans.queue = Span::default();
+        let step = spans.sequence.parent().child("step", SpanKind::Internal);
+        if step.is_none() {
+            continue;
+        }
+        step.set("expertmesh.position", span.start as i64);
+        step.set("expertmesh.rows", span.tokens.len() as i64);
+        step.set("expertmesh.step.rows", plan.step.rows() as i64);
+        step.set("expertmesh.step.sequences", plan.ids.len() as i64);
+        if let Some(first) = steps.first() {
+            step.link(first);
+        }
+        steps.push(step);
+    }
+    steps
 }
 
 fn message(Logprobs { logprob, top }: Logprobs) -> v1::Logprobs {
@@ -276,7 +325,8 @@ mod tests {
         };
         let sampling = Sampling::new(params).unwrap().ending((0..128).collect(), 39);
         let history = History::new(&sampling, &tokens, 100);
-        Submission { tokens, history, sampling, logprobs: Some(3), max_length: 140, events }
+        let spans = Spans::default();
+        Submission { tokens, history, sampling, logprobs: Some(3), max_length: 140, events, spans }
     }
 
     /// What three sequences answer with a cache of so many blocks, and how often one gave its blocks back.

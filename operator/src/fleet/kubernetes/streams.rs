@@ -1,15 +1,20 @@
 //! The streams to the processes of a revision, and which of their reports are worth a reconcile.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use expertmesh_proto::placement::Placement;
+use jiff::Timestamp;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 
 use crate::control::Control;
+use crate::decide::autoscale::{Autoscaler, Load, Look, PERIOD};
 use crate::decide::{Member, Observation, Report, Seen, State};
+
+/// What the autoscaler of a fleet's deployment knows.
+pub(crate) type SharedAutoscaler = Arc<std::sync::Mutex<Autoscaler>>;
 
 /// Reports are looked at this often at most.
 const PACE: Duration = Duration::from_millis(200);
@@ -36,11 +41,15 @@ struct Open {
 }
 
 impl Streams {
-    pub(super) fn new(caller: &Caller, changed: impl Fn() + Send + 'static) -> Self {
+    pub(super) fn new(
+        caller: &Caller,
+        autoscaler: SharedAutoscaler,
+        changed: impl Fn(Option<&Look>) + Send + 'static,
+    ) -> Self {
         let reported = Arc::new(Notify::new());
         let control = Control::new(caller.name.clone(), caller.incarnation, reported.clone());
         let open = Arc::new(Mutex::new(Open { control, members: Vec::new() }));
-        let watching = tokio::spawn(watch(open.clone(), reported, changed));
+        let watching = tokio::spawn(watch(open.clone(), reported, autoscaler, changed));
         Self { open, watching }
     }
 
@@ -95,18 +104,35 @@ impl Drop for Streams {
     }
 }
 
-/// Every process reports at least once a second. Most of it is load, which decides nothing here.
-async fn watch(open: Arc<Mutex<Open>>, reported: Arc<Notify>, changed: impl Fn()) {
+/// Every process reports at least once a second. Most of it is load, which decides nothing here but the size.
+async fn watch(
+    open: Arc<Mutex<Open>>,
+    reported: Arc<Notify>,
+    autoscaler: SharedAutoscaler,
+    changed: impl Fn(Option<&Look>),
+) {
     let mut last = Vec::new();
     loop {
-        reported.notified().await;
+        // Silence is looked at, too.
+        let _ = tokio::time::timeout(PERIOD, reported.notified()).await;
         tokio::time::sleep(PACE).await;
-        let now = open.lock().await.decisive();
+        let (now, load) = {
+            let open = open.lock().await;
+            (open.decisive(), open.load())
+        };
+        let look = locked(&autoscaler).look(&load, Timestamp::now());
+        if let Some(look) = &look {
+            changed(Some(look));
+        }
         if now != last {
             last = now;
-            changed();
+            changed(None);
         }
     }
+}
+
+pub(crate) fn locked(autoscaler: &SharedAutoscaler) -> MutexGuard<'_, Autoscaler> {
+    autoscaler.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Open {
@@ -118,22 +144,36 @@ impl Open {
         members.iter().all(|member| self.report(member).is_some())
     }
 
+    fn load(&self) -> Load {
+        let seen: Vec<(Member, Seen)> =
+            self.members.iter().map(|member| (member.clone(), self.seen(member))).collect();
+        Load::of(seen.iter().map(|(member, seen)| (member.clone(), seen)))
+    }
+
     fn report(&self, member: &Member) -> Option<Report> {
+        self.seen(member).report
+    }
+
+    fn seen(&self, member: &Member) -> Seen {
         let mut seen = Seen::default();
         self.control.complete(member, &mut seen);
-        seen.report
+        seen
     }
 }
 
-/// A report without what decides nothing. Of a worker that drains it counts whether it still runs anything.
+/// A report without what decides nothing. Of a worker that drains it counts whether it still runs anything; of a frontend,
+/// whether anything waits for a worker.
 fn decisive(report: Report) -> Report {
     let busy = report.state == State::Draining && report.sequences() > 0;
+    let waits = report.latencies.is_some() && report.waiting > 0;
     Report {
         running: u32::from(busy),
-        waiting: 0,
+        waiting: u32::from(waits),
         resident_bytes: 0,
         bytes_loaded: 0,
         bytes_to_load: 0,
+        kv_usage: 0.0,
+        latencies: None,
         ..report
     }
 }

@@ -12,12 +12,13 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
 use super::*;
-use crate::frontend::choices;
+use crate::frontend::choices::{self, Start};
 use crate::frontend::model::Model;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Stage, stage};
 use crate::frontend::valid::ValidRequest;
 use crate::tokenizer::tests::tiny_r1;
+use crate::traces::Parent;
 
 struct Post {
     stage: Stage,
@@ -101,7 +102,8 @@ async fn a_sequence_that_waits_is_reported_at_once_and_for_how_long_it_waits() {
     let request =
         ValidRequest::completion(&post.server.model, br#"{"model": "tiny-r1", "prompt": [5]}"#).unwrap();
     let asked = Instant::now();
-    let updates = choices::start(&post.server, &request, "c", asked);
+    let updates =
+        choices::start(&post.server, &request, "c", &Start { arrived: asked, parent: Parent::default() });
     let awaited = |report: &v1::ReportResponse| {
         let awaiting = report.latencies.as_ref().unwrap().awaiting.as_ref().unwrap();
         Histogram::from_proto(awaiting).unwrap()

@@ -1,0 +1,103 @@
+//! Minimums by the clock: from one crontab expression's times to another's, in a time zone.
+
+use cronexpr::{Crontab, MakeTimestamp};
+use jiff::Timestamp;
+
+/// At least so many workers from each start to the next end.
+#[derive(Debug, Clone)]
+pub(crate) struct Schedule {
+    time_zone: String,
+    start: String,
+    end: String,
+    pub(crate) min_workers: u32,
+    crontabs: Box<(Crontab, Crontab)>,
+}
+
+impl Schedule {
+    /// `start` and `end` have five fields. The error says what is wrong with which.
+    pub(crate) fn new(time_zone: &str, start: &str, end: &str, min_workers: u32) -> Result<Self, String> {
+        let read = |field: &str, expression: &str| {
+            if expression.split_whitespace().count() != 5 {
+                return Err(format!("{field} ({expression}) must have five fields, such as 0 8 * * 1-5"));
+            }
+            let parsed = cronexpr::parse_crontab(&format!("{expression} {time_zone}"));
+            parsed.map_err(|error| {
+                format!("{field} ({expression}) in timeZone {time_zone}: {}", one_line(&error))
+            })
+        };
+        let crontabs = Box::new((read("start", start)?, read("end", end)?));
+        let (time_zone, start, end) = (time_zone.into(), start.into(), end.into());
+        Ok(Self { time_zone, start, end, min_workers, crontabs })
+    }
+
+    /// Whether it is on: its next end comes before its next start.
+    pub(crate) fn is_on(&self, now: Timestamp) -> bool {
+        let next =
+            |crontab: &Crontab| crontab.find_next(MakeTimestamp(now)).ok().map(|next| next.timestamp());
+        match (next(&self.crontabs.0), next(&self.crontabs.1)) {
+            (Some(start), Some(end)) => end < start,
+            _ => false,
+        }
+    }
+
+    pub(crate) fn text(&self) -> String {
+        format!("from {} to {} ({})", self.start, self.end, self.time_zone)
+    }
+
+    fn written(&self) -> (&str, &str, &str, u32) {
+        (&self.time_zone, &self.start, &self.end, self.min_workers)
+    }
+}
+
+impl PartialEq for Schedule {
+    fn eq(&self, other: &Self) -> bool {
+        self.written() == other.written()
+    }
+}
+
+fn one_line(error: &cronexpr::Error) -> String {
+    error.to_string().lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_on(schedule: &Schedule, time: &str) -> bool {
+        schedule.is_on(time.parse().unwrap())
+    }
+
+    #[test]
+    fn office_hours_are_those_of_their_time_zone_summer_and_winter() {
+        let office = Schedule::new("Europe/Berlin", "0 8 * * 1-5", "0 18 * * 1-5", 4).unwrap();
+        // 2026-07-20 and 2026-11-23 are Mondays.
+        for (time, on) in [
+            ("2026-07-20T05:59:59Z", false),
+            ("2026-07-20T06:00:00Z", true),
+            ("2026-07-20T15:59:59Z", true),
+            ("2026-07-20T16:00:00Z", false),
+            ("2026-11-23T06:30:00Z", false),
+            ("2026-11-23T07:00:00Z", true),
+            ("2026-11-22T12:00:00Z", false),
+        ] {
+            assert_eq!(is_on(&office, time), on, "{time}");
+        }
+    }
+
+    #[test]
+    fn a_night_goes_over_midnight() {
+        let night = Schedule::new("UTC", "0 22 * * *", "0 4 * * *", 2).unwrap();
+        assert!(is_on(&night, "2026-11-24T23:30:00Z") && is_on(&night, "2026-11-25T03:59:00Z"));
+        assert!(!is_on(&night, "2026-11-25T04:30:00Z"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let error = Schedule::new("UTC", "0 25 * * *", "0 4 * * *", 2).unwrap_err();
+        assert!(error.starts_with("start (0 25 * * *) in timeZone UTC: "), "{error}");
+        let error = Schedule::new("Europe/Berlinn", "0 5 * * *", "0 4 * * *", 2).unwrap_err();
+        assert!(error.contains("in timeZone Europe/Berlinn: "), "{error}");
+        let error = Schedule::new("UTC", "0 5 * * *", "0 4 * *", 2).unwrap_err();
+        assert_eq!(error, "end (0 4 * *) must have five fields, such as 0 8 * * 1-5");
+    }
+}

@@ -1,0 +1,302 @@
+//! What the last three quarters of a minute say: of every few seconds, how the latencies stood to their goals.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use expertmesh_proto::latency::Histogram;
+use jiff::Timestamp;
+
+use super::{Count, Goals, elapsed};
+use crate::decide::{Latencies, Member, Seen, State};
+
+/// How often a look is taken.
+pub(crate) const PERIOD: Duration = Duration::from_secs(3);
+/// The time that a load is the mean of.
+pub(crate) const WINDOW: Duration = Duration::from_secs(45);
+/// Longer without a look, and what was seen before says nothing of now.
+const GAP: Duration = Duration::from_secs(15);
+/// However late an answer was, so much counts of it.
+const MOST: f64 = 2.0;
+/// A load that calls for more workers, and one at which fewer may do.
+pub(crate) const HIGH: f64 = 0.55;
+pub(crate) const LOW: f64 = 0.40;
+
+/// What a deployment's processes said at one moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Load {
+    pub(crate) frontends: BTreeMap<String, FrontendLoad>,
+    /// Workers that can serve.
+    pub(crate) ready: u32,
+    /// Sequences that those compute, and that they have queued.
+    pub(crate) running: u32,
+    pub(crate) waiting: u32,
+    /// The fullest of their latent caches, 0 to 1.
+    pub(crate) kv_usage: f32,
+    /// Whether all frontends spoke, with latencies: silence is no proof of idleness.
+    pub(crate) complete: bool,
+}
+
+/// One frontend's part.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct FrontendLoad {
+    /// When the process began, in nanoseconds since 1970.
+    pub(crate) incarnation: u64,
+    pub(crate) latencies: Latencies,
+    pub(crate) in_flight: u32,
+    /// Sequences that wait for a worker.
+    pub(crate) queued: u32,
+}
+
+impl Load {
+    /// What the members of a fleet last said.
+    pub(crate) fn of<'a>(members: impl Iterator<Item = (Member, &'a Seen)>) -> Self {
+        let mut load = Self { complete: true, ..Self::default() };
+        for (member, seen) in members {
+            match (member, &seen.report) {
+                (Member::Worker(_), Some(report)) if report.state == State::Ready => {
+                    load.ready += 1;
+                    load.running += report.running;
+                    load.waiting += report.waiting;
+                    load.kv_usage = load.kv_usage.max(report.kv_usage);
+                }
+                (Member::Worker(_), _) => {}
+                (Member::Frontend(name), Some(report)) => {
+                    load.complete &= report.latencies.is_some();
+                    let frontend = FrontendLoad {
+                        incarnation: report.incarnation,
+                        latencies: report.latencies.as_deref().cloned().unwrap_or_default(),
+                        in_flight: report.running,
+                        queued: report.waiting,
+                    };
+                    load.frontends.insert(name, frontend);
+                }
+                (Member::Frontend(_), None) => load.complete = false,
+            }
+        }
+        load.complete &= !load.frontends.is_empty();
+        load
+    }
+
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.frontends.values().map(|frontend| frontend.in_flight).sum()
+    }
+
+    /// Sequences that nobody computes.
+    pub(crate) fn queued(&self) -> u32 {
+        self.waiting + self.frontends.values().map(|frontend| frontend.queued).sum::<u32>()
+    }
+}
+
+/// A few seconds.
+#[derive(Debug, Clone)]
+struct Slot {
+    lasted: f64,
+    /// 90th percentiles of what came to an end meanwhile, in seconds.
+    ttft: Option<f64>,
+    tpot: Option<f64>,
+    /// What the fastest tenth took.
+    fastest: [Option<f64>; 2],
+    /// The worse of them over its goal, or what the queue makes of it; 0 without traffic.
+    ratio: f64,
+    /// Whether it is the queue that makes it.
+    by_queue: bool,
+    ready: u32,
+    in_flight: u32,
+    complete: bool,
+    /// No request came, was running, or ended.
+    idle: bool,
+    counts: [Count; 2],
+}
+
+/// What a window comes to.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Summary {
+    /// The s of the rule: the mean of min(2, ratio) over the window; what the window does not reach back to is 0.
+    pub(crate) load: f64,
+    /// The mean of min(2, ratio) × ready workers: what is to be carried, in workers at the goal.
+    pub(crate) demand: f64,
+    /// The mean of ratios however high, and of requests in flight, of what was seen.
+    pub(crate) ratio: f64,
+    /// Highest 90th percentiles of its slots, in seconds.
+    pub(crate) ttft: Option<f64>,
+    pub(crate) tpot: Option<f64>,
+    pub(crate) in_flight: f64,
+    pub(crate) most_in_flight: u32,
+    /// Whether more than half of the load is the queue's.
+    pub(crate) by_queue: bool,
+    /// Whether all of it was seen, and nobody was silent.
+    pub(crate) complete: bool,
+    /// Whether its number of ready workers was the same all the time.
+    pub(crate) steady: bool,
+}
+
+/// The looks of the last three quarters of a minute.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Window {
+    last: Option<(Timestamp, Load)>,
+    slots: VecDeque<Slot>,
+    /// What the fastest tenth took when there was at most one request per worker, of late: TTFT, TPOT in seconds.
+    unloaded: VecDeque<[Option<f64>; 2]>,
+    idle_since: Option<Timestamp>,
+    /// Since they were last taken: TTFT, TPOT.
+    counts: [Count; 2],
+}
+
+/// So many times without load are remembered, and so many are needed to know what is possible.
+const UNLOADED: usize = 20;
+const UNLOADED_KNOWN: usize = 3;
+
+impl Window {
+    /// Takes a look, unless the last one was only just. True where it was taken.
+    pub(crate) fn look(&mut self, goals: Goals, load: &Load, now: Timestamp) -> bool {
+        let Some((at, last)) = self.last.take() else {
+            return self.begin(load, now);
+        };
+        let lasted = elapsed(at, now);
+        if lasted > GAP || now < at {
+            self.slots.clear();
+            return self.begin(load, now);
+        }
+        if lasted < PERIOD {
+            self.last = Some((at, last));
+            return false;
+        }
+        let slot = Slot::between(&last, at, load, lasted, goals);
+        for (sum, count) in self.counts.iter_mut().zip(slot.counts) {
+            sum.samples += count.samples;
+            sum.misses += count.misses;
+        }
+        self.idle_since = slot.idle.then(|| self.idle_since.unwrap_or(at));
+        if slot.is_unloaded(&last) {
+            self.unloaded.push_back(slot.fastest);
+            self.unloaded.drain(..self.unloaded.len().saturating_sub(UNLOADED));
+        }
+        self.slots.push_back(slot);
+        while self.covered() - self.slots[0].lasted >= WINDOW.as_secs_f64() {
+            self.slots.pop_front();
+        }
+        self.last = Some((now, load.clone()));
+        true
+    }
+
+    fn begin(&mut self, load: &Load, now: Timestamp) -> bool {
+        self.idle_since = None;
+        self.last = Some((now, load.clone()));
+        true
+    }
+
+    /// What ended since this was last called.
+    pub(crate) fn take_counts(&mut self) -> [Count; 2] {
+        std::mem::take(&mut self.counts)
+    }
+
+    /// Since when no request came, was running, or ended.
+    pub(crate) fn idle_since(&self) -> Option<Timestamp> {
+        self.idle_since
+    }
+
+    /// As last looked at.
+    pub(crate) fn now(&self) -> Option<&Load> {
+        self.last.as_ref().map(|(_, load)| load)
+    }
+
+    fn covered(&self) -> f64 {
+        self.slots.iter().map(|slot| slot.lasted).sum()
+    }
+
+    pub(crate) fn summary(&self) -> Summary {
+        let (all, covered) = (WINDOW.as_secs_f64(), self.covered());
+        let sum =
+            |of: &dyn Fn(&Slot) -> f64| self.slots.iter().map(|slot| slot.lasted * of(slot)).sum::<f64>();
+        let over = |of: &dyn Fn(&Slot) -> f64| sum(of) / covered.max(all);
+        let mean = |of: &dyn Fn(&Slot) -> f64| if covered > 0.0 { sum(of) / covered } else { 0.0 };
+        let most = |of: &dyn Fn(&Slot) -> Option<f64>| self.slots.iter().filter_map(of).reduce(f64::max);
+        let load = over(&|slot| slot.ratio.min(MOST));
+        let queue = over(&|slot| if slot.by_queue { slot.ratio.min(MOST) } else { 0.0 });
+        Summary {
+            load,
+            demand: over(&|slot| slot.ratio.min(MOST) * f64::from(slot.ready)),
+            ratio: mean(&|slot| slot.ratio),
+            ttft: most(&|slot| slot.ttft),
+            tpot: most(&|slot| slot.tpot),
+            in_flight: mean(&|slot| f64::from(slot.in_flight)),
+            most_in_flight: self.slots.iter().map(|slot| slot.in_flight).max().unwrap_or(0),
+            by_queue: queue > load / 2.0,
+            complete: covered >= all - 1e-6 && self.slots.iter().all(|slot| slot.complete),
+            steady: self
+                .slots
+                .iter()
+                .all(|slot| Some(slot.ready) == self.slots.back().map(|last| last.ready)),
+        }
+    }
+
+    /// What one request alone takes, TTFT and TPOT in seconds, where that was seen often enough.
+    pub(crate) fn unloaded(&self) -> [Option<f64>; 2] {
+        [0, 1].map(|which| {
+            let seen: Vec<f64> = self.unloaded.iter().filter_map(|times| times[which]).collect();
+            seen.iter().copied().reduce(f64::min).filter(|_| seen.len() >= UNLOADED_KNOWN)
+        })
+    }
+}
+
+impl Slot {
+    /// From one look to the next.
+    fn between(last: &Load, at: Timestamp, load: &Load, lasted: Duration, goals: Goals) -> Self {
+        let mut ended = Latencies::default();
+        let mut overdue = Histogram::default();
+        for (name, frontend) in &load.frontends {
+            let came = came(last.frontends.get(name), frontend, at);
+            ended.add(&came);
+            overdue.merge(&frontend.latencies.awaiting.surely_above(goals.ttft));
+        }
+        // Whoever still waits, and longer than the goal, has missed it already.
+        let mut first_token = ended.first_token.clone();
+        first_token.merge(&overdue);
+        let percentile = |of: &Histogram| of.quantile(0.9).map(|time| time.as_secs_f64());
+        let (ttft, tpot) = (percentile(&first_token), percentile(&ended.per_token));
+        let over = |time: Option<f64>, goal: Duration| time.map_or(0.0, |time| time / goal.as_secs_f64());
+        let by_latency = over(ttft, goals.ttft).max(over(tpot, goals.tpot));
+        // A queue that is there at both looks; as long as it costs nobody his goal, it is none.
+        let queued = last.queued().min(load.queued());
+        let is_jam = ended.first_token.count() == 0 || overdue.count() > 0;
+        let by_queue = match queued {
+            0 => 0.0,
+            _ if !is_jam => 0.0,
+            queued => HIGH * (1.0 + f64::from(queued) / f64::from(load.running.max(1))),
+        };
+        let in_flight = last.in_flight().max(load.in_flight());
+        Self {
+            lasted: lasted.as_secs_f64(),
+            ttft: percentile(&ended.first_token),
+            tpot,
+            fastest: [&ended.first_token, &ended.per_token].map(|of| Some(of.quantile(0.1)?.as_secs_f64())),
+            ratio: by_latency.max(by_queue),
+            by_queue: by_queue > by_latency,
+            ready: load.ready,
+            in_flight,
+            complete: last.complete && load.complete,
+            idle: last.complete
+                && load.complete
+                && in_flight + queued == 0
+                && ended.choices == 0
+                && ended.first_token.count() + ended.per_token.count() == 0,
+            counts: [(&ended.first_token, goals.ttft), (&ended.per_token, goals.tpot)]
+                .map(|(times, goal)| Count { samples: times.count(), misses: times.above(goal) }),
+        }
+    }
+
+    /// Whether there was traffic, and not more than one request for a worker at either end.
+    fn is_unloaded(&self, last: &Load) -> bool {
+        self.in_flight <= self.ready.min(last.ready) && (self.ttft.is_some() || self.tpot.is_some())
+    }
+}
+
+/// What a frontend counted since the last look. One that began before that look and was not seen then has counted since
+/// nobody knows when.
+fn came(last: Option<&FrontendLoad>, now: &FrontendLoad, at: Timestamp) -> Latencies {
+    match last.filter(|last| last.incarnation == now.incarnation) {
+        Some(last) => now.latencies.since(&last.latencies),
+        None if i128::from(now.incarnation) >= at.as_nanosecond() => now.latencies.clone(),
+        None => Latencies::default(),
+    }
+}

@@ -1,0 +1,267 @@
+//! The autoscaler's part of a reconcile: what it decides is written to the scale subresource, like everyone else's wish.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tracing::info;
+
+use crate::api::{AutoscalingStatus, ModelDeployment, ScaleDecision};
+use crate::apply::ApiError;
+use crate::decide::autoscale::{Change, Size, Verdict};
+use crate::decide::placement::fewest;
+use crate::status::{self, Scaling};
+use crate::validate::ValidatedDeployment;
+
+use super::fetch::Found;
+use super::{Context, Side};
+
+/// Who sets `spec.workers.replicas` for us: not the manager that applies what is owned.
+const AUTOSCALER: &str = "expertmesh-autoscaler";
+const DECISIONS_KEPT: usize = 5;
+
+/// Decides the size from what the serving revision's processes say, writes it where it changes, and makes it the desired
+/// one of this reconcile. None without `spec.autoscaling`.
+pub(super) async fn scale(
+    context: &Context,
+    found: &Found,
+    deployment: &mut ValidatedDeployment,
+    (serving, is_rolling_out): (&Side<'_>, bool),
+) -> Result<Option<Scaling>, ApiError> {
+    let before = found.status().autoscaling;
+    let shape = serving.seen.shape();
+    let desired = &deployment.desired;
+    let size = Size {
+        workers: desired.workers,
+        at_least: shape
+            .map_or(desired.min_replicas, |shape| fewest(&shape, desired.min_replicas, deployment.memory)),
+        failing: status::failing(&serving.seen),
+    };
+    let changes = before.iter().flat_map(|status| &status.decisions).map(change).collect();
+    let now = Timestamp::now();
+    let verdict = serving.fleet.lock().await.autoscale(deployment.autoscaling.as_ref(), size, changes, now);
+    let (Some(mut verdict), Some(policy)) = (verdict, &deployment.autoscaling) else { return Ok(None) };
+    if is_rolling_out && verdict.workers < desired.workers {
+        verdict.workers = desired.workers; // fewer of an old revision say nothing of the new one
+    }
+    let spec = Spec {
+        workers: signed(desired.workers),
+        is_ours: owners(&found.object).contains(&AUTOSCALER),
+        others: owners(&found.object).join(", "),
+        hash: hash(&found.object),
+        may_write: !policy.advisory && !desired.paused,
+    };
+    let Next { scaling, write } = next(before, &spec, &verdict, now);
+    if let Some(workers) = write {
+        set(context, found, workers).await?;
+        let (name, reason) = (&found.owner.name, verdict.reason.as_str());
+        info!(name, reason, "from {} to {workers} workers: {}", desired.workers, verdict.message);
+        let direction = if workers > desired.workers { "up" } else { "down" };
+        context.metrics.scaled((&found.owner.namespace, name), direction, reason);
+        deployment.desired.workers = workers;
+    }
+    Ok(Some(scaling))
+}
+
+/// Only where nobody changed the object since it was read.
+async fn set(context: &Context, found: &Found, workers: u32) -> Result<(), ApiError> {
+    let name = &found.owner.name;
+    let api: Api<ModelDeployment> = Api::namespaced(context.client.clone(), &found.owner.namespace);
+    let patch = json!({
+        "metadata": {"resourceVersion": found.object.metadata.resource_version},
+        "spec": {"replicas": workers},
+    });
+    let parameters = PatchParams { field_manager: Some(AUTOSCALER.into()), ..PatchParams::default() };
+    let scaled = api.patch_scale(name, &parameters, &Patch::Merge(patch)).await;
+    scaled.map(drop).map_err(|error| ApiError::new::<ModelDeployment>("scale", name, error))
+}
+
+/// What of the object matters here.
+struct Spec {
+    workers: i32,
+    /// Whether our own write is the last one to the size.
+    is_ours: bool,
+    /// Who else wrote it.
+    others: String,
+    hash: String,
+    may_write: bool,
+}
+
+struct Next {
+    scaling: Scaling,
+    write: Option<u32>,
+}
+
+/// What to write, and what to say. A size that is neither what was found nor what we wrote is another writer's.
+fn next(before: Option<AutoscalingStatus>, spec: &Spec, verdict: &Verdict, now: Timestamp) -> Next {
+    let before = before.unwrap_or_default();
+    let known = before.spec_hash.as_ref() == Some(&spec.hash);
+    let moved = known && before.workers != spec.workers;
+    let conflict = (moved && !spec.is_ours).then(|| {
+        format!(
+            "spec.workers.replicas was moved from {} to {} by {}: this autoscaler stops. Remove the other writer or \
+             spec.autoscaling; set it back to {}, or change spec.autoscaling, to go on",
+            before.workers, spec.workers, spec.others, before.workers
+        )
+    });
+    let mut decisions = before.decisions.clone();
+    let mut decided = |from: i32, to: i32, reason: &str, message: &str| {
+        let time = Time(Timestamp::from_second(now.as_second()).unwrap_or(now));
+        let (reason, message) = (reason.to_string(), message.to_string());
+        decisions.insert(0, ScaleDecision { time, from, to, reason, message });
+        decisions.truncate(DECISIONS_KEPT);
+    };
+    if moved && spec.is_ours {
+        decided(
+            before.workers,
+            spec.workers,
+            "Recovered",
+            "it was written, and not recorded, before a restart",
+        );
+    }
+    let wanted = signed(verdict.workers);
+    let write = (wanted != spec.workers && spec.may_write && conflict.is_none()).then_some(verdict.workers);
+    if write.is_some() {
+        decided(spec.workers, wanted, verdict.reason.as_str(), &verdict.message);
+    }
+    let workers = match (&conflict, write) {
+        (Some(_), _) => before.workers,
+        (None, Some(_)) => wanted,
+        (None, None) => spec.workers,
+    };
+    let load = format!("{:.2}", verdict.load);
+    let status = AutoscalingStatus {
+        workers,
+        wanted: signed(verdict.wanted),
+        reason: verdict.reason.as_str().into(),
+        message: verdict.message.clone(),
+        load,
+        spec_hash: Some(spec.hash.clone()),
+        decisions,
+    };
+    let status = if says_the_same(&before, &status) {
+        AutoscalingStatus { message: before.message, load: before.load, ..status }
+    } else {
+        status
+    };
+    let unattainable = verdict.unattainable.clone();
+    Next { scaling: Scaling { status, unattainable, conflict }, write }
+}
+
+/// Figures that only tremble are not worth a write.
+fn says_the_same(before: &AutoscalingStatus, after: &AutoscalingStatus) -> bool {
+    let load = |status: &AutoscalingStatus| status.load.parse::<f64>().unwrap_or(f64::MAX);
+    let same = |status: &AutoscalingStatus| (status.workers, status.wanted, status.reason.clone());
+    same(before) == same(after) && (load(before) - load(after)).abs() < 0.05
+}
+
+fn change(decision: &ScaleDecision) -> Change {
+    let workers = |count: i32| count.unsigned_abs();
+    Change { at: decision.time.0, from: workers(decision.from), to: workers(decision.to) }
+}
+
+/// Who has a say in `spec.workers.replicas`, as the API server keeps account.
+fn owners(object: &ModelDeployment) -> Vec<&str> {
+    let owns = |fields: &Value| fields["f:spec"]["f:workers"]["f:replicas"].is_object();
+    let entries = object.metadata.managed_fields.iter().flatten();
+    let owners = entries.filter(|entry| entry.fields_v1.as_ref().is_some_and(|fields| owns(&fields.0)));
+    owners.filter_map(|entry| entry.manager.as_deref()).collect()
+}
+
+/// Eight digits for `spec.autoscaling`: another is a new beginning.
+fn hash(object: &ModelDeployment) -> String {
+    let text = serde_json::to_string(&object.spec.autoscaling).unwrap_or_default();
+    Sha256::digest(text.as_bytes()).iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn signed(count: u32) -> i32 {
+    i32::try_from(count).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decide::autoscale::Reason;
+
+    fn verdict(workers: u32, reason: Reason) -> Verdict {
+        let message = "load 0.80".to_string();
+        Verdict { workers, wanted: workers, reason, message, load: 0.8, unattainable: None }
+    }
+
+    fn spec(workers: i32, is_ours: bool) -> Spec {
+        Spec { workers, is_ours, others: "kubectl-scale".into(), hash: "1a2b3c4d".into(), may_write: true }
+    }
+
+    fn after(before: Option<AutoscalingStatus>, spec: &Spec, workers: u32) -> Next {
+        next(before, spec, &verdict(workers, Reason::Goal), Timestamp::UNIX_EPOCH)
+    }
+
+    fn known(workers: i32) -> Option<AutoscalingStatus> {
+        Some(after(None, &spec(workers, false), workers as u32).scaling.status)
+    }
+
+    #[test]
+    fn what_is_found_at_the_beginning_is_taken_as_it_is() {
+        let next = after(None, &spec(3, false), 5);
+        assert_eq!((next.write, next.scaling.conflict, next.scaling.status.workers), (Some(5), None, 5));
+        let decision = &next.scaling.status.decisions[0];
+        assert_eq!((decision.from, decision.to, decision.reason.as_str()), (3, 5, "Goal"));
+    }
+
+    #[test]
+    fn a_size_that_another_moved_stops_us_until_it_is_back_or_the_spec_is_another() {
+        let next = after(known(3), &spec(7, false), 5);
+        assert_eq!((next.write, next.scaling.status.workers), (None, 3));
+        let why = next.scaling.conflict.unwrap();
+        assert!(why.starts_with("spec.workers.replicas was moved from 3 to 7 by kubectl-scale:"), "{why}");
+        let stopped = Some(next.scaling.status);
+        assert_eq!(after(stopped.clone(), &spec(7, false), 5).write, None);
+        assert_eq!(after(stopped.clone(), &spec(3, false), 5).write, Some(5));
+        let edited = Spec { hash: "00000000".into(), ..spec(7, false) };
+        assert_eq!(after(stopped, &edited, 5).write, Some(5));
+    }
+
+    #[test]
+    fn what_we_wrote_before_we_could_record_it_is_no_conflict() {
+        let next = after(known(3), &spec(4, true), 4);
+        assert_eq!((next.write, next.scaling.conflict), (None, None));
+        let decision = &next.scaling.status.decisions[0];
+        assert_eq!((decision.from, decision.to, decision.reason.as_str()), (3, 4, "Recovered"));
+    }
+
+    #[test]
+    fn advice_is_said_and_not_written() {
+        let next = after(known(3), &Spec { may_write: false, ..spec(3, false) }, 5);
+        assert_eq!((next.write, next.scaling.status.workers, next.scaling.status.wanted), (None, 3, 5));
+        assert_eq!(next.scaling.status.decisions, vec![]);
+    }
+
+    #[test]
+    fn five_decisions_are_kept_and_a_load_that_trembles_is_not_written() {
+        let mut status = known(1);
+        for workers in 2..9 {
+            status = Some(after(status, &spec(workers - 1, true), workers as u32).scaling.status);
+        }
+        let status = status.unwrap();
+        let kept: Vec<i32> = status.decisions.iter().map(|decision| decision.to).collect();
+        assert_eq!(kept, [8, 7, 6, 5, 4]);
+        let trembling = Verdict { load: 0.82, message: "load 0.82".into(), ..verdict(8, Reason::Goal) };
+        let next = next(Some(status.clone()), &spec(8, true), &trembling, Timestamp::UNIX_EPOCH);
+        assert_eq!(next.scaling.status, status);
+    }
+
+    #[test]
+    fn the_api_servers_account_says_who_wrote_the_size() {
+        let object: ModelDeployment = serde_json::from_value(json!({
+            "metadata": {"name": "m", "managedFields": [
+                {"manager": "kubectl", "operation": "Apply", "fieldsV1": {"f:spec": {"f:model": {}}}},
+                {"manager": "keda", "operation": "Update", "subresource": "scale",
+                 "fieldsV1": {"f:spec": {"f:workers": {"f:replicas": {}}}}},
+            ]},
+            "spec": {"model": {"uri": "file:///m"}},
+        }))
+        .unwrap();
+        assert_eq!(owners(&object), ["keda"]);
+    }
+}
