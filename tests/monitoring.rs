@@ -4,10 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use expertmesh_tests::dashboards::{self, Dashboard};
-use expertmesh_tests::kubernetes::run;
+use expertmesh_tests::kubernetes::{Namespace, run};
+use expertmesh_tests::openai::Load;
 use expertmesh_tests::process::Scratch;
 use expertmesh_tests::promql::{self, Selector};
-use expertmesh_tests::{root, skipped};
+use expertmesh_tests::reference::Question;
+use expertmesh_tests::{root, skipped, wait_for};
 use serde_json::{Value, json};
 
 /// What deploy/prometheus.yaml and the chart's PodMonitor give every series.
@@ -361,6 +363,27 @@ fn the_chart_brings_the_same_labels_alerts_and_dashboards_where_values_ask_for_t
     let annotations = &operator["spec"]["template"]["metadata"]["annotations"];
     let expected = json!({"prometheus.io/scrape": "true", "prometheus.io/port": "9090", "prometheus.io/path": "/metrics"});
     assert_eq!(*annotations, expected);
+}
+
+#[test]
+fn every_query_of_the_dashboards_has_an_answer_while_a_model_serves() {
+    if skipped("kubernetes") || skipped("prometheus") {
+        return;
+    }
+    let namespace = Namespace::new("watched");
+    let deployment = namespace.deploy("tiny", |_| {});
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 2);
+    let mut wrong = Question::greedy("Too long an answer.");
+    wrong.length = Some(100_000);
+    reached.api.check_refused(&wrong, 400);
+    wait_for("every query to be answered", || {
+        load.go_on_for(1);
+        let mut silent = dashboards::silent(&namespace.name, "tiny")?;
+        silent.retain(|query| !PROMISED.iter().any(|(name, _)| query.contains(name)));
+        if silent.is_empty() { Ok(()) } else { Err(format!("{silent:#?}")) }
+    });
+    load.end();
 }
 
 fn in_camel_case(rule: &Value) -> Value {
