@@ -1,12 +1,12 @@
 # Everything is built with the release profile, so that nothing is compiled twice.
 CARGO = cargo
 CRD = deploy/crds/modeldeployments.yaml
-CRD_IN_CHART = charts/expertmesh/files/modeldeployments.yaml
+CHART_FILES = charts/expertmesh/files
 METRICS = docs/metrics.md
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load cluster-down image audit
+.PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,6 +23,7 @@ test: setup lint check-generated ## every check and every test; names at its end
 
 build: ## all binaries, in target/release
 	$(CARGO) build --release --workspace
+	@ln -sf expertmesh target/release/kubectl-expertmesh # which makes it `kubectl expertmesh`, where this folder is in PATH
 
 setup: ## fetch what the tests need beside Rust, and say what cannot be had
 	@tests/setup.sh
@@ -41,14 +42,18 @@ lint: ## formatting, clippy and rustdoc, warnings being errors
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps --quiet
 
-generated: build ## write the generated files anew: the CRD and the chart's copy of it, the page of metrics
+generated: build ## write the generated files anew: the CRD, the page of metrics, the chart's copies of files of deploy/
 	target/release/expertmesh crd >$(CRD)
-	cp $(CRD) $(CRD_IN_CHART)
 	{ target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } >$(METRICS)
+	cp $(CRD) $(CHART_FILES)/modeldeployments.yaml
+	cp deploy/alerts/expertmesh.yaml $(CHART_FILES)/alerts.yaml
+	rm -rf $(CHART_FILES)/dashboards && cp -r deploy/dashboards $(CHART_FILES)/dashboards
 
 check-generated: build
-	@target/release/expertmesh crd | cmp - $(CRD) && cmp $(CRD) $(CRD_IN_CHART) && \
-	 { target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } | cmp - $(METRICS) || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
+	@target/release/expertmesh crd | cmp - $(CRD) && \
+	 { target/release/expertmesh metrics && target/release/expertmesh-worker metrics; } | cmp - $(METRICS) && \
+	 cmp $(CRD) $(CHART_FILES)/modeldeployments.yaml && cmp deploy/alerts/expertmesh.yaml $(CHART_FILES)/alerts.yaml && \
+	 diff -rq deploy/dashboards $(CHART_FILES)/dashboards || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
 
 cluster: ## a three-node Kubernetes on this machine; prints the line that makes it this shell's
 	@tests/cluster/build.sh
@@ -56,6 +61,10 @@ cluster: ## a three-node Kubernetes on this machine; prints the line that makes 
 
 cluster-load: image ## the project's image into the cluster's nodes
 	@tests/cluster/load.sh target/image/expertmesh.tar
+
+monitoring: ## Prometheus beside the cluster, which must run, with our rules; prints its URL
+	@tests/cluster/build.sh prometheus
+	@tests/cluster/prometheus.sh
 
 cluster-down: ## take the cluster away; its binaries stay
 	@tests/cluster/down.sh

@@ -4,6 +4,8 @@ mod chaos;
 mod kubernetes;
 mod mesh;
 mod metrics;
+mod monitoring;
 mod openai;
+mod scalers;
 mod traces;
 mod up;

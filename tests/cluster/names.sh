@@ -27,6 +27,8 @@ die() {
   exit 1
 }
 
+kubectl() { "$BIN/kubectl" --kubeconfig "$KUBECONFIG_ADMIN" "$@"; }
+
 # Only one of up, down and load at a time. --close keeps the daemons that are started here from inheriting the lock.
 one_at_a_time() {
   [ -n "${CLUSTER_LOCKED:-}" ] && return
@@ -50,6 +52,22 @@ our_processes() { find "$(cgroup_of_processes)/$TOP" -name cgroup.procs -exec ca
 pid_of() {
   local pid
   pid=$(cat "$STATE/$1.pid" 2>/dev/null) && grep -qx "$pid" "$OURS/cgroup.procs" 2>/dev/null && echo "$pid"
+}
+
+# start NAME COMMAND...: in the background, in our cgroup, with a log and a pid file.
+start() {
+  # shellcheck disable=SC2016 # expands in the child, which enters the cgroup before it becomes COMMAND
+  setsid bash -c 'echo $$ >"$0" && exec "$@"' "$OURS/cgroup.procs" "${@:2}" </dev/null >"$STATE/logs/$1.log" 2>&1 &
+  echo $! >"$STATE/$1.pid"
+}
+
+# wait_for WHAT SECONDS COMMAND...
+wait_for() {
+  local what=$1 end=$((SECONDS + $2))
+  until "${@:3}" >/dev/null 2>&1; do
+    [ $SECONDS -lt $end ] || die "$what did not come up within $2 s; logs are in $STATE/logs"
+    sleep 0.2
+  done
 }
 
 # inside NAME COMMAND...: in the namespaces of a node. Not `ip netns exec`, which mounts /sys anew and so hides the cgroups.

@@ -44,9 +44,10 @@ certificate admin /O=system:masters/CN=admin
 certificate controller-manager /CN=system:kube-controller-manager
 certificate scheduler /CN=system:kube-scheduler
 certificate proxy /CN=system:kube-proxy
+certificate prometheus /CN=prometheus
 for node in $(node_names); do
   certificate "$node" "/O=system:nodes/CN=system:node:$node" "DNS:$node,IP:127.0.0.1,IP:10.201.0.1${node#node-}"
 done
 openssl ecparam -name prime256v1 -genkey -noout -out service-accounts.key
 openssl ec -in service-accounts.key -pubout -out service-accounts.pub 2>/dev/null
-for client in admin controller-manager scheduler proxy $(node_names); do kubeconfig "$client"; done
+for client in admin controller-manager scheduler proxy prometheus $(node_names); do kubeconfig "$client"; done

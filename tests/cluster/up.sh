@@ -9,7 +9,6 @@ one_at_a_time "$@"
 PKI=$STATE/pki
 PAUSE_IMAGE=expertmesh.dev/pause:1
 PAUSE_ARCHIVE=$CLUSTER/pause.tar
-kubectl() { "$BIN/kubectl" --kubeconfig "$KUBECONFIG_ADMIN" "$@"; }
 
 main() {
   if healthy; then
@@ -47,8 +46,11 @@ say_how_to_use() { echo "export KUBECONFIG=$KUBECONFIG_ADMIN PATH=$BIN:\$PATH"; 
 # Everything that was started still runs, and the API server says that it is ready.
 healthy() {
   [ -e "$STATE/up" ] || return 1
-  local file
-  for file in "$STATE"/*.pid; do pid_of "$(basename "$file" .pid)" >/dev/null || return 1; done
+  local file name
+  for file in "$STATE"/*.pid; do
+    name=$(basename "$file" .pid)
+    [ "$name" = prometheus ] || pid_of "$name" >/dev/null || return 1
+  done
   kubectl get --raw /readyz --request-timeout 5s >/dev/null 2>&1
 }
 
@@ -67,24 +69,8 @@ check_machine() {
 
 failed() { echo "cluster: start failed; logs are in $STATE/logs (\`make cluster-down\` clears them)" >&2; }
 
-# wait_for WHAT SECONDS COMMAND...
-wait_for() {
-  local what=$1 end=$((SECONDS + $2))
-  until "${@:3}" >/dev/null 2>&1; do
-    [ $SECONDS -lt $end ] || die "$what did not come up within $2 s; logs are in $STATE/logs"
-    sleep 0.2
-  done
-}
-
 nodes_are_ready() {
   [ "$(kubectl get nodes -o name | wc -l)" = "$NODES" ] && kubectl wait --for=condition=Ready nodes --all --timeout=1s
-}
-
-# start NAME COMMAND...: in the background, in our cgroup, with a log and a pid file.
-start() {
-  # shellcheck disable=SC2016 # expands in the child, which enters the cgroup before it becomes COMMAND
-  setsid bash -c 'echo $$ >"$0" && exec "$@"' "$OURS/cgroup.procs" "${@:2}" </dev/null >"$STATE/logs/$1.log" 2>&1 &
-  echo $! >"$STATE/$1.pid"
 }
 
 # A kubelet sets these for the whole kernel; down.sh sets them back.
@@ -140,13 +126,8 @@ plug() {
 
 make_pause_image() {
   [ "$PAUSE_ARCHIVE" -nt "$HERE/pause.c" ] && return
-  local context=$STATE/pause
-  mkdir -p "$context"
-  gcc -Os -static -o "$context/pause" "$HERE/pause.c"
-  printf 'FROM scratch\nCOPY pause /pause\nUSER 65535:65535\nENTRYPOINT ["/pause"]\n' >"$context/Dockerfile"
-  "$HERE/buildah.sh" build --quiet --tag "$PAUSE_IMAGE" "$context" >/dev/null
-  rm -f "$PAUSE_ARCHIVE" # buildah adds to an archive, but does not replace it
-  "$HERE/buildah.sh" push --quiet "$PAUSE_IMAGE" "docker-archive:$PAUSE_ARCHIVE:$PAUSE_IMAGE"
+  gcc -Os -static -o "$STATE/pause" "$HERE/pause.c"
+  "$HERE/image.sh" "$PAUSE_IMAGE" "$PAUSE_ARCHIVE" "$STATE/pause"
 }
 
 start_etcd() {

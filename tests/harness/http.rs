@@ -11,7 +11,19 @@ fn agent() -> ureq::Agent {
 
 /// GET: the status and the text.
 pub fn get(url: &str) -> Result<(u16, String), String> {
-    let mut response = agent().get(url).call().map_err(|error| format!("{url}: {error}"))?;
+    got(url, agent().get(url))
+}
+
+/// GET with one parameter, whatever characters it has.
+pub fn get_about(url: &str, name: &str, value: &str) -> Result<(u16, String), String> {
+    got(url, agent().get(url).query(name, value))
+}
+
+fn got(
+    url: &str,
+    request: ureq::RequestBuilder<ureq::typestate::WithoutBody>,
+) -> Result<(u16, String), String> {
+    let mut response = request.call().map_err(|error| format!("{url}: {error}"))?;
     let text = response.body_mut().read_to_string().map_err(|error| format!("{url}: {error}"))?;
     Ok((response.status().as_u16(), text))
 }

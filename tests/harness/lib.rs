@@ -1,11 +1,14 @@
 //! What the tests share: the project's processes, the model they serve, and what one process says it answers.
 
+pub mod dashboards;
 pub mod frontend;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;
 pub mod openai;
 pub mod process;
+pub mod prometheus;
+pub mod promql;
 pub mod promtool;
 pub mod reference;
 pub mod up;

@@ -12,6 +12,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "expertmesh.labels" -}}
 {{ include "expertmesh.selector" . }}
+app.kubernetes.io/component: operator
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: expertmesh
 app.kubernetes.io/managed-by: {{ .Release.Service }}

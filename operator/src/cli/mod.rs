@@ -6,4 +6,5 @@ pub(crate) mod metrics;
 pub(crate) mod operator;
 pub(crate) mod plan;
 pub(crate) mod simulate;
+pub(crate) mod status;
 pub(crate) mod up;

@@ -218,6 +218,9 @@ impl Scaler {
             *self = Self { goals: self.goals, workers: size.workers, ..Self::default() };
         }
         self.queued = load.queued();
+        if self.queued + load.in_flight() > 0 {
+            self.window.wake(); // at once, not with the next look
+        }
         self.note_size(size, now);
         if !self.window.look(policy.goals, load, now) {
             return false;
@@ -379,6 +382,7 @@ impl Scaler {
             return;
         }
         self.barren = None;
+        self.window.wake(); // who is woken may sleep again after a while, not at once
         let summary = self.window.summary();
         let ready = self.window.now().map_or(0, |load| load.ready);
         self.step = (n > before && ready > 0).then(|| Step {

@@ -376,6 +376,13 @@ fn without_requests_for_long_enough_the_last_worker_goes_and_the_first_request_b
     assert_eq!(verdict.message, "1 sequence waits for a worker");
     rig.size.at_least = 3;
     assert_eq!(rig.verdict().workers, 3, "as many as hold every expert");
+    // It was idle for long when it was woken, and the next look is still to come.
+    rig.size = Size { workers: 1, ..Size::default() };
+    assert_eq!(rig.verdict().workers, 1);
+    rig.look(QUIET);
+    assert_eq!(rig.verdict().workers, 1);
+    assert_eq!(rig.watch(597, QUIET).workers, 1);
+    assert_eq!(rig.watch(12, QUIET).workers, 0);
 }
 
 #[test]

@@ -195,6 +195,11 @@ impl Window {
         self.idle_since
     }
 
+    /// Idleness begins anew.
+    pub(crate) fn wake(&mut self) {
+        self.idle_since = None;
+    }
+
     /// As last looked at.
     pub(crate) fn now(&self) -> Option<&Load> {
         self.last.as_ref().map(|(_, load)| load)
@@ -207,7 +212,7 @@ impl Window {
     pub(crate) fn summary(&self) -> Summary {
         let (all, covered) = (WINDOW.as_secs_f64(), self.covered());
         let sum =
-            |of: &dyn Fn(&Slot) -> f64| self.slots.iter().map(|slot| slot.lasted * of(slot)).sum::<f64>();
+            |of: &dyn Fn(&Slot) -> f64| self.slots.iter().fold(0.0, |sum, slot| sum + slot.lasted * of(slot));
         let over = |of: &dyn Fn(&Slot) -> f64| sum(of) / covered.max(all);
         let mean = |of: &dyn Fn(&Slot) -> f64| if covered > 0.0 { sum(of) / covered } else { 0.0 };
         let most = |of: &dyn Fn(&Slot) -> Option<f64>| self.slots.iter().filter_map(of).reduce(f64::max);
