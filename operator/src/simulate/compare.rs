@@ -161,3 +161,62 @@ impl fmt::Display for Comparison {
 fn time(seconds: f64) -> String {
     if seconds < 0.9995 { format!("{:.0}ms", seconds * 1e3) } else { format!("{seconds:.2}s") }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::decide::autoscale::{Goals, Rules};
+    use crate::load::lengths::Lengths;
+    use crate::load::patterns::{Pattern, Recipe};
+    use crate::simulate::service::DEFAULT;
+
+    fn policy() -> Policy {
+        Policy {
+            min: 1,
+            max: 16,
+            goals: Goals { ttft: Duration::from_secs(2), tpot: Duration::from_millis(150) },
+            idle_after: Duration::from_secs(600),
+            advisory: false,
+            up: Rules::up(),
+            down: Rules::down(),
+            schedules: vec![],
+        }
+    }
+
+    fn compared(recipe: &Recipe, policy: &Policy) -> Comparison {
+        let (trace, model) = (recipe.make().unwrap(), ServiceModel::parse(DEFAULT).unwrap());
+        compare(&Setting { trace: &trace, model: &model, policy, frontends: 2, start: 1, at_least: 1 })
+    }
+
+    const DAY: Recipe = Recipe {
+        pattern: Pattern::Diurnal,
+        rate: 2.0,
+        length: Duration::from_secs(86_400),
+        prompt: Lengths::LogNormal { median: 100, sigma: 0.6 },
+        output: Lengths::LogNormal { median: 80, sigma: 0.6 },
+        seed: 1,
+    };
+
+    #[test]
+    fn on_a_day_the_autoscaler_meets_the_goals_with_fewer_worker_hours_than_a_fixed_size_and_thresholds() {
+        let comparison = compared(&DAY, &policy());
+        let ours = comparison.rows[0].clone();
+        assert!(ours.policy == Kind::Ours && ours.attainment >= 0.99, "{comparison}");
+        for kind in [Kind::Fixed, Kind::Threshold] {
+            let other = comparison.best(kind, ours.attainment).unwrap();
+            assert!(ours.worker_hours < other.worker_hours, "{comparison}");
+        }
+    }
+
+    #[test]
+    fn a_day_that_is_all_night_needs_no_worker_for_most_of_it() {
+        let policy = Policy { min: 0, ..policy() };
+        let recipe = Recipe { rate: 0.002, length: Duration::from_secs(6 * 3600), ..DAY };
+        let comparison = compared(&recipe, &policy);
+        let ours = &comparison.rows[0];
+        assert!(ours.worker_hours < 5.0 && ours.most_workers <= 2, "{comparison}");
+        assert!(ours.ttft.max < 20.0, "{comparison}");
+    }
+}

@@ -44,6 +44,14 @@ pub(crate) fn draw(title: &str, setting: &Setting<'_>, comparison: &Comparison) 
                 .collect(),
             marks: vec![(goals.ttft.as_secs_f64(), format!("goal {:?}", goals.ttft))],
         },
+        Panel {
+            title: "TPOT p90, ms".into(),
+            lines: shown
+                .iter()
+                .map(|(row, color)| line(&row.name(), *color, per_token(row, length)))
+                .collect(),
+            marks: vec![(1e3 * goals.tpot.as_secs_f64(), format!("goal {:?}", goals.tpot))],
+        },
     ];
     Picture { title: title.into(), panels, length }
 }
@@ -87,6 +95,10 @@ fn loads(loads: &[(Micros, f64)], length: f64) -> Vec<(f64, Option<f64>)> {
 
 fn first_tokens(row: &Row, length: f64) -> Vec<(f64, Option<f64>)> {
     evenly(length, row.outcome.ttft_over_time.iter().copied())
+}
+
+fn per_token(row: &Row, length: f64) -> Vec<(f64, Option<f64>)> {
+    evenly(length, row.outcome.tpot_over_time.iter().map(|time| time.map(|seconds| 1e3 * seconds)))
 }
 
 fn seconds(at: Micros) -> f64 {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::fleet::{Fleet, History, Load};
-use super::requests::{Id, Micros, Requests, micros};
+use super::requests::{Id, Micros, Progress, Requests, micros};
 use super::service::ServiceModel;
 use crate::decide::autoscale::Goals;
 use crate::load::percentiles::{Percentiles, percentile};
@@ -48,8 +48,9 @@ pub(crate) struct Outcome {
     /// Times to first token and per token of all requests that ended, in seconds.
     pub(crate) ttft: Percentiles,
     pub(crate) tpot: Percentiles,
-    /// P90 of the times to first token of the requests that came in each of equal parts of the time, in seconds.
+    /// P90 of the requests that came in each of equal parts of the time, in seconds.
     pub(crate) ttft_over_time: Vec<Option<f64>>,
+    pub(crate) tpot_over_time: Vec<Option<f64>>,
 }
 
 /// Runs a trace with `start` workers at its beginning. None where more than `patience` requests missed a goal.
@@ -102,32 +103,40 @@ fn settle(fleet: &mut Fleet, model: &ServiceModel, requests: &mut Requests) {
 impl Outcome {
     fn new(requests: &Requests, history: History, length: Duration) -> Self {
         let worker_seconds = history.worker_seconds(micros(length));
-        let seconds = |time: Micros| time as f64 / 1e6;
-        let bin = micros(length).div_ceil(BINS).max(1);
-        let mut bins = vec![vec![]; BINS as usize];
-        for request in &requests.all {
-            let at = (request.arrival / bin).min(BINS - 1) as usize;
-            bins[at].extend(request.to_first().map(seconds));
-        }
-        let p90 = |mut times: Vec<f64>| {
-            times.sort_unstable_by(f64::total_cmp);
-            percentile(&times, 0.9)
-        };
-        let tpot = requests
-            .all
-            .iter()
-            .filter(|request| request.output > 1)
-            .filter_map(|request| request.per_token());
+        let ttft = over_time(requests, length, Progress::to_first);
+        let tpot = over_time(requests, length, |one| one.per_token().filter(|_| one.output > 1));
+        let all = |bins: &[Vec<f64>]| Percentiles::of(bins.concat());
         Self {
             attainment: requests.attainment(),
             worker_hours: worker_seconds / 3600.0,
             mean_workers: worker_seconds / length.as_secs_f64(),
             history,
-            ttft: Percentiles::of(bins.iter().flatten().copied().collect()),
-            tpot: Percentiles::of(tpot.map(seconds).collect()),
-            ttft_over_time: bins.into_iter().map(p90).collect(),
+            ttft: all(&ttft),
+            tpot: all(&tpot),
+            ttft_over_time: ttft.into_iter().map(p90).collect(),
+            tpot_over_time: tpot.into_iter().map(p90).collect(),
         }
     }
+}
+
+/// Seconds, by when the requests came.
+fn over_time(
+    requests: &Requests,
+    length: Duration,
+    time: impl Fn(&Progress) -> Option<Micros>,
+) -> Vec<Vec<f64>> {
+    let bin = micros(length).div_ceil(BINS).max(1);
+    let mut bins = vec![vec![]; BINS as usize];
+    for request in &requests.all {
+        let at = (request.arrival / bin).min(BINS - 1) as usize;
+        bins[at].extend(time(request).map(|time| time as f64 / 1e6));
+    }
+    bins
+}
+
+fn p90(mut times: Vec<f64>) -> Option<f64> {
+    times.sort_unstable_by(f64::total_cmp);
+    percentile(&times, 0.9)
 }
 
 #[cfg(test)]
