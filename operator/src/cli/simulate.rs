@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::decide::autoscale::{Goals, Policy};
-use crate::load::arrivals::Arrivals;
+use crate::load::arrivals::{Arrivals, duration};
 use crate::load::lengths::Lengths;
 use crate::load::patterns::{Pattern, Recipe};
 use crate::load::trace::Trace;
@@ -31,6 +31,15 @@ pub(crate) struct Simulate {
     /// Workers at the beginning; without it: spec.workers.replicas, or minWorkers if that is more
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1024))]
     start: Option<u32>,
+    /// Instead of spec.autoscaling.ttft
+    #[arg(long, value_parser = duration)]
+    ttft: Option<Duration>,
+    /// Instead of spec.autoscaling.tpot
+    #[arg(long, value_parser = duration)]
+    tpot: Option<Duration>,
+    /// Instead of spec.autoscaling.maxWorkers
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    max_workers: Option<u32>,
     /// Print the table as JSON
     #[arg(long)]
     json: bool,
@@ -51,20 +60,19 @@ pub(crate) struct Simulate {
     weights: String,
 }
 
-/// A day at two requests a second in the mean.
-fn default() -> Recipe {
-    Recipe {
-        pattern: Pattern::Diurnal,
-        rate: 2.0,
-        length: Duration::from_secs(86_400),
-        prompt: Lengths::LogNormal { median: 100, sigma: 0.6 },
-        output: Lengths::LogNormal { median: 80, sigma: 0.6 },
-        seed: 1,
-    }
-}
-
-/// Of the patterns that show in an hour what they are.
+const DAY: Duration = Duration::from_secs(86_400);
 const HOUR: Duration = Duration::from_secs(3600);
+
+/// A day, or an hour of the patterns that show in an hour what they are, at two requests a second in the mean.
+fn default(pattern: Pattern) -> Recipe {
+    let lengths = |median| Lengths::LogNormal { median, sigma: 0.6 };
+    let (prompt, output) = match pattern {
+        Pattern::MultiTurn => (lengths(20), lengths(40)),
+        _ => (lengths(100), lengths(80)),
+    };
+    let length = if pattern == Pattern::Diurnal { DAY } else { HOUR };
+    Recipe { pattern, rate: 2.0, length, prompt, output, seed: 1 }
+}
 
 pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
     let model = ServiceModel::read(simulate.service.as_deref())?;
@@ -73,16 +81,16 @@ pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
         print!("{}", serde_yaml::to_string(&fitted)?);
         return Ok(());
     }
-    let mut recipe = default();
-    if simulate.arrivals.pattern().is_some_and(|pattern| pattern != Pattern::Diurnal) {
-        recipe.length = HOUR;
-    }
+    let recipe = default(simulate.arrivals.pattern().unwrap_or(Pattern::Diurnal));
     let trace = simulate.arrivals.trace(&recipe)?;
     if let Some(file) = &simulate.write {
         return write(file, &trace);
     }
     let deployment = simulate.deployment.as_deref().context("--deployment: missing")?;
-    let (deployment, policy) = read(deployment)?;
+    let (deployment, mut policy) = read(deployment)?;
+    policy.goals.ttft = simulate.ttft.unwrap_or(policy.goals.ttft);
+    policy.goals.tpot = simulate.tpot.unwrap_or(policy.goals.tpot);
+    policy.max = simulate.max_workers.unwrap_or(policy.max).max(policy.min);
     let start = simulate.start.unwrap_or(deployment.desired.workers.clamp(policy.min, policy.max));
     let setting = Setting {
         trace: &trace,
