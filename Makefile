@@ -23,6 +23,7 @@ test: setup lint check-generated ## every check and every test; names at its end
 
 build: ## all binaries, in target/release
 	$(CARGO) build --release --workspace
+	@ln -sf expertmesh target/release/kubectl-expertmesh # which makes it `kubectl expertmesh`, where this folder is in PATH
 
 setup: ## fetch what the tests need beside Rust, and say what cannot be had
 	@tests/setup.sh
@@ -62,6 +63,7 @@ cluster-load: image ## the project's image into the cluster's nodes
 	@tests/cluster/load.sh target/image/expertmesh.tar
 
 monitoring: ## Prometheus beside the cluster, which must run, with our rules; prints its URL
+	@tests/cluster/build.sh prometheus
 	@tests/cluster/prometheus.sh
 
 cluster-down: ## take the cluster away; its binaries stay

@@ -6,5 +6,6 @@ mod mesh;
 mod metrics;
 mod monitoring;
 mod openai;
+mod scalers;
 mod traces;
 mod up;

@@ -2,9 +2,13 @@
 
 use std::ops::ControlFlow;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
+use expertmesh_proto::placement::Placement;
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_tests::frontend::{Frontend, metrics};
-use expertmesh_tests::mesh::Mesh;
+use expertmesh_tests::mesh::{Mesh, apply};
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::promtool::sum;
 use expertmesh_tests::reference::{Question, reference};
@@ -91,4 +95,36 @@ async fn a_client_that_leaves_ends_its_sequence() {
     });
     assert_eq!(sum(&frontend.metrics(), "expertmesh_frontend_requests_total{code=\"499\""), 1.0);
     assert_eq!(sum(&frontend.metrics(), "expertmesh_frontend_requests_in_flight"), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deployment_without_workers_holds_a_request_says_so_and_answers_once_a_worker_comes() {
+    let mut mesh = Mesh::start("zero", 1).await;
+    mesh.workers[0].kill();
+    mesh.epoch += 1;
+    let nobody = Placement::new(mesh.epoch, Vec::new()).expect("no slot appears twice");
+    let frontend = Frontend::follow(&mesh, &nobody);
+    let address = format!("http://{}", frontend.addresses.grpc);
+    let mut control = ControlClient::connect(address).await.expect("a frontend that lives");
+    let mut reports = control.report(v1::ReportRequest::default()).await.expect("reports").into_inner();
+    let question = Question::several(1).remove(0);
+    reference(&question);
+    let api = frontend.api.clone();
+    let asked = std::thread::spawn(move || {
+        let mut first = None;
+        let checked = api.check_stream(&question, |_| {
+            first.get_or_insert_with(Instant::now);
+        });
+        checked.map(|()| first.expect("a token"))
+    });
+    while reports.message().await.expect("a report").expect("another one").waiting == 0 {}
+    mesh.restart(0).await;
+    let placement = mesh.place(|_, _| true).await;
+    let placed = Instant::now();
+    apply(&mut control, &placement).await.expect("a later placement is taken");
+    let first = asked.join().expect("it was asked").expect("the tokens of one process");
+    eprintln!("from the placement to the first token: {:?}", first - placed);
+    assert!(first - placed < Duration::from_secs(5), "{:?}", first - placed);
+    let log = frontend.process.log();
+    assert!(log.contains("no sequence waits for a worker any more"), "{log}");
 }

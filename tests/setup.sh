@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # setup.sh: what the tests need beside Rust. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
 # Python client; the test cluster's binaries through the Go module proxy). What stays missing it names in one line, with the tests that
-# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, prometheus, promtool,
-# openai, tokenizer.
+# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, prometheus, scalers,
+# promtool, openai, tokenizer.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 TOOLS=target/tools # promtool, without the service that their package would start
@@ -22,6 +22,7 @@ main() {
   set_up tokenizer
   set_up kubernetes
   set_up prometheus
+  set_up scalers
   [ -s $SKIP ] || return 0
   echo "setup: tests will be skipped: $(sed 's/: /, since /' $SKIP | paste -sd ';' | sed 's/;/; /g')" >&2
 }
@@ -93,6 +94,8 @@ get_kubernetes() {
 # What runs in or beside the test cluster only.
 has_prometheus() { has_part prometheus; }
 get_prometheus() { get_part prometheus; }
+has_scalers() { has_part scalers; }
+get_scalers() { get_part scalers; }
 has_part() { [ -z "${KUBECONFIG:-}" ] && has_kubernetes && tests/cluster/build.sh --check "$1"; }
 get_part() {
   [ -z "${KUBECONFIG:-}" ] || { echo "KUBECONFIG is set, and it is started in the test cluster only" && return 1; }

@@ -9,6 +9,7 @@ mod decide;
 mod events;
 mod fleet;
 mod lease;
+mod logging;
 mod manifest;
 mod metrics;
 mod reconcile;
@@ -16,12 +17,10 @@ mod status;
 mod validate;
 mod watch;
 
-use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 /// Serves mixture-of-experts models, on Kubernetes or by processes of this machine.
 #[derive(Parser)]
@@ -37,6 +36,8 @@ enum Command {
     Operator(cli::operator::Operator),
     /// Serve a ModelDeployment by processes of this machine until Ctrl-C.
     Up(cli::up::Up),
+    /// Tell how ModelDeployments of a cluster are, and why they have the size they have.
+    Status(cli::status::Status),
     /// Print where a ModelDeployment's experts would be, without starting anything.
     Plan(cli::plan::Plan),
     /// Print the CustomResourceDefinition.
@@ -48,7 +49,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let command = Cli::parse().command;
-    log(if matches!(command, Command::Operator(_)) { "info" } else { "warn" });
+    logging::init(if matches!(command, Command::Operator(_)) { "info" } else { "warn" });
     run(command).unwrap_or_else(|error| {
         eprintln!("expertmesh: {error:#}");
         ExitCode::FAILURE
@@ -62,19 +63,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Operator(operator) => runtime.block_on(cli::operator::run(operator)),
         Command::Up(up) => runtime.block_on(cli::up::run(up)),
+        Command::Status(status) => runtime.block_on(cli::status::run(status)).map(|()| ExitCode::SUCCESS),
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
         Command::Metrics => cli::metrics::run().map(|()| ExitCode::SUCCESS),
     }
-}
-
-/// Logs to stderr; `RUST_LOG` sets the level.
-fn log(default: &str) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr)
-        .log_internal_errors(false) // it would panic where stderr is closed
-        .init();
 }

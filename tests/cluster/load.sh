@@ -6,14 +6,15 @@ ARCHIVE=$(realpath "$1")
 one_at_a_time "$@"
 
 import() {
-  ctr --address "$(containerd_socket "$1")" --namespace k8s.io images import "$ARCHIVE" >/dev/null && echo "$hash" >"$STATE/$1/loaded"
+  ctr --address "$(containerd_socket "$1")" --namespace k8s.io images import "$ARCHIVE" >/dev/null && echo "$hash" >"$STATE/$1/$loaded"
 }
 
 [ -e "$STATE/up" ] || die "no cluster runs: make cluster"
 hash=$(sha256sum <"$ARCHIVE")
+loaded=loaded-$(basename "$ARCHIVE")
 imports=()
 for node in $(running_nodes); do
-  [ "$(cat "$STATE/$node/loaded" 2>/dev/null)" = "$hash" ] && continue
+  [ "$(cat "$STATE/$node/$loaded" 2>/dev/null)" = "$hash" ] && continue
   import "$node" &
   imports+=($!)
 done

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # prometheus.sh: a Prometheus beside the test cluster, a process of the host with deploy/prometheus.yaml and its alerts. Prints its
-# URL, which pods reach too. Running: it reads its files again. down.sh ends it with the rest.
+# URL, which pods reach too, and which answers queries (a Go module has no web pages to show). Running: it reads its files again.
+# down.sh ends it with the rest.
 #
 # What is changed in the file: the interval, since a test waits for what is seen; and that it is outside of the cluster.
 set -euo pipefail
@@ -22,6 +23,7 @@ main() {
     start prometheus "$BIN/prometheus" --config.file "$DIR/prometheus.yaml" --storage.tsdb.path "$DIR/data" --storage.tsdb.retention.time 6h \
       --storage.tsdb.retention.size 256MB --web.listen-address "$ADDRESS" --web.external-url "http://$ADDRESS" --log.level warn
   fi
+  announce
   wait_for Prometheus 30 answers
   echo "http://$ADDRESS"
 }
@@ -38,6 +40,27 @@ configure() {
   kubectl get clusterrolebinding prometheus >/dev/null 2>&1 && return
   kubectl create clusterrole prometheus --verb=get,list,watch --resource=pods >/dev/null
   kubectl create clusterrolebinding prometheus --clusterrole=prometheus --user=prometheus >/dev/null
+}
+
+# In the cluster it is where the samples expect one: http://prometheus.monitoring.svc:9090.
+announce() {
+  kubectl apply --server-side --filename - >/dev/null <<YAML
+apiVersion: v1
+kind: Namespace
+metadata: {name: monitoring}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: prometheus, namespace: monitoring}
+spec: {ports: [{port: 9090}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: prometheus, namespace: monitoring, labels: {kubernetes.io/service-name: prometheus}}
+addressType: IPv4
+endpoints: [{addresses: [$HOST_IP]}]
+ports: [{port: 9090}]
+YAML
 }
 
 main

@@ -126,13 +126,8 @@ plug() {
 
 make_pause_image() {
   [ "$PAUSE_ARCHIVE" -nt "$HERE/pause.c" ] && return
-  local context=$STATE/pause
-  mkdir -p "$context"
-  gcc -Os -static -o "$context/pause" "$HERE/pause.c"
-  printf 'FROM scratch\nCOPY pause /pause\nUSER 65535:65535\nENTRYPOINT ["/pause"]\n' >"$context/Dockerfile"
-  "$HERE/buildah.sh" build --quiet --tag "$PAUSE_IMAGE" "$context" >/dev/null
-  rm -f "$PAUSE_ARCHIVE" # buildah adds to an archive, but does not replace it
-  "$HERE/buildah.sh" push --quiet "$PAUSE_IMAGE" "docker-archive:$PAUSE_ARCHIVE:$PAUSE_IMAGE"
+  gcc -Os -static -o "$STATE/pause" "$HERE/pause.c"
+  "$HERE/image.sh" "$PAUSE_IMAGE" "$PAUSE_ARCHIVE" "$STATE/pause"
 }
 
 start_etcd() {

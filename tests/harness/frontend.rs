@@ -1,5 +1,7 @@
 //! A frontend as a process, in front of the workers of a [`Mesh`].
 
+use expertmesh_proto::placement::Placement;
+
 use crate::http;
 use crate::mesh::{EXPERTS, Mesh};
 use crate::openai::Api;
@@ -17,7 +19,12 @@ impl Frontend {
     pub async fn start(mesh: &mut Mesh) -> Self {
         let count = mesh.addresses.len() as u32;
         let placement = mesh.place(|slot, expert| expert * count / EXPERTS == slot).await;
-        let (placement, model) = (mesh.placement_file(&placement), tiny_r1());
+        Self::follow(mesh, &placement)
+    }
+
+    /// Starts one that follows a placement; waits until it is ready.
+    pub fn follow(mesh: &Mesh, placement: &Placement) -> Self {
+        let (placement, model) = (mesh.placement_file(placement), tiny_r1());
         let path = |path: &std::path::Path| path.to_str().expect("a UTF-8 path").to_string();
         let (placement, model) = (path(&placement), path(&model));
         let what = ["frontend", "--served-name", "tiny-r1", "--model", &model, "--placement", &placement];

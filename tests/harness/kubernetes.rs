@@ -110,10 +110,13 @@ impl Namespace {
 
     /// `kind/name` and resourceVersion of everything in the namespace but Events and what is always there.
     pub fn everything(&self) -> Vec<(String, String)> {
-        let kinds =
-            kubectl(&["api-resources", "--verbs=list", "--namespaced", "--output=name"]).expect("kinds");
-        let kinds: Vec<&str> = kinds.lines().filter(|kind| !kind.starts_with("events")).collect();
-        let list = self.get(&[&kinds.join(",")]);
+        // Again and again: an aggregated API that another test installs is not there from the start, and kinds come and go.
+        let list = wait_for("a list of everything", || {
+            let kinds = kubectl(&["api-resources", "--verbs=list", "--namespaced", "--output=name"])?;
+            let kinds: Vec<&str> = kinds.lines().filter(|kind| !kind.starts_with("events")).collect();
+            self.kubectl(&["get", "--output=json", &kinds.join(",")])
+        });
+        let list = json_of(&list);
         let objects = list["items"].as_array().expect("a list").iter().map(|object| {
             let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
             let (kind, meta) = (text(&object["kind"]), &object["metadata"]);
@@ -287,9 +290,17 @@ impl Drop for Forward {
 
 /// deploy/samples/tiny-r1.yaml as JSON, under another name and of no namespace yet.
 pub fn sample(name: &str) -> Value {
-    let arguments = ["create", "--dry-run=client", "--output=json", "--filename=deploy/samples/tiny-r1.yaml"];
-    let mut object = json_of(&kubectl(&arguments).expect("the sample is a good object"));
-    object["metadata"] = json!({"name": name});
+    let mut object = object_of("deploy/samples/tiny-r1.yaml");
+    object["metadata"]["name"] = json!(name);
+    object
+}
+
+/// A file's object as JSON, of no namespace yet.
+pub fn object_of(path: &str) -> Value {
+    let file = format!("--filename={path}");
+    let arguments = ["create", "--dry-run=client", "--output=json", &file];
+    let mut object = json_of(&kubectl(&arguments).expect("the file has a good object"));
+    object["metadata"] = json!({"name": object["metadata"]["name"]});
     object
 }
 

@@ -1,6 +1,7 @@
 //! Traces by OpenTelemetry, where an endpoint for them is named. Without one no span is ever made.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::http::HeaderMap;
@@ -9,9 +10,10 @@ use opentelemetry::trace::{SpanContext, Status, TraceContextExt, Tracer, TracerP
 use opentelemetry::{Context, ContextGuard, KeyValue, Value};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{
-    BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider,
+    self, BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanData,
 };
 use tonic::metadata::{Ascii, MetadataKey, MetadataMap};
 
@@ -57,6 +59,7 @@ impl Args {
         let exporter = exporter.map_err(|error| {
             Fatal::new("InvalidOtlpEndpoint", format!("--otlp-endpoint {endpoint}: {error}"))
         })?;
+        let exporter = Telling { exporter, failing: AtomicBool::new(false) };
         let bounds = BatchConfigBuilder::default().with_max_queue_size(QUEUE);
         let bounds = bounds.with_max_export_batch_size(BATCH).with_scheduled_delay(GATHER).build();
         let resource = Resource::builder().with_service_name(service);
@@ -80,6 +83,37 @@ impl Drop for Exporting {
         {
             tracing::warn!(%error, "the last spans were not sent");
         }
+    }
+}
+
+/// Says once that a collector does not take spans, and once that it does again.
+#[derive(Debug)]
+struct Telling {
+    exporter: SpanExporter,
+    failing: AtomicBool,
+}
+
+impl trace::SpanExporter for Telling {
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let exported = self.exporter.export(batch).await;
+        match (&exported, self.failing.swap(exported.is_err(), Ordering::Relaxed)) {
+            (Err(error), false) => tracing::warn!(%error, "spans cannot be sent, and are lost"),
+            (Ok(()), true) => tracing::info!("spans are sent again"),
+            _ => {}
+        }
+        exported
+    }
+
+    fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
+        self.exporter.shutdown_with_timeout(timeout)
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        self.exporter.force_flush()
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.exporter.set_resource(resource);
     }
 }
 

@@ -4,4 +4,5 @@ pub(crate) mod crd;
 pub(crate) mod metrics;
 pub(crate) mod operator;
 pub(crate) mod plan;
+pub(crate) mod status;
 pub(crate) mod up;

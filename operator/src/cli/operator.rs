@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 use crate::events::Events;
 use crate::fleet::kubernetes::Caller;
 use crate::lease::{Election, LeaseError};
+use crate::logging;
 use crate::metrics::Metrics;
 use crate::reconcile::{Context, Memory};
 use crate::watch::{Triggers, watch};
@@ -34,6 +35,9 @@ pub(crate) struct Operator {
     /// Where to serve /metrics, /healthz and /readyz.
     #[arg(long, default_value = "0.0.0.0:9090", value_name = "ADDRESS")]
     metrics: SocketAddr,
+    /// Where to show and change the level of logs: GET and PUT /log. This pod alone reaches it, and `kubectl port-forward`.
+    #[arg(long, default_value = "127.0.0.1:9091", value_name = "ADDRESS")]
+    admin: SocketAddr,
     /// Only the ModelDeployments of this namespace; may be repeated. Without it: those of all namespaces.
     #[arg(long = "namespace", value_name = "NAMESPACE")]
     namespaces: Vec<String>,
@@ -53,6 +57,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     let stop = asked_to_stop()?;
     let (metrics, standing) = (Metrics::new()?, Standing::default());
     serve(arguments.metrics, metrics.clone(), standing.clone()).await?;
+    administer(arguments.admin).await?;
     let client = Client::try_default().await.context("no cluster to work on")?;
     let namespace = arguments.lease_namespace.unwrap_or_else(|| client.default_namespace().to_string());
     let incarnation = incarnation();
@@ -180,6 +185,28 @@ async fn serve(address: SocketAddr, metrics: Metrics, standing: Standing) -> any
         }
     });
     Ok(())
+}
+
+async fn administer(address: SocketAddr) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address).await.with_context(|| format!("--admin {address}"))?;
+    let show = || std::future::ready(format!("{}\n", logging::level()));
+    let router = Router::new().route("/log", get(show).put(change_level));
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            error!("the admin server ended: {error}");
+        }
+    });
+    Ok(())
+}
+
+async fn change_level(directives: String) -> (StatusCode, String) {
+    match logging::set_level(&directives) {
+        Ok(()) => {
+            info!("logging {}", directives.trim());
+            (StatusCode::OK, format!("{}\n", logging::level()))
+        }
+        Err(problem) => (StatusCode::BAD_REQUEST, format!("{problem}\n")),
+    }
 }
 
 fn exposition(metrics: &Metrics) -> Response {
