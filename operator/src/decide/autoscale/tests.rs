@@ -66,6 +66,7 @@ impl Rig {
         (0..traffic.requests).for_each(|_| latencies.first_token.add(milliseconds(traffic.ttft)));
         (0..4 * traffic.requests).for_each(|_| latencies.per_token.add(milliseconds(traffic.tpot)));
         latencies.choices += traffic.requests;
+        latencies.together += traffic.requests * u64::from(traffic.in_flight);
         latencies.awaiting = Default::default();
         (0..traffic.awaiting.0).for_each(|_| latencies.awaiting.add(milliseconds(traffic.awaiting.1)));
         (self.frontend.in_flight, self.frontend.queued) = (traffic.in_flight, traffic.queued);
