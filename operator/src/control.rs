@@ -259,13 +259,14 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
 }
 
 fn checked_latencies(message: v1::Latencies) -> Result<Latencies, Invalid> {
-    let v1::Latencies { first_token, per_token, awaiting, choices } = message;
+    let v1::Latencies { first_token, per_token, awaiting, choices, together } = message;
     let checked = |histogram: Option<v1::Histogram>| Histogram::from_proto(&histogram.unwrap_or_default());
     Ok(Latencies {
         first_token: checked(first_token)?,
         per_token: checked(per_token)?,
         awaiting: checked(awaiting)?,
         choices,
+        together,
     })
 }
 

@@ -284,6 +284,10 @@ mod tests {
             ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),
             ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 2"),
             (
+                "  serving: {tracing: {endpoint: 'https://c'}}",
+                "spec.serving.tracing.endpoint (https://c) must be http:// and a host with its port, such as http://collector.monitoring:4317",
+            ),
+            (
                 "  serving: {drainTimeout: soon}",
                 "spec.serving.drainTimeout (soon) must be a duration from 1s to 24h, such as 90s or 5m",
             ),

@@ -32,7 +32,7 @@ build() {
   [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -e "$output" ] && return
   [ -z "$CHECK" ] || exit 1
   echo "building $module for the test cluster" >&2
-  rm -rf "$stamp" "$CLUSTER/$module"
+  rm -rf "$stamp" "${CLUSTER:?}/$module"
   (cd "$HERE/$module" && nice -n 5 go build -trimpath -buildvcs=false -tags "$tags" -ldflags "$ldflags" -o "$output" tool)
   echo "$want" >"$stamp"
 }

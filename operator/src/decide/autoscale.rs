@@ -24,8 +24,6 @@ pub(crate) use window::{Load, PERIOD};
 const CARRIED: f64 = 0.50;
 /// The share of the latent caches that they may fill.
 const KV_CARRIED: f32 = 0.9;
-/// Within so much of what one request alone takes (a histogram's bucket is 19 % wide), it is not others that a request waits for.
-const LIKE_ALONE: f64 = 1.25;
 /// A step up that leaves more than this of the latencies did not help.
 const HELPED: f64 = 0.95;
 /// How much of the load per worker has to have gone before a step is judged.
@@ -220,6 +218,9 @@ impl Scaler {
             *self = Self { goals: self.goals, workers: size.workers, ..Self::default() };
         }
         self.queued = load.queued();
+        if self.queued + load.in_flight() > 0 {
+            self.window.wake(); // at once, not with the next look
+        }
         self.note_size(size, now);
         if !self.window.look(policy.goals, load, now) {
             return false;
@@ -285,9 +286,9 @@ impl Scaler {
     /// What the load alone calls for, and why.
     fn wish(&self, policy: &Policy, size: &Size) -> (u32, Reason) {
         let (summary, n) = (self.window.summary(), size.workers);
-        let alone = self.alone(policy.goals);
-        let like_alone = alone > 0.0 && summary.load <= alone * LIKE_ALONE && !summary.by_queue;
-        if summary.load > HIGH && !like_alone {
+        // With a worker for each request there is nobody to wait for: more workers would make none faster.
+        let is_alone = summary.alone && !summary.by_queue;
+        if summary.load > HIGH && !is_alone {
             let wish = n.max((summary.demand / HIGH - 1e-9).ceil() as u32);
             return match wish > n {
                 false => (n, Reason::Steady),
@@ -299,10 +300,10 @@ impl Scaler {
         if !summary.complete {
             return (n, Reason::Unseen);
         }
-        if summary.load >= LOW && !like_alone {
+        if summary.load >= LOW && !is_alone {
             return (n, Reason::Steady);
         }
-        let fewest = size.at_least.max(1);
+        let (fewest, alone) = (size.at_least.max(1), self.alone(policy.goals));
         let enough = (fewest..n).find(|&workers| self.carry(workers, &summary, alone));
         enough.map_or((n, Reason::Steady), |workers| (workers, Reason::Spare))
     }
@@ -317,12 +318,9 @@ impl Scaler {
         }
         let shrinks = ready / staying;
         let load = summary.demand / ready;
-        let alone = alone.min(load);
-        if load <= alone * LIKE_ALONE && f64::from(summary.most_in_flight) <= staying {
-            return true;
-        }
-        let expected = alone + (load - alone) * shrinks;
-        expected <= CARRIED.max((alone * LIKE_ALONE).min(HIGH)) && now.kv_usage * shrinks as f32 <= KV_CARRIED
+        let expected = alone.min(load) + (load - alone.min(load)) * shrinks;
+        let fast_enough = expected <= CARRIED || (summary.alone && summary.together <= staying);
+        fast_enough && now.kv_usage * shrinks as f32 <= KV_CARRIED
     }
 
     /// The load of one request alone; 0 while unknown.
@@ -381,6 +379,7 @@ impl Scaler {
             return;
         }
         self.barren = None;
+        self.window.wake(); // who is woken may sleep again after a while, not at once
         let summary = self.window.summary();
         let ready = self.window.now().map_or(0, |load| load.ready);
         self.step = (n > before && ready > 0).then(|| Step {

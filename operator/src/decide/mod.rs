@@ -107,6 +107,8 @@ pub(crate) struct Latencies {
     /// Now: the ages of the choices that have no token yet.
     pub(crate) awaiting: Histogram,
     pub(crate) choices: u64,
+    /// Of each choice, how many were open when it came, itself included: their sum.
+    pub(crate) together: u64,
 }
 
 impl Latencies {
@@ -117,6 +119,7 @@ impl Latencies {
             per_token: self.per_token.since(&earlier.per_token),
             awaiting: self.awaiting.clone(),
             choices: self.choices.saturating_sub(earlier.choices),
+            together: self.together.saturating_sub(earlier.together),
         }
     }
 
@@ -125,6 +128,7 @@ impl Latencies {
         self.per_token.merge(&other.per_token);
         self.awaiting.merge(&other.awaiting);
         self.choices = self.choices.saturating_add(other.choices);
+        self.together = self.together.saturating_add(other.together);
     }
 }
 

@@ -45,10 +45,13 @@ pub(super) async fn scale(
     if is_rolling_out && verdict.workers < desired.workers {
         verdict.workers = desired.workers; // fewer of an old revision say nothing of the new one
     }
+    let owners = owners(&found.object);
+    // The API server keeps no account of who set a size of 0.
+    let may_be_ours = owners.is_empty() && desired.workers == 0 && policy.min == 0;
     let spec = Spec {
         workers: signed(desired.workers),
-        is_ours: owners(&found.object).contains(&AUTOSCALER),
-        others: owners(&found.object).join(", "),
+        is_ours: owners.contains(&AUTOSCALER) || may_be_ours,
+        others: if owners.is_empty() { "somebody".into() } else { owners.join(", ") },
         hash: hash(&found.object),
         may_write: !policy.advisory && !desired.paused,
     };

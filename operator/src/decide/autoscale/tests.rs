@@ -66,6 +66,7 @@ impl Rig {
         (0..traffic.requests).for_each(|_| latencies.first_token.add(milliseconds(traffic.ttft)));
         (0..4 * traffic.requests).for_each(|_| latencies.per_token.add(milliseconds(traffic.tpot)));
         latencies.choices += traffic.requests;
+        latencies.together += traffic.requests * u64::from(traffic.in_flight);
         latencies.awaiting = Default::default();
         (0..traffic.awaiting.0).for_each(|_| latencies.awaiting.add(milliseconds(traffic.awaiting.1)));
         (self.frontend.in_flight, self.frontend.queued) = (traffic.in_flight, traffic.queued);
@@ -376,6 +377,13 @@ fn without_requests_for_long_enough_the_last_worker_goes_and_the_first_request_b
     assert_eq!(verdict.message, "1 sequence waits for a worker");
     rig.size.at_least = 3;
     assert_eq!(rig.verdict().workers, 3, "as many as hold every expert");
+    // It was idle for long when it was woken, and the next look is still to come.
+    rig.size = Size { workers: 1, ..Size::default() };
+    assert_eq!(rig.verdict().workers, 1);
+    rig.look(QUIET);
+    assert_eq!(rig.verdict().workers, 1);
+    assert_eq!(rig.watch(597, QUIET).workers, 1);
+    assert_eq!(rig.watch(12, QUIET).workers, 0);
 }
 
 #[test]

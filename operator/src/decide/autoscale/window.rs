@@ -102,6 +102,8 @@ struct Slot {
     by_queue: bool,
     ready: u32,
     in_flight: u32,
+    /// How many were open when a choice came, in the mean, or are now.
+    together: f64,
     complete: bool,
     /// No request came, was running, or ended.
     idle: bool,
@@ -121,7 +123,10 @@ pub(crate) struct Summary {
     pub(crate) ttft: Option<f64>,
     pub(crate) tpot: Option<f64>,
     pub(crate) in_flight: f64,
-    pub(crate) most_in_flight: u32,
+    /// The most that were open together, in the mean of a slot.
+    pub(crate) together: f64,
+    /// Whether no more were open than there were workers, in every slot.
+    pub(crate) alone: bool,
     /// Whether more than half of the load is the queue's.
     pub(crate) by_queue: bool,
     /// Whether all of it was seen, and nobody was silent.
@@ -167,7 +172,7 @@ impl Window {
             sum.misses += count.misses;
         }
         self.idle_since = slot.idle.then(|| self.idle_since.unwrap_or(at));
-        if slot.is_unloaded(&last) {
+        if slot.is_unloaded() {
             self.unloaded.push_back(slot.fastest);
             self.unloaded.drain(..self.unloaded.len().saturating_sub(UNLOADED));
         }
@@ -195,6 +200,11 @@ impl Window {
         self.idle_since
     }
 
+    /// Idleness begins anew.
+    pub(crate) fn wake(&mut self) {
+        self.idle_since = None;
+    }
+
     /// As last looked at.
     pub(crate) fn now(&self) -> Option<&Load> {
         self.last.as_ref().map(|(_, load)| load)
@@ -207,7 +217,7 @@ impl Window {
     pub(crate) fn summary(&self) -> Summary {
         let (all, covered) = (WINDOW.as_secs_f64(), self.covered());
         let sum =
-            |of: &dyn Fn(&Slot) -> f64| self.slots.iter().map(|slot| slot.lasted * of(slot)).sum::<f64>();
+            |of: &dyn Fn(&Slot) -> f64| self.slots.iter().fold(0.0, |sum, slot| sum + slot.lasted * of(slot));
         let over = |of: &dyn Fn(&Slot) -> f64| sum(of) / covered.max(all);
         let mean = |of: &dyn Fn(&Slot) -> f64| if covered > 0.0 { sum(of) / covered } else { 0.0 };
         let most = |of: &dyn Fn(&Slot) -> Option<f64>| self.slots.iter().filter_map(of).reduce(f64::max);
@@ -220,7 +230,8 @@ impl Window {
             ttft: most(&|slot| slot.ttft),
             tpot: most(&|slot| slot.tpot),
             in_flight: mean(&|slot| f64::from(slot.in_flight)),
-            most_in_flight: self.slots.iter().map(|slot| slot.in_flight).max().unwrap_or(0),
+            together: self.slots.iter().map(|slot| slot.together).fold(0.0, f64::max),
+            alone: self.slots.iter().all(|slot| slot.together <= f64::from(slot.ready)),
             by_queue: queue > load / 2.0,
             complete: covered >= all - 1e-6 && self.slots.iter().all(|slot| slot.complete),
             steady: self
@@ -265,6 +276,7 @@ impl Slot {
             queued => HIGH * (1.0 + f64::from(queued) / f64::from(load.running.max(1))),
         };
         let in_flight = last.in_flight().max(load.in_flight());
+        let together = if ended.choices == 0 { 0.0 } else { ended.together as f64 / ended.choices as f64 };
         Self {
             lasted: lasted.as_secs_f64(),
             ttft: percentile(&ended.first_token),
@@ -274,6 +286,7 @@ impl Slot {
             by_queue: by_queue > by_latency,
             ready: load.ready,
             in_flight,
+            together: together.max(f64::from(in_flight)),
             complete: last.complete && load.complete,
             idle: last.complete
                 && load.complete
@@ -285,9 +298,9 @@ impl Slot {
         }
     }
 
-    /// Whether there was traffic, and not more than one request for a worker at either end.
-    fn is_unloaded(&self, last: &Load) -> bool {
-        self.in_flight <= self.ready.min(last.ready) && (self.ttft.is_some() || self.tpot.is_some())
+    /// Whether there was traffic, and a request had a worker to itself.
+    fn is_unloaded(&self) -> bool {
+        self.together <= f64::from(self.ready) && self.fastest.iter().any(Option::is_some)
     }
 }
 
