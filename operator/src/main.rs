@@ -9,10 +9,12 @@ mod decide;
 mod events;
 mod fleet;
 mod lease;
+mod load;
 mod logging;
 mod manifest;
 mod metrics;
 mod reconcile;
+mod simulate;
 mod status;
 mod validate;
 mod watch;
@@ -40,6 +42,10 @@ enum Command {
     Status(cli::status::Status),
     /// Print where a ModelDeployment's experts would be, without starting anything.
     Plan(cli::plan::Plan),
+    /// Send requests to an OpenAI-compatible API as a pattern or a trace has them, and report what clients waited for.
+    Load(cli::load::Load),
+    /// Replay a trace against the autoscaler on a simulated clock, beside a fixed size and thresholds.
+    Simulate(cli::simulate::Simulate),
     /// Print the CustomResourceDefinition.
     Crd,
     /// Print the beginning of docs/metrics.md, with the operator's part.
@@ -65,6 +71,8 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(up) => runtime.block_on(cli::up::run(up)),
         Command::Status(status) => runtime.block_on(cli::status::run(status)).map(|()| ExitCode::SUCCESS),
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
+        Command::Load(load) => runtime.block_on(cli::load::run(load)),
+        Command::Simulate(simulate) => cli::simulate::run(simulate).map(|()| ExitCode::SUCCESS),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
         Command::Metrics => cli::metrics::run().map(|()| ExitCode::SUCCESS),
     }

@@ -15,10 +15,8 @@ use jiff::Timestamp;
 
 pub(crate) use limits::{By, Change, Limit, Rules, Select};
 pub(crate) use schedule::Schedule;
-#[cfg(test)]
-pub(crate) use window::FrontendLoad;
+pub(crate) use window::{FrontendLoad, Load, PERIOD};
 use window::{HIGH, LOW, Summary, Window};
-pub(crate) use window::{Load, PERIOD};
 
 /// The load that the workers which stay may be expected to have.
 const CARRIED: f64 = 0.50;

@@ -218,6 +218,36 @@ fn requests_that_wait_longer_than_the_goal_count_before_they_are_answered() {
 }
 
 #[test]
+fn one_long_prompt_among_few_requests_is_no_tenth_of_them() {
+    let mut rig = Rig::new(4);
+    let few = |ttft| Traffic { requests: 3, in_flight: 4, ..busy(ttft, 10) };
+    for _ in 0..20 {
+        rig.watch(12, few(100));
+        rig.watch(3, Traffic { requests: 1, ..few(2000) });
+    }
+    assert!((rig.verdict().load - 0.2).abs() < 0.05, "{}", rig.verdict().message);
+}
+
+#[test]
+fn a_request_that_waits_longer_than_the_goal_counts_once_beside_those_that_are_answered() {
+    let mut rig = Rig::new(4);
+    let verdict = rig.watch(90, Traffic { requests: 3, in_flight: 4, awaiting: (1, 900), ..busy(100, 10) });
+    assert!((verdict.load - 0.2).abs() < 0.05, "{}", verdict.message);
+}
+
+#[test]
+fn a_look_at_which_nothing_ended_is_not_without_load() {
+    let mut rig = Rig::new(4);
+    for _ in 0..20 {
+        rig.watch(3, Traffic { requests: 1, in_flight: 2, ..busy(400, 10) });
+        rig.watch(9, Traffic { in_flight: 2, ..QUIET });
+    }
+    let verdict = rig.verdict();
+    assert!((verdict.load - 0.85).abs() < 0.05, "{}", verdict.message);
+    assert_eq!(rig.watch(48, QUIET).load, 0.0, "without traffic there is none");
+}
+
+#[test]
 fn a_queue_that_costs_nobody_his_goal_calls_for_nothing() {
     let mut rig = Rig::new(2);
     let verdict = rig.watch(60, Traffic { queued: 3, ..busy(220, 5) });

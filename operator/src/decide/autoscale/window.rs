@@ -17,6 +17,11 @@ pub(crate) const WINDOW: Duration = Duration::from_secs(45);
 const GAP: Duration = Duration::from_secs(15);
 /// However late an answer was, so much counts of it.
 const MOST: f64 = 2.0;
+/// Fewer are no percentile: those of earlier looks of the window are taken with them, while there is traffic. Otherwise the one
+/// long prompt among few requests would be what a tenth of them takes, and a look at which nothing ended would be no load.
+const ENOUGH: u64 = 10;
+/// What a request counts as, in goals, that just missed its one: the bucket above.
+const JUST_MISSED: f64 = 1.2;
 /// A load that calls for more workers, and one at which fewer may do.
 pub(crate) const HIGH: f64 = 0.55;
 pub(crate) const LOW: f64 = 0.40;
@@ -107,6 +112,9 @@ struct Slot {
     complete: bool,
     /// No request came, was running, or ended.
     idle: bool,
+    /// What came to an end, and those that missed the goal without.
+    ended: Latencies,
+    missed: Histogram,
     counts: [Count; 2],
 }
 
@@ -166,7 +174,7 @@ impl Window {
             self.last = Some((at, last));
             return false;
         }
-        let slot = Slot::between(&last, at, load, lasted, goals);
+        let slot = Slot::between((&last, at), load, lasted, (goals, &self.slots));
         for (sum, count) in self.counts.iter_mut().zip(slot.counts) {
             sum.samples += count.samples;
             sum.misses += count.misses;
@@ -251,50 +259,64 @@ impl Window {
 }
 
 impl Slot {
-    /// From one look to the next.
-    fn between(last: &Load, at: Timestamp, load: &Load, lasted: Duration, goals: Goals) -> Self {
+    /// From one look to the next; `earlier` are those before, the latest last.
+    fn between(
+        (last, at): (&Load, Timestamp),
+        load: &Load,
+        lasted: Duration,
+        (goals, earlier): (Goals, &VecDeque<Slot>),
+    ) -> Self {
         let mut ended = Latencies::default();
-        let mut overdue = Histogram::default();
         for (name, frontend) in &load.frontends {
-            let came = came(last.frontends.get(name), frontend, at);
-            ended.add(&came);
-            overdue.merge(&frontend.latencies.awaiting.surely_above(goals.ttft));
+            ended.add(&came(last.frontends.get(name), frontend, at));
         }
-        // Whoever still waits, and longer than the goal, has missed it already.
-        let mut first_token = ended.first_token.clone();
-        first_token.merge(&overdue);
+        let in_flight = last.in_flight().max(load.in_flight());
+        let queued = last.queued().min(load.queued());
+        let complete = last.complete && load.complete;
+        let nothing = ended.first_token.count() + ended.per_token.count() + ended.choices == 0;
+        let idle = complete && in_flight + queued == 0 && nothing;
+        let late = late(load, goals);
+        // Whoever still waits, and longer than the goal, has missed it already: counted once, when it is first seen.
+        let before = self::late(last, goals).count();
+        let mut missed = Histogram::default();
+        (before..late.count()).for_each(|_| missed.add(goals.ttft.mul_f64(JUST_MISSED)));
+        let (mut first_token, mut per_token) = (ended.first_token.clone(), ended.per_token.clone());
+        first_token.merge(&missed);
+        if !idle {
+            top_up(&mut first_token, earlier, |slot| [&slot.ended.first_token, &slot.missed]);
+            top_up(&mut per_token, earlier, |slot| [&slot.ended.per_token; 1]);
+        }
+        if first_token.count() == 0 {
+            first_token = late.clone(); // nobody got anything for the whole window
+        }
         let percentile = |of: &Histogram| of.quantile(0.9).map(|time| time.as_secs_f64());
-        let (ttft, tpot) = (percentile(&first_token), percentile(&ended.per_token));
+        let (ttft, tpot) = (percentile(&first_token), percentile(&per_token));
         let over = |time: Option<f64>, goal: Duration| time.map_or(0.0, |time| time / goal.as_secs_f64());
         let by_latency = over(ttft, goals.ttft).max(over(tpot, goals.tpot));
         // A queue that is there at both looks; as long as it costs nobody his goal, it is none.
-        let queued = last.queued().min(load.queued());
-        let is_jam = ended.first_token.count() == 0 || overdue.count() > 0;
+        let is_jam = ended.first_token.count() == 0 || late.count() > 0;
         let by_queue = match queued {
             0 => 0.0,
             _ if !is_jam => 0.0,
             queued => HIGH * (1.0 + f64::from(queued) / f64::from(load.running.max(1))),
         };
-        let in_flight = last.in_flight().max(load.in_flight());
         let together = if ended.choices == 0 { 0.0 } else { ended.together as f64 / ended.choices as f64 };
         Self {
             lasted: lasted.as_secs_f64(),
             ttft: percentile(&ended.first_token),
-            tpot,
+            tpot: percentile(&ended.per_token),
             fastest: [&ended.first_token, &ended.per_token].map(|of| Some(of.quantile(0.1)?.as_secs_f64())),
             ratio: by_latency.max(by_queue),
             by_queue: by_queue > by_latency,
             ready: load.ready,
             in_flight,
             together: together.max(f64::from(in_flight)),
-            complete: last.complete && load.complete,
-            idle: last.complete
-                && load.complete
-                && in_flight + queued == 0
-                && ended.choices == 0
-                && ended.first_token.count() + ended.per_token.count() == 0,
+            complete,
+            idle,
             counts: [(&ended.first_token, goals.ttft), (&ended.per_token, goals.tpot)]
                 .map(|(times, goal)| Count { samples: times.count(), misses: times.above(goal) }),
+            ended,
+            missed,
         }
     }
 
@@ -302,6 +324,29 @@ impl Slot {
     fn is_unloaded(&self) -> bool {
         self.together <= f64::from(self.ready) && self.fastest.iter().any(Option::is_some)
     }
+}
+
+/// Adds what earlier looks have, the latest first, until there is enough.
+fn top_up<const N: usize>(
+    of: &mut Histogram,
+    earlier: &VecDeque<Slot>,
+    had: impl Fn(&Slot) -> [&Histogram; N],
+) {
+    for slot in earlier.iter().rev() {
+        if of.count() >= ENOUGH {
+            return;
+        }
+        had(slot).into_iter().for_each(|more| of.merge(more));
+    }
+}
+
+/// The ages of those that wait longer than the goal.
+fn late(load: &Load, goals: Goals) -> Histogram {
+    let mut late = Histogram::default();
+    for frontend in load.frontends.values() {
+        late.merge(&frontend.latencies.awaiting.surely_above(goals.ttft));
+    }
+    late
 }
 
 /// What a frontend counted since the last look. One that began before that look and was not seen then has counted since

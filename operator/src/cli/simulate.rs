@@ -1,0 +1,178 @@
+//! `expertmesh simulate`: what the autoscaler would do with a trace, beside a fixed size and thresholds.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use clap::Args;
+use serde_json::json;
+
+use crate::decide::autoscale::{Goals, Policy};
+use crate::load::arrivals::Arrivals;
+use crate::load::lengths::Lengths;
+use crate::load::patterns::{Pattern, Recipe};
+use crate::load::trace::Trace;
+use crate::manifest;
+use crate::simulate::{Comparison, Picture, ServiceModel, Setting, compare, draw, png, svg};
+use crate::validate::ValidatedDeployment;
+
+#[derive(Args)]
+pub(crate) struct Simulate {
+    /// The ModelDeployment, as YAML: its spec.autoscaling is what is simulated
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["write", "fit"])]
+    deployment: Option<PathBuf>,
+    #[command(flatten)]
+    arrivals: Arrivals,
+    /// How long workers take, as YAML; without it: the bench's model on two cores
+    #[arg(long, value_name = "FILE")]
+    service: Option<PathBuf>,
+    /// Workers at the beginning; without it: spec.workers.replicas, or minWorkers if that is more
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1024))]
+    start: Option<u32>,
+    /// Print the table as JSON
+    #[arg(long)]
+    json: bool,
+    /// Draw requests, workers, the load and times to first token
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// The same as PNG
+    #[arg(long, value_name = "FILE")]
+    png: Option<PathBuf>,
+    /// Write the trace, and simulate nothing
+    #[arg(long, value_name = "FILE", conflicts_with = "fit")]
+    write: Option<PathBuf>,
+    /// Print the service model that a summary.json of `make bench` has, and simulate nothing
+    #[arg(long, value_name = "FILE")]
+    fit: Option<PathBuf>,
+    /// The format of weights whose rows --fit takes
+    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
+    weights: String,
+}
+
+/// A day at two requests a second in the mean.
+fn default() -> Recipe {
+    Recipe {
+        pattern: Pattern::Diurnal,
+        rate: 2.0,
+        length: Duration::from_secs(86_400),
+        prompt: Lengths::LogNormal { median: 100, sigma: 0.6 },
+        output: Lengths::LogNormal { median: 80, sigma: 0.6 },
+        seed: 1,
+    }
+}
+
+/// Of the patterns that show in an hour what they are.
+const HOUR: Duration = Duration::from_secs(3600);
+
+pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
+    let model = ServiceModel::read(simulate.service.as_deref())?;
+    if let Some(summary) = &simulate.fit {
+        let fitted = model.fitted(summary, &simulate.weights)?;
+        print!("{}", serde_yaml::to_string(&fitted)?);
+        return Ok(());
+    }
+    let mut recipe = default();
+    if simulate.arrivals.pattern().is_some_and(|pattern| pattern != Pattern::Diurnal) {
+        recipe.length = HOUR;
+    }
+    let trace = simulate.arrivals.trace(&recipe)?;
+    if let Some(file) = &simulate.write {
+        return write(file, &trace);
+    }
+    let deployment = simulate.deployment.as_deref().context("--deployment: missing")?;
+    let (deployment, policy) = read(deployment)?;
+    let start = simulate.start.unwrap_or(deployment.desired.workers.clamp(policy.min, policy.max));
+    let setting = Setting {
+        trace: &trace,
+        model: &model,
+        policy: &policy,
+        frontends: deployment.frontends,
+        start,
+        at_least: deployment.desired.min_replicas,
+    };
+    let begin = Instant::now();
+    let comparison = compare(&setting);
+    let took = begin.elapsed();
+    let title = title(&simulate.arrivals.name(recipe.pattern), &trace);
+    draw_all(&simulate, &draw(&title, &setting, &comparison))?;
+    match simulate.json {
+        true => println!("{}", serde_json::to_string_pretty(&json(&setting, &comparison, took))?),
+        false => print!("{}", text(&title, &setting, &comparison, took)),
+    }
+    Ok(())
+}
+
+fn read(file: &Path) -> anyhow::Result<(ValidatedDeployment, Policy)> {
+    let deployment = manifest::read(file)?;
+    let policy = deployment.autoscaling.clone();
+    let policy =
+        policy.with_context(|| format!("{}: spec.autoscaling: missing; it has the goals", file.display()))?;
+    ensure!(policy.max > 0, "{}: spec.autoscaling.maxWorkers: 0", file.display());
+    Ok((deployment, policy))
+}
+
+fn write(file: &Path, trace: &Trace) -> anyhow::Result<()> {
+    let written = File::create(file).and_then(|file| trace.write(BufWriter::new(file)));
+    written.with_context(|| file.display().to_string())
+}
+
+fn draw_all(simulate: &Simulate, picture: &Picture) -> anyhow::Result<()> {
+    let save = |file: &Path, bytes: &[u8]| fs::write(file, bytes).with_context(|| file.display().to_string());
+    if let Some(file) = &simulate.svg {
+        save(file, svg(picture).as_bytes())?;
+    }
+    if let Some(file) = &simulate.png {
+        save(file, &png(picture)?)?;
+    }
+    Ok(())
+}
+
+fn title(name: &str, trace: &Trace) -> String {
+    let (prompt, output) = trace.mean_lengths();
+    format!(
+        "{name}: {} requests in {}, {:.2}/s, {prompt:.0} tokens in and {output:.0} out",
+        trace.requests.len(),
+        hours(trace.length),
+        trace.rate()
+    )
+}
+
+fn text(title: &str, setting: &Setting<'_>, comparison: &Comparison, took: Duration) -> String {
+    let Goals { ttft, tpot } = setting.policy.goals;
+    let (prompt, output) = setting.trace.mean_lengths();
+    let alone = setting.model.unloaded(prompt, output);
+    let [first, each] =
+        [alone.0, alone.1].map(|seconds| Duration::from_millis((1e3 * seconds).round() as u64));
+    format!(
+        "{title}\ngoals: TTFT {ttft:?} and TPOT {tpot:?}; a mean request alone takes {first:?} and {each:?}\n\n\
+         {comparison}\n{} were simulated in {:.1} s\n",
+        hours(setting.trace.length),
+        took.as_secs_f64()
+    )
+}
+
+fn json(setting: &Setting<'_>, comparison: &Comparison, took: Duration) -> serde_json::Value {
+    let (prompt, output) = setting.trace.mean_lengths();
+    let Goals { ttft, tpot } = setting.policy.goals;
+    json!({
+        "trace": {
+            "requests": setting.trace.requests.len(),
+            "seconds": setting.trace.length.as_secs_f64(),
+            "mean_prompt_tokens": prompt,
+            "mean_output_tokens": output,
+        },
+        "goals": {"ttft": ttft.as_secs_f64(), "tpot": tpot.as_secs_f64()},
+        "policies": comparison.rows,
+        "took_seconds": took.as_secs_f64(),
+    })
+}
+
+/// "24.0 h", "58 min"
+fn hours(time: Duration) -> String {
+    match time.as_secs_f64() {
+        seconds if seconds < 2.0 * 3600.0 => format!("{:.0} min", seconds / 60.0),
+        seconds => format!("{:.1} h", seconds / 3600.0),
+    }
+}
