@@ -307,7 +307,8 @@ impl Scaler {
     }
 
     /// Whether so many could do what all do now. What a request takes alone stays; what it takes beyond that grows as the
-    /// workers become fewer.
+    /// workers become fewer: at least in proportion, at most like the time in a single queue, alone / (1 − busy). The truth is taken to
+    /// be in the middle.
     fn carry(&self, workers: u32, summary: &Summary, alone: f64) -> bool {
         let Some(now) = self.window.now() else { return false };
         let (ready, staying) = (f64::from(now.ready), f64::from(workers.min(now.ready)));
@@ -316,9 +317,16 @@ impl Scaler {
         }
         let shrinks = ready / staying;
         let load = summary.demand / ready;
-        let expected = alone.min(load) + (load - alone.min(load)) * shrinks;
-        let fast_enough = expected <= CARRIED || (summary.alone && summary.together <= staying);
-        fast_enough && now.kv_usage * shrinks as f32 <= KV_CARRIED
+        let alone = alone.min(load);
+        let in_proportion = alone + (load - alone) * shrinks;
+        let idle = 1.0 - (1.0 - alone / load) * shrinks;
+        let expected = match alone > 0.0 {
+            true if idle <= 0.0 => f64::INFINITY,
+            true => (in_proportion + alone / idle) / 2.0,
+            false => in_proportion,
+        };
+        let is_fast_enough = expected <= CARRIED || (summary.alone && summary.together <= staying);
+        is_fast_enough && now.kv_usage * shrinks as f32 <= KV_CARRIED
     }
 
     /// The load of one request alone; 0 while unknown.

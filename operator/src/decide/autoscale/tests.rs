@@ -183,6 +183,17 @@ fn those_that_would_stay_must_be_able_to_carry_the_load() {
 }
 
 #[test]
+fn half_as_many_workers_more_than_double_what_requests_wait_for_each_other() {
+    let mut rig = Rig::new(2);
+    rig.watch(60, Traffic { requests: 1, in_flight: 1, ..busy(100, 5) });
+    // 0.19 alone and 0.11 by others: in proportion one worker would have 0.41, but it would be busy for 0.77 of the time.
+    let verdict = rig.watch(600, busy(150, 5));
+    assert_eq!((verdict.workers, verdict.reason), (2, Reason::Steady), "{}", verdict.message);
+    // With 0.25 it is busy for less than half.
+    assert_eq!(rig.watch(600, busy(125, 5)).workers, 1);
+}
+
+#[test]
 fn those_that_would_stay_must_hold_every_expert() {
     let mut rig = Rig::new(4);
     rig.size.at_least = 3;
