@@ -107,7 +107,7 @@ struct Slot {
     by_queue: bool,
     ready: u32,
     in_flight: u32,
-    /// How many were open when a choice came, in the mean, or are now.
+    /// How many were open when a choice came, in the mean, or at either end.
     together: f64,
     complete: bool,
     /// No request came, was running, or ended.
@@ -267,8 +267,15 @@ impl Slot {
         (goals, earlier): (Goals, &VecDeque<Slot>),
     ) -> Self {
         let mut ended = Latencies::default();
+        let mut together = 0.0;
         for (name, frontend) in &load.frontends {
-            ended.add(&came(last.frontends.get(name), frontend, at));
+            let came = came(last.frontends.get(name), frontend, at);
+            // Each frontend knows its own alone.
+            together += match came.choices {
+                0 => f64::from(frontend.in_flight),
+                choices => came.together as f64 / choices as f64,
+            };
+            ended.add(&came);
         }
         let in_flight = last.in_flight().max(load.in_flight());
         let queued = last.queued().min(load.queued());
@@ -300,7 +307,6 @@ impl Slot {
             _ if !is_jam => 0.0,
             queued => HIGH * (1.0 + f64::from(queued) / f64::from(load.running.max(1))),
         };
-        let together = if ended.choices == 0 { 0.0 } else { ended.together as f64 / ended.choices as f64 };
         Self {
             lasted: lasted.as_secs_f64(),
             ttft: percentile(&ended.first_token),
