@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use super::random::Random;
 
-/// Rates are held for a second, or for less where there is less time.
+/// Rates are held for a second, for more where there is more than a day, and for less where there is little time.
 const SLOTS: usize = 86_400;
+const FEWEST: usize = 100;
 /// One random number stream for the rates of a seed.
 const RATES: u64 = 1;
 
@@ -20,8 +21,8 @@ pub(super) struct Rates {
 impl Rates {
     fn new(length: Duration, rate: impl FnMut(f64) -> f64) -> Self {
         let length = length.as_secs_f64();
-        let slot = (length / SLOTS as f64).max(1.0).min(length / 100.0);
-        let count = (length / slot).ceil() as usize;
+        let count = (length.ceil() as usize).clamp(FEWEST, SLOTS);
+        let slot = length / count as f64;
         let mut values: Vec<f64> = (0..count).map(|at| (at as f64 + 0.5) * slot).map(rate).collect();
         let mean = values.iter().sum::<f64>() / count as f64;
         values.iter_mut().for_each(|value| *value /= mean);
@@ -86,33 +87,54 @@ impl Burst {
     }
 }
 
-/// Goes through the time at which each request of a Poisson process with these rates comes: in units of the mean count, gaps
-/// are exponential.
+/// Goes through the times at which the requests of a process with these rates come. Gaps are in units of the mean gap.
 pub(super) struct Clock<'a> {
     rates: &'a Rates,
     /// Requests a second at a rate of 1.
     scale: f64,
+    slot: usize,
+    /// Seconds since the slot's beginning.
     at: f64,
 }
 
 impl<'a> Clock<'a> {
     pub(super) fn new(rates: &'a Rates, scale: f64) -> Self {
-        Self { rates, scale, at: 0.0 }
+        Self { rates, scale, slot: 0, at: 0.0 }
     }
 
     /// Seconds since the beginning; none after the end.
     pub(super) fn next(&mut self, mut gap: f64) -> Option<f64> {
         loop {
-            let slot = (self.at / self.rates.slot) as usize;
-            let rate = self.scale * self.rates.values.get(slot)?;
-            let end = (slot + 1) as f64 * self.rates.slot;
-            let room = rate * (end - self.at);
+            let rate = self.scale * self.rates.values.get(self.slot)?;
+            let room = rate * (self.rates.slot - self.at);
             if gap < room {
                 self.at += gap / rate;
-                return Some(self.at);
+                return Some(self.slot as f64 * self.rates.slot + self.at);
             }
-            gap -= room;
-            self.at = end;
+            gap -= room.max(0.0);
+            (self.slot, self.at) = (self.slot + 1, 0.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_time_of_any_length_is_gone_through_to_its_end() {
+        for milliseconds in (100..40_000).step_by(137) {
+            let length = Duration::from_millis(milliseconds);
+            for rates in
+                [Rates::flat(length), Rates::bursts(length, milliseconds), Rates::day(length, milliseconds)]
+            {
+                let (mut clock, mut last, mut count) = (Clock::new(&rates, 20.0), 0.0, 0u64);
+                while let Some(at) = clock.next(1.0) {
+                    assert!(at >= last && at <= length.as_secs_f64() + rates.slot);
+                    (last, count) = (at, count + 1);
+                }
+                assert!(count.abs_diff(milliseconds / 50) <= 1, "{count} in {length:?}");
+            }
         }
     }
 }
