@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::client::Timing;
+use super::client::{Failure, Timing};
 use super::percentiles::Percentiles;
 use super::run::Record;
 use super::trace::Trace;
@@ -64,13 +64,16 @@ struct Kind {
 struct GoalsMet {
     ttft: f64,
     tpot: f64,
-    /// Of all that were due, dropped and failed ones included: the share that met both, and how many a second did.
+    /// Of all that were due, dropped and failed ones included, but not those that Ctrl-C ended: the share that met both, and how
+    /// many a second did.
     share: f64,
     goodput: f64,
 }
 
 impl Report {
     pub(crate) fn new(record: &Record, trace: &Trace, goals: Goals) -> Self {
+        let ended: Vec<&Timing> =
+            record.timings.iter().filter(|timing| timing.failure != Some(Failure::Ended)).collect();
         let answered: Vec<&Timing> =
             record.timings.iter().filter(|timing| timing.failure.is_none()).collect();
         let seconds =
@@ -80,7 +83,7 @@ impl Report {
             record.timings.iter().map(|timing| f64::from(tokens(timing))).sum::<f64>() / took
         };
         let met = answered.iter().filter(|timing| goals.are_met(timing)).count() as f64;
-        let late = seconds(record.timings.iter().map(|timing| timing.late).collect());
+        let late = seconds(ended.iter().map(|timing| timing.late).collect());
         Self {
             requests: Requests {
                 all: trace.requests.len(),
@@ -98,7 +101,7 @@ impl Report {
             goals: GoalsMet {
                 ttft: goals.ttft.as_secs_f64(),
                 tpot: goals.tpot.as_secs_f64(),
-                share: met / (record.sent + record.dropped).max(1) as f64,
+                share: met / (ended.len() + record.dropped).max(1) as f64,
                 goodput: met / took,
             },
             prompt_tokens_per_second: rate(
@@ -213,7 +216,6 @@ fn time(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::client::Failure;
     use super::super::trace::Request;
     use super::*;
 
