@@ -1,6 +1,6 @@
 //! On a real Kubernetes: the size follows the load, to zero too; and no request fails, no token differs meanwhile.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use expertmesh_tests::kubernetes::{
     Deployment, Namespace, OPERATOR, Pod, SYSTEM, condition, kubectl, lives, operator_pods, run,
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 const BURST: usize = 16;
 
-/// Goals that one request alone reaches and a burst does not; hasty on the way down, for a test that waits for it.
+/// Goals that a burst misses on any machine; hasty on the way down, for a test that waits for it.
 fn autoscaled(namespace: &Namespace) -> Deployment<'_> {
     namespace.deploy("tiny", |spec| {
         spec["workers"]["replicas"] = json!(1);
@@ -22,7 +22,7 @@ fn autoscaled(namespace: &Namespace) -> Deployment<'_> {
             "policies": [{"type": "Pods", "value": 1, "periodSeconds": 15}],
         });
         spec["autoscaling"] =
-            json!({"maxWorkers": 4, "ttft": "60ms", "tpot": "3ms", "behavior": {"scaleDown": down}});
+            json!({"maxWorkers": 4, "ttft": "10ms", "tpot": "1ms", "behavior": {"scaleDown": down}});
     })
 }
 
@@ -71,20 +71,20 @@ fn a_burst_gets_the_workers_that_its_goals_need_and_they_leave_after_it() {
     wait_for_more_workers(&deployment);
     eprintln!("burst: more workers after {:?}", start.elapsed());
     load.go_on_for(2 * BURST);
+    let decided = decisions(&deployment.status());
+    let (from, to, why) = &decided[0];
+    assert!((*from, *to) == (1, 2) && ["Goal", "Queue"].contains(&why.as_str()), "{decided:?}");
+    assert!(decided.iter().all(|(from, to, _)| *to <= 2 * from), "at most doubled at once: {decided:?}");
     let told =
         run("kubectl", &["expertmesh", "status", "tiny", "--namespace", &namespace.name], None).unwrap();
-    assert!(told.contains("1 → 2    Goal      load "), "{told}");
+    assert!(told.contains("1 → 2 ") && told.contains(&format!("{why:<10}load ")), "{told}");
+    let events = namespace.kubectl(&["describe", &deployment.reference()]).unwrap();
+    assert!(events.contains(&format!("from 1 to 2 workers ({why}): load ")), "{events}");
     load.end();
     wait_for_one_worker(&deployment, &reached.api);
-
-    let status = deployment.status();
-    let decided = decisions(&status);
-    assert_eq!(decided[0], (1, 2, "Goal".into()), "{decided:?}");
-    assert!(decided.iter().all(|(from, to, _)| *to <= 2 * from), "at most doubled at once: {decided:?}");
+    let decided = decisions(&deployment.status());
     let down: Vec<_> = decided.iter().filter(|(from, to, _)| to < from).collect();
     assert!(down.iter().all(|(from, to, reason)| from - to == 1 && reason == "Spare"), "{decided:?}");
-    let events = namespace.kubectl(&["describe", &deployment.reference()]).unwrap();
-    assert!(events.contains("from 1 to 2 workers (Goal): load "), "{events}");
     assert_eq!(lives(&workers), lives(&namespace.pods("worker")), "the first worker was there all the time");
     assert_eq!(lives(&frontends), lives(&namespace.pods("frontend")));
 }
@@ -256,22 +256,18 @@ fn wake(deployment: &Deployment, api: &Api) {
     let logged = |component: &str, words: &str| {
         let selector = format!("--selector=app.kubernetes.io/component={component}");
         let log = deployment.namespace.kubectl(&["logs", &selector, "--tail=50"]).unwrap();
-        time_of(log.lines().rev().find(|line| line.contains(words)).unwrap_or_default())
+        let line = log.lines().rev().find(|line| line.contains(words));
+        time_of(line.unwrap_or_else(|| panic!("{component} did not log {words:?}: {log}")))
     };
     let operator = kubectl(&["logs", "--namespace", SYSTEM, OPERATOR, "--tail=100"]).unwrap();
-    let decided = operator.lines().rev().find(|line| line.contains("reason=\"Wake\"")).map(time_of);
-    let times = [
-        sent,
-        decided.unwrap_or_default(),
-        logged("worker", "listens"),
-        logged("frontend", "no sequence waits"),
-    ];
+    let decided = operator.lines().rev().find(|line| line.contains("reason=\"Wake\""));
+    let decided = time_of(decided.unwrap_or_else(|| panic!("the operator logged no wake: {operator}")));
+    let times = [sent, decided, logged("worker", "listens"), logged("frontend", "no sequence waits")];
     let parts = ["decide", "schedule, start and read the dense part", "load, place and tell"];
     for (part, pair) in parts.iter().zip(times.windows(2)) {
         eprintln!("wake: {:.2} s to {part}", pair[1] - pair[0]);
     }
     eprintln!("wake: {:.2} s to the first token in all", first.as_secs_f64());
-    assert!(first < Duration::from_secs(30), "{first:?} to the first token");
 }
 
 fn now() -> f64 {
@@ -330,8 +326,9 @@ impl Cordoned {
     fn all() -> Self {
         let nodes = kubectl(&["get", "nodes", "--output=name"]).unwrap();
         let nodes: Vec<String> = nodes.lines().map(str::to_string).collect();
-        nodes.iter().for_each(|node| drop(kubectl(&["cordon", node]).unwrap()));
-        Self(nodes)
+        let cordoned = Self(nodes); // uncordons all, also where one of these fails
+        cordoned.0.iter().for_each(|node| drop(kubectl(&["cordon", node]).unwrap()));
+        cordoned
     }
 }
 

@@ -66,8 +66,8 @@ pub(crate) use autoscaling::{
     validation = Rule::new("has(self.autoscaling) || self.workers.replicas == 0 || self.experts.minReplicas <= self.workers.replicas").message(Message::Expression(
         "'spec.experts.minReplicas (%d) must not be above spec.workers.replicas (%d)'.format([self.experts.minReplicas, self.workers.replicas])".into()
     )),
-    validation = Rule::new("!has(self.autoscaling) || self.autoscaling.minWorkers == 0 || self.experts.minReplicas <= self.autoscaling.minWorkers").message(Message::Expression(
-        "'spec.experts.minReplicas (%d) must not be above spec.autoscaling.minWorkers (%d)'.format([self.experts.minReplicas, self.autoscaling.minWorkers])".into()
+    validation = Rule::new("!has(self.autoscaling) || self.experts.minReplicas <= (self.autoscaling.minWorkers == 0 ? self.autoscaling.maxWorkers : self.autoscaling.minWorkers)").message(Message::Expression(
+        "'spec.experts.minReplicas (%d) must not be above spec.autoscaling.minWorkers (%d) or, where that is 0, maxWorkers (%d)'.format([self.experts.minReplicas, self.autoscaling.minWorkers, self.autoscaling.maxWorkers])".into()
     ))
 )]
 pub(crate) struct ModelDeploymentSpec {

@@ -253,6 +253,7 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
         kv_usage: message.kv_usage.clamp(0.0, 1.0),
         bytes_loaded: message.bytes_loaded,
         bytes_to_load: message.bytes_to_load,
+        eligible_workers: message.latencies.is_some().then_some(message.eligible_workers),
         latencies: message.latencies.map(checked_latencies).transpose()?.map(Box::new),
         incarnation: message.callee.map_or(0, |callee| callee.incarnation),
     })

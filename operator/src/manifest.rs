@@ -278,7 +278,7 @@ mod tests {
             ("  workers: {replicas: 1025}", "spec.workers.replicas (1025) must be from 0 to 1024"),
             (
                 "  experts: {minReplicas: 2}\n  autoscaling: {maxWorkers: 4}",
-                "spec.experts.minReplicas (2) must not be above spec.autoscaling.minWorkers (1)",
+                "spec.experts.minReplicas (2) must not be above spec.autoscaling.minWorkers (1) or, where that is 0, maxWorkers (4)",
             ),
             ("  experts: {minReplicas: 0}", "spec.experts.minReplicas (0) must be at least 1"),
             ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),

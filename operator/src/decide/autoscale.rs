@@ -30,6 +30,10 @@ const LIGHTER: f64 = 0.9;
 const OTHER_LOAD: f64 = 1.5;
 /// How long new workers may take before a step is no longer judged.
 const STEP_PATIENCE: Duration = Duration::from_secs(600);
+/// Of a limit.
+const LONGEST_PERIOD: Duration = Duration::from_secs(1800);
+/// Changes of size that are remembered.
+const CHANGES: usize = 64;
 /// As many wishes as the longest stabilization window holds.
 const WISHES: usize = 1300;
 
@@ -172,12 +176,18 @@ pub(crate) struct Count {
 
 impl Autoscaler {
     /// What is to be scaled from now on. Without a policy, nothing is looked at.
-    pub(crate) fn set(&mut self, policy: Option<&Policy>, size: Size, changes: Vec<Change>) {
+    /// `changes` are those of late, as they were recorded; what was recorded before is remembered for as long as any limit.
+    pub(crate) fn set(&mut self, policy: Option<&Policy>, size: Size, changes: Vec<Change>, now: Timestamp) {
         if policy.is_none() {
             self.scaler = Scaler::default();
         }
         self.policy = policy.cloned();
-        (self.size, self.changes) = (size, changes);
+        self.size = size;
+        let new: Vec<Change> = changes.into_iter().filter(|change| !self.changes.contains(change)).collect();
+        self.changes.extend(new);
+        self.changes.sort_by_key(|change| change.at);
+        self.changes.retain(|change| elapsed(change.at, now) <= LONGEST_PERIOD);
+        self.changes.drain(..self.changes.len().saturating_sub(CHANGES));
     }
 
     /// To be called with every report; none where it is too early for a look.
@@ -216,7 +226,7 @@ impl Scaler {
             *self = Self { goals: self.goals, workers: size.workers, ..Self::default() };
         }
         self.queued = load.queued();
-        if self.queued + load.in_flight() > 0 {
+        if self.queued > 0 || load.in_flight() > 0 {
             self.window.wake(); // at once, not with the next look
         }
         self.note_size(size, now);
@@ -255,6 +265,14 @@ impl Scaler {
         if n > policy.max {
             return exactly(policy.max, Reason::Bounds, format!("maxWorkers is {}", policy.max));
         }
+        let at_least = size.at_least.min(policy.max);
+        if n > 0 && n < at_least {
+            return exactly(
+                at_least,
+                Reason::Bounds,
+                format!("{at_least} workers have the memory for every expert"),
+            );
+        }
         if n == 0 {
             return match self.queued {
                 0 => exactly(0, Reason::Idle, "no request came".into()),
@@ -263,6 +281,9 @@ impl Scaler {
                     exactly(first, Reason::Wake, format!("{} for a worker", waiting(queued)))
                 }
             };
+        }
+        if self.window.is_stale(now) {
+            return exactly(n, Reason::Unseen, "nothing was heard lately".into());
         }
         if let Some(since) = self.window.idle_since().filter(|_| least == 0)
             && elapsed(since, now) >= policy.idle_after
@@ -311,7 +332,9 @@ impl Scaler {
     /// be in the middle.
     fn carry(&self, workers: u32, summary: &Summary, alone: f64) -> bool {
         let Some(now) = self.window.now() else { return false };
-        let (ready, staying) = (f64::from(now.ready), f64::from(workers.min(now.ready)));
+        // The highest slots leave, also where the lowest are those that are not ready.
+        let staying = now.slots.range(..workers).count() as f64;
+        let ready = f64::from(now.ready);
         if staying == 0.0 || now.queued() > 0 {
             return false;
         }

@@ -95,6 +95,8 @@ pub(crate) struct Report {
     pub(crate) bytes_to_load: u64,
     /// Of frontends.
     pub(crate) latencies: Option<Box<Latencies>>,
+    /// Of frontends: workers that could take a sequence from it now.
+    pub(crate) eligible_workers: Option<u32>,
     /// When the process began, in nanoseconds since 1970.
     pub(crate) incarnation: u64,
 }

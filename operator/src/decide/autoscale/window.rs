@@ -1,6 +1,6 @@
 //! What the last three quarters of a minute say: of every few seconds, how the latencies stood to their goals.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use expertmesh_proto::latency::Histogram;
@@ -30,7 +30,9 @@ pub(crate) const LOW: f64 = 0.40;
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Load {
     pub(crate) frontends: BTreeMap<String, FrontendLoad>,
-    /// Workers that can serve.
+    /// The slots of the workers that can serve.
+    pub(crate) slots: BTreeSet<u32>,
+    /// How many those are.
     pub(crate) ready: u32,
     /// Sequences that those compute, and that they have queued.
     pub(crate) running: u32,
@@ -58,10 +60,11 @@ impl Load {
         let mut load = Self { complete: true, ..Self::default() };
         for (member, seen) in members {
             match (member, &seen.report) {
-                (Member::Worker(_), Some(report)) if report.state == State::Ready => {
+                (Member::Worker(slot), Some(report)) if report.state == State::Ready => {
+                    load.slots.insert(slot);
                     load.ready += 1;
-                    load.running += report.running;
-                    load.waiting += report.waiting;
+                    load.running = load.running.saturating_add(report.running);
+                    load.waiting = load.waiting.saturating_add(report.waiting);
                     load.kv_usage = load.kv_usage.max(report.kv_usage);
                 }
                 (Member::Worker(_), _) => {}
@@ -83,12 +86,12 @@ impl Load {
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
-        self.frontends.values().map(|frontend| frontend.in_flight).sum()
+        self.frontends.values().fold(0, |sum: u32, frontend| sum.saturating_add(frontend.in_flight))
     }
 
     /// Sequences that nobody computes.
     pub(crate) fn queued(&self) -> u32 {
-        self.waiting + self.frontends.values().map(|frontend| frontend.queued).sum::<u32>()
+        self.frontends.values().fold(self.waiting, |sum, frontend| sum.saturating_add(frontend.queued))
     }
 }
 
@@ -180,7 +183,8 @@ impl Window {
             sum.misses += count.misses;
         }
         self.idle_since = slot.idle.then(|| self.idle_since.unwrap_or(at));
-        if slot.is_unloaded() {
+        // A start from zero is no part of what a request takes.
+        if slot.is_unloaded() && last.ready > 0 && self.slots.iter().all(|slot| slot.ready > 0) {
             self.unloaded.push_back(slot.fastest);
             self.unloaded.drain(..self.unloaded.len().saturating_sub(UNLOADED));
         }
@@ -211,6 +215,11 @@ impl Window {
     /// Idleness begins anew.
     pub(crate) fn wake(&mut self) {
         self.idle_since = None;
+    }
+
+    /// Whether the last look was long ago, or there was none: what is remembered says nothing of now.
+    pub(crate) fn is_stale(&self, now: Timestamp) -> bool {
+        self.last.as_ref().is_none_or(|(at, _)| elapsed(*at, now) > GAP)
     }
 
     /// As last looked at.
