@@ -238,7 +238,7 @@ pub(crate) struct Serving {
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Tracing {
-    /// A collector's address, such as http://collector.monitoring:4317.
+    /// A collector's address, such as `http://collector.monitoring:4317`.
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(validation = Rule::new("self.matches('^http://[^/ ]+/?$')").message(Message::Expression(
         "'spec.serving.tracing.endpoint (' + self + ') must be http:// and a host with its port, such as http://collector.monitoring:4317'".into()
