@@ -4,7 +4,7 @@ CRD = deploy/crds/modeldeployments.yaml
 CHART_FILES = charts/expertmesh/files
 METRICS = docs/metrics.md
 
-export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(PATH)
+export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(CURDIR)/target/release:$(PATH)
 
 .PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use expertmesh_tests::kubernetes::{Deployment, Namespace, object_of, run};
+use expertmesh_tests::kubernetes::{Deployment, Namespace, condition, object_of, run};
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::prometheus::Series;
 use expertmesh_tests::reference::Question;
@@ -34,18 +34,8 @@ fn keda_scales_out_on_running_and_waiting_sequences_and_in_after_them() {
         return;
     }
     let namespace = Namespace::new("keda");
-    prometheus::url();
-    install("keda");
     let deployment = deploy(&namespace);
-    let mut scaler = object_of("deploy/samples/tiny-r1-keda.yaml");
-    let spec = &mut scaler["spec"];
-    spec["maxReplicaCount"] = json!(3);
-    spec["pollingInterval"] = json!(2);
-    spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] = hasty();
-    let query = &mut spec["triggers"][0]["metadata"]["query"];
-    let here = query.as_str().unwrap().replace("\"default\"", &format!("\"{}\"", namespace.name));
-    *query = json!(here);
-    namespace.apply(&scaler).unwrap();
+    apply_keda(&namespace, |spec| spec["maxReplicaCount"] = json!(3));
     follows_the_load(&deployment, "keda-hpa-tiny-r1", || {
         let all =
             |metric: &str| format!("sum(vllm:num_requests_{metric}{{namespace=\"{}\"}})", namespace.name);
@@ -54,6 +44,50 @@ fn keda_scales_out_on_running_and_waiting_sequences_and_in_after_them() {
             if seen[0] > 4.0 && seen[1] == 0.0 { Ok(()) } else { Err(format!("{seen:?}")) }
         });
     });
+}
+
+#[test]
+fn keda_scales_to_zero_and_a_request_that_frontends_hold_brings_a_worker_back() {
+    if ["kubernetes", "scalers", "prometheus"].iter().any(|group| skipped(group)) {
+        return;
+    }
+    let namespace = Namespace::new("keda-zero");
+    let deployment = deploy(&namespace);
+    let reached = deployment.reach();
+    let held = "sum(expertmesh_frontend_queue_length{namespace=\"default\", name=\"tiny-r1\"})";
+    apply_keda(&namespace, |spec| {
+        spec["minReplicaCount"] = json!(0);
+        spec["cooldownPeriod"] = json!(5);
+        let query = &mut spec["triggers"][0]["metadata"]["query"];
+        *query = json!(format!("({} or vector(0)) + {held}", query.as_str().unwrap()));
+    });
+    wait_for("no worker", || {
+        let (status, pods) = (deployment.status(), namespace.pods("worker").len());
+        let ready = condition(&status, "Ready");
+        let zero = status["workers"] == "0/0" && pods == 0;
+        if zero && ready["status"] == "True" && ready["reason"] == "ScaledToZero" {
+            Ok(())
+        } else {
+            Err(format!("{status:#}\n{}", namespace.get(&["scaledobject", "tiny-r1"])["status"]))
+        }
+    });
+    let start = Instant::now();
+    reached.api.check(&Question::greedy("What is 46 + 37?")).unwrap();
+    eprintln!("KEDA: an answer {:?} after it was asked for at zero", start.elapsed());
+}
+
+/// deploy/samples/tiny-r1-keda.yaml, changed and in a hurry.
+fn apply_keda(namespace: &Namespace, change: impl FnOnce(&mut Value)) {
+    prometheus::url();
+    install("keda");
+    let mut scaler = object_of("deploy/samples/tiny-r1-keda.yaml");
+    let spec = &mut scaler["spec"];
+    spec["pollingInterval"] = json!(2);
+    spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] = hasty();
+    change(spec);
+    let query = &mut spec["triggers"][0]["metadata"]["query"];
+    *query = json!(query.as_str().unwrap().replace("\"default\"", &format!("\"{}\"", namespace.name)));
+    namespace.apply(&scaler).unwrap();
 }
 
 /// Of the only series; not a number where there is another number of them.

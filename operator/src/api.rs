@@ -66,8 +66,8 @@ pub(crate) use autoscaling::{
     validation = Rule::new("has(self.autoscaling) || self.workers.replicas == 0 || self.experts.minReplicas <= self.workers.replicas").message(Message::Expression(
         "'spec.experts.minReplicas (%d) must not be above spec.workers.replicas (%d)'.format([self.experts.minReplicas, self.workers.replicas])".into()
     )),
-    validation = Rule::new("!has(self.autoscaling) || self.autoscaling.minWorkers == 0 || self.experts.minReplicas <= self.autoscaling.minWorkers").message(Message::Expression(
-        "'spec.experts.minReplicas (%d) must not be above spec.autoscaling.minWorkers (%d)'.format([self.experts.minReplicas, self.autoscaling.minWorkers])".into()
+    validation = Rule::new("!has(self.autoscaling) || self.experts.minReplicas <= (self.autoscaling.minWorkers == 0 ? self.autoscaling.maxWorkers : self.autoscaling.minWorkers)").message(Message::Expression(
+        "'spec.experts.minReplicas (%d) must not be above spec.autoscaling.minWorkers (%d) or, where that is 0, maxWorkers (%d)'.format([self.experts.minReplicas, self.autoscaling.minWorkers, self.autoscaling.maxWorkers])".into()
     ))
 )]
 pub(crate) struct ModelDeploymentSpec {
@@ -229,6 +229,27 @@ pub(crate) struct Serving {
         "'spec.serving.drainTimeout (' + self + ') must be a duration from 1s to 24h, such as 90s or 5m'".into()
     )))]
     pub(crate) drain_timeout: String,
+    /// Where workers and frontends send traces. Without it: nowhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tracing: Option<Tracing>,
+}
+
+/// OpenTelemetry's traces, by OTLP over gRPC.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Tracing {
+    /// A collector's address, such as `http://collector.monitoring:4317`.
+    #[schemars(length(min = 1, max = 1024))]
+    #[x_kube(validation = Rule::new("self.matches('^http://[^/ ]+/?$')").message(Message::Expression(
+        "'spec.serving.tracing.endpoint (' + self + ') must be http:// and a host with its port, such as http://collector.monitoring:4317'".into()
+    )))]
+    pub(crate) endpoint: String,
+    /// Of requests that do not say whether they are to be traced: the share, in percent.
+    #[serde(default = "all")]
+    #[x_kube(validation = Rule::new("self >= 0 && self <= 100").message(Message::Expression(
+        "'spec.serving.tracing.samplePercent (%d) must be from 0 to 100'.format([self])".into()
+    )))]
+    pub(crate) sample_percent: i32,
 }
 
 /// The names are those of [`Numerics`].
@@ -312,12 +333,17 @@ impl Default for Frontend {
 
 impl Default for Serving {
     fn default() -> Self {
-        Self { max_context_tokens: None, numerics: SumOrder::default(), drain_timeout: five_minutes() }
+        let (numerics, drain_timeout) = (SumOrder::default(), five_minutes());
+        Self { max_context_tokens: None, numerics, drain_timeout, tracing: None }
     }
 }
 
 fn one() -> i32 {
     1
+}
+
+fn all() -> i32 {
+    100
 }
 
 fn five_minutes() -> String {

@@ -253,19 +253,21 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
         kv_usage: message.kv_usage.clamp(0.0, 1.0),
         bytes_loaded: message.bytes_loaded,
         bytes_to_load: message.bytes_to_load,
+        eligible_workers: message.latencies.is_some().then_some(message.eligible_workers),
         latencies: message.latencies.map(checked_latencies).transpose()?.map(Box::new),
         incarnation: message.callee.map_or(0, |callee| callee.incarnation),
     })
 }
 
 fn checked_latencies(message: v1::Latencies) -> Result<Latencies, Invalid> {
-    let v1::Latencies { first_token, per_token, awaiting, choices } = message;
+    let v1::Latencies { first_token, per_token, awaiting, choices, together } = message;
     let checked = |histogram: Option<v1::Histogram>| Histogram::from_proto(&histogram.unwrap_or_default());
     Ok(Latencies {
         first_token: checked(first_token)?,
         per_token: checked(per_token)?,
         awaiting: checked(awaiting)?,
         choices,
+        together,
     })
 }
 

@@ -278,11 +278,15 @@ mod tests {
             ("  workers: {replicas: 1025}", "spec.workers.replicas (1025) must be from 0 to 1024"),
             (
                 "  experts: {minReplicas: 2}\n  autoscaling: {maxWorkers: 4}",
-                "spec.experts.minReplicas (2) must not be above spec.autoscaling.minWorkers (1)",
+                "spec.experts.minReplicas (2) must not be above spec.autoscaling.minWorkers (1) or, where that is 0, maxWorkers (4)",
             ),
             ("  experts: {minReplicas: 0}", "spec.experts.minReplicas (0) must be at least 1"),
             ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),
             ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 2"),
+            (
+                "  serving: {tracing: {endpoint: 'https://c'}}",
+                "spec.serving.tracing.endpoint (https://c) must be http:// and a host with its port, such as http://collector.monitoring:4317",
+            ),
             (
                 "  serving: {drainTimeout: soon}",
                 "spec.serving.drainTimeout (soon) must be a duration from 1s to 24h, such as 90s or 5m",

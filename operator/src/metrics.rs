@@ -205,7 +205,11 @@ impl Metrics {
         self.queue_depth.set(waiting.len() as i64);
     }
 
+    /// Conditions that the status has no more, as the autoscaler's where spec.autoscaling was removed, are no longer shown: an
+    /// alert on one would never end.
     pub(crate) fn told(&self, namespace: &str, name: &str, conditions: &[Condition]) {
+        let stays = |kind: &str| conditions.iter().any(|condition| condition.type_ == kind);
+        remove(&self.conditions, &[namespace, name], |labels| !stays(labels[2]));
         for condition in conditions {
             let gauge = self.conditions.with_label_values(&[namespace, name, condition.type_.as_str()]);
             gauge.set(i64::from(condition.status == "True"));
@@ -312,6 +316,14 @@ fn remove_all<B: MetricVecBuilder>(family: &MetricVec<B>, deployment: &[&str; 2]
 where
     MetricVec<B>: Collector,
 {
+    remove(family, deployment, |_| true);
+}
+
+/// Removes a deployment's series by the values of their labels.
+fn remove<B: MetricVecBuilder>(family: &MetricVec<B>, deployment: &[&str; 2], which: impl Fn(&[&str]) -> bool)
+where
+    MetricVec<B>: Collector,
+{
     let names = family.desc().first().map(|desc| desc.variable_labels.clone()).unwrap_or_default();
     for metric in family.collect().iter().flat_map(|family| family.get_metric()) {
         let value = |name: &String| {
@@ -319,7 +331,7 @@ where
             label.map_or("", |label| label.value())
         };
         let values: Vec<&str> = names.iter().map(value).collect();
-        if values[..2] == deployment[..] {
+        if values[..2] == deployment[..] && which(&values) {
             let _ = family.remove_label_values(&values);
         }
     }
@@ -345,6 +357,28 @@ mod tests {
         metrics.forget("ns", "m");
         assert!(metrics.text().unwrap().contains("expertmesh_reconcile_queue_depth 0"));
         assert!(!metrics.text().unwrap().contains(r#"namespace="ns""#));
+    }
+
+    #[test]
+    fn a_condition_that_the_status_has_no_more_is_no_longer_shown() {
+        let metrics = Metrics::new().unwrap();
+        let condition = |kind: &str| Condition {
+            type_: kind.into(),
+            status: "True".into(),
+            reason: String::new(),
+            message: String::new(),
+            observed_generation: None,
+            last_transition_time: k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
+                jiff::Timestamp::UNIX_EPOCH,
+            ),
+        };
+        metrics.told("ns", "other", &[condition("ScalerConflict")]);
+        metrics.told("ns", "m", &[condition("Ready"), condition("ScalerConflict")]);
+        metrics.told("ns", "m", &[condition("Ready")]);
+        let text = metrics.text().unwrap();
+        assert!(text.contains(r#"expertmesh_condition{name="m",namespace="ns",type="Ready"} 1"#), "{text}");
+        assert!(!text.contains(r#"name="m",namespace="ns",type="ScalerConflict""#), "{text}");
+        assert!(text.contains(r#"name="other",namespace="ns",type="ScalerConflict"} 1"#), "{text}");
     }
 
     #[test]

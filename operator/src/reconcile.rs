@@ -178,11 +178,12 @@ async fn deploy(
     let serving = (old.as_ref().unwrap_or(&wanted), plan.next.is_some());
     let goals = deployment.autoscaling.as_ref().map(|policy| policy.goals);
     context.metrics.aims(&key.namespace, &key.name, goals);
-    let scaling = scale::scale(context, found, &mut deployment, serving).await?;
+    let (scaling, scaled) = scale::scale(context, found, &mut deployment, serving).await;
     let mut acted = wanted.advance(context, &deployment).await;
     if let Some(old) = &mut old {
         acted = acted.and(old.advance(context, &deployment).await);
     }
+    acted = acted.and(scaled.map_err(ReconcileError::from));
     let serving = old.as_ref().unwrap_or(&wanted);
     let next = old.is_some().then_some((wanted.revision.hash.as_str(), &wanted.seen));
     let told = Told { deployment: &deployment, plan: &plan, serving, next, scaling: scaling.as_ref() };

@@ -8,7 +8,7 @@ use crate::api::{AutoscalingStatus, ModelDeploymentStatus, PlacementStatus};
 use crate::build::names::query;
 use crate::build::{Component, Owner};
 use crate::decide::placement::imbalance;
-use crate::decide::{Decision, Desired, Observation, State};
+use crate::decide::{Decision, Desired, Observation, Report, State};
 use crate::metrics::Figures;
 
 pub(crate) use conditions::{
@@ -40,6 +40,8 @@ pub(crate) struct Scaling {
     pub(crate) unattainable: Option<String>,
     /// Who else sets the size.
     pub(crate) conflict: Option<String>,
+    /// Whether what it decides is done: no conflict, not only advice, not paused.
+    pub(crate) acts: bool,
 }
 
 /// The status to be written, which equals `before` where nothing changed.
@@ -82,10 +84,10 @@ pub(crate) fn figures(desired: &Desired, frontends: u32, seen: &Observation) -> 
 /// True where requests are answered, by all workers that there should be; or wait for one, where there should be none.
 pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
     if desired.workers == 0 {
-        return following(seen) > 0 && seen.size == 0;
+        return following(seen).next().is_some() && seen.size == 0;
     }
     let experts = Experts::count(seen, desired.min_replicas);
-    following(seen) > 0
+    following(seen).any(reaches_a_worker)
         && all_workers_ready(desired, seen)
         && experts.known
         && experts.resident == experts.all
@@ -112,10 +114,15 @@ fn answering(seen: &Observation) -> usize {
 }
 
 /// Frontends that are ready and follow the current placement.
-fn following(seen: &Observation) -> usize {
+fn following(seen: &Observation) -> impl Iterator<Item = &Report> {
     let epoch = seen.placement.epoch();
     let reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
-    reports.filter(|report| report.state == State::Ready && epoch > 0 && report.epoch == epoch).count()
+    reports.filter(move |report| report.state == State::Ready && epoch > 0 && report.epoch == epoch)
+}
+
+/// Whether a frontend could hand a request to a worker now; one that holds requests is ready too.
+fn reaches_a_worker(report: &Report) -> bool {
+    report.eligible_workers != Some(0)
 }
 
 /// Which experts are resident on live workers.

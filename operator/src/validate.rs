@@ -28,6 +28,7 @@ pub(crate) struct ValidatedDeployment {
     pub(crate) memory: Option<u64>,
     pub(crate) frontends: u32,
     pub(crate) max_context_tokens: Option<u32>,
+    pub(crate) tracing: Option<api::Tracing>,
     pub(crate) worker_pod: PodFields,
     pub(crate) frontend_pod: PodFields,
     _checked: (),
@@ -75,6 +76,7 @@ impl ValidatedDeployment {
             desired,
             frontends: spec.frontend.replicas.unsigned_abs(),
             max_context_tokens: spec.serving.max_context_tokens.map(i32::unsigned_abs),
+            tracing: spec.serving.tracing.clone(),
             worker_pod: spec.workers.pod.clone(),
             frontend_pod: spec.frontend.pod.clone(),
             _checked: (),
@@ -90,6 +92,15 @@ impl ValidatedDeployment {
     /// What is computed: workers and frontends take it alike.
     pub(crate) fn computed_as(&self) -> [(&'static str, &'static str); 2] {
         [("--weights", self.weights.name()), ("--numerics", self.numerics.name())]
+    }
+
+    /// What workers and frontends are told of traces.
+    pub(crate) fn traced(&self) -> Vec<(&'static str, String)> {
+        let of = |tracing: &api::Tracing| {
+            let sample = f64::from(tracing.sample_percent) / 100.0;
+            [("--otlp-endpoint", tracing.endpoint.clone()), ("--otlp-sample", sample.to_string())]
+        };
+        self.tracing.iter().flat_map(of).collect()
     }
 
     /// Where the model is on a disk on which the image's root is `root`.

@@ -3,7 +3,8 @@
 # URL, which pods reach too, and which answers queries (a Go module has no web pages to show). Running: it reads its files again.
 # down.sh ends it with the rest.
 #
-# What is changed in the file: the interval, since a test waits for what is seen; and that it is outside of the cluster.
+# What is changed in the files: intervals and how long alerts hold back, since a test waits for what is seen; and that it is outside of
+# the cluster.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 . "$HERE/names.sh"
@@ -33,7 +34,8 @@ answers() (exec 3<>"/dev/tcp/${ADDRESS/:/\/}" && printf 'GET /-/ready HTTP/1.0\r
 # It may list pods, which is all that finding them takes.
 configure() {
   mkdir -p "$DIR"
-  rm -rf "$DIR/alerts" && cp -r "$DEPLOY/alerts" "$DIR/alerts"
+  rm -rf "$DIR/alerts" && mkdir "$DIR/alerts"
+  sed -E "s/^( +for:) .*/\1 $INTERVAL/" "$DEPLOY/alerts/expertmesh.yaml" >"$DIR/alerts/expertmesh.yaml"
   sed -E "s/^(  (scrape|evaluation)_interval:) .*/\1 $INTERVAL/
     /kubernetes_sd_configs:/ { n; s|^( *)- role: pod\$|&\n\1  kubeconfig_file: $STATE/pki/prometheus.kubeconfig| }" \
     "$DEPLOY/prometheus.yaml" >"$DIR/prometheus.yaml"

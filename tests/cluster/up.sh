@@ -12,6 +12,7 @@ PAUSE_ARCHIVE=$CLUSTER/pause.tar
 
 main() {
   if healthy; then
+    kubectl get nodes -o name | xargs -n1 "$BIN/kubectl" uncordon >/dev/null # a test that was killed may have cordoned them
     say_how_to_use
     return
   fi

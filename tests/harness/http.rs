@@ -42,6 +42,14 @@ pub fn post_with(url: &str, headers: &[(&str, &str)], body: &Value) -> Result<(u
     Ok((response.status().as_u16(), json))
 }
 
+/// POST of JSON: the status, one of the answer's headers, and the text.
+pub fn post_for(url: &str, header: &str, body: &Value) -> Result<(u16, Option<String>, String), String> {
+    let mut response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
+    let value = response.headers().get(header).and_then(|value| value.to_str().ok()).map(str::to_string);
+    let text = response.body_mut().read_to_string().map_err(|error| format!("{url}: {error}"))?;
+    Ok((response.status().as_u16(), value, text))
+}
+
 /// POST that streams: every server-sent event's JSON, as it comes, until `[DONE]`, or until `event` hangs up.
 pub fn stream(
     url: &str,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::http::HeaderMap;
-use opentelemetry::propagation::{Extractor, Injector, TextMapPropagator};
+use opentelemetry::propagation::{Extractor, TextMapPropagator};
 use opentelemetry::trace::{SpanContext, Status, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry::{Context, ContextGuard, KeyValue, Value};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
@@ -15,7 +15,7 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{
     self, BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracer, SdkTracerProvider, SpanData,
 };
-use tonic::metadata::{Ascii, MetadataKey, MetadataMap};
+use tonic::metadata::MetadataMap;
 
 pub(crate) use opentelemetry::trace::SpanKind;
 
@@ -229,8 +229,10 @@ impl Span {
 
     /// Tells the process that is called whose its spans are.
     pub(crate) fn tell(&self, metadata: &mut MetadataMap) {
-        if let Some(context) = &self.0 {
-            TraceContextPropagator::new().inject_context(context, &mut Metadata(metadata));
+        // Not the client's tracestate: a long one is more than a header list may hold.
+        let parent = self.traceparent();
+        if let Some(parent) = parent.parse().ok().filter(|_| !parent.is_empty()) {
+            metadata.insert("traceparent", parent);
         }
     }
 }
@@ -264,17 +266,6 @@ impl Extractor for Text<'_> {
 
     fn keys(&self) -> Vec<&str> {
         vec![TRACEPARENT]
-    }
-}
-
-struct Metadata<'a>(&'a mut MetadataMap);
-
-impl Injector for Metadata<'_> {
-    fn set(&mut self, key: &str, value: String) {
-        // What the client sent in tracestate may be no header that we can send.
-        if let (Ok(key), Ok(value)) = (MetadataKey::<Ascii>::from_bytes(key.as_bytes()), value.parse()) {
-            self.0.insert(key, value);
-        }
     }
 }
 

@@ -139,6 +139,8 @@ pub(crate) struct AutoscalingStatus {
     pub(crate) workers: i32,
     /// The size that it thinks right.
     pub(crate) wanted: i32,
+    /// So many have the memory for every expert; at zero nobody could say.
+    pub(crate) at_least: i32,
     /// The s of the rule: at 0.55 and above more are needed, below 0.40 fewer may do.
     pub(crate) load: String,
     /// Why it does what it does now, in one word.

@@ -150,7 +150,8 @@ fn computed_as(process: &Process) -> Vec<String> {
 fn limits(process: &Process) -> Vec<String> {
     let context = process.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.into()));
     let limits = context.into_iter().chain([("--drain-timeout", process.drain_seconds())]);
-    limits.flat_map(|(flag, limit)| [flag.to_string(), limit.to_string()]).collect()
+    let limits = limits.map(|(flag, limit)| (flag, limit.to_string())).chain(process.deployment.traced());
+    limits.flat_map(|(flag, value)| [flag.to_string(), value]).collect()
 }
 
 /// What both take alike: the model, the placement, and where they listen.

@@ -80,6 +80,9 @@ pub(crate) fn hash(deployment: &ValidatedDeployment) -> String {
     if deployment.numerics != Numerics::default() {
         parts["numerics"] = json!(deployment.numerics.name());
     }
+    if let Some(tracing) = &deployment.tracing {
+        parts["tracing"] = json!(tracing);
+    }
     let mut text = String::new();
     canonical(&parts, &mut text);
     Sha256::digest(text.as_bytes()).iter().take(4).map(|byte| format!("{byte:02x}")).collect()

@@ -103,6 +103,18 @@ fn workers_and_frontends_are_told_the_same_format_and_order_of_sums() {
 }
 
 #[test]
+fn workers_and_frontends_are_told_where_traces_go() {
+    let revision = revision("  serving: {tracing: {endpoint: 'http://collector:4317', samplePercent: 5}}\n");
+    for template in [revision.workers, revision.frontend] {
+        let arguments = template.spec.unwrap().containers[0].args.clone().unwrap().join(" ");
+        assert!(
+            arguments.ends_with("--otlp-endpoint http://collector:4317 --otlp-sample 0.05"),
+            "{arguments}"
+        );
+    }
+}
+
+#[test]
 fn a_deployment_of_before_formats_could_be_chosen_keeps_its_revision() {
     for same in ["", "  serving: {numerics: pair}\n"] {
         assert_eq!(revision(same).hash, "3e3a242a", "{same}");
@@ -136,6 +148,7 @@ fn a_revision_is_what_may_not_mix_and_nothing_else() {
         "  serving: {maxContextTokens: 512}\n",
         "  serving: {drainTimeout: 60s}\n",
         "  serving: {numerics: tile}\n",
+        "  serving: {tracing: {endpoint: 'http://collector:4317'}}\n",
         "  workers: {image: 'other:1'}\n",
         "  workers: {resources: {requests: {cpu: '1'}}}\n",
         "  frontend: {podLabels: {a: b}}\n",

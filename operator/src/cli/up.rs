@@ -30,8 +30,6 @@ use crate::validate::ValidatedDeployment;
 const PERIOD: Duration = Duration::from_millis(500);
 /// Reports that come within this time make one decision.
 const PACE: Duration = Duration::from_millis(20);
-/// Changes of size that are remembered, for the limits of `behavior`.
-const CHANGES_KEPT: usize = 64;
 /// How often a process may die without a word before the deployment was ever ready.
 const TRIES: u32 = 3;
 
@@ -68,6 +66,7 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
         bars,
         autoscaler: Autoscaler::default(),
         changes: Vec::new(),
+        at_least: 1,
         was_ready: false,
         is_settled: false,
     };
@@ -100,8 +99,10 @@ struct Serving {
     changed: Arc<Notify>,
     bars: Bars,
     autoscaler: Autoscaler,
-    /// Of size, by the autoscaler.
+    /// Of size, that the autoscaler was not told of yet.
     changes: Vec<Change>,
+    /// So many workers hold every expert, as far as is known: at zero nobody says.
+    at_least: u32,
     was_ready: bool,
     is_settled: bool,
 }
@@ -127,13 +128,16 @@ impl Serving {
     fn scale(&mut self, seen: &Observation) {
         let now = Timestamp::now();
         let desired = &self.deployment.desired;
-        let shape = seen.shape();
-        let size = Size {
-            workers: desired.workers,
-            at_least: shape.map_or(1, |shape| fewest(&shape, desired.min_replicas, self.deployment.memory)),
-            failing: status::failing(seen),
-        };
-        self.autoscaler.set(self.deployment.autoscaling.as_ref(), size, self.changes.clone());
+        if let Some(shape) = seen.shape() {
+            self.at_least = fewest(&shape, desired.min_replicas, self.deployment.memory);
+        }
+        let size = Size { workers: desired.workers, at_least: self.at_least, failing: status::failing(seen) };
+        self.autoscaler.set(
+            self.deployment.autoscaling.as_ref(),
+            size,
+            std::mem::take(&mut self.changes),
+            now,
+        );
         self.autoscaler.look(&Load::of(seen.members()), now);
         let (Some(verdict), Some(policy)) = (self.autoscaler.verdict(now), &self.deployment.autoscaling)
         else {
@@ -149,7 +153,6 @@ impl Serving {
             verdict.message
         ));
         self.changes.push(Change { at: now, from, to });
-        self.changes.drain(..self.changes.len().saturating_sub(CHANGES_KEPT));
         self.deployment.desired.workers = to;
     }
 

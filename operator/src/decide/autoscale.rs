@@ -22,8 +22,6 @@ use window::{HIGH, LOW, Summary, Window};
 const CARRIED: f64 = 0.50;
 /// The share of the latent caches that they may fill.
 const KV_CARRIED: f32 = 0.9;
-/// Within so much of what one request alone takes (a histogram's bucket is 19 % wide), it is not others that a request waits for.
-const LIKE_ALONE: f64 = 1.25;
 /// A step up that leaves more than this of the latencies did not help.
 const HELPED: f64 = 0.95;
 /// How much of the load per worker has to have gone before a step is judged.
@@ -32,6 +30,10 @@ const LIGHTER: f64 = 0.9;
 const OTHER_LOAD: f64 = 1.5;
 /// How long new workers may take before a step is no longer judged.
 const STEP_PATIENCE: Duration = Duration::from_secs(600);
+/// Of a limit.
+const LONGEST_PERIOD: Duration = Duration::from_secs(1800);
+/// Changes of size that are remembered.
+const CHANGES: usize = 64;
 /// As many wishes as the longest stabilization window holds.
 const WISHES: usize = 1300;
 
@@ -174,12 +176,18 @@ pub(crate) struct Count {
 
 impl Autoscaler {
     /// What is to be scaled from now on. Without a policy, nothing is looked at.
-    pub(crate) fn set(&mut self, policy: Option<&Policy>, size: Size, changes: Vec<Change>) {
+    /// `changes` are those of late, as they were recorded; what was recorded before is remembered for as long as any limit.
+    pub(crate) fn set(&mut self, policy: Option<&Policy>, size: Size, changes: Vec<Change>, now: Timestamp) {
         if policy.is_none() {
             self.scaler = Scaler::default();
         }
         self.policy = policy.cloned();
-        (self.size, self.changes) = (size, changes);
+        self.size = size;
+        let new: Vec<Change> = changes.into_iter().filter(|change| !self.changes.contains(change)).collect();
+        self.changes.extend(new);
+        self.changes.sort_by_key(|change| change.at);
+        self.changes.retain(|change| elapsed(change.at, now) <= LONGEST_PERIOD);
+        self.changes.drain(..self.changes.len().saturating_sub(CHANGES));
     }
 
     /// To be called with every report; none where it is too early for a look.
@@ -218,7 +226,7 @@ impl Scaler {
             *self = Self { goals: self.goals, workers: size.workers, ..Self::default() };
         }
         self.queued = load.queued();
-        if self.queued + load.in_flight() > 0 {
+        if self.queued > 0 || load.in_flight() > 0 {
             self.window.wake(); // at once, not with the next look
         }
         self.note_size(size, now);
@@ -257,6 +265,14 @@ impl Scaler {
         if n > policy.max {
             return exactly(policy.max, Reason::Bounds, format!("maxWorkers is {}", policy.max));
         }
+        let at_least = size.at_least.min(policy.max);
+        if n > 0 && n < at_least {
+            return exactly(
+                at_least,
+                Reason::Bounds,
+                format!("{at_least} workers have the memory for every expert"),
+            );
+        }
         if n == 0 {
             return match self.queued {
                 0 => exactly(0, Reason::Idle, "no request came".into()),
@@ -265,6 +281,9 @@ impl Scaler {
                     exactly(first, Reason::Wake, format!("{} for a worker", waiting(queued)))
                 }
             };
+        }
+        if self.window.is_stale(now) {
+            return exactly(n, Reason::Unseen, "nothing was heard lately".into());
         }
         if let Some(since) = self.window.idle_since().filter(|_| least == 0)
             && elapsed(since, now) >= policy.idle_after
@@ -286,9 +305,9 @@ impl Scaler {
     /// What the load alone calls for, and why.
     fn wish(&self, policy: &Policy, size: &Size) -> (u32, Reason) {
         let (summary, n) = (self.window.summary(), size.workers);
-        let alone = self.alone(policy.goals);
-        let like_alone = alone > 0.0 && summary.load <= alone * LIKE_ALONE && !summary.by_queue;
-        if summary.load > HIGH && !like_alone {
+        // With a worker for each request there is nobody to wait for: more workers would make none faster.
+        let is_alone = summary.alone && !summary.by_queue;
+        if summary.load > HIGH && !is_alone {
             let wish = n.max((summary.demand / HIGH - 1e-9).ceil() as u32);
             return match wish > n {
                 false => (n, Reason::Steady),
@@ -300,10 +319,10 @@ impl Scaler {
         if !summary.complete {
             return (n, Reason::Unseen);
         }
-        if summary.load >= LOW && !like_alone {
+        if summary.load >= LOW && !is_alone {
             return (n, Reason::Steady);
         }
-        let fewest = size.at_least.max(1);
+        let (fewest, alone) = (size.at_least.max(1), self.alone(policy.goals));
         let enough = (fewest..n).find(|&workers| self.carry(workers, &summary, alone));
         enough.map_or((n, Reason::Steady), |workers| (workers, Reason::Spare))
     }
@@ -313,16 +332,15 @@ impl Scaler {
     /// be in the middle.
     fn carry(&self, workers: u32, summary: &Summary, alone: f64) -> bool {
         let Some(now) = self.window.now() else { return false };
-        let (ready, staying) = (f64::from(now.ready), f64::from(workers.min(now.ready)));
+        // The highest slots leave, also where the lowest are those that are not ready.
+        let staying = now.slots.range(..workers).count() as f64;
+        let ready = f64::from(now.ready);
         if staying == 0.0 || now.queued() > 0 {
             return false;
         }
         let shrinks = ready / staying;
         let load = summary.demand / ready;
         let alone = alone.min(load);
-        if load <= alone * LIKE_ALONE && f64::from(summary.most_in_flight) <= staying {
-            return true;
-        }
         let in_proportion = alone + (load - alone) * shrinks;
         let idle = 1.0 - (1.0 - alone / load) * shrinks;
         let expected = match alone > 0.0 {
@@ -330,7 +348,8 @@ impl Scaler {
             true => (in_proportion + alone / idle) / 2.0,
             false => in_proportion,
         };
-        expected <= CARRIED.max((alone * LIKE_ALONE).min(HIGH)) && now.kv_usage * shrinks as f32 <= KV_CARRIED
+        let is_fast_enough = expected <= CARRIED || (summary.alone && summary.together <= staying);
+        is_fast_enough && now.kv_usage * shrinks as f32 <= KV_CARRIED
     }
 
     /// The load of one request alone; 0 while unknown.

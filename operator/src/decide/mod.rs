@@ -95,6 +95,8 @@ pub(crate) struct Report {
     pub(crate) bytes_to_load: u64,
     /// Of frontends.
     pub(crate) latencies: Option<Box<Latencies>>,
+    /// Of frontends: workers that could take a sequence from it now.
+    pub(crate) eligible_workers: Option<u32>,
     /// When the process began, in nanoseconds since 1970.
     pub(crate) incarnation: u64,
 }
@@ -107,6 +109,8 @@ pub(crate) struct Latencies {
     /// Now: the ages of the choices that have no token yet.
     pub(crate) awaiting: Histogram,
     pub(crate) choices: u64,
+    /// Of each choice, how many were open when it came, itself included: their sum.
+    pub(crate) together: u64,
 }
 
 impl Latencies {
@@ -117,6 +121,7 @@ impl Latencies {
             per_token: self.per_token.since(&earlier.per_token),
             awaiting: self.awaiting.clone(),
             choices: self.choices.saturating_sub(earlier.choices),
+            together: self.together.saturating_sub(earlier.together),
         }
     }
 
@@ -125,6 +130,7 @@ impl Latencies {
         self.per_token.merge(&other.per_token);
         self.awaiting.merge(&other.awaiting);
         self.choices = self.choices.saturating_add(other.choices);
+        self.together = self.together.saturating_add(other.together);
     }
 }
 

@@ -273,6 +273,7 @@ impl Process {
                 bytes_to_load: 0,
                 kv_usage: 0.0,
                 latencies: None,
+                eligible_workers: None,
                 incarnation: 0,
             });
             self.silent_since = None;

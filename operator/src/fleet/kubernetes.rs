@@ -91,7 +91,7 @@ impl KubernetesFleet {
         now: Timestamp,
     ) -> Option<Verdict> {
         let mut autoscaler = streams::locked(&self.autoscaler);
-        autoscaler.set(policy, size, changes);
+        autoscaler.set(policy, size, changes, now);
         autoscaler.verdict(now)
     }
 

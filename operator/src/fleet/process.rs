@@ -166,7 +166,8 @@ impl ProcessFleet {
             self.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.to_string()));
         let common = [("--name", name.clone()), ("--metrics", "127.0.0.1:0".into())];
         let computed_as = self.deployment.computed_as().map(|(flag, value)| (flag, value.to_string()));
-        for (flag, value) in common.into_iter().chain(own).chain(computed_as).chain(context) {
+        let more = context.into_iter().chain(self.deployment.traced());
+        for (flag, value) in common.into_iter().chain(own).chain(computed_as).chain(more) {
             arguments.extend([flag.into(), value.into()]);
         }
         let files = self.state.path().join(format!("{}-{name}.x", self.started));

@@ -22,49 +22,56 @@ const AUTOSCALER: &str = "expertmesh-autoscaler";
 const DECISIONS_KEPT: usize = 5;
 
 /// Decides the size from what the serving revision's processes say, writes it where it changes, and makes it the desired
-/// one of this reconcile. None without `spec.autoscaling`.
+/// one of this reconcile. None without `spec.autoscaling`. What could not be written keeps nothing else from being done.
 pub(super) async fn scale(
     context: &Context,
     found: &Found,
     deployment: &mut ValidatedDeployment,
     (serving, is_rolling_out): (&Side<'_>, bool),
-) -> Result<Option<Scaling>, ApiError> {
+) -> (Option<Scaling>, Result<(), ApiError>) {
     let before = found.status().autoscaling;
-    let shape = serving.seen.shape();
     let desired = &deployment.desired;
+    let known = serving.seen.shape().map(|shape| fewest(&shape, desired.min_replicas, deployment.memory));
+    let before_zero = before.as_ref().map_or(0, |before| before.at_least.unsigned_abs());
     let size = Size {
         workers: desired.workers,
-        at_least: shape
-            .map_or(desired.min_replicas, |shape| fewest(&shape, desired.min_replicas, deployment.memory)),
+        at_least: known.unwrap_or(before_zero).max(desired.min_replicas),
         failing: status::failing(&serving.seen),
     };
     let changes = before.iter().flat_map(|status| &status.decisions).map(change).collect();
     let now = Timestamp::now();
+    let at_least = signed(size.at_least);
     let verdict = serving.fleet.lock().await.autoscale(deployment.autoscaling.as_ref(), size, changes, now);
-    let (Some(mut verdict), Some(policy)) = (verdict, &deployment.autoscaling) else { return Ok(None) };
+    let (Some(mut verdict), Some(policy)) = (verdict, &deployment.autoscaling) else {
+        return (None, Ok(()));
+    };
     if is_rolling_out && verdict.workers < desired.workers {
         verdict.workers = desired.workers; // fewer of an old revision say nothing of the new one
     }
     let owners = owners(&found.object);
     // The API server keeps no account of who set a size of 0.
     let may_be_ours = owners.is_empty() && desired.workers == 0 && policy.min == 0;
-    let spec = Spec {
+    let mut spec = Spec {
+        at_least,
         workers: signed(desired.workers),
         is_ours: owners.contains(&AUTOSCALER) || may_be_ours,
         others: if owners.is_empty() { "somebody".into() } else { owners.join(", ") },
         hash: hash(&found.object),
         may_write: !policy.advisory && !desired.paused,
     };
-    let Next { scaling, write } = next(before, &spec, &verdict, now);
+    let Next { scaling, write } = next(before.clone(), &spec, &verdict, now);
     if let Some(workers) = write {
-        set(context, found, workers).await?;
+        if let Err(error) = set(context, found, workers).await {
+            spec.may_write = false;
+            return (Some(next(before, &spec, &verdict, now).scaling), Err(error));
+        }
         let (name, reason) = (&found.owner.name, verdict.reason.as_str());
         info!(name, reason, "from {} to {workers} workers: {}", desired.workers, verdict.message);
         let direction = if workers > desired.workers { "up" } else { "down" };
         context.metrics.scaled((&found.owner.namespace, name), direction, reason);
         deployment.desired.workers = workers;
     }
-    Ok(Some(scaling))
+    (Some(scaling), Ok(()))
 }
 
 /// Only where nobody changed the object since it was read.
@@ -82,6 +89,7 @@ async fn set(context: &Context, found: &Found, workers: u32) -> Result<(), ApiEr
 
 /// What of the object matters here.
 struct Spec {
+    at_least: i32,
     workers: i32,
     /// Whether our own write is the last one to the size.
     is_ours: bool,
@@ -101,7 +109,8 @@ fn next(before: Option<AutoscalingStatus>, spec: &Spec, verdict: &Verdict, now: 
     let before = before.unwrap_or_default();
     let known = before.spec_hash.as_ref() == Some(&spec.hash);
     let moved = known && before.workers != spec.workers;
-    let conflict = (moved && !spec.is_ours).then(|| {
+    // Whoever only advises, or is paused, leaves the size to others.
+    let conflict = (moved && !spec.is_ours && spec.may_write).then(|| {
         format!(
             "spec.workers.replicas was moved from {} to {} by {}: this autoscaler stops. Remove the other writer or \
              spec.autoscaling; set it back to {}, or change spec.autoscaling, to go on",
@@ -137,6 +146,7 @@ fn next(before: Option<AutoscalingStatus>, spec: &Spec, verdict: &Verdict, now: 
     let status = AutoscalingStatus {
         workers,
         wanted: signed(verdict.wanted),
+        at_least: spec.at_least,
         reason: verdict.reason.as_str().into(),
         message: verdict.message.clone(),
         load,
@@ -148,8 +158,8 @@ fn next(before: Option<AutoscalingStatus>, spec: &Spec, verdict: &Verdict, now: 
     } else {
         status
     };
-    let unattainable = verdict.unattainable.clone();
-    Next { scaling: Scaling { status, unattainable, conflict }, write }
+    let (unattainable, acts) = (verdict.unattainable.clone(), spec.may_write && conflict.is_none());
+    Next { scaling: Scaling { status, unattainable, conflict, acts }, write }
 }
 
 /// Figures that only tremble are not worth a write.
@@ -193,7 +203,14 @@ mod tests {
     }
 
     fn spec(workers: i32, is_ours: bool) -> Spec {
-        Spec { workers, is_ours, others: "kubectl-scale".into(), hash: "1a2b3c4d".into(), may_write: true }
+        Spec {
+            at_least: 1,
+            workers,
+            is_ours,
+            others: "kubectl-scale".into(),
+            hash: "1a2b3c4d".into(),
+            may_write: true,
+        }
     }
 
     fn after(before: Option<AutoscalingStatus>, spec: &Spec, workers: u32) -> Next {
@@ -238,6 +255,12 @@ mod tests {
         let next = after(known(3), &Spec { may_write: false, ..spec(3, false) }, 5);
         assert_eq!((next.write, next.scaling.status.workers, next.scaling.status.wanted), (None, 3, 5));
         assert_eq!(next.scaling.status.decisions, vec![]);
+        let next = after(known(3), &Spec { may_write: false, ..spec(5, false) }, 7);
+        assert_eq!(
+            (next.scaling.conflict, next.scaling.status.workers),
+            (None, 5),
+            "others may set the size"
+        );
     }
 
     #[test]

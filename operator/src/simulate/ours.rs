@@ -39,7 +39,7 @@ impl Scaler for Ours {
     fn look(&mut self, seen: &Seen<'_>) -> u32 {
         let (n, now) = (seen.load.desired, time(seen.now));
         let size = Size { workers: n, at_least: self.at_least, failing: None };
-        self.autoscaler.set(Some(&self.policy), size, self.changes.clone());
+        self.autoscaler.set(Some(&self.policy), size, self.changes.clone(), now);
         let look = self.autoscaler.look(&load(seen), now);
         let verdict = match look {
             Some(look) => look.verdict,
@@ -79,6 +79,7 @@ fn load(seen: &Seen<'_>) -> Load {
     let named = frontends.into_iter().enumerate().map(|(at, frontend)| (format!("frontend-{at}"), frontend));
     Load {
         frontends: named.collect(),
+        slots: (0..seen.load.ready).collect(),
         ready: seen.load.ready,
         running: seen.load.running,
         waiting: seen.load.waiting,

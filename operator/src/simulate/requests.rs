@@ -97,8 +97,9 @@ impl Requests {
 
     pub(crate) fn arrived(&mut self, id: Id) {
         let frontend = self.frontend(id);
-        frontend.latencies.choices += 1;
         frontend.in_flight += 1;
+        frontend.latencies.choices += 1;
+        frontend.latencies.together += u64::from(frontend.in_flight);
     }
 
     /// Its client got an error.
@@ -186,7 +187,7 @@ mod tests {
         assert!(!requests.produce(0, 16, 2_300_000));
         assert_eq!(requests.get(0).due(), 3);
         assert!(requests.produce(0, 3, 2_330_000));
-        let mut expected = Latencies { choices: 1, ..Latencies::default() };
+        let mut expected = Latencies { choices: 1, together: 1, ..Latencies::default() };
         expected.first_token.add(Duration::from_millis(500));
         expected.per_token.add(Duration::from_millis(50));
         expected.per_token.add(Duration::from_millis(10));

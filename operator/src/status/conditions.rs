@@ -5,7 +5,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::{Experts, Scaling, Situation, all_workers_ready, answering, those_that_stay_are_ready};
+use super::{
+    Experts, Scaling, Situation, all_workers_ready, answering, reaches_a_worker, those_that_stay_are_ready,
+};
 use crate::api::ModelDeploymentStatus;
 use crate::decide::{Action, Decision, Failure, Observation, Seen, State};
 
@@ -139,6 +141,8 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
         return verdict;
     }
     let was = condition(situation.before, READY).is_some_and(|was| was.status == "True");
+    let reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
+    let unreached = !was && ready_frontends > 0 && !reports.clone().any(reaches_a_worker);
     if !was || ready_workers == 0 {
         // Whoever is to come or to leave does not count: those that there are answer.
         let workers = (!those_that_stay_are_ready(situation.desired, seen)).then_some(workers);
@@ -147,6 +151,12 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
                 return Verdict { status: "False", ..part.clone() };
             }
         }
+    }
+    if unreached {
+        return Verdict::no(
+            "WorkersUnreached",
+            "no frontend reaches a worker: check NetworkPolicies, and their logs",
+        );
     }
     if ready_frontends > 0 {
         let (workers, frontends) = (counted(ready_workers, "worker"), counted(ready_frontends, "frontend"));
@@ -168,7 +178,7 @@ fn asleep(situation: &Situation) -> Option<Verdict> {
     let Situation { seen, desired, now, .. } = situation;
     let url = situation.owner.url();
     if desired.workers == 0 {
-        return Some(match situation.scaling {
+        return Some(match situation.scaling.filter(|scaling| scaling.acts) {
             Some(_) => {
                 Verdict::yes(SCALED_TO_ZERO, format!("no worker runs; the first request at {url} starts one"))
             }

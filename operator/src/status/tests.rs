@@ -41,6 +41,7 @@ fn report(state: State, epoch: u64, resident: ExpertSet) -> Report {
         bytes_to_load: 0,
         kv_usage: 0.0,
         latencies: None,
+        eligible_workers: None,
         incarnation: 0,
     }
 }

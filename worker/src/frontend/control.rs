@@ -68,8 +68,12 @@ async fn report(
     let (mut workers, mut in_flight, mut leaving) =
         (server.workers.changes(), server.in_flight(), server.leaving());
     let (mut placements, mut waiting) = (placement.subscribe(), server.workers.waiting());
-    while reports.send(Ok(now(&server, &placement, &me))).await.is_ok() {
+    loop {
+        // Before the report is made: whoever begins to wait after it is told by the next one.
         let none_waited = waiting.borrow_and_update().waiting == 0;
+        if reports.send(Ok(now(&server, &placement, &me))).await.is_err() {
+            return;
+        }
         let changed = async {
             tokio::select! {
                 _ = workers.changed() => {}
@@ -104,6 +108,7 @@ fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::Re
         running: *server.in_flight().borrow(),
         waiting: server.workers.waiting().borrow().waiting,
         latencies: Some(server.latencies.report(Instant::now())),
+        eligible_workers: server.workers.eligible() as u32,
         ..v1::ReportResponse::default()
     }
 }

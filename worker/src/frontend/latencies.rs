@@ -23,6 +23,10 @@ struct State {
     first_token: Histogram,
     per_token: Histogram,
     choices: u64,
+    /// Choices that have not ended.
+    open: u64,
+    /// Of each choice, how many were open when it came: their sum.
+    together: u64,
     /// By number of the choice: when its request arrived.
     awaiting: BTreeMap<u64, Instant>,
 }
@@ -32,6 +36,8 @@ impl Latencies {
     pub(crate) fn accept(&self, arrived: Instant, metrics: FrontendMetrics) -> Clock {
         let mut state = self.state();
         state.choices += 1;
+        state.open += 1;
+        state.together += state.open;
         let number = state.choices;
         if state.awaiting.len() < AWAITING {
             state.awaiting.insert(number, arrived);
@@ -50,6 +56,7 @@ impl Latencies {
             per_token: Some(state.per_token.to_proto()),
             awaiting: Some(awaiting.to_proto()),
             choices: state.choices,
+            together: state.together,
         }
     }
 
@@ -123,8 +130,10 @@ impl Drop for Clock {
         if let Some(mean) = self.all.mean() {
             self.metrics.per_token(mean);
         }
+        let mut state = self.latencies.state();
+        state.open -= 1;
         if !self.begun {
-            self.latencies.state().awaiting.remove(&self.number);
+            state.awaiting.remove(&self.number);
         }
     }
 }
@@ -163,6 +172,18 @@ mod tests {
         clock.token(start + 1800 * MS, true);
         drop((clock, other));
         assert_eq!(counts(&latencies, start), (1, 2, 0, 2), "fewer than 16 at the end are a sample too");
+    }
+
+    #[test]
+    fn how_many_are_open_at_an_arrival_is_summed_up() {
+        let (latencies, metrics) = (Latencies::default(), FrontendMetrics::new(&Registry::new(), "m"));
+        let accept = || latencies.accept(Instant::now(), metrics.clone());
+        drop(accept());
+        let both = [accept(), accept()];
+        drop(both);
+        drop(accept());
+        let report = latencies.report(Instant::now());
+        assert_eq!((report.choices, report.together), (4, 1 + (1 + 2) + 1));
     }
 
     #[test]

@@ -144,6 +144,11 @@ impl Workers {
         if view.may_wait { Ok(()) } else { Err(route::why_none(&view.known())) }
     }
 
+    /// Workers that could take a sequence now.
+    pub(crate) fn eligible(&self) -> usize {
+        self.view().known().values().filter(|known| known.eligible().is_ok()).count()
+    }
+
     pub(crate) fn changes(&self) -> watch::Receiver<()> {
         self.0.changed.subscribe()
     }
@@ -290,9 +295,11 @@ impl Workers {
 
     /// Before a worker is tried again.
     async fn pause(&self, backoff: Duration) {
+        // A thousand workers are not all looked for ten times a second.
+        let haste = HASTE.max(Duration::from_millis(self.view().workers.len() as u64));
         let hurried = async {
             self.0.hold.begins().await;
-            sleep(HASTE).await;
+            sleep(haste).await;
         };
         tokio::select! {
             () = sleep(backoff) => {}
@@ -379,11 +386,6 @@ async fn connect(address: &str) -> Result<Channel, String> {
 
 #[cfg(test)]
 impl Workers {
-    /// Workers that could take a sequence.
-    pub(crate) fn eligible(&self) -> usize {
-        self.view().known().values().filter(|known| known.eligible().is_ok()).count()
-    }
-
     /// No other sequence may wait.
     pub(crate) fn fill_queue(&self) {
         self.0.queue.try_acquire_many(QUEUE as u32).unwrap().forget();

@@ -126,6 +126,7 @@ impl<B: Backend> WorkerState<B> {
             waiting: load.waiting,
             kv_usage: load.kv_usage as f32,
             latencies: None,
+            eligible_workers: 0,
             bytes_loaded,
             bytes_to_load: bytes_loaded + u64::from(residency.missing) * self.shape.expert_bytes,
         }

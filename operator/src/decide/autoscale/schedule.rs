@@ -1,7 +1,7 @@
 //! Minimums by the clock: from one crontab expression's times to another's, in a time zone.
 
 use cronexpr::{Crontab, MakeTimestamp};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 /// At least so many workers from each start to the next end.
 #[derive(Debug, Clone)]
@@ -21,23 +21,23 @@ impl Schedule {
                 return Err(format!("{field} ({expression}) must have five fields, such as 0 8 * * 1-5"));
             }
             let parsed = cronexpr::parse_crontab(&format!("{expression} {time_zone}"));
-            parsed.map_err(|error| {
+            let parsed = parsed.map_err(|error| {
                 format!("{field} ({expression}) in timeZone {time_zone}: {}", one_line(&error))
-            })
+            })?;
+            // Any time will do to ask what never comes.
+            let first = parsed.find_next(MakeTimestamp(Timestamp::UNIX_EPOCH));
+            first.map_err(|_| format!("{field} ({expression}) never comes"))?;
+            Ok(parsed)
         };
         let crontabs = Box::new((read("start", start)?, read("end", end)?));
         let (time_zone, start, end) = (time_zone.into(), start.into(), end.into());
         Ok(Self { time_zone, start, end, min_workers, crontabs })
     }
 
-    /// Whether it is on: its next end comes before its next start.
+    /// Whether it is on: its last start was after its last end.
     pub(crate) fn is_on(&self, now: Timestamp) -> bool {
-        let next =
-            |crontab: &Crontab| crontab.find_next(MakeTimestamp(now)).ok().map(|next| next.timestamp());
-        match (next(&self.crontabs.0), next(&self.crontabs.1)) {
-            (Some(start), Some(end)) => end < start,
-            _ => false,
-        }
+        let (start, end) = (last(&self.crontabs.0, now), last(&self.crontabs.1, now));
+        start.is_some_and(|start| end.is_none_or(|end| start > end))
     }
 
     pub(crate) fn text(&self) -> String {
@@ -53,6 +53,23 @@ impl PartialEq for Schedule {
     fn eq(&self, other: &Self) -> bool {
         self.written() == other.written()
     }
+}
+
+/// The last of a crontab's times that is not after `now`, within a leap year.
+fn last(crontab: &Crontab, now: Timestamp) -> Option<Timestamp> {
+    // Ever further back: what comes every minute is found within the first hour, not counted from last year on.
+    [1, 24, 8 * 24, 32 * 24, 367 * 24].into_iter().find_map(|hours| {
+        let mut found = None;
+        let mut from = now - SignedDuration::from_hours(hours);
+        while let Ok(next) = crontab.find_next(MakeTimestamp(from)) {
+            from = next.timestamp();
+            if from > now {
+                break;
+            }
+            found = Some(from);
+        }
+        found
+    })
 }
 
 fn one_line(error: &cronexpr::Error) -> String {
@@ -89,6 +106,19 @@ mod tests {
         let night = Schedule::new("UTC", "0 22 * * *", "0 4 * * *", 2).unwrap();
         assert!(is_on(&night, "2026-11-24T23:30:00Z") && is_on(&night, "2026-11-25T03:59:00Z"));
         assert!(!is_on(&night, "2026-11-25T04:30:00Z"));
+    }
+
+    #[test]
+    fn a_start_and_an_end_may_come_at_different_paces() {
+        // 2026-11-27 is a Friday.
+        let office = Schedule::new("UTC", "0 8 * * 1-5", "0 18 * * *", 4).unwrap();
+        assert!(is_on(&office, "2026-11-27T12:00:00Z"));
+        assert!(!is_on(&office, "2026-11-28T12:00:00Z"), "Friday ended");
+        let twice = Schedule::new("UTC", "0 8,12 * * *", "0 18 * * *", 4).unwrap();
+        assert!(is_on(&twice, "2026-11-27T09:00:00Z") && is_on(&twice, "2026-11-27T13:00:00Z"));
+        assert!(!is_on(&twice, "2026-11-27T19:00:00Z"));
+        let error = Schedule::new("UTC", "0 8 * * *", "0 0 31 2 *", 4).unwrap_err();
+        assert_eq!(error, "end (0 0 31 2 *) never comes");
     }
 
     #[test]

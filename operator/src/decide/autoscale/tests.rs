@@ -7,6 +7,8 @@ struct Rig {
     size: Size,
     changes: Vec<Change>,
     frontend: FrontendLoad,
+    /// The lowest slot that is ready.
+    first: u32,
     ready: u32,
     complete: bool,
     now: Timestamp,
@@ -52,6 +54,7 @@ impl Rig {
             size: Size { workers, at_least: 1, failing: None },
             changes: vec![],
             frontend: FrontendLoad { incarnation: 1, ..FrontendLoad::default() },
+            first: 0,
             ready: workers,
             complete: true,
             now,
@@ -66,11 +69,13 @@ impl Rig {
         (0..traffic.requests).for_each(|_| latencies.first_token.add(milliseconds(traffic.ttft)));
         (0..4 * traffic.requests).for_each(|_| latencies.per_token.add(milliseconds(traffic.tpot)));
         latencies.choices += traffic.requests;
+        latencies.together += traffic.requests * u64::from(traffic.in_flight);
         latencies.awaiting = Default::default();
         (0..traffic.awaiting.0).for_each(|_| latencies.awaiting.add(milliseconds(traffic.awaiting.1)));
         (self.frontend.in_flight, self.frontend.queued) = (traffic.in_flight, traffic.queued);
         let load = Load {
             frontends: [("f".to_string(), self.frontend.clone())].into(),
+            slots: (self.first..self.first + self.ready).collect(),
             ready: self.ready,
             running: traffic.in_flight.saturating_sub(traffic.queued),
             complete: self.complete,
@@ -334,6 +339,49 @@ fn workers_that_cannot_run_are_neither_capacity_nor_a_reason_for_more() {
 }
 
 #[test]
+fn the_worker_that_serves_does_not_leave_for_one_that_is_dead() {
+    let mut rig = Rig::new(2);
+    // Slot 0 is dead, and a StatefulSet takes slot 1 first.
+    (rig.first, rig.ready) = (1, 1);
+    let verdict = rig.watch(900, busy(150, 5));
+    assert_eq!((verdict.workers, verdict.reason), (2, Reason::Steady), "{}", verdict.message);
+}
+
+#[test]
+fn what_the_first_request_after_zero_waited_is_not_what_a_request_takes() {
+    let mut rig = Rig::new(0);
+    for _ in 0..4 {
+        (rig.size.workers, rig.ready) = (0, 0);
+        rig.watch(60, QUIET);
+        rig.look(Traffic { in_flight: 1, queued: 1, ..QUIET });
+        (rig.size.workers, rig.ready) = (1, 1);
+        rig.watch(3, Traffic { in_flight: 0, ..busy(1700, 10) });
+        rig.watch(60, QUIET);
+    }
+    assert_eq!(rig.verdict().unattainable, None);
+    let verdict = rig.watch(48, busy(1700, 10));
+    assert_eq!(verdict.workers, 2, "{}", verdict.message);
+}
+
+#[test]
+fn as_many_run_as_hold_every_expert() {
+    let mut rig = Rig::new(1);
+    rig.size.at_least = 3;
+    let verdict = rig.watch(3, QUIET);
+    assert_eq!((verdict.workers, verdict.reason), (3, Reason::Bounds), "{}", verdict.message);
+}
+
+#[test]
+fn where_nobody_looks_any_more_nothing_is_done() {
+    let mut rig = Rig::new(1);
+    rig.policy.min = 0;
+    rig.watch(60, QUIET);
+    rig.now += Duration::from_secs(86_400);
+    let verdict = rig.verdict();
+    assert_eq!((verdict.workers, verdict.reason), (1, Reason::Unseen));
+}
+
+#[test]
 fn a_goal_below_what_a_request_takes_alone_is_told_and_nothing_is_added() {
     let mut rig = Rig::new(1);
     let verdict = rig.watch(90, Traffic { requests: 1, in_flight: 1, ..busy(800, 10) });
@@ -418,7 +466,7 @@ fn without_requests_for_long_enough_the_last_worker_goes_and_the_first_request_b
     rig.size.at_least = 3;
     assert_eq!(rig.verdict().workers, 3, "as many as hold every expert");
     // It was idle for long when it was woken, and the next look is still to come.
-    rig.size = Size { workers: 1, ..Size::default() };
+    rig.size = Size { workers: 1, at_least: 1, failing: None };
     assert_eq!(rig.verdict().workers, 1);
     rig.look(QUIET);
     assert_eq!(rig.verdict().workers, 1);

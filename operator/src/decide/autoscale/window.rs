@@ -1,6 +1,6 @@
 //! What the last three quarters of a minute say: of every few seconds, how the latencies stood to their goals.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use expertmesh_proto::latency::Histogram;
@@ -30,7 +30,9 @@ pub(crate) const LOW: f64 = 0.40;
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Load {
     pub(crate) frontends: BTreeMap<String, FrontendLoad>,
-    /// Workers that can serve.
+    /// The slots of the workers that can serve.
+    pub(crate) slots: BTreeSet<u32>,
+    /// How many those are.
     pub(crate) ready: u32,
     /// Sequences that those compute, and that they have queued.
     pub(crate) running: u32,
@@ -58,10 +60,11 @@ impl Load {
         let mut load = Self { complete: true, ..Self::default() };
         for (member, seen) in members {
             match (member, &seen.report) {
-                (Member::Worker(_), Some(report)) if report.state == State::Ready => {
+                (Member::Worker(slot), Some(report)) if report.state == State::Ready => {
+                    load.slots.insert(slot);
                     load.ready += 1;
-                    load.running += report.running;
-                    load.waiting += report.waiting;
+                    load.running = load.running.saturating_add(report.running);
+                    load.waiting = load.waiting.saturating_add(report.waiting);
                     load.kv_usage = load.kv_usage.max(report.kv_usage);
                 }
                 (Member::Worker(_), _) => {}
@@ -83,12 +86,12 @@ impl Load {
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
-        self.frontends.values().map(|frontend| frontend.in_flight).sum()
+        self.frontends.values().fold(0, |sum: u32, frontend| sum.saturating_add(frontend.in_flight))
     }
 
     /// Sequences that nobody computes.
     pub(crate) fn queued(&self) -> u32 {
-        self.waiting + self.frontends.values().map(|frontend| frontend.queued).sum::<u32>()
+        self.frontends.values().fold(self.waiting, |sum, frontend| sum.saturating_add(frontend.queued))
     }
 }
 
@@ -107,6 +110,8 @@ struct Slot {
     by_queue: bool,
     ready: u32,
     in_flight: u32,
+    /// How many were open when a choice came, in the mean, or at either end.
+    together: f64,
     complete: bool,
     /// No request came, was running, or ended.
     idle: bool,
@@ -129,7 +134,10 @@ pub(crate) struct Summary {
     pub(crate) ttft: Option<f64>,
     pub(crate) tpot: Option<f64>,
     pub(crate) in_flight: f64,
-    pub(crate) most_in_flight: u32,
+    /// The most that were open together, in the mean of a slot.
+    pub(crate) together: f64,
+    /// Whether no more were open than there were workers, in every slot.
+    pub(crate) alone: bool,
     /// Whether more than half of the load is the queue's.
     pub(crate) by_queue: bool,
     /// Whether all of it was seen, and nobody was silent.
@@ -175,7 +183,8 @@ impl Window {
             sum.misses += count.misses;
         }
         self.idle_since = slot.idle.then(|| self.idle_since.unwrap_or(at));
-        if slot.is_unloaded(&last) {
+        // A start from zero is no part of what a request takes.
+        if slot.is_unloaded() && last.ready > 0 && self.slots.iter().all(|slot| slot.ready > 0) {
             self.unloaded.push_back(slot.fastest);
             self.unloaded.drain(..self.unloaded.len().saturating_sub(UNLOADED));
         }
@@ -208,6 +217,11 @@ impl Window {
         self.idle_since = None;
     }
 
+    /// Whether the last look was long ago, or there was none: what is remembered says nothing of now.
+    pub(crate) fn is_stale(&self, now: Timestamp) -> bool {
+        self.last.as_ref().is_none_or(|(at, _)| elapsed(*at, now) > GAP)
+    }
+
     /// As last looked at.
     pub(crate) fn now(&self) -> Option<&Load> {
         self.last.as_ref().map(|(_, load)| load)
@@ -233,7 +247,8 @@ impl Window {
             ttft: most(&|slot| slot.ttft),
             tpot: most(&|slot| slot.tpot),
             in_flight: mean(&|slot| f64::from(slot.in_flight)),
-            most_in_flight: self.slots.iter().map(|slot| slot.in_flight).max().unwrap_or(0),
+            together: self.slots.iter().map(|slot| slot.together).fold(0.0, f64::max),
+            alone: self.slots.iter().all(|slot| slot.together <= f64::from(slot.ready)),
             by_queue: queue > load / 2.0,
             complete: covered >= all - 1e-6 && self.slots.iter().all(|slot| slot.complete),
             steady: self
@@ -261,8 +276,15 @@ impl Slot {
         (goals, earlier): (Goals, &VecDeque<Slot>),
     ) -> Self {
         let mut ended = Latencies::default();
+        let mut together = 0.0;
         for (name, frontend) in &load.frontends {
-            ended.add(&came(last.frontends.get(name), frontend, at));
+            let came = came(last.frontends.get(name), frontend, at);
+            // Each frontend knows its own alone.
+            together += match came.choices {
+                0 => f64::from(frontend.in_flight),
+                choices => came.together as f64 / choices as f64,
+            };
+            ended.add(&came);
         }
         let in_flight = last.in_flight().max(load.in_flight());
         let queued = last.queued().min(load.queued());
@@ -303,6 +325,7 @@ impl Slot {
             by_queue: by_queue > by_latency,
             ready: load.ready,
             in_flight,
+            together: together.max(f64::from(in_flight)),
             complete,
             idle,
             counts: [(&ended.first_token, goals.ttft), (&ended.per_token, goals.tpot)]
@@ -312,9 +335,9 @@ impl Slot {
         }
     }
 
-    /// Whether there was traffic, and not more than one request for a worker at either end.
-    fn is_unloaded(&self, last: &Load) -> bool {
-        self.in_flight <= self.ready.min(last.ready) && (self.ttft.is_some() || self.tpot.is_some())
+    /// Whether there was traffic, and a request had a worker to itself.
+    fn is_unloaded(&self) -> bool {
+        self.together <= f64::from(self.ready) && self.fastest.iter().any(Option::is_some)
     }
 }
 

@@ -174,6 +174,7 @@ fn decisive(report: Report) -> Report {
         bytes_to_load: 0,
         kv_usage: 0.0,
         latencies: None,
+        eligible_workers: report.eligible_workers.map(|workers| workers.min(1)),
         ..report
     }
 }
