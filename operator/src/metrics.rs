@@ -17,6 +17,18 @@ const DEPLOYMENT: [&str; 2] = ["namespace", "name"];
 /// The values of the label `goal`, as looks count them.
 const GOALS: [&str; 2] = ["ttft", "tpot"];
 
+/// Directions and reasons of changes of size: at zero before the first of a kind, for a rate needs both ends of a step.
+const SCALINGS: [(&str, &str); 8] = [
+    ("up", "Goal"),
+    ("up", "Queue"),
+    ("up", "Wake"),
+    ("up", "Schedule"),
+    ("up", "Bounds"),
+    ("down", "Spare"),
+    ("down", "Idle"),
+    ("down", "Bounds"),
+];
+
 /// Cheap to clone: every clone counts on the same metrics.
 #[derive(Clone)]
 pub(crate) struct Metrics {
@@ -234,8 +246,7 @@ impl Metrics {
             self.goal_samples.with_label_values(&[namespace, name, goal]);
             self.goal_misses.with_label_values(&[namespace, name, goal]);
         }
-        for direction in ["up", "down"] {
-            let reason = if direction == "up" { "Goal" } else { "Spare" };
+        for (direction, reason) in SCALINGS {
             self.decisions.with_label_values(&[namespace, name, direction, reason]);
         }
     }
