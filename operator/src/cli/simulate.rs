@@ -55,9 +55,6 @@ pub(crate) struct Simulate {
     /// Print the service model that a summary.json of `make bench` has, and simulate nothing
     #[arg(long, value_name = "FILE")]
     fit: Option<PathBuf>,
-    /// The format of weights whose rows --fit takes
-    #[arg(long, value_name = "FORMAT", default_value = "bf16")]
-    weights: String,
 }
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -77,7 +74,7 @@ fn default(pattern: Pattern) -> Recipe {
 pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
     let model = ServiceModel::read(simulate.service.as_deref())?;
     if let Some(summary) = &simulate.fit {
-        let fitted = model.fitted(summary, &simulate.weights)?;
+        let fitted = model.fitted(summary)?;
         print!("{}", serde_yaml::to_string(&fitted)?);
         return Ok(());
     }

@@ -98,15 +98,15 @@ impl ServiceModel {
         schedule + start + load
     }
 
-    /// The step's times of a summary of `make bench`, in a format of weights; the rest as in `self`.
+    /// The step's times of a summary of `make bench`, of bf16, the one format with all three rows; the rest as in `self`.
     ///
     /// decode-1 and decode-16 are steps of 1 and 16 rows whose contexts are short; prefill-512 is one step of 512 rows which
     /// attend to 256 positions in the mean.
-    pub(crate) fn fitted(&self, summary: &Path, weights: &str) -> anyhow::Result<Self> {
+    pub(crate) fn fitted(&self, summary: &Path) -> anyhow::Result<Self> {
         let text = read(summary)?;
         let fit = || {
             let summary: Value = serde_json::from_str(&text)?;
-            let row = |name: &str| ours(&summary, &format!("{name}-{weights}"));
+            let row = |name: &str| ours(&summary, &format!("{name}-bf16"));
             let (one, sixteen, prompt) =
                 (1.0 / row("decode-1")?, 16.0 / row("decode-16")?, 512.0 / row("prefill-512")?);
             let step = StepTime::fit(one, sixteen, prompt, self.step.context_token)?;
@@ -175,20 +175,20 @@ mod tests {
 
     /// README.md's table.
     const MEASURED: &str = r#"{"rows": [{"name": "decode-1-bf16", "ours": 48.9}, {"name": "decode-16-bf16", "ours": 158.8},
-        {"name": "prefill-512-bf16", "ours": 423.0}, {"name": "decode-1-int8", "ours": null}]}"#;
+        {"name": "prefill-512-bf16", "ours": 423.0}]}"#;
 
-    fn fitted(summary: &str, weights: &str) -> anyhow::Result<ServiceModel> {
+    fn fitted(summary: &str) -> anyhow::Result<ServiceModel> {
         let path =
             std::env::temp_dir().join(format!("expertmesh-fit-{}-{}", std::process::id(), summary.len()));
         fs::write(&path, summary).unwrap();
-        let fitted = default().fitted(&path, weights);
+        let fitted = default().fitted(&path);
         fs::remove_file(path).unwrap();
         fitted
     }
 
     #[test]
     fn the_built_in_model_is_fitted_from_the_published_table() {
-        assert_eq!(fitted(MEASURED, "bf16").unwrap(), default());
+        assert_eq!(fitted(MEASURED).unwrap(), default());
     }
 
     #[test]
@@ -203,12 +203,13 @@ mod tests {
 
     #[test]
     fn a_summary_without_the_rows_is_an_error_that_names_them() {
-        let error = |summary, weights| format!("{:#}", fitted(summary, weights).unwrap_err());
-        assert!(error(MEASURED, "int4").ends_with("rows: none is named decode-1-int4"));
-        assert!(error(MEASURED, "int8").ends_with("rows: decode-1-int8 has no tokens/s of ours"));
-        assert!(error("{}", "bf16").contains("expected the summary.json of `make bench`"));
-        let reversed = MEASURED.replace("158.8", "15880.0");
-        assert!(error(&reversed, "bf16").contains("lie on no line"));
+        let error = |summary: &str| format!("{:#}", fitted(summary).unwrap_err());
+        assert!(error(&MEASURED.replace("-16", "-8")).ends_with("rows: none is named decode-16-bf16"));
+        assert!(
+            error(&MEASURED.replace("48.9", "null")).ends_with("rows: decode-1-bf16 has no tokens/s of ours")
+        );
+        assert!(error("{}").contains("expected the summary.json of `make bench`"));
+        assert!(error(&MEASURED.replace("158.8", "15880.0")).contains("lie on no line"));
     }
 
     #[test]
