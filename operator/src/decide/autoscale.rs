@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use super::elapsed;
+
 pub(crate) use limits::{By, Change, Limit, Rules, Select};
 pub(crate) use schedule::Schedule;
 pub(crate) use window::{FrontendLoad, Load, PERIOD};
@@ -534,10 +536,6 @@ pub(crate) fn seconds(time: Duration) -> String {
         time if time < 9.95 => format!("{}s", (time * 10.0).round() / 10.0),
         time => format!("{time:.0}s"),
     }
-}
-
-fn elapsed(since: Timestamp, now: Timestamp) -> Duration {
-    now.duration_since(since).try_into().unwrap_or(Duration::ZERO)
 }
 
 #[cfg(test)]

@@ -229,3 +229,8 @@ impl Report {
         self.epoch == placement.epoch() && self.placement_hash == placement.hash()
     }
 }
+
+/// Nothing, where a clock was set back.
+fn elapsed(since: Timestamp, now: Timestamp) -> Duration {
+    now.duration_since(since).try_into().unwrap_or(Duration::ZERO)
+}

@@ -12,7 +12,7 @@ use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use jiff::Timestamp;
 
 use super::placement::place;
-use super::{Action, Decision, Desired, Member, ModelShape, Observation, Report, Seen, State};
+use super::{Action, Decision, Desired, Member, ModelShape, Observation, Report, Seen, State, elapsed};
 
 /// How long a silent worker may hold up a scale-in: longer than a restart, shorter than a night.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -388,8 +388,4 @@ fn implied_shape(placement: &Placement) -> Option<ModelShape> {
         expert_bytes: 0,
         dense_bytes: 0,
     })
-}
-
-fn elapsed(since: Timestamp, now: Timestamp) -> Duration {
-    now.duration_since(since).try_into().unwrap_or(Duration::ZERO)
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::elapsed;
+use crate::decide::elapsed;
 
 /// For one direction.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,8 +6,8 @@ use std::time::Duration;
 use expertmesh_proto::latency::Histogram;
 use jiff::Timestamp;
 
-use super::{Count, Goals, elapsed};
-use crate::decide::{Latencies, Member, Seen, State};
+use super::{Count, Goals};
+use crate::decide::{Latencies, Member, Seen, State, elapsed};
 
 /// How often a look is taken.
 pub(crate) const PERIOD: Duration = Duration::from_secs(3);

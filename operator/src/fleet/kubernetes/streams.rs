@@ -116,10 +116,9 @@ async fn watch(
         // Silence is looked at, too.
         let _ = tokio::time::timeout(PERIOD, reported.notified()).await;
         tokio::time::sleep(PACE).await;
-        let (now, load) = {
-            let open = open.lock().await;
-            (open.decisive(), open.load())
-        };
+        let seen = open.lock().await.seen_all();
+        let load = Load::of(seen.iter().map(|(member, seen)| (member.clone(), seen)));
+        let now: Vec<_> = seen.into_iter().map(|(_, seen)| seen.report.map(decisive)).collect();
         let look = locked(&autoscaler).look(&load, Timestamp::now());
         if let Some(look) = &look {
             changed(Some(look));
@@ -136,22 +135,12 @@ pub(crate) fn locked(autoscaler: &SharedAutoscaler) -> MutexGuard<'_, Autoscaler
 }
 
 impl Open {
-    fn decisive(&self) -> Vec<Option<Report>> {
-        self.members.iter().map(|member| self.report(member).map(decisive)).collect()
-    }
-
     fn heard_all(&self, members: &[Member]) -> bool {
-        members.iter().all(|member| self.report(member).is_some())
+        members.iter().all(|member| self.seen(member).report.is_some())
     }
 
-    fn load(&self) -> Load {
-        let seen: Vec<(Member, Seen)> =
-            self.members.iter().map(|member| (member.clone(), self.seen(member))).collect();
-        Load::of(seen.iter().map(|(member, seen)| (member.clone(), seen)))
-    }
-
-    fn report(&self, member: &Member) -> Option<Report> {
-        self.seen(member).report
+    fn seen_all(&self) -> Vec<(Member, Seen)> {
+        self.members.iter().map(|member| (member.clone(), self.seen(member))).collect()
     }
 
     fn seen(&self, member: &Member) -> Seen {
