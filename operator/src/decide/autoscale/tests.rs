@@ -500,3 +500,43 @@ fn a_direction_that_is_disabled_is_not_taken() {
     assert_eq!((verdict.workers, verdict.wanted, verdict.reason), (4, 1, Reason::Limited));
     assert!(verdict.message.ends_with("1 would do, behavior disables it"), "{}", verdict.message);
 }
+
+#[test]
+fn whoever_is_silent_or_tells_no_latencies_makes_a_look_incomplete() {
+    use crate::decide::{Latencies, Member, Report, Seen, State};
+    let report = |state, latencies| Report {
+        state,
+        reason: String::new(),
+        epoch: 1,
+        placement_hash: String::new(),
+        shape: None,
+        resident: Default::default(),
+        resident_bytes: 0,
+        experts_loading: 0,
+        running: u32::MAX,
+        waiting: 2,
+        kv_usage: 0.5,
+        bytes_loaded: 0,
+        bytes_to_load: 0,
+        latencies,
+        eligible_workers: None,
+        incarnation: 7,
+    };
+    let seen = |report| Seen { report, ..Seen::default() };
+    let told = || seen(Some(report(State::Ready, Some(Box::<Latencies>::default()))));
+    let worker = |state| seen(Some(report(state, None)));
+    let of = |frontends: Vec<Seen>| {
+        let workers = [worker(State::Ready), worker(State::Loading), seen(None), worker(State::Ready)];
+        let workers = (0..).map(Member::Worker).zip(workers);
+        let named = |(at, seen): (usize, Seen)| (Member::Frontend(at.to_string()), seen);
+        let all: Vec<_> = workers.chain(frontends.into_iter().enumerate().map(named)).collect();
+        Load::of(all.iter().map(|(member, seen)| (member.clone(), seen)))
+    };
+    let load = of(vec![told(), told()]);
+    assert!(load.complete);
+    assert_eq!((load.ready, load.slots), (2, [0, 3].into()));
+    assert_eq!((load.running, load.waiting, load.frontends["0"].queued), (u32::MAX, 4, 2));
+    assert!(!of(vec![told(), seen(None)]).complete, "one is silent");
+    assert!(!of(vec![told(), worker(State::Ready)]).complete, "an old one tells no latencies");
+    assert!(!of(vec![]).complete);
+}
