@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, ModelConfig, NotResident, Span, Step,
-    WeightFormat, compute_threads, forward,
+    Backend, CpuBackend, LoadOptions, LocalExchange, ModelConfig, NotResident, WeightFormat, compute_threads,
+    forward,
 };
+use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::busy::Busy;
 use crate::compare;

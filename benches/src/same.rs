@@ -4,7 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::ensure;
-use expertmesh_engine::{Backend, BlockAllocator, LocalExchange, Span, Step, compute_threads, forward};
+use expertmesh_engine::{Backend, LocalExchange, compute_threads, forward};
+use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::compare::{LLAMA, median};
 use crate::model::{SHAPE, split_mix};

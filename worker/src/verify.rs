@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, EngineError, LocalExchange, ModelConfig, Reference, Routes,
-    SafetensorsFile, Seen, Span, Step, Trace, forward,
+    Backend, CpuBackend, EngineError, LocalExchange, ModelConfig, Reference, Routes, SafetensorsFile, Seen,
+    Trace, forward,
 };
+use expertmesh_scheduler::{BlockAllocator, Span, Step};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 

@@ -1,4 +1,4 @@
-//! A simulated worker: continuous batching as worker/src/serve/scheduler.rs has it, a step's time by the service model.
+//! A simulated worker: continuous batching as worker/scheduler has it, a step's time by the service model.
 //!
 //! Steps in which nothing but decoding happens are taken together, up to the next one at which a sequence ends or its time per
 //! token is noted: a day costs a few million of them.

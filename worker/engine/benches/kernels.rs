@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use expertmesh_engine::{
-    Attended, BLOCK_TOKENS, Backend, CpuBackend, ExpertGroup, Isa, LoadOptions, Numerics, Span, Step,
-    WeightFormat,
+    Attended, Backend, CpuBackend, ExpertGroup, Isa, LoadOptions, Numerics, WeightFormat,
 };
+use expertmesh_scheduler::{BLOCK_TOKENS, Span, Step};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 

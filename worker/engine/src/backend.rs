@@ -4,35 +4,9 @@
 //! the rows to dispatch) and [`Backend::combine`] (which takes the answers), so that the rows of a layer can
 //! travel while the shared expert and the resident experts are computed.
 
+use expertmesh_scheduler::Step;
+
 use crate::config::ModelConfig;
-
-/// Positions per block of the latent cache.
-pub const BLOCK_TOKENS: usize = 64;
-
-/// One step: rows of several sequences, ragged. The rows are those of the spans, one after another. Spans may
-/// continue each other in one sequence, as they must where the logits of several of its rows are wanted.
-#[derive(Debug, Clone, Default)]
-pub struct Step {
-    pub spans: Vec<Span>,
-}
-
-/// Consecutive positions of one sequence: a chunk of its prompt, or its next token.
-#[derive(Debug, Clone)]
-pub struct Span {
-    pub tokens: Vec<u32>,
-    /// The position of `tokens[0]`; everything before it is in the cache.
-    pub start: usize,
-    /// The sequence's block table: position p lives in `blocks[p / BLOCK_TOKENS]`.
-    pub blocks: Vec<u32>,
-    /// Whether the logits of the span's last row are wanted.
-    pub logits: bool,
-}
-
-impl Step {
-    pub fn rows(&self) -> usize {
-        self.spans.iter().map(|span| span.tokens.len()).sum()
-    }
-}
 
 /// The gate's choice for every row of a step.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,7 +55,7 @@ pub trait Backend: Send + Sync + 'static {
 
     fn config(&self) -> &ModelConfig;
 
-    /// A cache of `blocks` blocks of [`BLOCK_TOKENS`] positions.
+    /// A cache of `blocks` blocks of [`expertmesh_scheduler::BLOCK_TOKENS`] positions.
     fn allocate_kv(&self, blocks: usize) -> Self::Kv;
 
     /// The embeddings of the step's tokens: (rows, hidden).

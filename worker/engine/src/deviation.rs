@@ -1,8 +1,10 @@
 //! How far a backend's rounding takes it from the reference, and how far it may.
 
+use expertmesh_scheduler::{BlockAllocator, Span, Step};
+
 use crate::{
-    Backend, BlockAllocator, EngineError, Exchange, LocalExchange, ModelConfig, NotResident, Reference,
-    Routes, Seen, Span, Step, Trace, WeightFormat, forward, group,
+    Backend, EngineError, Exchange, LocalExchange, ModelConfig, NotResident, Reference, Routes, Seen, Trace,
+    WeightFormat, forward, group,
 };
 
 /// What is within a format's rounding.

@@ -1,6 +1,8 @@
 //! The forward pass: one screen, whatever the device and wherever the experts.
 
-use crate::{Attended, Backend, ExpertGroup, NotResident, Routes, Step};
+use expertmesh_scheduler::Step;
+
+use crate::{Attended, Backend, ExpertGroup, NotResident, Routes};
 
 /// How the rows of a mixture-of-experts layer reach their experts.
 pub trait Exchange<B: Backend> {

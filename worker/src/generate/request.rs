@@ -4,10 +4,8 @@ use std::io;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{
-    Backend, BlockAllocator, History, LocalExchange, Logprobs, Sampler, Sampling, Span, Step, forward,
-    logprobs,
-};
+use expertmesh_engine::{Backend, History, LocalExchange, Logprobs, Sampler, Sampling, forward, logprobs};
+use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use super::output_failed;
 use crate::process::Fatal;

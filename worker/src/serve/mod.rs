@@ -3,7 +3,6 @@
 mod control;
 mod inference;
 mod run;
-mod scheduler;
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -16,12 +15,13 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, BlockAllocator, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
+use expertmesh_engine::{Backend, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
 use expertmesh_metrics::Registry;
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
+use expertmesh_scheduler::{BLOCK_TOKENS, BlockAllocator, Bounds, Scheduler};
 use tokio::sync::{mpsc, oneshot, watch};
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -32,7 +32,6 @@ use tonic_health::server::HealthReporter;
 use self::control::{ControlService, WorkerState};
 use self::inference::InferenceService;
 use self::run::{Command, Load, Loop, Shared};
-use self::scheduler::{Bounds, Scheduler};
 use crate::engine::{ComputedAs, ComputedWith};
 use crate::mesh::dispatch::MeshExchange;
 use crate::mesh::exchange::{self, Exchange};
@@ -347,7 +346,7 @@ fn limits(config: &ModelConfig) -> Limits {
 
 /// Blocks for the memory that was asked, and at least for one sequence that fills its context.
 fn blocks(config: &ModelConfig, mib: u64, max_context: usize) -> usize {
-    let block = config.kv_bytes(expertmesh_engine::BLOCK_TOKENS).max(1);
+    let block = config.kv_bytes(BLOCK_TOKENS).max(1);
     let wanted = (mib << 20) / block;
     (wanted as usize).max(BlockAllocator::needed(max_context))
 }

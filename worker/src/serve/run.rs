@@ -10,10 +10,10 @@ use expertmesh_engine::{Backend, Exchange, History, Logprobs, Sampler, Sampling,
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
+use expertmesh_scheduler::{Plan, Scheduler, Sequence};
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tonic::Status;
 
-use super::scheduler::{Plan, Scheduler, Sequence};
 use crate::metrics::WorkerMetrics;
 use crate::traces::{self, Parent, Span, SpanKind};
 
@@ -306,8 +306,8 @@ mod tests {
 
     use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange, SamplingParams};
     use expertmesh_metrics::Registry;
+    use expertmesh_scheduler::Bounds;
 
-    use super::super::scheduler::Bounds;
     use super::*;
 
     const BOUNDS: Bounds = Bounds { step_rows: 64, running: 4, waiting: 8 };

@@ -35,7 +35,9 @@ pub use rows::{CpuActivations, CpuRows};
 use swiglu::{SwiGlu, gate_up};
 use weights::{Ends, FeedForward, Layer};
 
-use crate::backend::{Attended, BLOCK_TOKENS, Backend, ExpertGroup, NotResident, Routes, Step};
+use expertmesh_scheduler::{BLOCK_TOKENS, Step};
+
+use crate::backend::{Attended, Backend, ExpertGroup, NotResident, Routes};
 use crate::checkpoint::widen;
 use crate::pack::Source;
 use crate::rope::Rope;

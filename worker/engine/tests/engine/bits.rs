@@ -1,6 +1,7 @@
 //! A row's bits depend on its own sequence and on nothing else.
 
-use expertmesh_engine::{BLOCK_TOKENS, ExpertGroup, Isa, Numerics, WeightFormat};
+use expertmesh_engine::{ExpertGroup, Isa, Numerics, WeightFormat};
+use expertmesh_scheduler::BLOCK_TOKENS;
 
 use super::*;
 

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use expertmesh_engine::{
-    Backend, BlockAllocator, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile,
-    Span, Step, Trace, forward, relative,
+    Backend, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile, Trace, forward,
+    relative,
 };
+use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 /// The trained model among those of the tests.
 const TINY: &str = "models/tiny-r1";

@@ -9,7 +9,8 @@ pub(crate) use latent::Latent;
 use super::kernel::attention::WIDTH;
 use super::products::Compute;
 use super::rows::{CpuActivations, CpuRows};
-use crate::backend::{BLOCK_TOKENS, Step};
+use expertmesh_scheduler::{BLOCK_TOKENS, Span, Step};
+
 use crate::config::{AttentionConfig, ModelConfig};
 use crate::rope::{Angles, Rope};
 
@@ -62,7 +63,7 @@ impl Attention {
 
 /// Where the rows of a step are. Panics where two are at one place: they are written at the same time.
 pub(crate) fn places<'a>(rope: &'a Rope, step: &'a Step) -> Vec<Place<'a>> {
-    let of_span = |span: &'a crate::Span| {
+    let of_span = |span: &'a Span| {
         let positions = span.start..span.start + span.tokens.len();
         positions.map(move |position| Place { position, blocks: &span.blocks, angles: rope.angles(position) })
     };

@@ -17,7 +17,9 @@
 use super::exact_product_plus;
 use crate::checkpoint::widen;
 use crate::math::{exp, round_bf16};
-use crate::{BLOCK_TOKENS, Isa};
+use expertmesh_scheduler::BLOCK_TOKENS;
+
+use crate::Isa;
 
 /// Heads that one call computes at most.
 pub(crate) const HEADS: usize = 4;

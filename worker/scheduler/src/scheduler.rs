@@ -2,21 +2,22 @@
 
 use std::collections::VecDeque;
 
-use expertmesh_engine::{BlockAllocator, Span, Step};
+use crate::blocks::BlockAllocator;
+use crate::step::{Span, Step};
 
 /// A sequence as the scheduler sees it.
 #[derive(Debug, Clone)]
-pub(crate) struct Sequence {
-    pub(crate) id: u64,
+pub struct Sequence {
+    pub id: u64,
     /// The prompt, then what was generated.
-    pub(crate) tokens: Vec<u32>,
+    pub tokens: Vec<u32>,
     /// Positions whose latents are in the cache.
     computed: usize,
     blocks: Vec<u32>,
 }
 
 impl Sequence {
-    pub(crate) fn new(id: u64, tokens: Vec<u32>) -> Self {
+    pub fn new(id: u64, tokens: Vec<u32>) -> Self {
         Self { id, tokens, computed: 0, blocks: Vec::new() }
     }
 
@@ -27,28 +28,28 @@ impl Sequence {
 
 /// What bounds a step and the queue.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Bounds {
+pub struct Bounds {
     /// Rows of a step.
-    pub(crate) step_rows: usize,
+    pub step_rows: usize,
     /// Sequences in the batch.
-    pub(crate) running: usize,
+    pub running: usize,
     /// Sequences that wait.
-    pub(crate) waiting: usize,
+    pub waiting: usize,
 }
 
 /// Rows to compute, and whose they are.
 #[derive(Debug, Default)]
-pub(crate) struct Plan {
-    pub(crate) step: Step,
+pub struct Plan {
+    pub step: Step,
     /// Per span, the sequence's id.
-    pub(crate) ids: Vec<u64>,
+    pub ids: Vec<u64>,
 }
 
 /// Continuous batching: every running sequence's next row first, then chunks of prompts within the row budget.
 /// Older sequences go first; where blocks run out, the youngest gives its own back and is computed again later,
 /// which costs time and changes no token.
 #[derive(Debug)]
-pub(crate) struct Scheduler {
+pub struct Scheduler {
     bounds: Bounds,
     waiting: VecDeque<Sequence>,
     /// Oldest first.
@@ -58,13 +59,13 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    pub(crate) fn new(bounds: Bounds, blocks: usize) -> Self {
+    pub fn new(bounds: Bounds, blocks: usize) -> Self {
         let allocator = BlockAllocator::new(blocks);
         Self { bounds, waiting: VecDeque::new(), running: Vec::new(), allocator, preemptions: 0 }
     }
 
     /// Queues a sequence; gives it back where the queue is full.
-    pub(crate) fn submit(&mut self, sequence: Sequence) -> Result<(), Sequence> {
+    pub fn submit(&mut self, sequence: Sequence) -> Result<(), Sequence> {
         if self.waiting.len() >= self.bounds.waiting {
             return Err(sequence);
         }
@@ -73,7 +74,7 @@ impl Scheduler {
     }
 
     /// The next step. `paused` sequences compute nothing, and keep their place while nobody else needs it. Empty where there is nothing to do.
-    pub(crate) fn plan(&mut self, paused: impl Fn(u64) -> bool) -> Plan {
+    pub fn plan(&mut self, paused: impl Fn(u64) -> bool) -> Plan {
         self.admit(&paused);
         let mut plan = Plan::default();
         let mut budget = self.bounds.step_rows;
@@ -106,7 +107,7 @@ impl Scheduler {
     }
 
     /// Records a computed plan.
-    pub(crate) fn computed(&mut self, plan: &Plan) {
+    pub fn computed(&mut self, plan: &Plan) {
         for (id, span) in plan.ids.iter().zip(&plan.step.spans) {
             if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == *id) {
                 sequence.computed = span.start + span.tokens.len();
@@ -115,14 +116,14 @@ impl Scheduler {
     }
 
     /// Appends a sampled token.
-    pub(crate) fn push(&mut self, id: u64, token: u32) {
+    pub fn push(&mut self, id: u64, token: u32) {
         if let Some(sequence) = self.running.iter_mut().find(|sequence| sequence.id == id) {
             sequence.tokens.push(token);
         }
     }
 
     /// Takes a sequence out, wherever it is.
-    pub(crate) fn remove(&mut self, id: u64) {
+    pub fn remove(&mut self, id: u64) {
         self.waiting.retain(|sequence| sequence.id != id);
         if let Some(at) = self.running.iter().position(|sequence| sequence.id == id) {
             let mut sequence = self.running.remove(at);
@@ -130,20 +131,20 @@ impl Scheduler {
         }
     }
 
-    pub(crate) fn running(&self) -> usize {
+    pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    pub(crate) fn waiting(&self) -> usize {
+    pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
     /// Share of the cache's blocks in use, 0 to 1.
-    pub(crate) fn usage(&self) -> f64 {
+    pub fn usage(&self) -> f64 {
         self.allocator.used() as f64 / self.allocator.total().max(1) as f64
     }
 
-    pub(crate) fn preemptions(&self) -> u64 {
+    pub fn preemptions(&self) -> u64 {
         self.preemptions
     }
 
@@ -200,10 +201,10 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_engine::BLOCK_TOKENS;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::blocks::BLOCK_TOKENS;
 
     const BOUNDS: Bounds = Bounds { step_rows: 100, running: 4, waiting: 64 };
 

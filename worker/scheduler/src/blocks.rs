@@ -1,6 +1,9 @@
 //! Who has which blocks of the paged cache. The blocks' contents belong to a backend.
 
-use crate::BLOCK_TOKENS;
+use std::fmt;
+
+/// Positions per block of the cache.
+pub const BLOCK_TOKENS: usize = 64;
 
 /// Blocks of [`BLOCK_TOKENS`] positions, handed out to sequences' block tables.
 #[derive(Debug)]
@@ -9,13 +12,21 @@ pub struct BlockAllocator {
     total: usize,
 }
 
-/// The cache is full.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{wanted} more blocks of the cache are needed and {free} are free")]
+/// Too few blocks are free for what a table is to cover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OutOfBlocks {
     pub wanted: usize,
     pub free: usize,
 }
+
+impl fmt::Display for OutOfBlocks {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { wanted, free } = self;
+        write!(out, "{wanted} more blocks of the cache are needed and {free} are free")
+    }
+}
+
+impl std::error::Error for OutOfBlocks {}
 
 impl BlockAllocator {
     pub fn new(blocks: usize) -> Self {
