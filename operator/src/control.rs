@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use expertmesh_decide::observation::{Member, Seen};
+use expertmesh_decide::report::{Latencies, ModelShape, Report, State};
 use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::{ExpertSet, MAX_EXPERTS, Placement};
 use expertmesh_proto::v1::control_client::ControlClient;
@@ -16,8 +18,6 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-
-use crate::decide::{Latencies, Member, ModelShape, Report, Seen, State};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// For a call that answers at once.

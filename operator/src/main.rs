@@ -5,7 +5,6 @@ mod apply;
 mod build;
 mod cli;
 mod control;
-mod decide;
 mod events;
 mod fleet;
 mod lease;

@@ -4,13 +4,13 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use expertmesh_decide::autoscale::autoscaler::Look;
+use expertmesh_decide::autoscale::policy::Goals;
 use expertmesh_metrics::Registry;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 use prometheus::{Encoder, GaugeVec, IntGaugeVec, TextEncoder};
 use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGauge, Opts};
-
-use crate::decide::autoscale::{Goals, Look};
 
 /// The labels of what is told per ModelDeployment.
 const DEPLOYMENT: [&str; 2] = ["namespace", "name"];

@@ -11,10 +11,16 @@ mod scale;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use expertmesh_decide::action::{Action, Decision};
+use expertmesh_decide::autoscale::autoscaler::Look;
+use expertmesh_decide::observation::Observation;
+use expertmesh_decide::placement::moved;
+use expertmesh_decide::rollout::{Revisions, Rollout, rollout};
+use expertmesh_decide::step::decide;
 use jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
 use kube::core::DeserializeGuard;
-use kube::runtime::controller::Action;
+use kube::runtime::controller;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Client, Resource, ResourceExt};
 use tokio::sync::mpsc;
@@ -24,9 +30,6 @@ use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::{self, ApiError};
 use crate::build::names::EXPERTMESH;
 use crate::build::{self, Revision, Size};
-use crate::decide::autoscale::Look;
-use crate::decide::rollout::{Revisions, Rollout, rollout};
-use crate::decide::{self, Decision, Observation};
 use crate::events::{self, Events};
 use crate::fleet::Fleet;
 use crate::fleet::kubernetes::{Caller, FleetError, KubernetesFleet};
@@ -118,7 +121,10 @@ impl ReconcileError {
 }
 
 /// One deployment, once.
-pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+pub(crate) async fn reconcile(
+    object: Arc<Watched>,
+    context: Arc<Context>,
+) -> Result<controller::Action, ReconcileError> {
     let (key, began) = (Key::of(&object), Instant::now());
     context.metrics.begun(&key.namespace, &key.name);
     let result =
@@ -131,13 +137,13 @@ pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Re
 }
 
 /// The whole story.
-async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
+async fn step(context: &Context, key: &Key) -> Result<controller::Action, ReconcileError> {
     let found = match fetch::fetch(&context.client, key).await? {
         Fetched::Found(found) => found,
         Fetched::Malformed(invalid) => return refuse::malformed(context, key, &invalid).await,
         Fetched::Gone => {
             context.forget(key);
-            return Ok(Action::await_change());
+            return Ok(controller::Action::await_change());
         }
     };
     match deploy(context, key, &found).await {
@@ -154,7 +160,7 @@ async fn deploy(
     context: &Context,
     key: &Key,
     found: &Found,
-) -> Result<Result<Action, ReconcileError>, ReconcileError> {
+) -> Result<Result<controller::Action, ReconcileError>, ReconcileError> {
     let mut deployment = ValidatedDeployment::new(&found.object)?;
     if found.name_is_taken {
         return Err(ReconcileError::NameTaken(key.name.clone()));
@@ -191,7 +197,7 @@ async fn deploy(
     let settled = serving.decision.waiting_for.is_empty() && serving.decision.actions.is_empty();
     let idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
     let pause = if idle { LATER } else { context.memory.pause(key, changed) };
-    Ok(acted.map(|()| Action::requeue(pause)))
+    Ok(acted.map(|()| controller::Action::requeue(pause)))
 }
 
 /// What the deployment has once, the end of what it no longer needs, and whom clients reach.
@@ -234,7 +240,7 @@ impl<'a> Side<'a> {
         context: &Context,
         deployment: &ValidatedDeployment,
     ) -> Result<(), ReconcileError> {
-        self.decision = decide::decide(&deployment.desired, &self.seen, Timestamp::now());
+        self.decision = decide(&deployment.desired, &self.seen, Timestamp::now());
         if !deployment.desired.paused {
             let exists = self.seen.size > 0;
             let size = Size {
@@ -248,13 +254,13 @@ impl<'a> Side<'a> {
         for action in &self.decision.actions {
             let (name, what) = (&self.found.owner.name, told(action));
             match action {
-                decide::Action::Push { .. } => debug!(name, revision = self.revision.hash, "{what}"),
+                Action::Push { .. } => debug!(name, revision = self.revision.hash, "{what}"),
                 _ => info!(name, revision = self.revision.hash, "{what}"),
             }
             context.metrics.acted(kind(action));
-            if let decide::Action::Place(placement) = action {
+            if let Action::Place(placement) = action {
                 let bytes = self.seen.shape().map_or(0, |shape| shape.expert_bytes);
-                let moved = decide::placement::moved(&self.seen.placement, placement);
+                let moved = moved(&self.seen.placement, placement);
                 context.metrics.migrated((&self.found.owner.namespace, name), moved, bytes);
             }
         }
@@ -367,29 +373,33 @@ impl Context {
 }
 
 /// One line for the log.
-fn told(action: &decide::Action) -> String {
+fn told(action: &Action) -> String {
     match action {
-        decide::Action::Resize(size) => format!("running {size} workers"),
-        decide::Action::Place(placement) => format!("placing epoch {}", placement.epoch()),
-        decide::Action::Push { to, placement } => format!("telling {to:?} epoch {}", placement.epoch()),
-        decide::Action::Drain { slot } => format!("draining worker {slot}"),
+        Action::Resize(size) => format!("running {size} workers"),
+        Action::Place(placement) => format!("placing epoch {}", placement.epoch()),
+        Action::Push { to, placement } => format!("telling {to:?} epoch {}", placement.epoch()),
+        Action::Drain { slot } => format!("draining worker {slot}"),
     }
 }
 
-fn kind(action: &decide::Action) -> &'static str {
+fn kind(action: &Action) -> &'static str {
     match action {
-        decide::Action::Resize(_) => "resize",
-        decide::Action::Place(_) => "place",
-        decide::Action::Push { .. } => "push",
-        decide::Action::Drain { .. } => "drain",
+        Action::Resize(_) => "resize",
+        Action::Place(_) => "place",
+        Action::Push { .. } => "push",
+        Action::Drain { .. } => "drain",
     }
 }
 
 /// When to try again.
-pub(crate) fn after_error(object: Arc<Watched>, error: &ReconcileError, context: Arc<Context>) -> Action {
+pub(crate) fn after_error(
+    object: Arc<Watched>,
+    error: &ReconcileError,
+    context: Arc<Context>,
+) -> controller::Action {
     let key = Key::of(&object);
     if matches!(error, ReconcileError::Invalid(_) | ReconcileError::Malformed(_)) {
-        return Action::await_change(); // only its author can help
+        return controller::Action::await_change(); // only its author can help
     }
     let wait = context.memory.failed(&key);
     warn!(
@@ -398,5 +408,5 @@ pub(crate) fn after_error(object: Arc<Watched>, error: &ReconcileError, context:
         reason = error.reason(),
         "{error}; next attempt in {wait:?}"
     );
-    Action::requeue(wait)
+    controller::Action::requeue(wait)
 }

@@ -2,13 +2,15 @@
 
 mod conditions;
 
+use expertmesh_decide::action::{Decision, Desired};
+use expertmesh_decide::observation::Observation;
+use expertmesh_decide::placement::imbalance;
+use expertmesh_decide::report::{Report, State};
 use jiff::Timestamp;
 
 use crate::api::{AutoscalingStatus, ModelDeploymentStatus, PlacementStatus};
 use crate::build::names::query;
 use crate::build::{Component, Owner};
-use crate::decide::placement::imbalance;
-use crate::decide::{Decision, Desired, Observation, Report, State};
 use crate::metrics::Figures;
 
 pub(crate) use conditions::{

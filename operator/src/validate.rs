@@ -6,12 +6,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use expertmesh_decide::action::Desired;
+use expertmesh_decide::autoscale::limits::{By, Limit, Rules, Select};
+use expertmesh_decide::autoscale::policy::{Goals, Policy};
+use expertmesh_decide::autoscale::schedule::Schedule;
 use expertmesh_engine::{Numerics, WeightFormat};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::api::{self, ModelDeployment, PodFields};
-use crate::decide::Desired;
-use crate::decide::autoscale::{By, Goals, Limit, Policy, Rules, Schedule, Select};
 
 /// A ModelDeployment that keeps every rule, with its defaults applied. Only [`ValidatedDeployment::new`] makes one.
 #[derive(Debug, Clone, PartialEq)]

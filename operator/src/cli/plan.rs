@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use expertmesh_decide::placement::{imbalance, place};
+use expertmesh_decide::report::ModelShape;
 use expertmesh_engine::{EngineError, ModelConfig, PackedModel, WeightFormat};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
@@ -15,8 +17,6 @@ use k8s_openapi::Resource;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 
 use crate::build::{self, Owner, Revision, Size};
-use crate::decide::ModelShape;
-use crate::decide::placement::{imbalance, place};
 use crate::manifest;
 use crate::validate::ValidatedDeployment;
 

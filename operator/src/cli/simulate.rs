@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use clap::Args;
+use expertmesh_decide::autoscale::policy::{Goals, Policy};
 use serde_json::json;
 
-use crate::decide::autoscale::{Goals, Policy};
 use crate::load::arrivals::{Arrivals, duration};
 use crate::load::lengths::Lengths;
 use crate::load::patterns::{Pattern, Recipe};

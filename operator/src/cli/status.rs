@@ -4,12 +4,12 @@ use std::fmt::Write as _;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use expertmesh_decide::autoscale::verdict::seconds;
 use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus, ScaleDecision};
-use crate::decide::autoscale::seconds;
 
 #[derive(Args)]
 pub(crate) struct Status {

@@ -10,6 +10,15 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use expertmesh_decide::action::Decision;
+use expertmesh_decide::autoscale::autoscaler::Autoscaler;
+use expertmesh_decide::autoscale::limits::Change;
+use expertmesh_decide::autoscale::load::Load;
+use expertmesh_decide::autoscale::policy::Size;
+use expertmesh_decide::observation::{Member, Observation};
+use expertmesh_decide::placement::fewest;
+use expertmesh_decide::report::{Report, State};
+use expertmesh_decide::step::decide;
 use expertmesh_engine::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
@@ -17,9 +26,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-use crate::decide::autoscale::{Autoscaler, Change, Load, Size};
-use crate::decide::placement::fewest;
-use crate::decide::{Decision, Member, Observation, Report, State, decide};
 use crate::fleet::Fleet;
 use crate::fleet::process::{ENDED, Lines, ProcessFleet};
 use crate::manifest;

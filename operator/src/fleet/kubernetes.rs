@@ -6,6 +6,13 @@ mod streams;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use expertmesh_decide::action::Action;
+use expertmesh_decide::autoscale::autoscaler::Look;
+use expertmesh_decide::autoscale::limits::Change;
+use expertmesh_decide::autoscale::policy::{Policy, Size};
+use expertmesh_decide::autoscale::verdict::Verdict;
+use expertmesh_decide::observation::{Member, Observation, Seen};
+use expertmesh_decide::report::State;
 use expertmesh_proto::placement::Placement;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
@@ -18,8 +25,6 @@ use super::Fleet;
 use crate::apply::{self, ApiError, Object};
 use crate::build::names::{EXPERTMESH, query};
 use crate::build::{Component, Owner, PLACEMENT_KEY, config_map};
-use crate::decide::autoscale::{Change, Look, Policy, Size, Verdict};
-use crate::decide::{Action, Member, Observation, Seen, State};
 
 use streams::{SharedAutoscaler, Streams};
 

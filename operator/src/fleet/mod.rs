@@ -3,7 +3,8 @@
 pub(crate) mod kubernetes;
 pub(crate) mod process;
 
-use crate::decide::{Action, Observation};
+use expertmesh_decide::action::Action;
+use expertmesh_decide::observation::Observation;
 
 /// Kubernetes or processes. Thin: it looks and does, and decides nothing.
 pub(crate) trait Fleet {

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs, io};
 
+use expertmesh_decide::action::Action;
+use expertmesh_decide::observation::{Failure, Member, Observation, Seen};
 use expertmesh_engine::compute_threads;
 use expertmesh_proto::placement::Placement;
 use futures::future::join_all;
@@ -22,7 +24,6 @@ use self::child::{Child, Launch};
 pub(crate) use self::lines::Lines;
 use super::Fleet;
 use crate::control::Control;
-use crate::decide::{Action, Failure, Member, Observation, Seen};
 use crate::validate::ValidatedDeployment;
 
 /// After a process's own time to drain, before it is killed.

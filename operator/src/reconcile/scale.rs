@@ -1,5 +1,9 @@
 //! The autoscaler's part of a reconcile: what it decides is written to the scale subresource, like everyone else's wish.
 
+use expertmesh_decide::autoscale::limits::Change;
+use expertmesh_decide::autoscale::policy::Size;
+use expertmesh_decide::autoscale::verdict::Verdict;
+use expertmesh_decide::placement::fewest;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, Patch, PatchParams};
@@ -9,8 +13,6 @@ use tracing::info;
 
 use crate::api::{AutoscalingStatus, ModelDeployment, ScaleDecision};
 use crate::apply::ApiError;
-use crate::decide::autoscale::{Change, Size, Verdict};
-use crate::decide::placement::fewest;
 use crate::status::{self, Scaling};
 use crate::validate::ValidatedDeployment;
 
@@ -194,8 +196,9 @@ fn signed(count: u32) -> i32 {
 
 #[cfg(test)]
 mod tests {
+    use expertmesh_decide::autoscale::verdict::Reason;
+
     use super::*;
-    use crate::decide::autoscale::Reason;
 
     fn verdict(workers: u32, reason: Reason) -> Verdict {
         let message = "load 0.80".to_string();

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::thread;
 
+use expertmesh_decide::autoscale::policy::Policy;
 use serde::Serialize;
 
 use super::ours::Ours;
@@ -10,7 +11,6 @@ use super::requests::Micros;
 use super::run::{Outcome, World, run};
 use super::service::ServiceModel;
 use super::tune::{self, Tuned};
-use crate::decide::autoscale::Policy;
 use crate::load::percentiles::Percentiles;
 use crate::load::trace::Trace;
 
@@ -180,8 +180,10 @@ fn time(seconds: f64) -> String {
 mod tests {
     use std::time::Duration;
 
+    use expertmesh_decide::autoscale::limits::Rules;
+    use expertmesh_decide::autoscale::policy::Goals;
+
     use super::*;
-    use crate::decide::autoscale::{Goals, Rules};
     use crate::load::lengths::Lengths;
     use crate::load::patterns::{Pattern, Recipe};
     use crate::simulate::service::DEFAULT;

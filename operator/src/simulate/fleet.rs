@@ -201,9 +201,10 @@ impl History {
 mod tests {
     use std::time::Duration;
 
+    use expertmesh_decide::autoscale::policy::Goals;
+
     use super::super::service::DEFAULT;
     use super::*;
-    use crate::decide::autoscale::Goals;
     use crate::load::trace::{Request, Trace};
 
     fn world(count: usize) -> (ServiceModel, Requests) {

@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
+use expertmesh_decide::autoscale::autoscaler::Autoscaler;
+use expertmesh_decide::autoscale::limits::Change;
+use expertmesh_decide::autoscale::load::Load;
+use expertmesh_decide::autoscale::policy::{Policy, Size};
 use jiff::{SignedDuration, Timestamp};
 
 use super::requests::Micros;
 use super::run::{Scaler, Seen};
-use crate::decide::autoscale::{Autoscaler, Change, Load, Policy, Size};
 
 /// Processes report as often, and the operator looks as soon as it hears them.
 const REPORTS: Micros = 1_000_000;

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::decide::autoscale::{FrontendLoad, Goals};
+use expertmesh_decide::autoscale::load::FrontendLoad;
+use expertmesh_decide::autoscale::policy::Goals;
+
 use crate::load::trace::Trace;
 
 /// Time since the trace's beginning.
@@ -167,8 +169,9 @@ pub(crate) fn micros(duration: Duration) -> Micros {
 
 #[cfg(test)]
 mod tests {
+    use expertmesh_decide::report::Latencies;
+
     use super::*;
-    use crate::decide::Latencies;
     use crate::load::trace::Request;
 
     fn one(output: u32) -> Requests {

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use expertmesh_decide::autoscale::policy::Goals;
+
 use super::fleet::{Fleet, History, Load};
 use super::requests::{Id, Micros, Progress, Requests, micros};
 use super::service::ServiceModel;
-use crate::decide::autoscale::Goals;
 use crate::load::percentiles::{Percentiles, percentile};
 use crate::load::trace::Trace;
 

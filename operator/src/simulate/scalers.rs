@@ -72,10 +72,11 @@ impl Scaler for Threshold {
 mod tests {
     use std::time::Duration;
 
+    use expertmesh_decide::autoscale::policy::Goals;
+
     use super::super::fleet::{Fleet, Load};
     use super::super::requests::Requests;
     use super::*;
-    use crate::decide::autoscale::Goals;
     use crate::load::trace::Trace;
 
     /// What is decided at (second, sequences, desired).

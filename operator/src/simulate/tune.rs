@@ -69,9 +69,10 @@ pub(crate) fn threshold(world: World<'_>, start: u32, bounds: (u32, u32), attain
 mod tests {
     use std::time::Duration;
 
+    use expertmesh_decide::autoscale::policy::Goals;
+
     use super::super::service::{DEFAULT, ServiceModel};
     use super::*;
-    use crate::decide::autoscale::Goals;
     use crate::load::lengths::Lengths;
     use crate::load::patterns::{Pattern, Recipe};
 

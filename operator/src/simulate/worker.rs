@@ -197,11 +197,11 @@ impl Worker {
 mod tests {
     use std::time::Duration;
 
+    use expertmesh_decide::autoscale::policy::Goals;
     use proptest::prelude::*;
 
     use super::super::service::{DEFAULT, StepTime};
     use super::*;
-    use crate::decide::autoscale::Goals;
     use crate::load::trace::{Request, Trace};
 
     const GOALS: Goals = Goals { ttft: Duration::from_secs(1), tpot: Duration::from_millis(50) };

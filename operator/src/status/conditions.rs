@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use expertmesh_decide::action::{Action, Decision};
+use expertmesh_decide::observation::{Failure, Observation, Seen};
+use expertmesh_decide::report::State;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -9,7 +12,6 @@ use super::{
     Experts, Scaling, Situation, all_workers_ready, answering, reaches_a_worker, those_that_stay_are_ready,
 };
 use crate::api::ModelDeploymentStatus;
-use crate::decide::{Action, Decision, Failure, Observation, Seen, State};
 
 pub(crate) const READY: &str = "Ready";
 pub(crate) const MODEL_PREPARED: &str = "ModelPrepared";

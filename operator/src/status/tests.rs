@@ -1,8 +1,9 @@
+use expertmesh_decide::observation::{Failure, Seen};
+use expertmesh_decide::report::{ModelShape, Report};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::*;
-use crate::decide::{Failure, ModelShape, Report, Seen};
 
 const SHAPE: ModelShape =
     ModelShape { first_moe_layer: 1, layers: 3, experts: 4, expert_bytes: 10, dense_bytes: 100 };

@@ -1,10 +1,10 @@
 //! What a pod says of the process in it. Pure.
 
+use expertmesh_decide::observation::Failure;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 
 use crate::build::{Component, Owner, ports};
-use crate::decide::Failure;
 
 /// How long after its grace period a terminating pod may be taken for stuck.
 const STUCK_AFTER: SignedDuration = SignedDuration::from_secs(30);

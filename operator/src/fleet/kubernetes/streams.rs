@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use expertmesh_decide::autoscale::autoscaler::{Autoscaler, Look};
+use expertmesh_decide::autoscale::load::{Load, PERIOD};
+use expertmesh_decide::observation::{Member, Observation, Seen};
+use expertmesh_decide::report::{Report, State};
 use expertmesh_proto::placement::Placement;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 
 use crate::control::Control;
-use crate::decide::autoscale::{Autoscaler, Load, Look, PERIOD};
-use crate::decide::{Member, Observation, Report, Seen, State};
 
 /// What the autoscaler of a fleet's deployment knows.
 pub(crate) type SharedAutoscaler = Arc<std::sync::Mutex<Autoscaler>>;

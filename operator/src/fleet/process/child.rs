@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
+use expertmesh_decide::observation::Failure;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
@@ -15,7 +16,6 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, interval, sleep_until, timeout};
 
 use super::Lines;
-use crate::decide::Failure;
 
 /// The reason of a process that ended without last words: by a signal, or a panic.
 pub(crate) const ENDED: &str = "ProcessEnded";

@@ -4,19 +4,19 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::decide::elapsed;
+use crate::clock::elapsed;
 
 /// For one direction.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Rules {
+pub struct Rules {
     /// A change must have been called for so long; the least far-reaching one of that time is made.
-    pub(crate) stabilization: Duration,
-    pub(crate) select: Select,
-    pub(crate) limits: Vec<Limit>,
+    pub stabilization: Duration,
+    pub select: Select,
+    pub limits: Vec<Limit>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Select {
+pub enum Select {
     /// The limit that allows most.
     Most,
     Least,
@@ -26,13 +26,13 @@ pub(crate) enum Select {
 
 /// By so much in so long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Limit {
-    pub(crate) by: By,
-    pub(crate) period: Duration,
+pub struct Limit {
+    pub by: By,
+    pub period: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum By {
+pub enum By {
     Workers(u32),
     /// Of those at the period's beginning.
     Percent(u32),
@@ -40,27 +40,27 @@ pub(crate) enum By {
 
 /// A change of size that was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Change {
-    pub(crate) at: Timestamp,
-    pub(crate) from: u32,
-    pub(crate) to: u32,
+pub struct Change {
+    pub at: Timestamp,
+    pub from: u32,
+    pub to: u32,
 }
 
 impl Rules {
     /// At most twice as many in a minute.
-    pub(crate) fn up() -> Self {
+    pub fn up() -> Self {
         let limits = vec![Limit { by: By::Percent(100), period: Duration::from_secs(60) }];
         Self { stabilization: Duration::ZERO, select: Select::Most, limits }
     }
 
     /// One in two minutes, after three in which fewer were enough.
-    pub(crate) fn down() -> Self {
+    pub fn down() -> Self {
         let limits = vec![Limit { by: By::Workers(1), period: Duration::from_secs(120) }];
         Self { stabilization: Duration::from_secs(180), select: Select::Most, limits }
     }
 
     /// The most workers that there may be now.
-    pub(crate) fn ceiling(&self, workers: u32, changes: &[Change], now: Timestamp) -> u32 {
+    pub fn ceiling(&self, workers: u32, changes: &[Change], now: Timestamp) -> u32 {
         let most = |limit: &Limit| {
             let began = at_beginning(workers, changes, limit.period, now);
             match limit.by {
@@ -72,7 +72,7 @@ impl Rules {
     }
 
     /// The fewest workers that there may be now.
-    pub(crate) fn floor(&self, workers: u32, changes: &[Change], now: Timestamp) -> u32 {
+    pub fn floor(&self, workers: u32, changes: &[Change], now: Timestamp) -> u32 {
         let least = |limit: &Limit| {
             let began = at_beginning(workers, changes, limit.period, now);
             match limit.by {

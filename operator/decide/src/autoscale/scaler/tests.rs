@@ -1,4 +1,11 @@
+use std::time::Duration;
+
+use jiff::Timestamp;
+
 use super::*;
+use crate::autoscale::limits::Rules;
+use crate::autoscale::load::{FrontendLoad, PERIOD};
+use crate::autoscale::schedule::Schedule;
 
 /// A deployment of one frontend, with traffic as a test wants it.
 struct Rig {
@@ -503,7 +510,8 @@ fn a_direction_that_is_disabled_is_not_taken() {
 
 #[test]
 fn whoever_is_silent_or_tells_no_latencies_makes_a_look_incomplete() {
-    use crate::decide::{Latencies, Member, Report, Seen, State};
+    use crate::observation::{Member, Seen};
+    use crate::report::{Latencies, Report, State};
     let report = |state, latencies| Report {
         state,
         reason: String::new(),

@@ -1,11 +1,17 @@
 //! Decisions against a fleet in memory: workers that load slowly, hear late, die, come back and are drained.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
+use expertmesh_proto::placement::{ExpertSet, Placement};
+use jiff::Timestamp;
 use proptest::prelude::*;
 
-use super::placement::imbalance;
-use super::*;
+use crate::action::{Action, Decision, Desired};
+use crate::observation::{Member, Observation, Seen};
+use crate::placement::{imbalance, place};
+use crate::report::{ModelShape, Report, State};
+use crate::step::decide;
 
 const SHAPE: ModelShape =
     ModelShape { first_moe_layer: 1, layers: 3, experts: 12, expert_bytes: 10, dense_bytes: 100 };
@@ -231,7 +237,7 @@ impl Simulation {
         let written: BTreeMap<u32, ExpertSet> =
             self.written.workers().iter().map(|worker| (worker.slot, worker.experts.clone())).collect();
         let slots: Vec<u32> = (0..self.desired.workers).collect();
-        assert_eq!(placement::place(&SHAPE, &slots, self.desired.min_replicas, &written), written);
+        assert_eq!(place(&SHAPE, &slots, self.desired.min_replicas, &written), written);
         assert!(imbalance(&self.written) < 2.0);
         assert!(self.written.workers().iter().all(|worker| !worker.draining));
         assert_eq!(self.observation().live_experts(&SHAPE), (12, 12));

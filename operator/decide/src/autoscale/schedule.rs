@@ -5,17 +5,17 @@ use jiff::{SignedDuration, Timestamp};
 
 /// At least so many workers from each start to the next end.
 #[derive(Debug, Clone)]
-pub(crate) struct Schedule {
+pub struct Schedule {
     time_zone: String,
     start: String,
     end: String,
-    pub(crate) min_workers: u32,
+    pub min_workers: u32,
     crontabs: Box<(Crontab, Crontab)>,
 }
 
 impl Schedule {
     /// `start` and `end` have five fields. The error says what is wrong with which.
-    pub(crate) fn new(time_zone: &str, start: &str, end: &str, min_workers: u32) -> Result<Self, String> {
+    pub fn new(time_zone: &str, start: &str, end: &str, min_workers: u32) -> Result<Self, String> {
         let read = |field: &str, expression: &str| {
             if expression.split_whitespace().count() != 5 {
                 return Err(format!("{field} ({expression}) must have five fields, such as 0 8 * * 1-5"));
@@ -35,12 +35,12 @@ impl Schedule {
     }
 
     /// Whether it is on: its last start was after its last end.
-    pub(crate) fn is_on(&self, now: Timestamp) -> bool {
+    pub fn is_on(&self, now: Timestamp) -> bool {
         let (start, end) = (last(&self.crontabs.0, now), last(&self.crontabs.1, now));
         start.is_some_and(|start| end.is_none_or(|end| start > end))
     }
 
-    pub(crate) fn text(&self) -> String {
+    pub fn text(&self) -> String {
         format!("from {} to {} ({})", self.start, self.end, self.time_zone)
     }
 

@@ -11,15 +11,18 @@ use std::time::Duration;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use jiff::Timestamp;
 
-use super::placement::place;
-use super::{Action, Decision, Desired, Member, ModelShape, Observation, Report, Seen, State, elapsed};
+use crate::action::{Action, Decision, Desired};
+use crate::clock::elapsed;
+use crate::observation::{Member, Observation, Seen};
+use crate::placement::place;
+use crate::report::{ModelShape, Report, State};
 
 /// How long a silent worker may hold up a scale-in: longer than a restart, shorter than a night.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The next step. Whoever is killed in the middle goes on from the same observation; where all is as desired there are
 /// no actions.
-pub(crate) fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision {
+pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision {
     let step = Step { desired, seen, now, keep: keep(desired, seen, now) };
     let told = || pushes(seen, &seen.placement);
     if desired.paused {

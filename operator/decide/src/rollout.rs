@@ -2,33 +2,33 @@
 
 /// What is known of a deployment's revisions.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Revisions<'a> {
+pub struct Revisions<'a> {
     /// The one that the spec asks for now.
-    pub(crate) wanted: &'a str,
+    pub wanted: &'a str,
     /// The one that clients reach; none before the first.
-    pub(crate) serving: Option<&'a str>,
+    pub serving: Option<&'a str>,
     /// Those of which something runs, in any order.
-    pub(crate) running: &'a [String],
+    pub running: &'a [String],
     /// Whether requests would be answered by the wanted one.
-    pub(crate) wanted_serves: bool,
+    pub wanted_serves: bool,
     /// Whether clients were sent to the serving one only just now, and some may still be on their way to another.
-    pub(crate) just_promoted: bool,
+    pub just_promoted: bool,
 }
 
 /// What to make of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Rollout {
+pub struct Rollout {
     /// Clients are to reach this one.
-    pub(crate) serving: String,
+    pub serving: String,
     /// This one is to be made ready beside it.
-    pub(crate) next: Option<String>,
+    pub next: Option<String>,
     /// These are to end.
-    pub(crate) retired: Vec<String>,
+    pub retired: Vec<String>,
 }
 
 /// New beside old; promoted once it would answer; the old one ends afterwards, when nobody is sent to it any more. The
 /// first serves from the start, since nothing else does. One that was never promoted ends as soon as it is not wanted.
-pub(crate) fn rollout(revisions: Revisions) -> Rollout {
+pub fn rollout(revisions: Revisions) -> Rollout {
     let Revisions { wanted, serving, running, wanted_serves, just_promoted } = revisions;
     let promoted = wanted_serves && serving.is_some_and(|serving| serving != wanted);
     let current = if promoted { wanted } else { serving.unwrap_or(wanted) };

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use expertmesh_proto::placement::{ExpertSet, Placement};
 
-use super::ModelShape;
+use crate::report::ModelShape;
 
 /// The experts of each slot, such that every (layer, expert) is on `min_replicas` different slots (on all of them where
 /// there are fewer), and no two slots differ by more than one copy in any layer, nor in total.
@@ -18,7 +18,7 @@ use super::ModelShape;
 /// `place(s, r, union(current, place(s, r, current)))` loads nothing.
 ///
 /// `slots` ascend.
-pub(crate) fn place(
+pub fn place(
     shape: &ModelShape,
     slots: &[u32],
     min_replicas: u32,
@@ -48,7 +48,7 @@ pub(crate) fn place(
 }
 
 /// Pairs of layer and expert that workers are to hold by `after` and were not by `before`.
-pub(crate) fn moved(before: &Placement, after: &Placement) -> u64 {
+pub fn moved(before: &Placement, after: &Placement) -> u64 {
     let held = |slot, (layer, expert)| {
         before.worker(slot).is_some_and(|worker| worker.experts.contains(layer, expert))
     };
@@ -60,7 +60,7 @@ pub(crate) fn moved(before: &Placement, after: &Placement) -> u64 {
 const BESIDE_EXPERTS: u64 = 512 << 20;
 
 /// The fewest workers that hold every expert so often, where each has so many bytes (any number, where it is not known).
-pub(crate) fn fewest(shape: &ModelShape, min_replicas: u32, memory: Option<u64>) -> u32 {
+pub fn fewest(shape: &ModelShape, min_replicas: u32, memory: Option<u64>) -> u32 {
     let copies = u64::from(min_replicas.max(1));
     let layers = u64::from(shape.layers.saturating_sub(shape.first_moe_layer));
     let fits = |workers: &u64| {
@@ -74,7 +74,7 @@ pub(crate) fn fewest(shape: &ModelShape, min_replicas: u32, memory: Option<u64>)
 }
 
 /// The most experts on one worker over the mean: 1 where all hold as many.
-pub(crate) fn imbalance(placement: &Placement) -> f64 {
+pub fn imbalance(placement: &Placement) -> f64 {
     let counts: Vec<usize> = placement.workers().iter().map(|worker| worker.experts.len()).collect();
     let (most, all) = (counts.iter().max().copied().unwrap_or(0), counts.iter().sum::<usize>());
     if all == 0 { 1.0 } else { (most * counts.len()) as f64 / all as f64 }

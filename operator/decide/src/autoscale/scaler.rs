@@ -1,24 +1,16 @@
 //! How many workers the goals need: a load from latencies and queues, a wish from the load, a size from the wish.
-//!
-//! The load s is the mean over 45 s of min(2, max(P90 TTFT / goal, P90 TPOT / goal)). Above 0.55, n workers of which r are
-//! ready become max(n, n + ⌈n·(s·(r/n)/0.55 − 1)⌉), each part of the window counting the workers that were ready then.
-//! Below 0.40 fewer may do. What is wished is made within the limits of `behavior`; what is silent is never taken for idle.
-
-mod limits;
-mod schedule;
-mod window;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::elapsed;
-
-pub(crate) use limits::{By, Change, Limit, Rules, Select};
-pub(crate) use schedule::Schedule;
-pub(crate) use window::{FrontendLoad, Load, PERIOD};
-use window::{HIGH, LOW, Summary, Window};
+use super::limits::{Change, Select};
+use super::load::Load;
+use super::policy::{Goals, Policy, Size};
+use super::verdict::{Count, Reason, Verdict, seconds};
+use super::window::{HIGH, LOW, Summary, Window};
+use crate::clock::elapsed;
 
 /// The load that the workers which stay may be expected to have.
 const CARRIED: f64 = 0.50;
@@ -32,112 +24,12 @@ const LIGHTER: f64 = 0.9;
 const OTHER_LOAD: f64 = 1.5;
 /// How long new workers may take before a step is no longer judged.
 const STEP_PATIENCE: Duration = Duration::from_secs(600);
-/// Of a limit.
-const LONGEST_PERIOD: Duration = Duration::from_secs(1800);
-/// Changes of size that are remembered.
-const CHANGES: usize = 64;
 /// As many wishes as the longest stabilization window holds.
 const WISHES: usize = 1300;
 
-/// `spec.autoscaling`, checked.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Policy {
-    pub(crate) min: u32,
-    pub(crate) max: u32,
-    pub(crate) goals: Goals,
-    pub(crate) idle_after: Duration,
-    pub(crate) advisory: bool,
-    pub(crate) up: Rules,
-    pub(crate) down: Rules,
-    pub(crate) schedules: Vec<Schedule>,
-}
-
-/// 90th percentiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Goals {
-    pub(crate) ttft: Duration,
-    pub(crate) tpot: Duration,
-}
-
-/// What is to be scaled.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Size {
-    /// `spec.workers.replicas`.
-    pub(crate) workers: u32,
-    /// So many hold every expert as often as is asked, within the memory that each has.
-    pub(crate) at_least: u32,
-    /// A worker that cannot run, and why.
-    pub(crate) failing: Option<String>,
-}
-
-/// Why a size is right.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Reason {
-    /// More, since the latencies are too near to their goals.
-    Goal,
-    /// More, since requests wait for a worker.
-    Queue,
-    /// The first, since a request waits and there is none.
-    Wake,
-    /// As many as a schedule asks for.
-    Schedule,
-    /// minWorkers or maxWorkers.
-    Bounds,
-    /// Fewer, since they can carry the load.
-    Spare,
-    /// None, since no request came for long.
-    Idle,
-    /// The same: the load calls for no other.
-    Steady,
-    /// The same: not everything is seen, or not for long enough.
-    Unseen,
-    /// The same for now: `behavior` allows no change yet.
-    Limited,
-    /// The same: more would not bring the latencies to their goals.
-    Unattainable,
-    /// The same: workers that were asked for cannot run.
-    Failing,
-}
-
-impl Reason {
-    /// Stable: the metric's label and the Event's reason.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Goal => "Goal",
-            Self::Queue => "Queue",
-            Self::Wake => "Wake",
-            Self::Schedule => "Schedule",
-            Self::Bounds => "Bounds",
-            Self::Spare => "Spare",
-            Self::Idle => "Idle",
-            Self::Steady => "Steady",
-            Self::Unseen => "Unseen",
-            Self::Limited => "Limited",
-            Self::Unattainable => "Unattainable",
-            Self::Failing => "Failing",
-        }
-    }
-}
-
-/// What to do about the size.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Verdict {
-    /// The size to be set now.
-    pub(crate) workers: u32,
-    /// The size that would be right were there no limits.
-    pub(crate) wanted: u32,
-    pub(crate) reason: Reason,
-    /// One line, with the inputs.
-    pub(crate) message: String,
-    /// The s of the rule.
-    pub(crate) load: f64,
-    /// Why the goals cannot be met, where that is known.
-    pub(crate) unattainable: Option<String>,
-}
-
 /// What is remembered from look to look, of one revision.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Scaler {
+pub(super) struct Scaler {
     goals: Option<Goals>,
     window: Window,
     /// Sequences that nobody computes, as of the last report.
@@ -147,67 +39,6 @@ pub(crate) struct Scaler {
     workers: u32,
     step: Option<Step>,
     barren: Option<Step>,
-}
-
-/// A scaler with what it scales: what is kept of a deployment between two decisions.
-#[derive(Debug, Default)]
-pub(crate) struct Autoscaler {
-    policy: Option<Policy>,
-    size: Size,
-    changes: Vec<Change>,
-    scaler: Scaler,
-    said: Option<(u32, Reason)>,
-}
-
-/// What a look showed.
-#[derive(Debug, Clone)]
-pub(crate) struct Look {
-    pub(crate) verdict: Verdict,
-    /// Latencies since the last look, TTFT then TPOT.
-    pub(crate) counts: [Count; 2],
-    /// Whether the size or the reason is another than at the last look.
-    pub(crate) is_news: bool,
-}
-
-/// Latencies, and those of them that missed their goal.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Count {
-    pub(crate) samples: u64,
-    pub(crate) misses: u64,
-}
-
-impl Autoscaler {
-    /// What is to be scaled from now on. Without a policy, nothing is looked at.
-    /// `changes` are those of late, as they were recorded; what was recorded before is remembered for as long as any limit.
-    pub(crate) fn set(&mut self, policy: Option<&Policy>, size: Size, changes: Vec<Change>, now: Timestamp) {
-        if policy.is_none() {
-            self.scaler = Scaler::default();
-        }
-        self.policy = policy.cloned();
-        self.size = size;
-        let new: Vec<Change> = changes.into_iter().filter(|change| !self.changes.contains(change)).collect();
-        self.changes.extend(new);
-        self.changes.sort_by_key(|change| change.at);
-        self.changes.retain(|change| elapsed(change.at, now) <= LONGEST_PERIOD);
-        self.changes.drain(..self.changes.len().saturating_sub(CHANGES));
-    }
-
-    /// To be called with every report; none where it is too early for a look.
-    pub(crate) fn look(&mut self, load: &Load, now: Timestamp) -> Option<Look> {
-        let policy = self.policy.as_ref()?;
-        if !self.scaler.observe(policy, &self.size, load, now) {
-            return None;
-        }
-        let verdict = self.scaler.decide(policy, &self.size, &self.changes, now);
-        let says = Some((verdict.workers, verdict.reason));
-        let is_news = std::mem::replace(&mut self.said, says) != says;
-        Some(Look { verdict, counts: self.scaler.window.take_counts(), is_news })
-    }
-
-    /// None without a policy.
-    pub(crate) fn verdict(&self, now: Timestamp) -> Option<Verdict> {
-        Some(self.scaler.decide(self.policy.as_ref()?, &self.size, &self.changes, now))
-    }
 }
 
 /// A step up, and how it was before (or, where it is barren, after).
@@ -222,8 +53,8 @@ struct Step {
 }
 
 impl Scaler {
-    /// Takes a look at what the processes say, unless the last one was less than [`PERIOD`] ago. True where it did.
-    pub(crate) fn observe(&mut self, policy: &Policy, size: &Size, load: &Load, now: Timestamp) -> bool {
+    /// Takes a look at what the processes say, unless the last one was less than [`PERIOD`](super::load::PERIOD) ago. True where it did.
+    pub(super) fn observe(&mut self, policy: &Policy, size: &Size, load: &Load, now: Timestamp) -> bool {
         if self.goals.replace(policy.goals).is_some_and(|goals| goals != policy.goals) {
             *self = Self { goals: self.goals, workers: size.workers, ..Self::default() };
         }
@@ -242,8 +73,13 @@ impl Scaler {
         true
     }
 
+    /// Latencies that were seen since this was last called, TTFT then TPOT.
+    pub(super) fn take_counts(&mut self) -> [Count; 2] {
+        self.window.take_counts()
+    }
+
     /// The size to be set now. `changes` are those of late, in any order.
-    pub(crate) fn decide(&self, policy: &Policy, size: &Size, changes: &[Change], now: Timestamp) -> Verdict {
+    pub(super) fn decide(&self, policy: &Policy, size: &Size, changes: &[Change], now: Timestamp) -> Verdict {
         let summary = self.window.summary();
         let (target, wanted, reason, message) = self.target(policy, size, changes, now);
         let unattainable = self.unattainable(policy.goals);
@@ -510,32 +346,8 @@ impl Scaler {
     }
 }
 
-impl Policy {
-    /// The fewest workers that there may be now, and which schedule says so.
-    fn least(&self, now: Timestamp) -> (u32, Option<String>) {
-        let on = self.schedules.iter().filter(|schedule| schedule.is_on(now));
-        let most = on.max_by_key(|schedule| schedule.min_workers);
-        match most.filter(|schedule| schedule.min_workers > self.min) {
-            Some(schedule) => {
-                let text = format!("{} workers at least {}", schedule.min_workers, schedule.text());
-                (schedule.min_workers.min(self.max), Some(text))
-            }
-            None => (self.min, None),
-        }
-    }
-}
-
 fn waiting(sequences: u32) -> String {
     format!("{sequences} sequence{}", if sequences == 1 { " waits" } else { "s wait" })
-}
-
-/// "420ms", "1.2s", "90s".
-pub(crate) fn seconds(time: Duration) -> String {
-    match time.as_secs_f64() {
-        time if time < 0.9995 => format!("{:.0}ms", time * 1e3),
-        time if time < 9.95 => format!("{}s", (time * 10.0).round() / 10.0),
-        time => format!("{time:.0}s"),
-    }
 }
 
 #[cfg(test)]

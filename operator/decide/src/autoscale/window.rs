@@ -1,18 +1,19 @@
 //! What the last three quarters of a minute say: of every few seconds, how the latencies stood to their goals.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use expertmesh_proto::latency::Histogram;
 use jiff::Timestamp;
 
-use super::{Count, Goals};
-use crate::decide::{Latencies, Member, Seen, State, elapsed};
+use super::load::{FrontendLoad, Load, PERIOD};
+use super::policy::Goals;
+use super::verdict::Count;
+use crate::clock::elapsed;
+use crate::report::Latencies;
 
-/// How often a look is taken.
-pub(crate) const PERIOD: Duration = Duration::from_secs(3);
 /// The time that a load is the mean of.
-pub(crate) const WINDOW: Duration = Duration::from_secs(45);
+pub(super) const WINDOW: Duration = Duration::from_secs(45);
 /// Longer without a look, and what was seen before says nothing of now.
 const GAP: Duration = Duration::from_secs(15);
 /// However late an answer was, so much counts of it.
@@ -23,77 +24,8 @@ const ENOUGH: u64 = 10;
 /// What a request counts as, in goals, that just missed its one: the bucket above.
 const JUST_MISSED: f64 = 1.2;
 /// A load that calls for more workers, and one at which fewer may do.
-pub(crate) const HIGH: f64 = 0.55;
-pub(crate) const LOW: f64 = 0.40;
-
-/// What a deployment's processes said at one moment.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct Load {
-    pub(crate) frontends: BTreeMap<String, FrontendLoad>,
-    /// The slots of the workers that can serve.
-    pub(crate) slots: BTreeSet<u32>,
-    /// How many those are.
-    pub(crate) ready: u32,
-    /// Sequences that those compute, and that they have queued.
-    pub(crate) running: u32,
-    pub(crate) waiting: u32,
-    /// The fullest of their latent caches, 0 to 1.
-    pub(crate) kv_usage: f32,
-    /// Whether all frontends spoke, with latencies: silence is no proof of idleness.
-    pub(crate) complete: bool,
-}
-
-/// One frontend's part.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct FrontendLoad {
-    /// When the process began, in nanoseconds since 1970.
-    pub(crate) incarnation: u64,
-    pub(crate) latencies: Latencies,
-    pub(crate) in_flight: u32,
-    /// Sequences that wait for a worker.
-    pub(crate) queued: u32,
-}
-
-impl Load {
-    /// What the members of a fleet last said.
-    pub(crate) fn of<'a>(members: impl Iterator<Item = (Member, &'a Seen)>) -> Self {
-        let mut load = Self { complete: true, ..Self::default() };
-        for (member, seen) in members {
-            match (member, &seen.report) {
-                (Member::Worker(slot), Some(report)) if report.state == State::Ready => {
-                    load.slots.insert(slot);
-                    load.ready += 1;
-                    load.running = load.running.saturating_add(report.running);
-                    load.waiting = load.waiting.saturating_add(report.waiting);
-                    load.kv_usage = load.kv_usage.max(report.kv_usage);
-                }
-                (Member::Worker(_), _) => {}
-                (Member::Frontend(name), Some(report)) => {
-                    load.complete &= report.latencies.is_some();
-                    let frontend = FrontendLoad {
-                        incarnation: report.incarnation,
-                        latencies: report.latencies.as_deref().cloned().unwrap_or_default(),
-                        in_flight: report.running,
-                        queued: report.waiting,
-                    };
-                    load.frontends.insert(name, frontend);
-                }
-                (Member::Frontend(_), None) => load.complete = false,
-            }
-        }
-        load.complete &= !load.frontends.is_empty();
-        load
-    }
-
-    pub(crate) fn in_flight(&self) -> u32 {
-        self.frontends.values().fold(0, |sum: u32, frontend| sum.saturating_add(frontend.in_flight))
-    }
-
-    /// Sequences that nobody computes.
-    pub(crate) fn queued(&self) -> u32 {
-        self.frontends.values().fold(self.waiting, |sum, frontend| sum.saturating_add(frontend.queued))
-    }
-}
+pub(super) const HIGH: f64 = 0.55;
+pub(super) const LOW: f64 = 0.40;
 
 /// A few seconds.
 #[derive(Debug, Clone)]
@@ -123,32 +55,32 @@ struct Slot {
 
 /// What a window comes to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(crate) struct Summary {
+pub(super) struct Summary {
     /// The s of the rule: the mean of min(2, ratio) over the window; what the window does not reach back to is 0.
-    pub(crate) load: f64,
+    pub(super) load: f64,
     /// The mean of min(2, ratio) × ready workers: what is to be carried, in workers at the goal.
-    pub(crate) demand: f64,
+    pub(super) demand: f64,
     /// The mean of ratios however high, and of requests in flight, of what was seen.
-    pub(crate) ratio: f64,
+    pub(super) ratio: f64,
     /// Highest 90th percentiles of its slots, in seconds.
-    pub(crate) ttft: Option<f64>,
-    pub(crate) tpot: Option<f64>,
-    pub(crate) in_flight: f64,
+    pub(super) ttft: Option<f64>,
+    pub(super) tpot: Option<f64>,
+    pub(super) in_flight: f64,
     /// The most that were open together, in the mean of a slot.
-    pub(crate) together: f64,
+    pub(super) together: f64,
     /// Whether no more were open than there were workers, in every slot.
-    pub(crate) alone: bool,
+    pub(super) alone: bool,
     /// Whether more than half of the load is the queue's.
-    pub(crate) by_queue: bool,
+    pub(super) by_queue: bool,
     /// Whether all of it was seen, and nobody was silent.
-    pub(crate) complete: bool,
+    pub(super) complete: bool,
     /// Whether its number of ready workers was the same all the time.
-    pub(crate) steady: bool,
+    pub(super) steady: bool,
 }
 
 /// The looks of the last three quarters of a minute.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Window {
+pub(super) struct Window {
     last: Option<(Timestamp, Load)>,
     slots: VecDeque<Slot>,
     /// What the fastest tenth took when there was at most one request per worker, of late: TTFT, TPOT in seconds.
@@ -164,7 +96,7 @@ const UNLOADED_KNOWN: usize = 3;
 
 impl Window {
     /// Takes a look, unless the last one was only just. True where it was taken.
-    pub(crate) fn look(&mut self, goals: Goals, load: &Load, now: Timestamp) -> bool {
+    pub(super) fn look(&mut self, goals: Goals, load: &Load, now: Timestamp) -> bool {
         let Some((at, last)) = self.last.take() else {
             return self.begin(load, now);
         };
@@ -203,27 +135,27 @@ impl Window {
     }
 
     /// What ended since this was last called.
-    pub(crate) fn take_counts(&mut self) -> [Count; 2] {
+    pub(super) fn take_counts(&mut self) -> [Count; 2] {
         std::mem::take(&mut self.counts)
     }
 
     /// Since when no request came, was running, or ended.
-    pub(crate) fn idle_since(&self) -> Option<Timestamp> {
+    pub(super) fn idle_since(&self) -> Option<Timestamp> {
         self.idle_since
     }
 
     /// Idleness begins anew.
-    pub(crate) fn wake(&mut self) {
+    pub(super) fn wake(&mut self) {
         self.idle_since = None;
     }
 
     /// Whether the last look was long ago, or there was none: what is remembered says nothing of now.
-    pub(crate) fn is_stale(&self, now: Timestamp) -> bool {
+    pub(super) fn is_stale(&self, now: Timestamp) -> bool {
         self.last.as_ref().is_none_or(|(at, _)| elapsed(*at, now) > GAP)
     }
 
     /// As last looked at.
-    pub(crate) fn now(&self) -> Option<&Load> {
+    pub(super) fn now(&self) -> Option<&Load> {
         self.last.as_ref().map(|(_, load)| load)
     }
 
@@ -231,7 +163,7 @@ impl Window {
         self.slots.iter().map(|slot| slot.lasted).sum()
     }
 
-    pub(crate) fn summary(&self) -> Summary {
+    pub(super) fn summary(&self) -> Summary {
         let (all, covered) = (WINDOW.as_secs_f64(), self.covered());
         let sum =
             |of: &dyn Fn(&Slot) -> f64| self.slots.iter().fold(0.0, |sum, slot| sum + slot.lasted * of(slot));
@@ -259,7 +191,7 @@ impl Window {
     }
 
     /// What one request alone takes, TTFT and TPOT in seconds, where that was seen often enough.
-    pub(crate) fn unloaded(&self) -> [Option<f64>; 2] {
+    pub(super) fn unloaded(&self) -> [Option<f64>; 2] {
         [0, 1].map(|which| {
             let seen: Vec<f64> = self.unloaded.iter().filter_map(|times| times[which]).collect();
             seen.iter().copied().reduce(f64::min).filter(|_| seen.len() >= UNLOADED_KNOWN)

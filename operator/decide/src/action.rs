@@ -1,0 +1,42 @@
+//! What is desired of a fleet, and what it can be asked to do.
+
+use std::time::Duration;
+
+use expertmesh_proto::placement::Placement;
+
+use crate::observation::Member;
+
+/// The part of a ModelDeployment that sizes and places.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Desired {
+    /// 0 where none is to run: what waits, waits in the frontends.
+    pub workers: u32,
+    /// Live copies of every expert, on different workers. At least 1.
+    pub min_replicas: u32,
+    /// How long a worker that leaves may take to hand back its sequences.
+    pub drain_timeout: Duration,
+    /// Changes nothing while true; what restarts is still told the placement.
+    pub paused: bool,
+}
+
+/// Everything that a fleet can be asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Run the slots 0..n and no others.
+    Resize(u32),
+    /// Write it durably. Pushes follow as actions of their own.
+    Place(Placement),
+    /// Tell one process with `Control.ApplyPlacement`; afterwards its `told` is this placement.
+    Push { to: Member, placement: Placement },
+    /// `Control.Drain`, without waiting for its end, which the reports show.
+    Drain { slot: u32 },
+}
+
+/// What to do now, and what has to happen before there is more to do.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// To be done in this order.
+    pub actions: Vec<Action>,
+    /// One line; empty where everything is as desired.
+    pub waiting_for: String,
+}

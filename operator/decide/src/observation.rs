@@ -1,0 +1,89 @@
+//! What a fleet sees of a deployment at one moment.
+
+use std::collections::BTreeMap;
+
+use expertmesh_proto::placement::Placement;
+use jiff::Timestamp;
+
+use crate::report::{ModelShape, Report, State};
+
+/// What a fleet sees at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Observation {
+    /// The last one written durably; epoch 0 where there is none.
+    pub placement: Placement,
+    /// How many slots the fleet was last told to run: 0..size.
+    pub size: u32,
+    /// Every slot below `size`, whether its process runs yet or not. A process that was told to end (a terminating
+    /// pod) is no longer seen: its slot is listed without a report.
+    pub workers: BTreeMap<u32, Seen>,
+    pub frontends: Vec<Seen>,
+}
+
+/// One worker or frontend, as far as it is known.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Pod or process name.
+    pub name: String,
+    /// `host:port` of its gRPC services, in the order to try; empty while unknown.
+    pub addresses: Vec<String>,
+    /// What it last said, while the stream of its reports is up.
+    pub report: Option<Report>,
+    /// Since when it is silent (or was first missed); none while its reports arrive.
+    pub silent_since: Option<Timestamp>,
+    /// Since when it was asked to drain, or its reports say DRAINING.
+    pub draining_since: Option<Timestamp>,
+    /// The placement, addresses included, that this process took from us; none after it or we restarted.
+    pub told: Option<Placement>,
+    /// Why it cannot run, where that is known.
+    pub failure: Option<Failure>,
+}
+
+/// Why a process ended or cannot start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Stable and machine-readable, such as `ModelNotFound`.
+    pub reason: String,
+    pub message: String,
+    pub restarts: u32,
+}
+
+/// Who is told a placement.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Member {
+    Worker(u32),
+    /// By its pod or process name.
+    Frontend(String),
+}
+
+impl Observation {
+    /// Workers that can serve.
+    pub fn ready_workers(&self) -> usize {
+        self.reports().filter(|(_, report)| report.state == State::Ready).count()
+    }
+
+    /// The model's shape, as its first worker that knows it says.
+    pub fn shape(&self) -> Option<ModelShape> {
+        self.reports().find_map(|(_, report)| report.shape)
+    }
+
+    /// The reports of the workers that the fleet runs, by slot.
+    pub fn reports(&self) -> impl Iterator<Item = (u32, &Report)> {
+        let running = self.workers.range(..self.size);
+        running.filter_map(|(&slot, seen)| Some((slot, seen.report.as_ref()?)))
+    }
+
+    /// Experts of which every layer is resident on a worker that reports it, of all experts.
+    pub fn live_experts(&self, shape: &ModelShape) -> (u32, u32) {
+        let resident =
+            |layer, expert| self.reports().any(|(_, report)| report.resident.contains(layer, expert));
+        let live = |expert: &u32| (shape.first_moe_layer..shape.layers).all(|layer| resident(layer, *expert));
+        ((0..shape.experts).filter(live).count() as u32, shape.experts)
+    }
+
+    /// Workers that run, then frontends, by who they are.
+    pub fn members(&self) -> impl Iterator<Item = (Member, &Seen)> {
+        let workers = self.workers.range(..self.size).map(|(&slot, seen)| (Member::Worker(slot), seen));
+        workers.chain(self.frontends.iter().map(|seen| (Member::Frontend(seen.name.clone()), seen)))
+    }
+}
