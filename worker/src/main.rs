@@ -3,9 +3,11 @@
 mod engine;
 mod frontend;
 mod generate;
+mod identity;
 mod inspect;
 mod mesh;
 mod metrics;
+mod placement;
 mod prepare;
 mod probes;
 mod process;

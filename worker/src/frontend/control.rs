@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::server::Server;
-use crate::mesh::placement::CurrentPlacement;
+use crate::placement::CurrentPlacement;
 
 /// A report at least so often.
 const PERIOD: Duration = Duration::from_secs(1);

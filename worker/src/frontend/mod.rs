@@ -43,9 +43,9 @@ use self::resume::Patience;
 use self::server::Server;
 use self::workers::Workers;
 use crate::engine::ComputedAs;
-use crate::mesh::identity::fingerprint_message;
-use crate::mesh::placement::CurrentPlacement;
+use crate::identity::fingerprint_message;
 use crate::metrics::FrontendMetrics;
+use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
 use crate::traces;
 

@@ -20,9 +20,9 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Request, Response, Status};
 
 use super::workers::Workers;
-use crate::mesh::identity::fingerprint_message;
-use crate::mesh::placement::CurrentPlacement;
+use crate::identity::fingerprint_message;
 use crate::metrics::FrontendMetrics;
+use crate::placement::CurrentPlacement;
 
 /// How long a sequence waits for a scripted worker.
 pub(crate) const QUEUE_TIMEOUT: Duration = Duration::from_secs(2);

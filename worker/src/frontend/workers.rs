@@ -22,9 +22,9 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::hold::{Held, Hold};
 use super::route::{self, Avoided, Known, Load, Readiness};
-use crate::mesh::identity::{fingerprint_message, fingerprint_of};
-use crate::mesh::placement::CurrentPlacement;
+use crate::identity::{fingerprint_message, fingerprint_of};
 use crate::metrics::FrontendMetrics;
+use crate::placement::CurrentPlacement;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A worker reports every second.

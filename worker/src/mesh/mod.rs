@@ -2,9 +2,8 @@
 
 pub(crate) mod dispatch;
 pub(crate) mod exchange;
-pub(crate) mod identity;
+mod fence;
 mod link;
 pub(crate) mod peers;
-pub(crate) mod placement;
 pub(crate) mod residency;
 mod route;

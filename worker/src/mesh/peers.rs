@@ -9,8 +9,9 @@ use expertmesh_proto::placement::Placement;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::identity::{Fence, Identity};
+use super::fence::Fence;
 use super::link;
+use crate::identity::Identity;
 use crate::metrics::WorkerMetrics;
 
 /// Rows for a peer.

@@ -16,9 +16,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::run::{Command, Shared};
-use crate::mesh::identity::Identity;
-use crate::mesh::placement::CurrentPlacement;
+use crate::identity::Identity;
 use crate::mesh::residency::Residency;
+use crate::placement::CurrentPlacement;
 
 /// A report at least so often.
 const PERIOD: Duration = Duration::from_secs(1);

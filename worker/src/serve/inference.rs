@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::run::{Command, EVENTS, Events, Shared, Spans, Submission};
-use crate::mesh::identity::Identity;
+use crate::identity::Identity;
 use crate::traces;
 
 /// More stop tokens than any client names.

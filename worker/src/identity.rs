@@ -1,8 +1,5 @@
 //! Who we are to others, and whom we let in.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-
 use expertmesh_engine::ModelFingerprint;
 use expertmesh_proto::v1;
 use tonic::Status;
@@ -60,23 +57,6 @@ pub(crate) fn fingerprint_of(message: &v1::ModelFingerprint) -> ModelFingerprint
     ModelFingerprint { architecture, weights, format, numerics }
 }
 
-/// The latest incarnation seen of every slot: a twin that wakes up late is fenced.
-#[derive(Debug, Default)]
-pub(crate) struct Fence(Mutex<BTreeMap<u32, u64>>);
-
-impl Fence {
-    pub(crate) fn admit(&self, slot: u32, incarnation: u64) -> Result<(), Status> {
-        let mut latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = latest.entry(slot).or_insert(incarnation);
-        if incarnation < *known {
-            let message = format!("slot {slot} has a later incarnation, {known}; {incarnation} is fenced");
-            return Err(Status::failed_precondition(message));
-        }
-        *known = incarnation;
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,16 +85,5 @@ mod tests {
         assert!(us.admit_peer(Some(&identity("w2").caller(0))).is_err());
         let silent = us.admit_peer(Some(&v1::Caller::default())).unwrap_err();
         assert_eq!(silent.code(), tonic::Code::InvalidArgument);
-    }
-
-    #[test]
-    fn a_twin_that_wakes_up_late_is_fenced() {
-        let fence = Fence::default();
-        fence.admit(3, 20).unwrap();
-        fence.admit(3, 20).unwrap();
-        assert!(fence.admit(3, 19).is_err());
-        fence.admit(2, 19).unwrap();
-        fence.admit(3, 21).unwrap();
-        assert!(fence.admit(3, 20).is_err());
     }
 }
