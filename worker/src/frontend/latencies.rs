@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::v1;
 
-use crate::metrics::FrontendMetrics;
+use crate::metrics::frontend::FrontendMetrics;
 
 /// Gaps between tokens whose mean is one sample of a report.
 const GAPS: u32 = 16;

@@ -44,7 +44,7 @@ use self::server::Server;
 use self::workers::Workers;
 use crate::engine::ComputedAs;
 use crate::identity::fingerprint_message;
-use crate::metrics::FrontendMetrics;
+use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
 use crate::traces;

@@ -10,7 +10,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use super::route::Avoided;
 use super::workers::{Lease, NoWorker, Workers};
-use crate::metrics::FrontendMetrics;
+use crate::metrics::frontend::FrontendMetrics;
 use crate::traces::{Parent, Span, SpanKind};
 
 /// Failures in a row, without a token between them, after which a sequence is given up.

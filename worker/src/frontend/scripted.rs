@@ -21,7 +21,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::workers::Workers;
 use crate::identity::fingerprint_message;
-use crate::metrics::FrontendMetrics;
+use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 
 /// How long a sequence waits for a scripted worker.

@@ -28,7 +28,7 @@ use super::resume::Patience;
 use super::sse;
 use super::valid::ValidRequest;
 use super::workers::Workers;
-use crate::metrics::{Counted, FrontendMetrics};
+use crate::metrics::frontend::{Counted, FrontendMetrics};
 use crate::traces::{self, Span};
 
 /// A client that takes longer to send its body holds a place that others could have.

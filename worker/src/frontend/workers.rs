@@ -23,7 +23,7 @@ use tonic::transport::{Channel, Endpoint};
 use super::hold::{Held, Hold};
 use super::route::{self, Avoided, Known, Load, Readiness};
 use crate::identity::{fingerprint_message, fingerprint_of};
-use crate::metrics::FrontendMetrics;
+use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);

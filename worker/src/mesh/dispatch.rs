@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use super::peers::{Outcome, Outgoing, Peers, Reply};
 use super::residency::{LoadFailed, Residency};
 use super::route::{Holders, Known, Target, route};
+use crate::metrics::labels::Reroute;
 use crate::traces::{self, Span, SpanKind};
 
 /// How long a holder that said "not resident" is passed over for a copy, or asked to load where there is none.
@@ -132,8 +133,7 @@ impl<B: Backend> MeshExchange<B> {
         let outgoing = Outgoing { ticket, attempt: flight.attempt, rows, reply };
         self.layer.flights.insert(ticket, flight);
         if self.peers.send(slot, outgoing) {
-            let dispatched = &self.peers.shared.metrics.rows_dispatched;
-            dispatched.with_label_values(&[&slot.to_string()]).inc_by(pairs);
+            self.peers.shared.metrics.mesh.dispatched(slot, pairs);
         }
     }
 
@@ -180,8 +180,7 @@ impl<B: Backend> MeshExchange<B> {
         }
         if !again.is_empty() {
             again.sort_unstable();
-            let rerouted = &self.peers.shared.metrics.rows_rerouted;
-            rerouted.with_label_values(&["load_failed"]).inc_by(again.len() as u64);
+            self.peers.shared.metrics.mesh.rerouted(Reroute::LoadFailed, again.len() as u64);
         }
         Ok(again)
     }
@@ -195,20 +194,18 @@ impl<B: Backend> MeshExchange<B> {
         outcome: Outcome,
     ) -> Option<(Vec<u32>, u32)> {
         let mut flight = self.layer.flights.remove(&outcome.ticket)?;
-        let metrics = &self.peers.shared.metrics;
+        let metrics = &self.peers.shared.metrics.mesh;
         let answers = match outcome.result {
             Ok(answers) => answers,
-            Err(reason) => {
-                flight.span.fail(reason);
-                metrics.rows_rerouted.with_label_values(&[reason]).inc_by(flight.pairs.len() as u64);
+            Err(failure) => {
+                flight.span.fail(failure.name());
+                metrics.rerouted(Reroute::Peer(failure), flight.pairs.len() as u64);
                 self.give_up(routes, &flight, |_| true);
                 return Some((flight.pairs, flight.attempt + 1));
             }
         };
-        let label = flight.slot.to_string();
         // This thread may have computed meanwhile: what counts is when the answer came.
-        let took = outcome.at.duration_since(flight.sent);
-        metrics.exchange_seconds.with_label_values(&[&label]).observe(took.as_secs_f64());
+        metrics.answered(flight.slot, outcome.at.duration_since(flight.sent));
         flight.span.end_at(outcome.at);
         let Answers { not_resident, values } = answers;
         let absent = |pair: &u32| not_resident.contains(&routes.experts[*pair as usize]);
@@ -219,7 +216,7 @@ impl<B: Backend> MeshExchange<B> {
         if again.is_empty() {
             return None;
         }
-        metrics.rows_rerouted.with_label_values(&["not_resident"]).inc_by(again.len() as u64);
+        metrics.rerouted(Reroute::NotResident, again.len() as u64);
         let until = Instant::now() + COLD;
         self.cold.extend(not_resident.iter().map(|&expert| ((layer as u32, expert, flight.slot), until)));
         if flight.load {

@@ -205,7 +205,7 @@ impl<B: Backend> Exchange<B> {
         self.jobs.send(Job { rows, answer }).await.ok()?;
         let answers = answered.await.ok()?;
         let served = answers.values.len() / self.shared.limits.hidden;
-        self.shared.metrics.rows_served.with_label_values(&[&slot.to_string()]).inc_by(served as u64);
+        self.shared.metrics.mesh.served(slot, served as u64);
         Some(answers)
     }
 }

@@ -17,6 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
 use super::peers::{Outgoing, Shared};
+use crate::metrics::labels::PeerFailure;
 
 /// A peer that says nothing for so long is dead: it sends a heartbeat five times as often.
 pub(crate) const SILENCE: Duration = Duration::from_secs(1);
@@ -34,27 +35,27 @@ pub(crate) async fn keep(
     mut addresses: watch::Receiver<Vec<String>>,
     mut outgoing: mpsc::Receiver<Outgoing>,
 ) {
-    let (mut backoff, mut told) = (BACKOFF.0, "");
+    let (mut backoff, mut told) = (BACKOFF.0, None);
     for session in 1.. {
         let current = addresses.borrow_and_update().clone();
         match refusing(&mut outgoing, open(&shared, slot, session, &current)).await {
             Ok(stream) => {
                 tracing::info!(slot, "peer is up");
                 let alive = shared.alive(slot);
-                (backoff, told) = (BACKOFF.0, "");
+                (backoff, told) = (BACKOFF.0, None);
                 let mut pump = Pump { session, pending: BTreeMap::new(), unsent: VecDeque::new() };
                 let verdict = pump.run(stream, &shared.limits, &mut outgoing).await;
                 drop(alive);
-                shared.metrics.peer_failures.with_label_values(&[&slot.to_string(), verdict.reason]).inc();
-                tracing::warn!(slot, reason = verdict.reason, "peer is down: {}", verdict.message);
+                shared.metrics.mesh.failed(slot, verdict.failure);
+                tracing::warn!(slot, reason = verdict.failure.name(), "peer is down: {}", verdict.message);
                 pump.pending
                     .into_values()
-                    .for_each(|pending| pending.outgoing.reply.send(Err(verdict.reason)));
+                    .for_each(|pending| pending.outgoing.reply.send(Err(verdict.failure)));
             }
             // It is tried again and again, and told once for every reason.
-            Err(verdict) if verdict.reason != told => {
-                tracing::warn!(slot, reason = verdict.reason, "peer is not up: {}", verdict.message);
-                told = verdict.reason;
+            Err(verdict) if told != Some(verdict.failure) => {
+                tracing::warn!(slot, reason = verdict.failure.name(), "peer is not up: {}", verdict.message);
+                told = Some(verdict.failure);
             }
             Err(_) => {}
         }
@@ -75,32 +76,32 @@ async fn refusing<T>(outgoing: &mut mpsc::Receiver<Outgoing>, work: impl Future<
     loop {
         tokio::select! {
             done = &mut work => return done,
-            Some(late) = outgoing.recv() => late.reply.send(Err("down")),
+            Some(late) = outgoing.recv() => late.reply.send(Err(PeerFailure::Down)),
         }
     }
 }
 
 /// Why a peer counts as dead.
 struct Verdict {
-    reason: &'static str,
+    failure: PeerFailure,
     message: String,
 }
 
 impl Verdict {
-    fn new(reason: &'static str, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into() }
+    fn new(failure: PeerFailure, message: impl Into<String>) -> Self {
+        Self { failure, message: message.into() }
     }
 }
 
 impl From<Status> for Verdict {
     fn from(status: Status) -> Self {
-        let reason = match status.code() {
-            Code::FailedPrecondition => "fenced",
-            Code::InvalidArgument | Code::OutOfRange => "invalid",
-            Code::DataLoss => "damaged",
-            _ => "unavailable",
+        let failure = match status.code() {
+            Code::FailedPrecondition => PeerFailure::Fenced,
+            Code::InvalidArgument | Code::OutOfRange => PeerFailure::Invalid,
+            Code::DataLoss => PeerFailure::Damaged,
+            _ => PeerFailure::Unavailable,
         };
-        Self::new(reason, status.message())
+        Self::new(failure, status.message())
     }
 }
 
@@ -111,10 +112,12 @@ struct Stream {
 
 /// The first address that answers as the slot we look for.
 async fn open(shared: &Shared, slot: u32, session: u64, addresses: &[String]) -> Result<Stream, Verdict> {
-    let mut verdict = Verdict::new("down", "no address");
+    let mut verdict = Verdict::new(PeerFailure::Down, "no address");
     for address in addresses {
         let attempt = timeout(2 * CONNECT, greet(shared, slot, session, address)).await;
-        match attempt.unwrap_or_else(|_| Err(Verdict::new("silent", format!("{address} does not answer")))) {
+        match attempt
+            .unwrap_or_else(|_| Err(Verdict::new(PeerFailure::Silent, format!("{address} does not answer"))))
+        {
             Ok(stream) => return Ok(stream),
             Err(error) => verdict = error,
         }
@@ -130,14 +133,17 @@ async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Resul
     let identity = &shared.identity;
     let hello = v1::Hello { caller: Some(identity.caller(0)), slot: identity.slot, session };
     let hello = v1::ExchangeRequest { message: Some(Request::Hello(hello)) };
-    requests.send(hello).await.map_err(|_| Verdict::new("down", "stream closed"))?;
+    requests.send(hello).await.map_err(|_| Verdict::new(PeerFailure::Down, "stream closed"))?;
     let mut responses = client.exchange(ReceiverStream::new(receiver)).await?.into_inner();
     let welcome = match responses.message().await?.and_then(|response| response.message) {
         Some(Response::Welcome(welcome)) => welcome,
-        _ => return Err(Verdict::new("invalid", "the first message was no welcome")),
+        _ => return Err(Verdict::new(PeerFailure::Invalid, "the first message was no welcome")),
     };
     if welcome.slot != slot {
-        return Err(Verdict::new("fenced", format!("{address} is slot {}, not {slot}", welcome.slot)));
+        return Err(Verdict::new(
+            PeerFailure::Fenced,
+            format!("{address} is slot {}, not {slot}", welcome.slot),
+        ));
     }
     identity.admit_peer(welcome.callee.as_ref())?;
     shared.fence.admit(slot, welcome.callee.map_or(0, |callee| callee.incarnation))?;
@@ -145,7 +151,8 @@ async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Resul
 }
 
 async fn connect(address: &str) -> Result<Channel, Verdict> {
-    let down = |error: tonic::transport::Error| Verdict::new("down", format!("{address}: {error}"));
+    let down =
+        |error: tonic::transport::Error| Verdict::new(PeerFailure::Down, format!("{address}: {error}"));
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(down)?;
     let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true);
     let endpoint = endpoint.initial_stream_window_size(WINDOWS.0).initial_connection_window_size(WINDOWS.1);
@@ -187,18 +194,18 @@ impl Pump {
                             return verdict;
                         }
                     }
-                    Ok(None) => return Verdict::new("left", "closed the stream"),
+                    Ok(None) => return Verdict::new(PeerFailure::Left, "closed the stream"),
                     Err(status) => return status.into(),
                 },
                 permit = requests.reserve(), if !self.unsent.is_empty() => match (permit, self.unsent.pop_front()) {
                     (Ok(permit), Some(part)) => permit.send(v1::ExchangeRequest { message: Some(Request::Dispatch(part)) }),
-                    _ => return Verdict::new("left", "closed the stream"),
+                    _ => return Verdict::new(PeerFailure::Left, "closed the stream"),
                 },
                 Some(next) = outgoing.recv(), if self.pending.len() < MAX_TICKETS => self.dispatch(next, limits),
                 () = sleep_until(deadline) => {
                     let silent = heard.elapsed() >= SILENCE;
-                    let reason = if silent { "silent" } else { "stuck" };
-                    return Verdict::new(reason, format!("no word for {:?}", if silent { SILENCE } else { STUCK }));
+                    let failure = if silent { PeerFailure::Silent } else { PeerFailure::Stuck };
+                    return Verdict::new(failure, format!("no word for {:?}", if silent { SILENCE } else { STUCK }));
                 }
             }
         }
@@ -216,7 +223,7 @@ impl Pump {
         let answer = match response.message {
             Some(Response::Answer(answer)) => answer,
             Some(Response::Heartbeat(_)) => return Ok(()),
-            _ => return Err(Verdict::new("invalid", "an unknown message")),
+            _ => return Err(Verdict::new(PeerFailure::Invalid, "an unknown message")),
         };
         let Some(pending) = self.pending.get_mut(&answer.ticket) else { return Ok(()) };
         if answer.session != self.session || answer.attempt != pending.outgoing.attempt {

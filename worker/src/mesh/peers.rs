@@ -12,7 +12,8 @@ use tokio::task::JoinHandle;
 use super::fence::Fence;
 use super::link;
 use crate::identity::Identity;
-use crate::metrics::WorkerMetrics;
+use crate::metrics::labels::PeerFailure;
+use crate::metrics::worker::WorkerMetrics;
 
 /// Rows for a peer.
 pub(crate) struct Outgoing {
@@ -27,22 +28,22 @@ pub(crate) struct Reply {
     ticket: u64,
     /// At most [`MAX_TICKETS`] per peer are under way, which bounds this channel.
     sender: std::sync::mpsc::Sender<Outcome>,
-    result: Result<Answers, &'static str>,
+    result: Result<Answers, PeerFailure>,
 }
 
 impl Reply {
     pub(crate) fn new(ticket: u64, sender: std::sync::mpsc::Sender<Outcome>) -> Self {
-        Self { ticket, sender, result: Err("down") }
+        Self { ticket, sender, result: Err(PeerFailure::Down) }
     }
 
-    pub(crate) fn send(mut self, result: Result<Answers, &'static str>) {
+    pub(crate) fn send(mut self, result: Result<Answers, PeerFailure>) {
         self.result = result;
     }
 }
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        let result = std::mem::replace(&mut self.result, Err("down"));
+        let result = std::mem::replace(&mut self.result, Err(PeerFailure::Down));
         // The engine's thread may be gone: then nobody waits.
         let _ = self.sender.send(Outcome { ticket: self.ticket, at: Instant::now(), result });
     }
@@ -52,7 +53,7 @@ impl Drop for Reply {
 pub(crate) struct Outcome {
     pub(crate) ticket: u64,
     pub(crate) at: Instant,
-    pub(crate) result: Result<Answers, &'static str>,
+    pub(crate) result: Result<Answers, PeerFailure>,
 }
 
 /// What all links share.

@@ -8,7 +8,8 @@ use expertmesh_engine::Backend;
 use expertmesh_proto::placement::ExpertSet;
 use tokio::sync::watch;
 
-use crate::metrics::WorkerMetrics;
+use crate::metrics::labels::LoadCause;
+use crate::metrics::worker::WorkerMetrics;
 
 /// How long an expert that the placement does not name stays after its last use.
 const EXTRA_IDLE: Duration = Duration::from_secs(10);
@@ -176,9 +177,8 @@ impl<B: Backend> Residency<B> {
 
     /// An expert was loaded. What the placement does not want here, somebody elected this worker for.
     fn count(&self, placed: bool, bytes: u64) {
-        let cause = if placed { "placement" } else { "elected" };
-        self.metrics.expert_loads.with_label_values(&[cause]).inc();
-        self.metrics.expert_loaded_bytes.inc_by(bytes);
+        let cause = if placed { LoadCause::Placement } else { LoadCause::Elected };
+        self.metrics.experts.loaded(cause, bytes);
     }
 
     pub(crate) fn stop(&self) {

@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 
 use super::run::{Command, EVENTS, Events, Shared, Spans, Submission};
 use crate::identity::Identity;
+use crate::metrics::labels::SequenceOutcome;
 use crate::traces;
 
 /// More stop tokens than any client names.
@@ -42,7 +43,7 @@ impl Inference for InferenceService {
         let spans = Spans::begin(&parent, &request);
         let submission = Submission { spans, ..self.check(request, events)? };
         self.submit(submission).inspect_err(|_| {
-            self.shared.metrics.sequences.with_label_values(&["refused"]).inc();
+            self.shared.metrics.engine.ended(SequenceOutcome::Refused);
         })?;
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

@@ -38,7 +38,7 @@ use crate::mesh::dispatch::MeshExchange;
 use crate::mesh::exchange::{self, Exchange};
 use crate::mesh::peers::Peers;
 use crate::mesh::residency::Residency;
-use crate::metrics::WorkerMetrics;
+use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
 use crate::probes;
 use crate::process::{self, Addresses, Fatal};
@@ -369,15 +369,15 @@ async fn keep_gauges(state: Arc<WorkerState<CpuBackend>>, peers: Arc<Peers>) {
     let metrics = state.shared.metrics.clone();
     loop {
         let (residency, load) = (state.residency.snapshot(), *state.shared.load.borrow());
-        metrics.running.set(load.running.into());
-        metrics.waiting.set(load.waiting.into());
-        metrics.kv_usage.set(load.kv_usage);
-        metrics.experts_resident.set(residency.resident.len() as i64);
-        metrics.experts_resident_bytes.set(residency.resident_bytes as i64);
-        metrics.experts_missing.set(residency.missing.into());
-        metrics.placement_epoch.set(state.placement.get().epoch() as i64);
-        metrics.peers.set(peers.count() as i64);
-        metrics.peers_alive.set(peers.alive().len() as i64);
+        metrics.engine.running.set(load.running.into());
+        metrics.engine.waiting.set(load.waiting.into());
+        metrics.engine.kv_usage.set(load.kv_usage);
+        metrics.experts.resident.set(residency.resident.len() as i64);
+        metrics.experts.resident_bytes.set(residency.resident_bytes as i64);
+        metrics.experts.missing.set(residency.missing.into());
+        metrics.mesh.placement_epoch.set(state.placement.get().epoch() as i64);
+        metrics.mesh.peers.set(peers.count() as i64);
+        metrics.mesh.peers_alive.set(peers.alive().len() as i64);
         changes.next().await;
     }
 }

@@ -14,7 +14,8 @@ use expertmesh_scheduler::{Plan, Scheduler, Sequence};
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tonic::Status;
 
-use crate::metrics::WorkerMetrics;
+use crate::metrics::labels::SequenceOutcome;
+use crate::metrics::worker::WorkerMetrics;
 use crate::traces::{self, Parent, Span, SpanKind};
 
 /// Tokens that may wait for a slow reader; its sequence pauses then.
@@ -161,10 +162,10 @@ where
         drop((entered, steps));
         self.scheduler.computed(plan);
         let metrics = self.shared.metrics.clone();
-        metrics.step_seconds.observe(start.elapsed().as_secs_f64());
+        metrics.engine.step_seconds.observe(start.elapsed().as_secs_f64());
         let sampled = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
         let prefilled = plan.step.rows() - sampled.clone().filter(|(_, span)| span.tokens.len() == 1).count();
-        metrics.prompt_tokens.inc_by(prefilled as u64);
+        metrics.engine.prompt_tokens.inc_by(prefilled as u64);
         let vocabulary = self.backend.config().vocabulary();
         for ((&id, _), logits) in sampled.zip(logits.chunks_exact(vocabulary)) {
             if logits.iter().all(|logit| logit.is_finite()) {
@@ -185,7 +186,7 @@ where
         let token = self.sampler.choose(logits, sampling, history);
         let (position, stops) = (history.len() as u32, sampling.ends(token, history));
         history.push(token);
-        self.shared.metrics.generated_tokens.inc();
+        self.shared.metrics.engine.generated_tokens.inc();
         self.scheduler.push(id, token);
         let logprobs = logprobs.map(|top| message(expertmesh_engine::logprobs(logits, token, top)));
         let event = Event::Token(v1::Token { id: token, position, logprobs });
@@ -203,13 +204,13 @@ where
         self.scheduler.remove(id);
         let Some(live) = live.remove(&id) else { return };
         let outcome = match &how {
-            Ok(Reason::Stop) => "stop",
-            Ok(Reason::Length) => "length",
-            Ok(_) => "move",
-            Err(_) => "failed",
+            Ok(Reason::Stop) => SequenceOutcome::Stop,
+            Ok(Reason::Length) => SequenceOutcome::Length,
+            Ok(Reason::Move | Reason::Unspecified) => SequenceOutcome::Move,
+            Err(_) => SequenceOutcome::Failed,
         };
-        self.shared.metrics.sequences.with_label_values(&[outcome]).inc();
-        live.spans.sequence.set("expertmesh.outcome", outcome);
+        self.shared.metrics.engine.ended(outcome);
+        live.spans.sequence.set("expertmesh.outcome", outcome.name());
         let event = how.map(|reason| v1::GenerateEvent {
             event: Some(Event::Finished(v1::Finished { reason: reason.into() })),
         });
@@ -227,14 +228,14 @@ where
             let stays = !live.events.is_closed();
             if !stays {
                 self.scheduler.remove(id);
-                self.shared.metrics.sequences.with_label_values(&["cancelled"]).inc();
+                self.shared.metrics.engine.ended(SequenceOutcome::Cancelled);
             }
             stays
         });
     }
 
     fn publish(&self) {
-        let preemptions = &self.shared.metrics.preemptions;
+        let preemptions = &self.shared.metrics.engine.preemptions;
         preemptions.inc_by(self.scheduler.preemptions() - preemptions.get());
         let (running, waiting) = (self.scheduler.running() as u32, self.scheduler.waiting() as u32);
         let load = Load { running, waiting, kv_usage: self.scheduler.usage() };
@@ -273,7 +274,7 @@ fn message(Logprobs { logprob, top }: Logprobs) -> v1::Logprobs {
 }
 
 fn refuse(events: &Events, status: Status, metrics: &WorkerMetrics) {
-    metrics.sequences.with_label_values(&["refused"]).inc();
+    metrics.engine.ended(SequenceOutcome::Refused);
     let _ = events.try_send(Err(status));
 }
 
@@ -366,7 +367,7 @@ mod tests {
         let answers = answers.into_iter().map(read).collect();
         drop(commands);
         thread.join().unwrap();
-        (answers, metrics.preemptions.get())
+        (answers, metrics.engine.preemptions.get())
     }
 
     #[test]

@@ -1,0 +1,114 @@
+//! What a worker's metrics tell apart: each label's values, said once.
+
+/// How a sequence ended on this worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SequenceOutcome {
+    Stop,
+    Length,
+    /// It was handed back, to go on elsewhere.
+    Move,
+    Cancelled,
+    Failed,
+    Refused,
+}
+
+impl SequenceOutcome {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Stop, Self::Length, Self::Move, Self::Cancelled, Self::Failed, Self::Refused];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Move => "move",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// Why an expert was loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LoadCause {
+    /// The placement wants it here.
+    Placement,
+    /// A row's owner elected this worker for it.
+    Elected,
+}
+
+impl LoadCause {
+    pub(crate) const ALL: [Self; 2] = [Self::Placement, Self::Elected];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Placement => "placement",
+            Self::Elected => "elected",
+        }
+    }
+}
+
+/// Why a peer cannot be asked, or will not answer what it was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PeerFailure {
+    /// There is no stream to it.
+    Down,
+    /// It ended the stream.
+    Left,
+    Unavailable,
+    /// It sent no heartbeat.
+    Silent,
+    /// It sends heartbeats, and no answer.
+    Stuck,
+    /// Another process has its slot, or it computes another model.
+    Fenced,
+    Invalid,
+    Damaged,
+}
+
+impl PeerFailure {
+    /// The failures that end a stream which was up.
+    pub(crate) const OF_STREAMS: [Self; 7] = [
+        Self::Left,
+        Self::Unavailable,
+        Self::Silent,
+        Self::Stuck,
+        Self::Fenced,
+        Self::Invalid,
+        Self::Damaged,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Down => "down",
+            Self::Left => "left",
+            Self::Unavailable => "unavailable",
+            Self::Silent => "silent",
+            Self::Stuck => "stuck",
+            Self::Fenced => "fenced",
+            Self::Invalid => "invalid",
+            Self::Damaged => "damaged",
+        }
+    }
+}
+
+/// Why rows were sent again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reroute {
+    /// The peer that had them failed.
+    Peer(PeerFailure),
+    /// The peer that had them does not hold the expert.
+    NotResident,
+    /// They stayed here, and the expert could not be loaded.
+    LoadFailed,
+}
+
+impl Reroute {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Peer(failure) => failure.name(),
+            Self::NotResident => "not_resident",
+            Self::LoadFailed => "load_failed",
+        }
+    }
+}
