@@ -7,13 +7,12 @@ use std::process::Command;
 use expertmesh_engine::{Numerics, compute_threads};
 
 use crate::machine::Ticks;
+use crate::median::median;
 use crate::ours::Engine;
-use crate::peer::Peer;
+use crate::peer::{self, Peer};
 use crate::rows::{self, Row};
 use crate::{bandwidth, machine, model};
 
-pub(crate) const MODEL: &str = "target/bench/model";
-pub(crate) const LLAMA: &str = "target/bench/llama";
 /// The share of the machine's time that others may take without changing much.
 const QUIET: f64 = 0.03;
 const UNIT: &str = "tokens/s";
@@ -21,10 +20,10 @@ const UNIT: &str = "tokens/s";
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The checkpoint; made where it is missing
-    #[arg(long, value_name = "DIR", default_value = MODEL)]
+    #[arg(long, value_name = "DIR", default_value = model::DEFAULT)]
     model: PathBuf,
     /// What benches/llama.sh built
-    #[arg(long, value_name = "DIR", default_value = LLAMA)]
+    #[arg(long, value_name = "DIR", default_value = peer::BUILT)]
     llama: PathBuf,
     /// Where converted models and summary.json go
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
@@ -172,17 +171,6 @@ impl Summary {
         if self.rows.iter().any(|row| row.others > QUIET) {
             println!("\nOther processes were running: repeat it when the machine is quiet.");
         }
-    }
-}
-
-/// The middle one, or the mean of the middle two; 0 of none.
-pub(crate) fn median(samples: &[f64]) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match (sorted.len() / 2, sorted.len() % 2) {
-        (0, 0) => 0.0,
-        (middle, 1) => sorted[middle],
-        (middle, _) => (sorted[middle - 1] + sorted[middle]) / 2.0,
     }
 }
 

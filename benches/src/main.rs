@@ -5,6 +5,7 @@ mod busy;
 mod compare;
 mod gguf;
 mod machine;
+mod median;
 mod model;
 mod ours;
 mod peer;

@@ -9,6 +9,8 @@ use safetensors::Dtype;
 use safetensors::tensor::{View, serialize_to_file};
 use serde_json::{Value, json};
 
+/// Where the model that the bench measures is kept.
+pub(crate) const DEFAULT: &str = "target/bench/model";
 pub(crate) const WEIGHTS: &str = "model.safetensors";
 
 #[derive(clap::Args)]

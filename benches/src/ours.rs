@@ -11,14 +11,14 @@ use expertmesh_engine::{
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::busy::Busy;
-use crate::compare;
-use crate::model::split_mix;
+use crate::median::median;
+use crate::model::{self, split_mix};
 use crate::rows::{self, Row, Work};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The checkpoint; made where it is missing
-    #[arg(long, value_name = "DIR", default_value = compare::MODEL)]
+    #[arg(long, value_name = "DIR", default_value = model::DEFAULT)]
     model: PathBuf,
     /// Threads that compute; default: one per physical core
     #[arg(long, value_name = "N")]
@@ -33,13 +33,13 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let rows = rows::named(&args.rows)?;
-    crate::model::write_default(&args.model)?;
+    model::write_default(&args.model)?;
     let threads = args.threads.unwrap_or_else(compute_threads);
     for same in rows.chunk_by(Row::same_model) {
         let mut engine = Engine::load(&args.model, &same[0], threads)?;
         for row in same {
             let samples = (0..args.samples).map(|_| engine.sample(row)).collect::<Result<Vec<f64>, _>>()?;
-            println!("{:24} {:8.1} tokens/s, of {samples:.1?}", row.name, compare::median(&samples));
+            println!("{:24} {:8.1} tokens/s, of {samples:.1?}", row.name, median(&samples));
         }
     }
     Ok(())

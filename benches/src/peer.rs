@@ -14,6 +14,8 @@ use crate::busy::Busy;
 use crate::gguf;
 use crate::rows::{Row, Work};
 
+/// Where benches/llama.sh builds llama.cpp.
+pub(crate) const BUILT: &str = "target/bench/llama";
 /// No sample takes as long; a program that hangs is ended then.
 const LIMIT: Duration = Duration::from_secs(600);
 

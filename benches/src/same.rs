@@ -7,10 +7,10 @@ use anyhow::ensure;
 use expertmesh_engine::{Backend, LocalExchange, compute_threads, forward};
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
-use crate::compare::{LLAMA, median};
+use crate::median::median;
 use crate::model::{SHAPE, split_mix};
 use crate::ours::Engine;
-use crate::peer::Peer;
+use crate::peer::{self, Peer};
 use crate::rows::ROWS;
 use crate::{gguf, model};
 
@@ -26,7 +26,7 @@ const TOLERANCE: f64 = 0.05;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// What benches/llama.sh built
-    #[arg(long, value_name = "DIR", default_value = LLAMA)]
+    #[arg(long, value_name = "DIR", default_value = peer::BUILT)]
     llama: PathBuf,
     /// Where the small models go while they are needed
     #[arg(long, value_name = "DIR", default_value = "target/bench/same")]
