@@ -12,7 +12,7 @@ use expertmesh_engine::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-use self::request::{Generated, Request};
+use self::request::{Generated, Request, output_failed};
 use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
 use crate::stop::Checked;
@@ -230,10 +230,6 @@ pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fa
     backend.load_experts(&all, |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     Ok(backend)
-}
-
-fn output_failed(error: io::Error) -> Fatal {
-    Fatal::new("OutputFailed", format!("stdout: {error}"))
 }
 
 #[cfg(test)]

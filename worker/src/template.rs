@@ -13,10 +13,9 @@ use minijinja::{Environment, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
-use self::environment::{compile, raised};
+use self::environment::{NAME, compile, raised};
 use crate::process::Fatal;
 
-const NAME: &str = "chat_template";
 /// Tokens that a template may name, where tokenizer_config.json does.
 const TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];

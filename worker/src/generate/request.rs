@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use expertmesh_engine::{Backend, History, LocalExchange, Logprobs, Sampler, Sampling, forward, logprobs};
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
-use super::output_failed;
 use crate::process::Fatal;
 
 /// Rows of the prompt that are computed at a time.
@@ -92,6 +91,10 @@ fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f3
     let logits = forward(backend, &step, kv, &mut LocalExchange, &mut |_| {});
     let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
     Ok(backend.download(&logits))
+}
+
+pub(super) fn output_failed(error: io::Error) -> Fatal {
+    Fatal::new("OutputFailed", format!("stdout: {error}"))
 }
 
 #[cfg(test)]

@@ -5,7 +5,10 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 
-use super::{NAME, json, python};
+use super::{json, python};
+
+/// What the compiled template is called.
+pub(super) const NAME: &str = "chat_template";
 
 /// With the template [`NAME`], where there is a source; `now` is the clock of `strftime_now`.
 pub(super) fn compile(source: Option<String>, now: fn() -> DateTime) -> Result<Environment<'static>, Error> {
