@@ -1,11 +1,10 @@
 //! How fast all threads together read memory that no cache holds: what bounds the decode of one sequence.
-
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::thread;
 use std::time::Instant;
 
-use expertmesh_engine::compute_threads;
+use expertmesh_model::threads::compute_threads;
 
 /// All threads' buffers together, in bytes: some machines report 480 MiB of last-level cache.
 const BYTES: usize = 2 << 30;

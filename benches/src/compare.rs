@@ -1,10 +1,10 @@
 //! Both sides in one run, turn about: a table, and summary.json.
-
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use expertmesh_engine::{Numerics, compute_threads};
+use expertmesh_model::numerics::Numerics;
+use expertmesh_model::threads::compute_threads;
 
 use crate::machine::Ticks;
 use crate::median::median;

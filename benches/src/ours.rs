@@ -1,13 +1,13 @@
 //! Our side: the engine in this process.
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use expertmesh_engine::{
-    Backend, CpuBackend, LoadOptions, LocalExchange, ModelConfig, NotResident, WeightFormat, compute_threads,
-    forward,
-};
+use expertmesh_engine::{Backend, CpuBackend, LoadOptions, LocalExchange, NotResident, forward};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::threads::compute_threads;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::busy::Busy;
@@ -85,7 +85,8 @@ impl Engine {
 fn bytes(config: &ModelConfig, weights: WeightFormat, experts: f64) -> f64 {
     // Of the embeddings' table, which is bf16 in every format, a step reads a row per token.
     let embeddings = (config.vocabulary() * config.hidden() * 2) as u64;
-    (config.dense_bytes(weights) - embeddings) as f64 + experts * config.expert_bytes(weights) as f64
+    (Layout::Cpu1.dense_bytes(config, weights) - embeddings) as f64
+        + experts * Layout::Cpu1.expert_bytes(config, weights) as f64
 }
 
 /// Tokens per second of one sample; `observe` gets the experts that the rows of each layer and step chose.

@@ -1,5 +1,4 @@
 //! llama.cpp's side: its own benches, as benches/llama.sh built them.
-
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use expertmesh_engine::WeightFormat;
+use expertmesh_model::format::WeightFormat;
 use serde_json::Value;
 
 use crate::busy::Busy;

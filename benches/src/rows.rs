@@ -1,6 +1,6 @@
 //! What is measured: each row is one number of ours beside one of llama.cpp's.
-
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 
 /// What one sample computes; every context starts empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,10 +1,10 @@
 //! Whether both sides compute the same model: logits of a small one, in f32 on llama.cpp's side.
-
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::ensure;
-use expertmesh_engine::{Backend, LocalExchange, compute_threads, forward};
+use expertmesh_engine::{Backend, LocalExchange, forward};
+use expertmesh_model::threads::compute_threads;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::median::median;

@@ -2,10 +2,10 @@
 //! byte, and a model.safetensors.
 
 #![no_main]
-
 use std::fs;
 
-use expertmesh_engine::{ModelFingerprint, Reference};
+use expertmesh_engine::Reference;
+use expertmesh_model::fingerprint::ModelFingerprint;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {

@@ -3,10 +3,10 @@
 //! `expertmesh crd` prints the CustomResourceDefinition that follows from this file.
 
 mod autoscaling;
-
 use std::collections::BTreeMap;
 
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 use k8s_openapi::api::core::v1::{LocalObjectReference, Toleration};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;

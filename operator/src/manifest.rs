@@ -1,6 +1,5 @@
 //! From a YAML file to a ModelDeployment, as strict as the API server with `--validate=strict`: a field that the schema
 //! does not know is an error which names it.
-
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -169,7 +168,8 @@ fn join(path: &str, field: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_engine::{Numerics, WeightFormat};
+    use expertmesh_model::format::WeightFormat;
+    use expertmesh_model::numerics::Numerics;
 
     use super::*;
 

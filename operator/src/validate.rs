@@ -2,7 +2,6 @@
 //!
 //! The rules are those of the CustomResourceDefinition, run here: `up`, `plan` and the operator refuse what the API
 //! server refuses, with its words.
-
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,7 +9,8 @@ use expertmesh_decide::action::Desired;
 use expertmesh_decide::autoscale::limits::{By, Limit, Rules, Select};
 use expertmesh_decide::autoscale::policy::{Goals, Policy};
 use expertmesh_decide::autoscale::schedule::Schedule;
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::api::{self, ModelDeployment, PodFields};

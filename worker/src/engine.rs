@@ -1,8 +1,11 @@
 //! How a process computes: the options that `generate`, `verify` and `serve` share.
-
 use std::num::NonZeroUsize;
 
-use expertmesh_engine::{Isa, LoadOptions, ModelFingerprint, Numerics, WeightFormat, compute_threads};
+use expertmesh_engine::{Isa, LoadOptions};
+use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
+use expertmesh_model::threads::compute_threads;
 
 use crate::process::Fatal;
 
@@ -30,7 +33,7 @@ pub(crate) struct ComputedWith {
 
 impl ComputedAs {
     pub(crate) fn fingerprint(self, model: &std::path::Path) -> Result<ModelFingerprint, Fatal> {
-        Ok(ModelFingerprint::read(model, self.weights, self.numerics)?)
+        Ok(expertmesh_engine::fingerprint(model, self.weights, self.numerics)?)
     }
 
     pub(crate) fn with(self, with: ComputedWith) -> LoadOptions {

@@ -1,15 +1,16 @@
 //! `expertmesh-worker generate`: one process, all experts, tokens as they come.
 
 mod request;
-
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use expertmesh_engine::{
-    Backend, CpuBackend, GenerationConfig, LoadOptions, Logprobs, ModelConfig, Sampling, SamplingOverrides,
-};
+use expertmesh_engine::{Backend, CpuBackend, LoadOptions, Logprobs};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::sampling::Sampling;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::request::{Generated, Request, output_failed};
@@ -226,7 +227,10 @@ pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fa
     let experts = config.experts() as u32;
     let all: Vec<_> =
         config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
-    bar.set_length(config.dense_bytes(weights) + all.len() as u64 * config.expert_bytes(weights));
+    bar.set_length(
+        Layout::Cpu1.dense_bytes(config, weights)
+            + all.len() as u64 * Layout::Cpu1.expert_bytes(config, weights),
+    );
     backend.load_experts(&all, |bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     Ok(backend)

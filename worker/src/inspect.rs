@@ -1,11 +1,13 @@
 //! `expertmesh-worker inspect`: what a model is and takes. Of a checkpoint only config.json is read.
-
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use expertmesh_engine::{AttentionFacts, Isa, ModelConfig, ModelFacts, Numerics, PackedModel};
+use expertmesh_engine::{Isa, PackedModel};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::facts::{AttentionFacts, ModelFacts};
+use expertmesh_model::numerics::Numerics;
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use crate::process::Fatal;

@@ -1,12 +1,13 @@
 //! `expertmesh-worker prepare`: a checkpoint becomes a packed model, which is mapped instead of read.
-
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use expertmesh_engine::{PrepareOptions, Prepared, WeightFormat, compute_threads, prepare};
+use expertmesh_engine::{PrepareOptions, Prepared, prepare};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::threads::compute_threads;
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use crate::process::Fatal;

@@ -1,5 +1,4 @@
 //! What every process of a deployment does alike: logging, announcing its addresses, ending.
-
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,8 +24,8 @@ impl Fatal {
     }
 }
 
-impl From<expertmesh_engine::EngineError> for Fatal {
-    fn from(error: expertmesh_engine::EngineError) -> Self {
+impl From<expertmesh_model::error::ModelError> for Fatal {
+    fn from(error: expertmesh_model::error::ModelError) -> Self {
         Self::new(error.reason(), error.to_string())
     }
 }

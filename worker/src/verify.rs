@@ -2,15 +2,15 @@
 //! reference, and against itself.
 
 mod fast;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{
-    Backend, CpuBackend, EngineError, LocalExchange, ModelConfig, Reference, Routes, SafetensorsFile, Seen,
-    Trace, forward,
+    Backend, CpuBackend, LocalExchange, Reference, Routes, SafetensorsFile, Seen, Trace, forward,
 };
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -221,7 +221,7 @@ impl Tensor {
         }
     }
 
-    fn compare(&self, golden: &SafetensorsFile, name: &str) -> Result<Verdict, EngineError> {
+    fn compare(&self, golden: &SafetensorsFile, name: &str) -> Result<Verdict, ModelError> {
         if golden.shape(name)? != self.shape() {
             return Ok(Verdict::Shape(self.shape()));
         }

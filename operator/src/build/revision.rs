@@ -3,19 +3,18 @@
 //! Its name is a hash of what the user wrote, not of what the operator makes of it: neither another operator nor another
 //! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
 //! ever after: an upgrade of the operator restarts nothing.
-
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::api::PodFields;
-use crate::validate::ValidatedDeployment;
-
 use super::names::{Component, Owner, REVISION};
 use super::pods::{Process, template};
+use crate::api::PodFields;
+use crate::validate::ValidatedDeployment;
 
 /// How many ControllerRevisions are kept.
 pub(crate) const KEPT: usize = 5;

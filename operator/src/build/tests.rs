@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;

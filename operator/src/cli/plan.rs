@@ -1,6 +1,5 @@
 //! `expertmesh plan`: where a deployment's experts would be, decided as the operator decides it. Needs the model's
 //! config.json, and nothing that runs.
-
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +9,11 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use expertmesh_decide::placement::{imbalance, place};
 use expertmesh_decide::report::ModelShape;
-use expertmesh_engine::{EngineError, ModelConfig, PackedModel, WeightFormat};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::packed::Index;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
 use k8s_openapi::Resource;
@@ -56,8 +59,8 @@ fn held_as(
     config: &ModelConfig,
 ) -> anyhow::Result<WeightFormat> {
     let asked = deployment.weights;
-    let Some(packed) = PackedModel::open(directory, config)? else { return Ok(asked) };
-    let weights = packed.weights();
+    let Some(packed) = Index::open(directory, config)? else { return Ok(asked) };
+    let weights = packed.weights()?;
     ensure!(
         asked == weights || asked == WeightFormat::Native,
         "spec.model.weights ({asked}): the model at {} is packed in {weights}; ask for {weights} or native",
@@ -66,13 +69,13 @@ fn held_as(
     Ok(weights)
 }
 
-fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, EngineError> {
+fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, ModelError> {
     Ok(ModelShape {
         first_moe_layer: config.placed_layers()?.start as u32,
         layers: config.layers() as u32,
         experts: config.experts() as u32,
-        expert_bytes: config.expert_bytes(weights),
-        dense_bytes: config.dense_bytes(weights),
+        expert_bytes: Layout::Cpu1.expert_bytes(config, weights),
+        dense_bytes: Layout::Cpu1.dense_bytes(config, weights),
     })
 }
 

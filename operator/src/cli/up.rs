@@ -1,5 +1,4 @@
 //! `expertmesh up`: a ModelDeployment by processes of this machine, decided as on a cluster, until Ctrl-C.
-
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener};
@@ -19,7 +18,7 @@ use expertmesh_decide::observation::{Member, Observation};
 use expertmesh_decide::placement::fewest;
 use expertmesh_decide::report::{Report, State};
 use expertmesh_decide::step::decide;
-use expertmesh_engine::ModelConfig;
+use expertmesh_model::config::model::ModelConfig;
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -28,9 +27,8 @@ use tokio::time::{sleep, timeout};
 
 use crate::fleet::Fleet;
 use crate::fleet::process::{ENDED, Lines, ProcessFleet};
-use crate::manifest;
-use crate::status;
 use crate::validate::ValidatedDeployment;
+use crate::{manifest, status};
 
 /// How often to look where nothing is heard: also after edits of the file.
 const PERIOD: Duration = Duration::from_millis(500);

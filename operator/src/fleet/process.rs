@@ -3,7 +3,6 @@
 
 mod child;
 mod lines;
-
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,7 @@ use std::{env, fs, io};
 
 use expertmesh_decide::action::Action;
 use expertmesh_decide::observation::{Failure, Member, Observation, Seen};
-use expertmesh_engine::compute_threads;
+use expertmesh_model::threads::compute_threads;
 use expertmesh_proto::placement::Placement;
 use futures::future::join_all;
 use jiff::Timestamp;

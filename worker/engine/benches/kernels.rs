@@ -6,15 +6,14 @@
 //! `experts` is two products, gate and up with SwiGLU, then down: weights of 3 · 1024 · 512, of 1, 16 and 128 rows.
 //! `attend` is a layer's attention with its norms, products and gate: one row behind 2047 others, and 256 rows of a prompt.
 //! What is compared with the reference is in tests/engine; here it is only timed.
-
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use expertmesh_engine::{
-    Attended, Backend, CpuBackend, ExpertGroup, Isa, LoadOptions, Numerics, WeightFormat,
-};
+use expertmesh_engine::{Attended, Backend, CpuBackend, ExpertGroup, Isa, LoadOptions};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 use expertmesh_scheduler::{BLOCK_TOKENS, Span, Step};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;

@@ -3,28 +3,11 @@
 //! Operations enqueue; only [`Backend::download`] waits. A layer is two calls, [`Backend::attend`] (which yields
 //! the rows to dispatch) and [`Backend::combine`] (which takes the answers), so that the rows of a layer can
 //! travel while the shared expert and the resident experts are computed.
-
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
 use expertmesh_scheduler::Step;
 
-use crate::config::ModelConfig;
-
-/// The gate's choice for every row of a step.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Routes {
-    pub top_k: usize,
-    /// (rows, top_k), ascending within a row.
-    pub experts: Vec<u32>,
-    /// (rows, top_k), normalised and scaled.
-    pub weights: Vec<f32>,
-}
-
-/// Rows of one matrix that go through one expert.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExpertGroup {
-    pub expert: u32,
-    /// Indices into the input matrix.
-    pub rows: Vec<u32>,
-}
+use crate::routes::{ExpertGroup, NotResident, Routes};
 
 /// What a layer's first half leaves to do.
 pub enum Attended<Activations> {
@@ -32,14 +15,6 @@ pub enum Attended<Activations> {
     Dense,
     /// A mixture-of-experts layer: its normed rows (rows, hidden) and where they go.
     Moe { normed: Activations, routes: Routes },
-}
-
-/// An expert that was asked to compute and is not resident.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expert {expert} of layer {layer} is not resident")]
-pub struct NotResident {
-    pub layer: usize,
-    pub expert: u32,
 }
 
 /// A device that holds a model and computes its layers. Shared by the thread that runs sequences and the one that
@@ -112,7 +87,7 @@ pub trait Backend: Send + Sync + 'static {
     fn download(&self, rows: &Self::Rows) -> Vec<f32>;
 
     /// Reads, checks and packs an expert and makes it resident. Returns its bytes. Resident already: does nothing.
-    fn load(&self, layer: usize, expert: u32) -> Result<u64, crate::EngineError>;
+    fn load(&self, layer: usize, expert: u32) -> Result<u64, ModelError>;
 
     /// Drops an expert; a computation that uses it now finishes first.
     fn evict(&self, layer: usize, expert: u32);

@@ -1,19 +1,18 @@
 //! Tensors of a model's directory: one safetensors file or an index of shards, mapped into memory.
-
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::{Mmap, UncheckedAdvice};
+use expertmesh_model::config::parts::FP8_BLOCK;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::names::scales_of;
+use expertmesh_model::packed::is_packed;
+use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::EngineError;
-use crate::config::FP8_BLOCK;
 use crate::fp8;
-use crate::names::scales_of;
+use crate::mapping::{leave, map};
+use crate::math::widen;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,8 +28,8 @@ pub struct SafetensorsFile {
 }
 
 impl SafetensorsFile {
-    pub fn open(path: &Path) -> Result<Self, EngineError> {
-        let invalid = |problem: String| EngineError::InvalidCheckpoint { file: path.to_owned(), problem };
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let invalid = |problem: String| ModelError::InvalidCheckpoint { file: path.to_owned(), problem };
         let map = map(path).map_err(|error| invalid(error.to_string()))?;
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| invalid(error.to_string()))?;
@@ -45,36 +44,36 @@ impl SafetensorsFile {
     }
 
     /// The shape of a tensor.
-    pub fn shape(&self, name: &str) -> Result<&[usize], EngineError> {
+    pub fn shape(&self, name: &str) -> Result<&[usize], ModelError> {
         Ok(&self.info(name)?.shape)
     }
 
     /// An F32 tensor, row-major.
-    pub fn f32(&self, name: &str) -> Result<Vec<f32>, EngineError> {
+    pub fn f32(&self, name: &str) -> Result<Vec<f32>, ModelError> {
         let bytes = self.typed(name, &[Dtype::F32])?.1;
         Ok(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
     }
 
     /// An I64 tensor, row-major.
-    pub fn i64(&self, name: &str) -> Result<Vec<i64>, EngineError> {
+    pub fn i64(&self, name: &str) -> Result<Vec<i64>, ModelError> {
         let bytes = self.typed(name, &[Dtype::I64])?.1;
         Ok(bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect())
     }
 
-    fn info(&self, name: &str) -> Result<&TensorInfo, EngineError> {
-        let missing = || EngineError::MissingTensor { tensor: name.to_owned(), file: self.path.clone() };
+    fn info(&self, name: &str) -> Result<&TensorInfo, ModelError> {
+        let missing = || ModelError::MissingTensor { tensor: name.to_owned(), file: self.path.clone() };
         self.metadata.info(name).ok_or_else(missing)
     }
 
-    fn invalid(&self, name: &str, problem: String) -> EngineError {
-        EngineError::InvalidTensor { tensor: name.to_owned(), file: self.path.clone(), problem }
+    fn invalid(&self, name: &str, problem: String) -> ModelError {
+        ModelError::InvalidTensor { tensor: name.to_owned(), file: self.path.clone(), problem }
     }
 
     fn bytes(&self, info: &TensorInfo) -> &[u8] {
         &self.map[self.data + info.data_offsets.0..self.data + info.data_offsets.1]
     }
 
-    fn typed(&self, name: &str, dtypes: &[Dtype]) -> Result<(Dtype, &[u8]), EngineError> {
+    fn typed(&self, name: &str, dtypes: &[Dtype]) -> Result<(Dtype, &[u8]), ModelError> {
         let info = self.info(name)?;
         if dtypes.contains(&info.dtype) {
             return Ok((info.dtype, self.bytes(info)));
@@ -83,7 +82,7 @@ impl SafetensorsFile {
         Err(self.invalid(name, format!("expected dtype {expected}, found {:?}", info.dtype)))
     }
 
-    fn shaped(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<(Dtype, &[u8]), EngineError> {
+    fn shaped(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<(Dtype, &[u8]), ModelError> {
         let found = &self.info(name)?.shape;
         if found != shape {
             return Err(self.invalid(name, format!("expected shape {shape:?}, found {found:?}")));
@@ -93,7 +92,7 @@ impl SafetensorsFile {
 
     /// A tensor of exactly this shape and one of these types of weights without NaN or infinity; in fp8 its scales
     /// are still to be read.
-    fn weights(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<Tensor<'_>, EngineError> {
+    fn weights(&self, name: &str, shape: &[usize], dtypes: &[Dtype]) -> Result<Tensor<'_>, ModelError> {
         let (dtype, bytes) = self.shaped(name, shape, dtypes)?;
         let tensor = match dtype {
             Dtype::BF16 => Tensor::Bf16(Bf16(bytes.as_chunks().0)),
@@ -106,40 +105,6 @@ impl SafetensorsFile {
             None => Ok(tensor),
         }
     }
-}
-
-/// Maps a file for reading.
-#[allow(unsafe_code, reason = "the one place that maps files")]
-pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
-    let file = File::open(path)?;
-    // SAFETY: the map is only read, and only as bytes. Model directories are read-only while they are served: that
-    // nobody writes or truncates their files is the deployment's promise (a truncated one would raise SIGBUS).
-    unsafe { Mmap::map(&file) }
-}
-
-/// Has a mapped file read into huge pages, where its file system has them; elsewhere small ones do. Of the whole file,
-/// since none lies across two ranges of different advice.
-pub(crate) fn in_huge_pages(map: &Mmap) {
-    #[cfg(target_os = "linux")]
-    let _ = map.advise(memmap2::Advice::HugePage);
-}
-
-/// Reads a range of a mapped file into this process at once, where the system can; elsewhere as it is touched.
-pub(crate) fn read_in(map: &Mmap, range: Range<usize>) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    if memmap2::Advice::PopulateRead.is_supported() {
-        return map.advise_range(memmap2::Advice::PopulateRead, range.start, range.len());
-    }
-    Ok(())
-}
-
-/// Gives the pages of a mapped file back to the system, which reads them again where they are used again.
-#[allow(unsafe_code, reason = "the one place that maps files")]
-pub(crate) fn leave(map: &Mmap, range: Range<usize>) {
-    // SAFETY: the map is of a file and read-only, so that its pages come back with the bytes that they had. Where the
-    // system refuses, they stay.
-    #[cfg(unix)]
-    let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
 }
 
 /// All tensors of a model's directory.
@@ -218,29 +183,29 @@ impl Tensor<'_> {
 }
 
 impl Checkpoint {
-    pub(crate) fn open(model: &Path) -> Result<Self, EngineError> {
+    pub(crate) fn open(model: &Path) -> Result<Self, ModelError> {
         let (single, index) = (model.join(SINGLE), model.join(INDEX));
         if index.exists() {
             return Self::open_shards(model, &index);
         }
         if !single.exists() {
-            let problem = match crate::pack::is_packed(model) {
+            let problem = match is_packed(model) {
                 true => "it is packed; this needs the checkpoint that it was made from".to_owned(),
                 false => format!("neither {SINGLE} nor {INDEX} is there"),
             };
-            return Err(EngineError::ModelNotFound { path: model.to_owned(), problem });
+            return Err(ModelError::ModelNotFound { path: model.to_owned(), problem });
         }
         let file = SafetensorsFile::open(&single)?;
         let homes = file.names().into_iter().map(|name| (name, 0)).collect();
         Ok(Self { model: model.to_owned(), files: vec![file], homes })
     }
 
-    fn open_shards(model: &Path, index: &Path) -> Result<Self, EngineError> {
+    fn open_shards(model: &Path, index: &Path) -> Result<Self, ModelError> {
         #[derive(serde::Deserialize)]
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let invalid = |problem: String| EngineError::InvalidCheckpoint { file: index.to_owned(), problem };
+        let invalid = |problem: String| ModelError::InvalidCheckpoint { file: index.to_owned(), problem };
         let text = std::fs::read(index).map_err(|error| invalid(error.to_string()))?;
         let Index { weight_map } =
             serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
@@ -263,8 +228,8 @@ impl Checkpoint {
         Ok(Self { model: model.to_owned(), files, homes })
     }
 
-    fn home(&self, name: &str) -> Result<&SafetensorsFile, EngineError> {
-        let missing = || EngineError::MissingTensor { tensor: name.to_owned(), file: self.model.clone() };
+    fn home(&self, name: &str) -> Result<&SafetensorsFile, ModelError> {
+        let missing = || ModelError::MissingTensor { tensor: name.to_owned(), file: self.model.clone() };
         self.homes.get(name).map(|&home| &self.files[home]).ok_or_else(missing)
     }
 
@@ -274,7 +239,7 @@ impl Checkpoint {
     }
 
     /// A matrix of exactly this shape without NaN or infinity: bf16, f16, f32, or fp8 with the scales of its blocks.
-    pub(crate) fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor<'_>, EngineError> {
+    pub(crate) fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor<'_>, ModelError> {
         let dtypes = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
         let mut tensor = self.home(name)?.weights(name, &[rows, columns], &dtypes)?;
         if let Tensor::Fp8 { scales, .. } = &mut tensor {
@@ -285,7 +250,7 @@ impl Checkpoint {
 
     /// The scales of an fp8 matrix: (⌈rows / 128⌉, ⌈columns / 128⌉), in f32, bf16 or ue8m0. Where
     /// `scale_fmt` says that they are powers of two, f32 holds them as well.
-    fn scales(&self, matrix: &str, rows: usize, columns: usize) -> Result<Vec<f32>, EngineError> {
+    fn scales(&self, matrix: &str, rows: usize, columns: usize) -> Result<Vec<f32>, ModelError> {
         let name = scales_of(matrix);
         let file = self.home(&name)?;
         let shape = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
@@ -304,7 +269,7 @@ impl Checkpoint {
     }
 
     /// A small tensor, widened to f32: bf16, f16 or f32, of exactly this shape, without NaN or infinity.
-    pub(crate) fn widened(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, EngineError> {
+    pub(crate) fn widened(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
         let tensor = self.home(name)?.weights(name, shape, &[Dtype::BF16, Dtype::F16, Dtype::F32])?;
         let mut values = vec![0.0; shape.iter().product()];
         tensor.widen_row(0, &mut values);
@@ -334,12 +299,6 @@ impl Checkpoint {
         sizes.sort_unstable();
         sizes
     }
-}
-
-/// bf16 to f32, exactly.
-#[inline(always)]
-pub(crate) fn widen(bits: u16) -> f32 {
-    f32::from_bits((bits as u32) << 16)
 }
 
 /// An IEEE 754 half to f32, exactly.

@@ -1,11 +1,12 @@
 //! How far a backend's rounding takes it from the reference, and how far it may.
-
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
-use crate::{
-    Backend, EngineError, Exchange, LocalExchange, ModelConfig, NotResident, Reference, Routes, Seen, Trace,
-    WeightFormat, forward, group,
-};
+use crate::backend::Backend;
+use crate::routes::{NotResident, Routes, group};
+use crate::{Exchange, LocalExchange, Reference, Seen, Trace, forward};
 
 /// What is within a format's rounding.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -95,7 +96,7 @@ impl Deviation {
         reference: &Reference,
         tokens: &[u32],
         trace: &Trace,
-    ) -> Result<Self, EngineError> {
+    ) -> Result<Self, ModelError> {
         let (passed, logits) = pass(backend, tokens)?;
         let mut before = reference.embed(tokens)?; // (T, hidden)
         let mut layers = Vec::with_capacity(passed.len());
@@ -126,7 +127,7 @@ impl Passed {
         reference: &Reference,
         layer: usize,
         before: &[f32],
-    ) -> Result<LayerDeviation, EngineError> {
+    ) -> Result<LayerDeviation, ModelError> {
         let (theirs, width) = (reference.layer_from(layer, before)?, reference.config().hidden());
         let (Some((normed, routes)), Some(gated)) = (&self.gate, &theirs.gate) else {
             let hidden = relative(&self.hidden, &theirs.hidden);
@@ -150,7 +151,7 @@ impl Passed {
 }
 
 /// A sequence in one step, with the logits of every row, a span per token: (T, vocabulary).
-fn pass<B: Backend>(backend: &B, tokens: &[u32]) -> Result<(Vec<Passed>, Vec<f32>), EngineError> {
+fn pass<B: Backend>(backend: &B, tokens: &[u32]) -> Result<(Vec<Passed>, Vec<f32>), ModelError> {
     let blocks = BlockAllocator::needed(tokens.len());
     let table: Vec<u32> = (0..blocks as u32).collect();
     let span = |(start, &token)| Span { tokens: vec![token], start, blocks: table.clone(), logits: true };
@@ -173,7 +174,7 @@ fn pass<B: Backend>(backend: &B, tokens: &[u32]) -> Result<(Vec<Passed>, Vec<f32
 struct Watched(Vec<Vec<f32>>);
 
 impl<B: Backend> Exchange<B> for Watched {
-    type Error = EngineError;
+    type Error = ModelError;
 
     fn dispatch(
         &mut self,
@@ -181,11 +182,11 @@ impl<B: Backend> Exchange<B> for Watched {
         layer: usize,
         normed: &B::Activations,
         routes: &Routes,
-    ) -> Result<(), EngineError> {
+    ) -> Result<(), ModelError> {
         for group in group(routes, 0..routes.experts.len() as u32).groups {
             backend.load(layer, group.expert)?;
         }
-        let widened = backend.download_activations(normed).into_iter().map(crate::checkpoint::widen);
+        let widened = backend.download_activations(normed).into_iter().map(crate::math::widen);
         self.0.push(widened.collect());
         Ok(())
     }
@@ -196,8 +197,8 @@ impl<B: Backend> Exchange<B> for Watched {
         layer: usize,
         normed: &B::Activations,
         routes: &Routes,
-    ) -> Result<B::Activations, EngineError> {
-        let lost = |NotResident { layer, expert }| EngineError::UnknownExpert { layer, expert };
+    ) -> Result<B::Activations, ModelError> {
+        let lost = |NotResident { layer, expert }| ModelError::UnknownExpert { layer, expert };
         LocalExchange.collect(backend, layer, normed, routes).map_err(lost)
     }
 }

@@ -1,8 +1,8 @@
 //! The forward pass: one screen, whatever the device and wherever the experts.
-
 use expertmesh_scheduler::Step;
 
-use crate::{Attended, Backend, ExpertGroup, NotResident, Routes};
+use crate::backend::{Attended, Backend};
+use crate::routes::{NotResident, Routes, group};
 
 /// How the rows of a mixture-of-experts layer reach their experts.
 pub trait Exchange<B: Backend> {
@@ -58,28 +58,6 @@ pub fn forward<B: Backend, X: Exchange<B>>(
         }
     }
     Ok(backend.logits(step, &hidden)) // (spans, vocabulary)
-}
-
-/// Routes turned around: the rows of each expert.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Grouped {
-    /// Ascending by expert, rows ascending within an expert.
-    pub groups: Vec<ExpertGroup>,
-    /// For every row of every group, in their order: its place among the answers, row · top_k + slot.
-    pub at: Vec<u32>,
-}
-
-/// The rows of each expert, of some pairs of row and expert: row · top_k + slot.
-pub fn group(routes: &Routes, pairs: impl IntoIterator<Item = u32>) -> Grouped {
-    let of_pair = |pair: u32| (routes.experts[pair as usize], pair);
-    let mut places: Vec<(u32, u32)> = pairs.into_iter().map(of_pair).collect(); // (expert, place among the answers)
-    places.sort_unstable();
-    let top_k = routes.top_k as u32;
-    let groups = places.chunk_by(|a, b| a.0 == b.0).map(|chunk| ExpertGroup {
-        expert: chunk[0].0,
-        rows: chunk.iter().map(|&(_, place)| place / top_k).collect(),
-    });
-    Grouped { groups: groups.collect(), at: places.iter().map(|&(_, place)| place).collect() }
 }
 
 /// One process: every expert is computed here and must be resident.

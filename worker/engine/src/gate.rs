@@ -5,13 +5,12 @@
 //! families are the softmax with one group.
 
 mod margin;
-
 use std::cmp::Ordering;
 
 pub(crate) use margin::margins;
 
-use crate::Routes;
-use crate::config::{GateConfig, GroupScore, Scores};
+use crate::routes::Routes;
+use expertmesh_model::config::parts::{GateConfig, GroupScore, Scores};
 
 /// Routes rows by their logits (rows, experts). The bias (experts) counts in the choice, not in the weights; it is
 /// empty where the gate has none. Equal scores: the lower expert.

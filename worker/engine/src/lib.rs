@@ -6,40 +6,31 @@
 
 mod backend;
 mod checkpoint;
-mod config;
 mod cpu;
 mod deviation;
-mod error;
 mod fingerprint;
 mod forward;
 mod fp8;
 mod gate;
-mod generation;
+mod mapping;
 mod math;
-mod names;
 mod norm;
-mod numerics;
 mod pack;
 mod reference;
 mod rope;
+mod routes;
 mod sample;
 
-pub use backend::{Attended, Backend, ExpertGroup, NotResident, Routes};
+pub use backend::{Attended, Backend};
 pub use checkpoint::SafetensorsFile;
-pub use config::{AttentionFacts, FormatBytes, ModelConfig, ModelFacts};
+pub use cpu::backend::{CpuBackend, CpuKv, LoadOptions};
 pub use cpu::isa::Isa;
-pub use cpu::parts::WeightFormat;
-pub use cpu::threads::compute_threads;
-pub use cpu::{CpuActivations, CpuBackend, CpuKv, CpuRows, LoadOptions};
+pub use cpu::rows::{CpuActivations, CpuRows};
 pub use deviation::{Deviation, LayerDeviation, Tolerance, mean_divergence, relative};
-pub use error::EngineError;
-pub use fingerprint::ModelFingerprint;
-pub use forward::{Exchange, Grouped, LocalExchange, Seen, forward, group};
-pub use generation::{GenerationConfig, SamplingOverrides};
-pub use numerics::Numerics;
-pub use pack::{PackedModel, PrepareOptions, Prepared, prepare};
+pub use fingerprint::fingerprint;
+pub use forward::{Exchange, LocalExchange, Seen, forward};
+pub use pack::mapped::PackedModel;
+pub use pack::prepare::{PrepareOptions, Prepared, prepare};
 pub use reference::{Gated, LayerTrace, Reference, Trace};
-pub use sample::{
-    History, InvalidSampling, Logprobs, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampler, Sampling, SamplingParams,
-    logprobs,
-};
+pub use routes::{ExpertGroup, Grouped, NotResident, Routes, group};
+pub use sample::{History, Logprobs, Sampler, logprobs};

@@ -20,6 +20,12 @@ pub(crate) fn round_bf16(value: f32) -> u16 {
     if value.abs() < LEAST { 0 } else { rounded }
 }
 
+/// bf16 to f32, exactly.
+#[inline(always)]
+pub(crate) fn widen(bits: u16) -> f32 {
+    f32::from_bits((bits as u32) << 16)
+}
+
 /// To the nearest integer, ties to even, for magnitudes below 2²².
 #[inline(always)]
 pub(crate) fn round_even(value: f32) -> f32 {
@@ -62,7 +68,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::checkpoint::widen;
+    use crate::math::widen;
 
     #[test]
     fn bf16_rounds_to_even_and_flushes_what_is_tiny() {

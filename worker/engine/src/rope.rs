@@ -1,10 +1,9 @@
 //! Rotary position embedding (arXiv 2104.09864) with YaRN (arXiv 2309.00071): the numbers of transformers'
 //! `modeling_rope_utils.py` and of its models.
-
 use std::f64::consts::PI;
 use std::sync::OnceLock;
 
-use crate::config::{AttentionConfig, RopeConfig, Yarn};
+use expertmesh_model::config::parts::{AttentionConfig, RopeConfig, Yarn};
 
 /// The cosine and sine of every pair's angle at a position: (width / 2).
 pub(crate) type Angles<'a> = &'a [(f32, f32)];
@@ -120,7 +119,7 @@ fn mscale_of(factor: f64, mscale: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{GroupedConfig, QkNorm};
+    use expertmesh_model::config::parts::{GroupedConfig, QkNorm};
 
     const ATTENTION: AttentionConfig = AttentionConfig::Grouped(GroupedConfig {
         heads: 1,

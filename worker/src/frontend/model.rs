@@ -1,8 +1,8 @@
 //! What a frontend knows of its model: tokenizer, chat template, defaults. No weights.
-
 use std::path::Path;
 
-use expertmesh_engine::{GenerationConfig, ModelConfig, SamplingOverrides};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
 use expertmesh_proto::v1;
 
 use super::openai::ApiError;

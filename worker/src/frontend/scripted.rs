@@ -1,11 +1,10 @@
 //! Scripted workers for tests: real gRPC servers on loopback that do what a script tells them.
-
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use expertmesh_engine::ModelFingerprint;
 use expertmesh_metrics::Registry;
+use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};

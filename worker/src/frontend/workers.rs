@@ -1,11 +1,10 @@
 //! The workers as they are now: a `Control.Report` stream is kept open to each of the placement.
-
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use expertmesh_engine::ModelFingerprint;
+use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_proto::expert::checksum;
 use expertmesh_proto::placement::{PlacedWorker, Placement};
 use expertmesh_proto::v1;

@@ -1,10 +1,10 @@
 //! One sequence on a backend of this process.
-
 use std::io;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, History, LocalExchange, Logprobs, Sampler, Sampling, forward, logprobs};
+use expertmesh_engine::{Backend, History, LocalExchange, Logprobs, Sampler, forward, logprobs};
+use expertmesh_model::sampling::Sampling;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::process::Fatal;
@@ -54,7 +54,7 @@ impl Request<'_> {
         let (mut tokens, mut logged, mut finish_reason) = (Vec::new(), Vec::new(), "length");
         while tokens.len() < self.limit {
             let (position, token) = (history.len(), sampler.choose(&logits, self.sampling, &history));
-            let ends = self.sampling.ends(token, &history);
+            let ends = self.sampling.ends(token, history.generated());
             logged.extend(self.logprobs.map(|top| logprobs(&logits, token, top)));
             tokens.push(token);
             history.push(token);
@@ -99,7 +99,8 @@ pub(super) fn output_failed(error: io::Error) -> Fatal {
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_engine::{CpuBackend, LoadOptions, SamplingParams};
+    use expertmesh_engine::{CpuBackend, LoadOptions};
+    use expertmesh_model::sampling::SamplingParams;
 
     use super::super::load;
     use super::*;

@@ -1,11 +1,13 @@
 //! `Control`: the placement to follow, what this worker says of itself, and how it leaves.
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, ModelConfig, WeightFormat};
+use expertmesh_engine::Backend;
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1::control_server::Control;
 use expertmesh_proto::v1::report_response::State;
@@ -48,8 +50,8 @@ pub(crate) fn shape(config: &ModelConfig, weights: WeightFormat) -> v1::ModelSha
         layers: config.layers() as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token() as u32,
-        expert_bytes: config.expert_bytes(weights),
-        dense_bytes: config.dense_bytes(weights),
+        expert_bytes: Layout::Cpu1.expert_bytes(config, weights),
+        dense_bytes: Layout::Cpu1.dense_bytes(config, weights),
     }
 }
 

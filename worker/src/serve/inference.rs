@@ -1,10 +1,10 @@
 //! `Inference`: checks what a frontend asks for and hands it to the engine's thread.
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, TrySendError};
 
-use expertmesh_engine::{History, MAX_TOP_LOGPROBS, Sampling};
+use expertmesh_engine::History;
+use expertmesh_model::sampling::{MAX_TOP_LOGPROBS, Sampling};
 use expertmesh_proto::v1::inference_server::Inference;
 use expertmesh_proto::{Invalid, v1};
 use tokio::sync::mpsc;

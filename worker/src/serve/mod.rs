@@ -3,7 +3,6 @@
 mod control;
 mod inference;
 mod run;
-
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -15,8 +14,11 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, CpuBackend, ModelConfig, ModelFingerprint, Sampler};
+use expertmesh_engine::{Backend, CpuBackend, Sampler};
 use expertmesh_metrics::Registry;
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_model::layout::budget::Layout;
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1::control_server::ControlServer;
@@ -40,9 +42,8 @@ use crate::mesh::peers::Peers;
 use crate::mesh::residency::Residency;
 use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
-use crate::probes;
 use crate::process::{self, Addresses, Fatal};
-use crate::traces;
+use crate::{probes, traces};
 
 /// Rows of a step: enough for a prompt's chunk to use the weights that it reads.
 const STEP_ROWS: usize = 256;
@@ -346,7 +347,7 @@ fn limits(config: &ModelConfig) -> Limits {
 
 /// Blocks for the memory that was asked, and at least for one sequence that fills its context.
 fn blocks(config: &ModelConfig, mib: u64, max_context: usize) -> usize {
-    let block = config.kv_bytes(BLOCK_TOKENS).max(1);
+    let block = Layout::Cpu1.kv_bytes(config, BLOCK_TOKENS).max(1);
     let wanted = (mib << 20) / block;
     (wanted as usize).max(BlockAllocator::needed(max_context))
 }

@@ -1,12 +1,12 @@
 //! The engine's thread: takes sequences in, plans a step, computes it, hands tokens out.
-
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, Exchange, History, Logprobs, Sampler, Sampling, forward};
+use expertmesh_engine::{Backend, Exchange, History, Logprobs, Sampler, forward};
+use expertmesh_model::sampling::Sampling;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
@@ -184,7 +184,7 @@ where
             return;
         };
         let token = self.sampler.choose(logits, sampling, history);
-        let (position, stops) = (history.len() as u32, sampling.ends(token, history));
+        let (position, stops) = (history.len() as u32, sampling.ends(token, history.generated()));
         history.push(token);
         self.shared.metrics.engine.generated_tokens.inc();
         self.scheduler.push(id, token);
@@ -305,8 +305,9 @@ fn next_command(commands: &Receiver<Command>, idle: bool, empty: bool) -> Next {
 mod tests {
     use std::path::Path;
 
-    use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange, SamplingParams};
+    use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange};
     use expertmesh_metrics::Registry;
+    use expertmesh_model::sampling::SamplingParams;
     use expertmesh_scheduler::Bounds;
 
     use super::*;

@@ -1,8 +1,6 @@
 //! The fast path beside the reference: a table of layers, then what they lead to.
-
-use expertmesh_engine::{
-    Backend, CpuBackend, Deviation, EngineError, LayerDeviation, Reference, Tolerance, Trace,
-};
+use expertmesh_engine::{Backend, CpuBackend, Deviation, LayerDeviation, Reference, Tolerance, Trace};
+use expertmesh_model::error::ModelError;
 
 /// Prints the table; whether all is within what the format's rounding explains.
 pub(super) fn fast_and_reference(
@@ -10,7 +8,7 @@ pub(super) fn fast_and_reference(
     reference: &Reference,
     tokens: &[u32],
     trace: &Trace,
-) -> Result<bool, EngineError> {
+) -> Result<bool, ModelError> {
     let options = backend.options();
     let tolerance = Tolerance::of(options.weights, backend.config());
     let deviation = Deviation::measure(backend, reference, tokens, trace)?;

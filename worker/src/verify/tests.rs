@@ -1,6 +1,7 @@
 use std::fs;
 
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 
 use super::*;
 use crate::tokenizer::tests::tiny_r1;

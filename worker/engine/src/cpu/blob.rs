@@ -1,5 +1,4 @@
 //! Where weights lie: pages of a mapped file, or of memory that was filled once.
-
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,7 +6,7 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use super::arena::Piece;
-use crate::checkpoint;
+use crate::mapping;
 
 /// Bytes that nobody writes any more, on a cache line's boundary. Copies share them.
 #[derive(Clone)]
@@ -45,7 +44,7 @@ impl Blob {
     /// Has all pages of a mapped blob read from the disk and put into this process, so that using them waits for nothing.
     pub(crate) fn read_in(&self) -> io::Result<()> {
         match &self.pages {
-            Pages::Mapped(file) => checkpoint::read_in(file, self.range.clone()),
+            Pages::Mapped(file) => mapping::read_in(file, self.range.clone()),
             Pages::Filled(_) => Ok(()),
         }
     }
@@ -53,7 +52,7 @@ impl Blob {
     /// Gives a mapped blob's pages back, though it may still be used.
     pub(crate) fn leave(&self) {
         if let Pages::Mapped(file) = &self.pages {
-            checkpoint::leave(file, self.range.clone());
+            mapping::leave(file, self.range.clone());
         }
     }
 

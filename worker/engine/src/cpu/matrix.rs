@@ -1,67 +1,12 @@
 //! A packed matrix: which bytes of a blob it is, and how they come from rows of f32.
-
 use std::ops::Range;
+
+use expertmesh_model::config::parts::FP8_BLOCK;
+use expertmesh_model::layout::shape::{Format, Shape};
 
 use super::blob::Blob;
 use super::kernel::{LANES, PAIR, bf16, fp8, int4, int8};
-use crate::checkpoint::widen;
-use crate::config::FP8_BLOCK;
-use crate::math::{round_bf16, round_even};
-
-/// How a matrix's weights are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Format {
-    Bf16,
-    Fp8,
-    Int8,
-    Int4,
-}
-
-impl Format {
-    /// Bytes of 32 outputs of so many inputs.
-    pub(crate) fn pair_bytes(self, inputs: usize) -> usize {
-        match self {
-            Self::Bf16 => bf16::pair_bytes(inputs),
-            Self::Fp8 => fp8::pair_bytes(inputs),
-            Self::Int8 => int8::pair_bytes(inputs),
-            Self::Int4 => int4::pair_bytes(inputs),
-        }
-    }
-}
-
-/// What a matrix is, without its weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Shape {
-    pub(crate) format: Format,
-    /// Of `gate_up`, those of each.
-    pub(crate) outputs: usize,
-    pub(crate) inputs: usize,
-    /// Two matrices in one: a pair is 16 outputs of the first and the same of the second.
-    pub(crate) gate_up: bool,
-}
-
-impl Shape {
-    pub(crate) fn pairs(&self) -> usize {
-        self.outputs.div_ceil(if self.gate_up { LANES } else { PAIR })
-    }
-
-    pub(crate) fn pair_bytes(&self) -> usize {
-        self.format.pair_bytes(self.inputs)
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.pairs() * self.pair_bytes()
-    }
-
-    /// Which row of which matrix a lane of a pair is; `None` for the padding.
-    fn row(&self, pair: usize, lane: usize) -> Option<(usize, usize)> {
-        let (matrix, row) = match self.gate_up {
-            true => (lane / LANES, pair * LANES + lane % LANES),
-            false => (0, pair * PAIR + lane),
-        };
-        (row < self.outputs).then_some((matrix, row))
-    }
-}
+use crate::math::{round_bf16, round_even, widen};
 
 /// Packed weights.
 #[derive(Clone)]

@@ -1,8 +1,7 @@
 //! Root mean square normalisation of rows that become bf16.
-
+use super::compute::Compute;
 use super::kernel;
 use super::pool::Shares;
-use super::products::Compute;
 use super::rows::{CpuActivations, CpuRows};
 use crate::math::round_bf16;
 use crate::norm::mean_square;

@@ -1,37 +1,22 @@
 //! Products of rows with packed matrices, many at a time: cut into units that threads claim.
-
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use expertmesh_model::layout::shape::Format;
+
 use super::buffer::Buffer;
+use super::compute::Compute;
 use super::kernel::{self, Bf16Rows, Int8Rows, LANES, PAIR, ROWS, Tile, Wide, bf16, fp8, int4, int8};
-use super::matrix::{Format, Matrix};
-use super::pool::Pool;
+use super::matrix::Matrix;
 use super::rows::{CpuActivations, CpuRows, Quantised};
-use crate::checkpoint::widen;
-use crate::math::{round_bf16, silu};
-use crate::{Isa, Numerics};
+use crate::cpu::isa::Isa;
+use crate::math::{round_bf16, silu, widen};
 
 /// Weights that a unit reads, at least: prefetching begins anew with each. The best of 48 to 768 KiB.
 const UNIT_BYTES: usize = 256 << 10;
 
 /// Pairs that share a block of rows, where there are many rows.
 const SHARING_PAIRS: usize = 4;
-
-/// What computes: threads, instructions, the order of sums.
-pub(crate) struct Compute {
-    pub(crate) pool: Pool,
-    pub(crate) isa: Isa,
-    pub(crate) numerics: Numerics,
-}
-
-#[cfg(test)]
-impl Compute {
-    /// One thread, `pair`.
-    pub(crate) fn alone(isa: Isa) -> Self {
-        Self { pool: Pool::new(1), isa, numerics: Numerics::Pair }
-    }
-}
 
 /// Rows as a matrix's format wants them.
 pub(crate) enum Input<'a> {

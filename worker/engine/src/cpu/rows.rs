@@ -1,12 +1,10 @@
 //! Matrices of rows: f32 for the residual stream, bf16 for what goes into a product, int8 for what goes into an
 //! integer one.
-
 use super::buffer::Buffer;
+use super::compute::Compute;
 use super::kernel;
 use super::pool::Shares;
-use super::products::Compute;
-use crate::checkpoint::widen;
-use crate::math::round_even;
+use crate::math::{round_even, widen};
 
 /// Rows of f32.
 #[derive(Debug, Clone, PartialEq)]
@@ -165,7 +163,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::Isa;
+    use crate::cpu::isa::Isa;
 
     proptest! {
         #[test]

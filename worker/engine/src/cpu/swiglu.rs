@@ -1,7 +1,9 @@
 //! The feed-forward part: SwiGLU (arXiv 2002.05202), of a dense layer, of an expert, of the shared experts.
+use expertmesh_model::layout::shape::Format;
 
-use super::matrix::{Format, Matrix};
-use super::products::{Columns, Compute, Input, Product, multiply};
+use super::compute::Compute;
+use super::matrix::Matrix;
+use super::products::{Columns, Input, Product, multiply};
 use super::rows::CpuActivations;
 
 /// Gate and up as one matrix, then down.

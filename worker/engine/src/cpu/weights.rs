@@ -1,16 +1,12 @@
-//! From blobs to the weights of layers: views of matrices, copies of vectors; and from a checkpoint to blobs.
-
-use std::ops::Range;
-use std::rc::Rc;
+//! The weights of layers: views of the matrices in their blobs, copies of the vectors.
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::config::parts::{AttentionConfig, GroupedConfig, LatentConfig, QkNorm};
+use expertmesh_model::layout::plan::{Kind, Part, PartId, Parts, Plan};
 
 use super::attention::{Attention, Grouped, Latent};
 use super::blob::Blob;
-use super::matrix::{Matrix, Packing, Shape, Source};
-use super::parts::{Kind, Origin, Part, Parts, Plan};
+use super::matrix::Matrix;
 use super::swiglu::SwiGlu;
-use crate::EngineError;
-use crate::checkpoint::{Checkpoint, Tensor};
-use crate::config::{AttentionConfig, FP8_BLOCK, ModelConfig, QkNorm};
 
 /// What no layer has.
 pub(crate) struct Ends {
@@ -38,246 +34,112 @@ pub(crate) enum FeedForward {
     },
 }
 
-/// Takes a blob's parts one after another, in the order of its plan.
-struct Cursor<'a> {
+/// A blob and its plan: what a part is, its id says, not its place.
+struct View<'a> {
     blob: &'a Blob,
-    parts: std::vec::IntoIter<Part>,
+    parts: Parts,
 }
 
-impl<'a> Cursor<'a> {
+impl<'a> View<'a> {
     fn new(blob: &'a Blob, parts: Parts) -> Self {
         assert_eq!(blob.bytes().len(), parts.bytes(), "a blob of another plan");
-        Self { blob, parts: parts.0.into_iter() }
+        Self { blob, parts }
     }
 
-    fn next(&mut self) -> Part {
-        self.parts.next().expect("a plan has all parts of what it plans")
+    fn part(&self, id: PartId) -> &Part {
+        self.parts.get(id).unwrap_or_else(|| panic!("{id:?} is not planned"))
     }
 
-    fn matrix(&mut self) -> Matrix {
-        match self.next() {
-            Part { kind: Kind::Matrix(shape, _), range } => Matrix::new(shape, self.blob, range),
+    fn matrix(&self, id: PartId) -> Matrix {
+        match self.part(id) {
+            Part { kind: Kind::Matrix(shape, _), range, .. } => Matrix::new(*shape, self.blob, range.clone()),
             other => panic!("{other:?} is not a matrix"),
         }
     }
 
-    fn vector(&mut self) -> Vec<f32> {
-        let part = self.next();
+    /// f32, (width)
+    fn vector(&self, id: PartId) -> Vec<f32> {
+        let part = self.part(id);
         assert!(matches!(part.kind, Kind::Vector { .. }), "{part:?} is not a vector");
-        let bytes = &self.blob.bytes()[part.range];
+        let bytes = &self.blob.bytes()[part.range.clone()];
         bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
     }
 
-    fn table(&mut self) -> Blob {
-        let part = self.next();
+    fn table(&self, id: PartId) -> Blob {
+        let part = self.part(id);
         assert!(matches!(part.kind, Kind::Table { .. }), "{part:?} is not a table");
-        self.blob.part(part.range)
+        self.blob.part(part.range.clone())
     }
 
-    fn swiglu(&mut self) -> SwiGlu {
-        SwiGlu { gate_up: self.matrix(), down: self.matrix() }
+    fn swiglu(&self) -> SwiGlu {
+        SwiGlu { gate_up: self.matrix(PartId::GateUp), down: self.matrix(PartId::Down) }
+    }
+
+    fn latent(&self, shape: &LatentConfig) -> Latent {
+        let has_query_latent = shape.query_latent.is_some();
+        Latent {
+            q_down: has_query_latent.then(|| self.matrix(PartId::QDown)),
+            q_norm: if has_query_latent { self.vector(PartId::QNorm) } else { Vec::new() },
+            q_up: self.matrix(PartId::QUp),
+            kv_down: self.matrix(PartId::KvDown),
+            kv_norm: self.vector(PartId::KvNorm),
+            k_absorb: (0..shape.heads).map(|head| self.matrix(PartId::KAbsorb(head))).collect(),
+            v_up: (0..shape.heads).map(|head| self.matrix(PartId::VUp(head))).collect(),
+            out: self.matrix(PartId::Out),
+            shape: shape.clone(),
+        }
+    }
+
+    fn grouped(&self, shape: &GroupedConfig) -> Grouped {
+        let biases = [PartId::QBias, PartId::KBias, PartId::VBias, PartId::OutBias];
+        let norms = [PartId::QNorm, PartId::KNorm];
+        Grouped {
+            q: self.matrix(PartId::Q),
+            k: self.matrix(PartId::K),
+            v: self.matrix(PartId::V),
+            out: self.matrix(PartId::Out),
+            biases: shape.bias.then(|| biases.map(|id| self.vector(id))),
+            norms: (shape.norms != QkNorm::None).then(|| norms.map(|id| self.vector(id))),
+            shape: shape.clone(),
+        }
     }
 }
 
 impl Ends {
     pub(crate) fn view(plan: &Plan, blob: &Blob) -> Self {
-        let mut parts = Cursor::new(blob, plan.ends());
-        Self { embeddings: parts.table(), norm: parts.vector(), head: parts.matrix() }
+        let view = View::new(blob, plan.ends());
+        Self {
+            embeddings: view.table(PartId::Embeddings),
+            norm: view.vector(PartId::LastNorm),
+            head: view.matrix(PartId::Head),
+        }
     }
 }
 
 impl Layer {
     pub(crate) fn view(config: &ModelConfig, plan: &Plan, layer: usize, blob: &Blob) -> Self {
-        let mut parts = Cursor::new(blob, plan.layer(layer));
-        let attention_norm = parts.vector();
-        let attention = match &config.attention {
-            AttentionConfig::Latent(latent) => {
-                let (q_down, q_norm) = match latent.query_latent {
-                    Some(_) => (Some(parts.matrix()), parts.vector()),
-                    None => (None, Vec::new()),
-                };
-                Attention::Latent(Latent {
-                    q_down,
-                    q_norm,
-                    q_up: parts.matrix(),
-                    kv_down: parts.matrix(),
-                    kv_norm: parts.vector(),
-                    k_absorb: (0..latent.heads).map(|_| parts.matrix()).collect(),
-                    v_up: (0..latent.heads).map(|_| parts.matrix()).collect(),
-                    out: parts.matrix(),
-                    shape: latent.clone(),
-                })
-            }
-            AttentionConfig::Grouped(grouped) => {
-                let [q, k, v, out] = std::array::from_fn(|_| parts.matrix());
-                let biases = grouped.bias.then(|| std::array::from_fn(|_| parts.vector()));
-                let norms = (grouped.norms != QkNorm::None).then(|| [parts.vector(), parts.vector()]);
-                Attention::Grouped(Grouped { shape: grouped.clone(), q, k, v, out, biases, norms })
-            }
-        };
-        let feed_forward_norm = parts.vector();
-        let feed_forward = if config.is_moe(layer) {
-            FeedForward::Moe {
-                gate: parts.matrix(),
-                bias: if config.gate.bias { parts.vector() } else { Vec::new() },
-                shared: (config.shared_inner > 0).then(|| parts.swiglu()),
-            }
-        } else {
-            FeedForward::Dense(parts.swiglu())
-        };
-        Self { attention_norm, attention, feed_forward_norm, feed_forward }
+        let view = View::new(blob, plan.layer(layer));
+        Self {
+            attention_norm: view.vector(PartId::AttentionNorm),
+            attention: match &config.attention {
+                AttentionConfig::Latent(shape) => Attention::Latent(view.latent(shape)),
+                AttentionConfig::Grouped(shape) => Attention::Grouped(view.grouped(shape)),
+            },
+            feed_forward_norm: view.vector(PartId::FeedForwardNorm),
+            feed_forward: match config.is_moe(layer) {
+                false => FeedForward::Dense(view.swiglu()),
+                true => FeedForward::Moe {
+                    gate: view.matrix(PartId::Gate),
+                    bias: if config.gate.bias { view.vector(PartId::GateBias) } else { Vec::new() },
+                    shared: (config.shared_inner > 0).then(|| view.swiglu()),
+                },
+            },
+        }
     }
 }
 
 impl SwiGlu {
     pub(crate) fn view(parts: Parts, blob: &Blob) -> Self {
-        Cursor::new(blob, parts).swiglu()
-    }
-}
-
-/// Bytes of a piece at most, where one row or one pair of rows has fewer: what streaming needs of memory.
-const PIECE: usize = 32 << 20;
-
-/// Gets a piece's bytes of the blob, and what fills them where they are zeroed.
-type Take<'a> = dyn FnMut(Range<usize>, &dyn Fn(&mut [u8])) -> Result<(), EngineError> + 'a;
-
-/// Fills bytes, zeroed, with the rows (of vectors: all, of matrices: pairs) from this one on.
-type Fill<'a> = Box<dyn Fn(usize, &mut [u8]) + 'a>;
-
-/// A blob of `parts`, packed from a checkpoint's tensors.
-pub(crate) fn pack_blob(checkpoint: &Checkpoint, parts: &Parts) -> Result<Blob, EngineError> {
-    let mut result = Ok(());
-    let blob = Blob::fill(parts.bytes(), |bytes| {
-        result = pack_pieces(checkpoint, parts, &mut |range, fill| {
-            fill(&mut bytes[range]);
-            Ok(())
-        });
-    });
-    result?;
-    blob.map_err(|error| EngineError::OutOfMemory { bytes: parts.bytes(), problem: error.to_string() })
-}
-
-/// Packs a blob in pieces, ascending. What no piece has of it is zero.
-pub(crate) fn pack_pieces(
-    checkpoint: &Checkpoint,
-    parts: &Parts,
-    take: &mut Take,
-) -> Result<(), EngineError> {
-    let mut tensors = Tensors { checkpoint, last: None };
-    for Part { kind, range } in &parts.0 {
-        let (unit, fill) = match kind {
-            Kind::Matrix(shape, origin) => (shape.pair_bytes(), tensors.matrix(shape, origin)?),
-            Kind::Vector { name, width } => (range.len(), tensors.vector(name, *width)?),
-            Kind::Table { name, rows, width } => (width * 2, tensors.table(name, *rows, *width)?),
-        };
-        let units = (PIECE / unit.max(1)).max(1);
-        for (index, start) in range.clone().step_by(units * unit).enumerate() {
-            let piece = start..range.end.min(start + units * unit);
-            take(piece, &|out| fill(index * units, out))?;
-        }
-    }
-    Ok(())
-}
-
-/// A checkpoint's tensors, the last one kept: a head takes its rows of the one that the head before took its rows of.
-struct Tensors<'a> {
-    checkpoint: &'a Checkpoint,
-    last: Option<(String, Rc<Tensor<'a>>)>,
-}
-
-impl<'a> Tensors<'a> {
-    fn get(&mut self, name: &str, rows: usize, columns: usize) -> Result<Rc<Tensor<'a>>, EngineError> {
-        if let Some((last, tensor)) = &self.last
-            && last == name
-        {
-            return Ok(tensor.clone());
-        }
-        let tensor = Rc::new(self.checkpoint.matrix(name, rows, columns)?);
-        self.last = Some((name.to_owned(), tensor.clone()));
-        Ok(tensor)
-    }
-
-    fn vector(&mut self, name: &str, width: usize) -> Result<Fill<'a>, EngineError> {
-        let values = self.checkpoint.widened(name, &[width])?;
-        Ok(Box::new(move |_, out| {
-            let out = out.chunks_exact_mut(4).zip(&values);
-            out.for_each(|(out, value)| out.copy_from_slice(&value.to_le_bytes()));
-        }))
-    }
-
-    fn table(&mut self, name: &str, rows: usize, width: usize) -> Result<Fill<'a>, EngineError> {
-        let table = self.checkpoint.matrix(name, rows, width)?;
-        Ok(Box::new(move |first, out| {
-            let mut row = vec![0.0; width];
-            for (at, out) in (first..).zip(out.chunks_exact_mut(width * 2)) {
-                table.widen_row(at, &mut row);
-                let bits = row.iter().map(|&value| crate::math::round_bf16(value));
-                let out = out.chunks_exact_mut(2).zip(bits);
-                out.for_each(|(out, bits)| out.copy_from_slice(&bits.to_le_bytes()));
-            }
-        }))
-    }
-
-    fn matrix(&mut self, shape: &Shape, origin: &Origin) -> Result<Fill<'a>, EngineError> {
-        let (outputs, inputs) = (shape.outputs, shape.inputs);
-        let rows_of =
-            |tensor, first| Box::new(Rows { tensor, columns: inputs, first }) as Box<dyn Source + 'a>;
-        let sources: Vec<Box<dyn Source + 'a>> = match origin {
-            Origin::Tensor(name) => vec![rows_of(self.get(name, outputs, inputs)?, 0)],
-            Origin::GateUp(gate, up) => {
-                vec![rows_of(self.get(gate, outputs, inputs)?, 0), rows_of(self.get(up, outputs, inputs)?, 0)]
-            }
-            Origin::ValueUp { kv_up, rows, first } => vec![rows_of(self.get(kv_up, *rows, inputs)?, *first)],
-            Origin::KeyAbsorb { kv_up, rows, first } => {
-                let tensor = self.get(kv_up, *rows, outputs)?;
-                let mut columns = vec![0.0; inputs * outputs];
-                let rows = columns.chunks_exact_mut(outputs).enumerate();
-                rows.for_each(|(row, out)| tensor.widen_row(first + row, out));
-                vec![Box::new(Transposed { columns, outputs })]
-            }
-        };
-        let packing = Packing::new(*shape, sources);
-        Ok(Box::new(move |first, out| packing.fill(first, out)))
-    }
-}
-
-/// Rows of a tensor from `first` on.
-struct Rows<'a> {
-    tensor: Rc<Tensor<'a>>,
-    columns: usize,
-    first: usize,
-}
-
-impl Source for Rows<'_> {
-    fn row(&self, row: usize, out: &mut [f32]) {
-        self.tensor.widen_row(self.first + row, out);
-    }
-
-    fn fp8_row(&self, row: usize) -> Option<(&[u8], &[f32])> {
-        match &*self.tensor {
-            Tensor::Fp8 { codes, scales } => {
-                let (columns, row) = (self.columns, self.first + row);
-                let blocks = columns.div_ceil(FP8_BLOCK);
-                Some((&codes[row * columns..][..columns], &scales[row / FP8_BLOCK * blocks..][..blocks]))
-            }
-            _ => None,
-        }
-    }
-}
-
-/// A small matrix, (inputs, outputs).
-struct Transposed {
-    columns: Vec<f32>,
-    outputs: usize,
-}
-
-impl Source for Transposed {
-    fn row(&self, row: usize, out: &mut [f32]) {
-        let inputs = self.columns.chunks_exact(self.outputs);
-        out.iter_mut().zip(inputs).for_each(|(out, input)| *out = input[row]);
-    }
-
-    fn fp8_row(&self, _: usize) -> Option<(&[u8], &[f32])> {
-        None
+        View::new(blob, parts).swiglu()
     }
 }

@@ -1,7 +1,7 @@
 //! How sure a choice is.
+use expertmesh_model::config::parts::{GateConfig, Scores};
 
 use super::{group_score, keep_best_groups, score, sigmoid, top};
-use crate::config::{GateConfig, Scores};
 
 /// Margins beyond this are not told apart.
 const MOST: f32 = 64.0;
@@ -83,8 +83,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::GroupScore;
     use crate::gate::route;
+    use expertmesh_model::config::parts::GroupScore;
 
     fn gate(scores: Scores, groups: usize, top_groups: usize) -> GateConfig {
         let (bias, group_score) = match scores {

@@ -1,18 +1,16 @@
 //! packed.journal: what `prepare` has written and the index does not name yet. A line is written after its blob; the next
 //! run reads each blob once more before it believes the line.
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use expertmesh_model::layout::plan::Place;
+use expertmesh_model::packed::{Identity, JOURNAL};
 use serde::{Deserialize, Serialize};
 
-use super::index::Identity;
-use crate::cpu::parts::Place;
-
-pub(crate) const JOURNAL: &str = "packed.journal";
+use super::durable::write_whole;
 
 /// (layer or none, expert or none, CRC-32C)
 #[derive(Serialize, Deserialize)]
@@ -52,7 +50,7 @@ impl Journal {
     pub(super) fn open(directory: &Path, identity: &Identity, begun: bool) -> io::Result<Self> {
         let path = directory.join(JOURNAL);
         if !begun {
-            super::index::write_whole(&path, &serde_json::to_vec(identity)?)?;
+            write_whole(&path, &serde_json::to_vec(identity)?)?;
         }
         let mut file = File::options().append(true).open(path)?;
         // After the first line, or one that was cut.

@@ -1,16 +1,17 @@
 //! A packed directory, mapped.
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::plan::Place;
+use expertmesh_model::packed::{Extent, INDEX, Index, invalid};
 use memmap2::Mmap;
 
-use super::index::{Extent, INDEX, Index, invalid};
 use crate::cpu::blob::Blob;
-use crate::cpu::parts::{Place, WeightFormat};
-use crate::fingerprint::architecture_of;
-use crate::{EngineError, ModelConfig, checkpoint};
+use crate::mapping;
 
 /// A packed model whose files are mapped. Opening it reads the index only.
 pub struct PackedModel {
@@ -24,23 +25,15 @@ pub struct PackedModel {
 impl PackedModel {
     /// Maps the files of a directory; `None` where it is not a packed model's. Errors name the file that is missing, too
     /// short or of another model, and the blob that it should have.
-    pub fn open(directory: &Path, config: &ModelConfig) -> Result<Option<Self>, EngineError> {
-        let Some(index) = Index::read(directory)? else {
-            let unfinished = || invalid(directory, "prepare was not finished here; run it again");
-            return if super::is_packed(directory) { Err(unfinished()) } else { Ok(None) };
-        };
-        index.check(config)?;
-        if architecture_of(directory)? != index.identity.checkpoint.architecture {
-            let problem = format!("it is not the one that {INDEX} was made with");
-            return Err(invalid(&directory.join("config.json"), problem));
-        }
+    pub fn open(directory: &Path, config: &ModelConfig) -> Result<Option<Self>, ModelError> {
+        let Some(index) = Index::open(directory, config)? else { return Ok(None) };
         let mut files = HashMap::new();
         for (place, (Extent { file, .. }, _)) in &index.blobs {
             if !files.contains_key(file) {
                 let path = directory.join(file);
-                let mapped = checkpoint::map(&path);
+                let mapped = mapping::map(&path);
                 let mapped = mapped.map_err(|error| invalid(&path, format!("{place}: {error}")))?;
-                checkpoint::in_huge_pages(&mapped);
+                mapping::in_huge_pages(&mapped);
                 files.insert(file.clone(), Arc::new(mapped));
             }
         }
@@ -76,7 +69,7 @@ impl PackedModel {
     }
 
     /// Reads every blob; what is wrong with those that are not whole. `progress` gets (done, total) in bytes.
-    pub fn check(&self, mut progress: impl FnMut(u64, u64)) -> Vec<EngineError> {
+    pub fn check(&self, mut progress: impl FnMut(u64, u64)) -> Vec<ModelError> {
         let (mut done, mut errors) = (0, Vec::new());
         for (&place, (extent, _)) in &self.index.blobs {
             errors.extend(self.blob(place).err());
@@ -92,7 +85,7 @@ impl PackedModel {
     }
 
     /// A blob, read in and verified: computing with it waits for no disk.
-    pub(crate) fn blob(&self, place: Place) -> Result<Blob, EngineError> {
+    pub(crate) fn blob(&self, place: Place) -> Result<Blob, ModelError> {
         let (extent, crc32c) = self.held(place)?;
         let invalid = |problem: String| {
             invalid(&self.directory.join(&extent.file), format!("{place} at {}: {problem}", extent.offset))
@@ -112,10 +105,10 @@ impl PackedModel {
         }
     }
 
-    fn held(&self, place: Place) -> Result<&(Extent, u32), EngineError> {
+    fn held(&self, place: Place) -> Result<&(Extent, u32), ModelError> {
         let absent = || match place {
             Place::Expert(layer, expert) => {
-                EngineError::ExpertNotPacked { layer, expert, model: self.directory.clone() }
+                ModelError::ExpertNotPacked { layer, expert, model: self.directory.clone() }
             }
             place => invalid(&self.directory.join(INDEX), format!("{place} is missing")),
         };

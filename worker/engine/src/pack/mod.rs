@@ -9,63 +9,11 @@
 //! | `packed.journal` | while `prepare` runs, and after it was killed: the blobs that it has written |
 //! | `packed.lock` | locked by the one process that prepares |
 //!
-//! A blob begins on a page and has the bytes that [`Plan`](crate::cpu::parts::Plan) says, so that the index states no
+//! A blob begins on a page and has the bytes that [`Plan`](expertmesh_model::layout::plan::Plan) says, so that the index states no
 //! shapes. Numerics are not in it either: they say how the same weights are added.
 
-mod index;
+pub(crate) mod durable;
 mod journal;
-mod mapped;
-mod prepare;
-
-use std::path::Path;
-
-pub use mapped::PackedModel;
-pub use prepare::{PrepareOptions, Prepared, prepare};
-
-pub(crate) use index::{Index, is_packed};
-
-use crate::checkpoint::Checkpoint;
-use crate::cpu::blob::Blob;
-use crate::cpu::parts::{Parts, Place, WeightFormat};
-use crate::cpu::weights::pack_blob;
-use crate::{EngineError, ModelConfig};
-
-/// Where a backend's blobs come from.
-pub(crate) enum Source {
-    /// Packed while they are loaded.
-    Checkpoint(Checkpoint),
-    /// Mapped.
-    Packed(PackedModel),
-}
-
-impl Source {
-    /// What a model's directory is, and the format of its blobs where it should be `asked`.
-    pub(crate) fn open(
-        model: &Path,
-        config: &ModelConfig,
-        asked: WeightFormat,
-    ) -> Result<(Self, WeightFormat), EngineError> {
-        match PackedModel::open(model, config)? {
-            Some(packed) => {
-                let weights = packed.index().weights_as(asked)?;
-                Ok((Self::Packed(packed), weights))
-            }
-            None => Ok((Self::Checkpoint(Checkpoint::open(model)?), asked)),
-        }
-    }
-
-    /// A blob, whole and in memory.
-    pub(crate) fn blob(&self, place: Place, parts: &Parts) -> Result<Blob, EngineError> {
-        match self {
-            Self::Checkpoint(checkpoint) => pack_blob(checkpoint, parts),
-            Self::Packed(packed) => packed.blob(place),
-        }
-    }
-
-    /// The blob is not needed soon.
-    pub(crate) fn release(&self, place: Place) {
-        if let Self::Packed(packed) = self {
-            packed.release(place);
-        }
-    }
-}
+pub(crate) mod mapped;
+pub(crate) mod prepare;
+pub(crate) mod source;

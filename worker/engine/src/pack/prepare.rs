@@ -4,7 +4,6 @@
 //! disk, the index does, in one step. Killed at any point, the next run reads what the journal or the index names,
 //! keeps what has its checksum, and packs the rest. The bytes follow from checkpoint, format and layout, so that a blob
 //! that is packed again gets the bytes that it had, under the eyes of those who have it mapped.
-
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -13,14 +12,21 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::plan::{Place, Plan};
+use expertmesh_model::numerics::Numerics;
+use expertmesh_model::packed::{
+    CheckpointFingerprint, Extent, INDEX, Identity, Index, JOURNAL, LAYOUT, extents, is_packed,
+};
 use rayon::prelude::*;
 
-use super::index::{CheckpointFingerprint, Extent, Identity, Index, extents, write_whole};
-use super::journal::{JOURNAL, Journal};
+use super::durable::write_whole;
+use super::journal::Journal;
 use crate::checkpoint::Checkpoint;
-use crate::cpu::parts::{LAYOUT, Place, Plan, WeightFormat};
-use crate::cpu::weights::pack_pieces;
-use crate::{EngineError, ModelConfig, ModelFingerprint, Numerics};
+use crate::cpu::packing::pack_pieces;
+use crate::fingerprint::fingerprint;
 
 const LOCK: &str = "packed.lock";
 
@@ -68,12 +74,12 @@ pub fn prepare(
     out: &Path,
     options: &PrepareOptions,
     progress: &(dyn Fn(u64, u64) + Sync),
-) -> Result<Prepared, EngineError> {
+) -> Result<Prepared, ModelError> {
     let config = ModelConfig::read(model)?;
     let checkpoint = Checkpoint::open(model)?;
-    let fingerprint = ModelFingerprint::read(model, options.weights, Numerics::default())?;
+    let fingerprint = fingerprint(model, options.weights, Numerics::default())?;
     let identity = Identity {
-        layout: LAYOUT.to_owned(),
+        layout: LAYOUT.id().to_owned(),
         weights: fingerprint.format,
         checkpoint: CheckpointFingerprint {
             architecture: fingerprint.architecture,
@@ -106,12 +112,12 @@ pub fn prepare(
 }
 
 impl PrepareOptions {
-    fn places(&self, config: &ModelConfig) -> Result<BTreeSet<Place>, EngineError> {
+    fn places(&self, config: &ModelConfig) -> Result<BTreeSet<Place>, ModelError> {
         let layer = config.moe_layers().next().unwrap_or_default();
         let count = config.experts() as u32;
         let wanted = self.experts.clone().unwrap_or_else(|| (0..count).collect());
         if let Some(&expert) = wanted.iter().find(|&&expert| expert >= count) {
-            return Err(EngineError::UnknownExpert { layer, expert });
+            return Err(ModelError::UnknownExpert { layer, expert });
         }
         let dense = std::iter::once(Place::Ends).chain((0..config.layers()).map(Place::Layer));
         let experts = config
@@ -121,8 +127,8 @@ impl PrepareOptions {
     }
 }
 
-fn failed(path: &Path, problem: impl ToString) -> EngineError {
-    EngineError::PrepareFailed { path: path.to_owned(), problem: problem.to_string() }
+fn failed(path: &Path, problem: impl ToString) -> ModelError {
+    ModelError::PrepareFailed { path: path.to_owned(), problem: problem.to_string() }
 }
 
 fn total<'a>(extents: impl Iterator<Item = &'a Extent>) -> u64 {
@@ -138,10 +144,10 @@ struct Directory {
 
 impl Directory {
     /// Makes or takes over a directory; what was written of this model, and its checksums.
-    fn claim(path: &Path, identity: &Identity) -> Result<(Self, BTreeMap<Place, u32>), EngineError> {
+    fn claim(path: &Path, identity: &Identity) -> Result<(Self, BTreeMap<Place, u32>), ModelError> {
         fs::create_dir_all(path).map_err(|error| failed(path, error))?;
         let foreign = foreign(path).map_err(|error| failed(path, error))?;
-        if let Some(name) = foreign.filter(|_| !super::is_packed(path)) {
+        if let Some(name) = foreign.filter(|_| !is_packed(path)) {
             let problem =
                 format!("it holds {name} and no packed model; an empty or a new directory is needed");
             return Err(failed(path, problem));
@@ -169,10 +175,7 @@ impl Directory {
     }
 
     /// The files of blobs, by their names, as long as they will be.
-    fn files(
-        &self,
-        blobs: &BTreeMap<Place, Extent>,
-    ) -> Result<HashMap<String, (PathBuf, File)>, EngineError> {
+    fn files(&self, blobs: &BTreeMap<Place, Extent>) -> Result<HashMap<String, (PathBuf, File)>, ModelError> {
         let mut lengths = HashMap::<&str, u64>::new();
         for extent in blobs.values() {
             let length = lengths.entry(&extent.file).or_default();
@@ -193,7 +196,7 @@ impl Directory {
         lengths.into_iter().map(open).collect()
     }
 
-    fn copy_from(&self, model: &Path) -> Result<(), EngineError> {
+    fn copy_from(&self, model: &Path) -> Result<(), ModelError> {
         for name in COPIED {
             let (from, to) = (model.join(name), self.path.join(name));
             match fs::read(&from) {
@@ -206,8 +209,10 @@ impl Directory {
     }
 
     /// Makes what was written, and is on the disk, the directory's model.
-    fn finish(&self, index: &Index) -> Result<(), EngineError> {
-        index.write().map_err(|error| failed(&self.path, error))?;
+    fn finish(&self, index: &Index) -> Result<(), ModelError> {
+        let json = index.to_json().map_err(io::Error::from);
+        json.and_then(|json| write_whole(&self.path.join(INDEX), &json))
+            .map_err(|error| failed(&self.path, error))?;
         let journal = self.path.join(JOURNAL);
         fs::remove_file(&journal).map_err(|error| failed(&journal, error))
     }
@@ -257,7 +262,7 @@ impl Packing<'_> {
         blobs: BTreeMap<Place, Extent>,
         written: &BTreeMap<Place, u32>,
         threads: usize,
-    ) -> Result<Vec<(Place, Extent, Settled)>, EngineError> {
+    ) -> Result<Vec<(Place, Extent, Settled)>, ModelError> {
         let threads = rayon::ThreadPoolBuilder::new().num_threads(threads.clamp(1, MAX_THREADS)).build();
         let threads = threads.map_err(|error| failed(Path::new("threads"), error))?;
         let blobs: Vec<_> = blobs.into_iter().collect();
@@ -271,7 +276,7 @@ impl Packing<'_> {
     }
 
     /// Keeps a blob that was written and is whole; packs any other.
-    fn settle(&self, place: Place, extent: &Extent, written: Option<u32>) -> Result<Settled, EngineError> {
+    fn settle(&self, place: Place, extent: &Extent, written: Option<u32>) -> Result<Settled, ModelError> {
         let (path, file) = &self.files[&extent.file];
         if let Some(crc32c) = written
             && checksum(file, extent).map_err(|error| failed(path, error))? == crc32c
@@ -286,7 +291,7 @@ impl Packing<'_> {
     }
 
     /// Packs a blob piece by piece into its place; its checksum.
-    fn pack(&self, place: Place, extent: &Extent) -> Result<u32, EngineError> {
+    fn pack(&self, place: Place, extent: &Extent) -> Result<u32, ModelError> {
         let (path, file) = &self.files[&extent.file];
         let (mut crc, mut at, mut piece) = (0, 0, Vec::new());
         // `at` is where the last piece ended: up to the next one there are zeros.

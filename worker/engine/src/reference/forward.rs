@@ -1,16 +1,18 @@
 //! The whole of it: embeddings, layers, head, and DeepSeek-V3's multi-token prediction.
-
 use std::path::Path;
+
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::config::parts::AttentionConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::names::Names;
 
 use super::grouped::GroupedAttention;
 use super::latent::LatentAttention;
 use super::moe::{choose, margins, mixture, swiglu};
 use super::weights::{Weights, add};
 use crate::checkpoint::Checkpoint;
-use crate::config::{AttentionConfig, ModelConfig};
-use crate::names::Names;
 use crate::rope::Rope;
-use crate::{EngineError, Routes};
+use crate::routes::Routes;
 
 /// A model, computed as the papers write it.
 pub struct Reference {
@@ -55,7 +57,7 @@ pub struct Gated {
 
 impl Reference {
     /// Opens a model's directory; tensors are read, and checked, when they are needed.
-    pub fn open(model: &Path) -> Result<Self, EngineError> {
+    pub fn open(model: &Path) -> Result<Self, ModelError> {
         let config = ModelConfig::read(model)?;
         Ok(Self {
             names: Names::new(&config),
@@ -71,7 +73,7 @@ impl Reference {
 
     /// A sequence from position 0. A token that is not in the vocabulary is an error, and so is a tensor that is
     /// missing, of another shape or type, or not finite.
-    pub fn forward(&self, tokens: &[u32]) -> Result<Trace, EngineError> {
+    pub fn forward(&self, tokens: &[u32]) -> Result<Trace, ModelError> {
         let (vocabulary, hidden) = (self.config.vocabulary, self.config.hidden);
         let mut x = self.embed(tokens)?; // (T, hidden)
         let (mut states, mut routes) = (Vec::new(), Vec::new());
@@ -87,17 +89,17 @@ impl Reference {
     }
 
     /// The embeddings of a sequence, which the first layer takes: (T, hidden).
-    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+    pub fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
         let (vocabulary, hidden) = (self.config.vocabulary, self.config.hidden);
         if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
-            return Err(EngineError::UnknownToken { token, vocabulary });
+            return Err(ModelError::UnknownToken { token, vocabulary });
         }
         self.weights.embed(self.names.embeddings(), tokens, [vocabulary, hidden])
     }
 
     /// One layer on somebody's residual stream (T, hidden) from position 0, so that what they make of it can be
     /// compared without the errors of the layers before.
-    pub fn layer_from(&self, layer: usize, hidden: &[f32]) -> Result<LayerTrace, EngineError> {
+    pub fn layer_from(&self, layer: usize, hidden: &[f32]) -> Result<LayerTrace, ModelError> {
         let mut x = hidden.to_vec();
         let Some((normed, routes)) = self.layer(layer, self.config.is_moe(layer), &mut x, 0)? else {
             return Ok(LayerTrace { hidden: x, gate: None });
@@ -113,7 +115,7 @@ impl Reference {
         is_moe: bool,
         x: &mut [f32],
         start: usize,
-    ) -> Result<Option<(Vec<f32>, Routes)>, EngineError> {
+    ) -> Result<Option<(Vec<f32>, Routes)>, ModelError> {
         let (names, hidden, eps) = (&self.names, self.config.hidden, self.config.norm_eps);
         let normed = self.weights.norm(&names.attention_norm(layer), x, hidden, eps)?; // (T, hidden)
         add(x, &self.attend(layer, &normed, start)?);
@@ -128,7 +130,7 @@ impl Reference {
     }
 
     /// (T, hidden) → (T, hidden)
-    fn attend(&self, layer: usize, normed: &[f32], start: usize) -> Result<Vec<f32>, EngineError> {
+    fn attend(&self, layer: usize, normed: &[f32], start: usize) -> Result<Vec<f32>, ModelError> {
         let (weights, rope, hidden) = (&self.weights, &self.rope, self.config.hidden);
         match &self.config.attention {
             AttentionConfig::Latent(config) => {
@@ -145,7 +147,7 @@ impl Reference {
     /// Multi-token prediction (DeepSeek-V3 report, arXiv 2412.19437, section 2.2, equations 21 to 23), the first module:
     /// row i joins the embedding of token i + 1 with the trunk's state of token i. The report has the state first; the
     /// checkpoints have the embedding first, and the state after the trunk's last norm. `normed` is (T, hidden).
-    fn predict_further(&self, tokens: &[u32], normed: &[f32]) -> Result<Option<Vec<f32>>, EngineError> {
+    fn predict_further(&self, tokens: &[u32], normed: &[f32]) -> Result<Option<Vec<f32>>, ModelError> {
         let (layer, hidden, eps) = (self.config.layers, self.config.hidden, self.config.norm_eps);
         let (weights, names, shape) =
             (&self.weights, self.names.mtp(layer), [self.config.vocabulary, hidden]);

@@ -1,11 +1,11 @@
 //! Grouped-query attention (arXiv 2305.13245, section 2.2): `heads / kv_heads` queries share a key and a value. Qwen3
 //! norms every head's query and key (arXiv 2505.09388, section 2), OLMoE all heads' as one row (arXiv 2409.02060,
 //! section 4.2.5).
+use expertmesh_model::config::parts::{GroupedConfig, QkNorm};
+use expertmesh_model::error::ModelError;
+use expertmesh_model::names::GroupedNames;
 
 use super::weights::{Weights, dot, mix};
-use crate::EngineError;
-use crate::config::{GroupedConfig, QkNorm};
-use crate::names::GroupedNames;
 use crate::rope::Rope;
 
 pub(super) struct GroupedAttention<'a> {
@@ -19,7 +19,7 @@ pub(super) struct GroupedAttention<'a> {
 
 impl GroupedAttention<'_> {
     /// `normed` is (T, hidden), its first row at position `start`: (T, hidden).
-    pub(super) fn attend(&self, normed: &[f32], start: usize) -> Result<Vec<f32>, EngineError> {
+    pub(super) fn attend(&self, normed: &[f32], start: usize) -> Result<Vec<f32>, ModelError> {
         let GroupedConfig { heads, kv_heads, head: width, bias, .. } = *self.config;
         let (names, weights) = (&self.names, self.weights);
         let q = self.rotated(&names.q, &names.q_norm, heads, normed, start)?; // (T, heads · head)
@@ -44,7 +44,7 @@ impl GroupedAttention<'_> {
         heads: usize,
         normed: &[f32],
         start: usize,
-    ) -> Result<Vec<f32>, EngineError> {
+    ) -> Result<Vec<f32>, ModelError> {
         let GroupedConfig { head: width, norms, bias, .. } = *self.config;
         let rows = self.weights.affine(name, normed, [heads * width, self.hidden], bias)?; // (T, heads · head)
         let mut rows = match norms {

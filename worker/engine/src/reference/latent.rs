@@ -1,10 +1,10 @@
 //! Multi-head latent attention (DeepSeek-V2 report, arXiv 2405.04434, section 2.1, equations 37 to 47), not absorbed:
 //! every head's keys and values in full, one softmax over all positions.
+use expertmesh_model::config::parts::LatentConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::names::LatentNames;
 
 use super::weights::{Weights, dot, mix};
-use crate::EngineError;
-use crate::config::LatentConfig;
-use crate::names::LatentNames;
 use crate::rope::Rope;
 
 /// The latents' norms have this in DeepSeek's own code and in transformers, whatever `rms_norm_eps` says.
@@ -20,7 +20,7 @@ pub(super) struct LatentAttention<'a> {
 
 impl LatentAttention<'_> {
     /// `normed` is (T, hidden), its first row at position `start`: (T, hidden).
-    pub(super) fn attend(&self, normed: &[f32], start: usize) -> Result<Vec<f32>, EngineError> {
+    pub(super) fn attend(&self, normed: &[f32], start: usize) -> Result<Vec<f32>, ModelError> {
         let LatentConfig { heads, nope, rope, value, .. } = *self.config;
         let q = self.queries(normed, start)?; // (T, heads · (nope + rope))
         let (keys, rotated) = self.keys_and_values(normed, start)?; // (T, heads · (nope + value)), (T, rope)
@@ -40,7 +40,7 @@ impl LatentAttention<'_> {
     }
 
     /// Rotated: (T, heads · (nope + rope)).
-    fn queries(&self, normed: &[f32], start: usize) -> Result<Vec<f32>, EngineError> {
+    fn queries(&self, normed: &[f32], start: usize) -> Result<Vec<f32>, ModelError> {
         let (weights, names, outputs) = (self.weights, &self.names, self.config.heads * self.config.query());
         let mut q = match self.config.query_latent {
             None => weights.linear(&names.q, normed, [outputs, self.hidden])?, // (T, heads · (nope + rope))
@@ -61,7 +61,7 @@ impl LatentAttention<'_> {
 
     /// Of each head the key without position, then the value: (T, heads · (nope + value)). And the rotated key that all
     /// heads share: (T, rope).
-    fn keys_and_values(&self, normed: &[f32], start: usize) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+    fn keys_and_values(&self, normed: &[f32], start: usize) -> Result<(Vec<f32>, Vec<f32>), ModelError> {
         let LatentConfig { heads, latent, nope, rope, value, .. } = *self.config;
         let down = self.weights.linear(&self.names.kv_down, normed, [latent + rope, self.hidden])?; // (T, latent + rope)
         let (mut c, mut rotated) = (Vec::new(), Vec::new()); // (T, latent), (T, rope)

@@ -1,12 +1,12 @@
 //! The feed-forward part: SwiGLU (arXiv 2002.05202), and the mixture of experts (DeepSeekMoE, arXiv 2401.06066, section
 //! 3, equations 9 to 11).
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::names::{Names, SwiGluNames};
 
 use super::weights::{Weights, add, dot};
-use crate::config::ModelConfig;
-use crate::forward::group;
 use crate::gate::{self, sigmoid};
-use crate::names::{Names, SwiGluNames};
-use crate::{EngineError, Routes};
+use crate::routes::{Routes, group};
 
 /// down(silu(gate(x)) · up(x)): (rows, hidden) → (rows, hidden).
 pub(super) fn swiglu(
@@ -14,7 +14,7 @@ pub(super) fn swiglu(
     names: &SwiGluNames,
     x: &[f32],
     [inner, hidden]: [usize; 2],
-) -> Result<Vec<f32>, EngineError> {
+) -> Result<Vec<f32>, ModelError> {
     let mut a = weights.linear(&names.gate, x, [inner, hidden])?; // (rows, inner)
     let b = weights.linear(&names.up, x, [inner, hidden])?; // (rows, inner)
     a.iter_mut().zip(b).for_each(|(a, b)| *a = *a * sigmoid(*a) * b);
@@ -27,7 +27,7 @@ pub(super) fn choose(
     config: &ModelConfig,
     layer: usize,
     x: &[f32],
-) -> Result<Routes, EngineError> {
+) -> Result<Routes, ModelError> {
     let (logits, bias) = gate_logits(weights, config, layer, x)?;
     Ok(gate::route(&config.gate, &logits, &bias)) // (rows, top_k)
 }
@@ -38,7 +38,7 @@ pub(super) fn margins(
     config: &ModelConfig,
     layer: usize,
     x: &[f32],
-) -> Result<Vec<f32>, EngineError> {
+) -> Result<Vec<f32>, ModelError> {
     let (experts, hidden) = (config.gate.experts, config.hidden);
     let (logits, bias) = gate_logits(weights, config, layer, x)?;
     let sizes = weights.sizes(&Names::new(config).gate(layer), [experts, hidden])?; // (experts)
@@ -56,7 +56,7 @@ fn gate_logits(
     config: &ModelConfig,
     layer: usize,
     x: &[f32],
-) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+) -> Result<(Vec<f32>, Vec<f32>), ModelError> {
     let (names, experts) = (Names::new(config), config.gate.experts);
     let logits = weights.linear(&names.gate(layer), x, [experts, config.hidden])?;
     let bias = match config.gate.bias {
@@ -72,7 +72,7 @@ pub(super) fn mixture(
     config: &ModelConfig,
     layer: usize,
     (x, routes): (&[f32], &Routes),
-) -> Result<Vec<f32>, EngineError> {
+) -> Result<Vec<f32>, ModelError> {
     let (names, hidden) = (Names::new(config), config.hidden);
     let mut out = match config.shared_inner {
         0 => vec![0.0; x.len()],

@@ -1,8 +1,9 @@
 //! Products with a checkpoint's matrices, and what all layers do to rows.
+use expertmesh_model::error::ModelError;
+use expertmesh_model::names;
 
 use crate::checkpoint::Checkpoint;
 use crate::norm::rms_norm;
-use crate::{EngineError, names};
 
 /// Partial sums of a product of rows, so that the compiler vectorises it.
 const LANES: usize = 16;
@@ -19,7 +20,7 @@ impl Weights {
         name: &str,
         x: &[f32],
         [outputs, inputs]: [usize; 2],
-    ) -> Result<Vec<f32>, EngineError> {
+    ) -> Result<Vec<f32>, ModelError> {
         let matrix = self.checkpoint.matrix(name, outputs, inputs)?;
         let mut out = vec![0.0; x.len() / inputs * outputs];
         let mut weights = vec![0.0; inputs];
@@ -39,7 +40,7 @@ impl Weights {
         x: &[f32],
         shape: [usize; 2],
         bias: bool,
-    ) -> Result<Vec<f32>, EngineError> {
+    ) -> Result<Vec<f32>, ModelError> {
         let mut out = self.linear(name, x, shape)?; // (rows, outputs)
         if bias {
             let bias = self.vector(&names::bias_of(name), shape[0])?; // (outputs)
@@ -54,7 +55,7 @@ impl Weights {
         name: &str,
         tokens: &[u32],
         shape: [usize; 2],
-    ) -> Result<Vec<f32>, EngineError> {
+    ) -> Result<Vec<f32>, ModelError> {
         let matrix = self.checkpoint.matrix(name, shape[0], shape[1])?;
         let mut out = vec![0.0; tokens.len() * shape[1]];
         for (&token, row) in tokens.iter().zip(out.chunks_exact_mut(shape[1])) {
@@ -64,18 +65,12 @@ impl Weights {
     }
 
     /// Every row normed by itself: (rows, width) → (rows, width).
-    pub(super) fn norm(
-        &self,
-        name: &str,
-        x: &[f32],
-        width: usize,
-        eps: f32,
-    ) -> Result<Vec<f32>, EngineError> {
+    pub(super) fn norm(&self, name: &str, x: &[f32], width: usize, eps: f32) -> Result<Vec<f32>, ModelError> {
         Ok(rms_norm(x, &self.vector(name, width)?, eps))
     }
 
     /// ‖row‖ of a stored matrix's rows: (outputs).
-    pub(super) fn sizes(&self, name: &str, [outputs, inputs]: [usize; 2]) -> Result<Vec<f32>, EngineError> {
+    pub(super) fn sizes(&self, name: &str, [outputs, inputs]: [usize; 2]) -> Result<Vec<f32>, ModelError> {
         let (matrix, mut row) = (self.checkpoint.matrix(name, outputs, inputs)?, vec![0.0; inputs]);
         let size = |output| {
             matrix.widen_row(output, &mut row);
@@ -84,7 +79,7 @@ impl Weights {
         Ok((0..outputs).map(size).collect())
     }
 
-    pub(super) fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, EngineError> {
+    pub(super) fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, ModelError> {
         self.checkpoint.widened(name, &[width])
     }
 }

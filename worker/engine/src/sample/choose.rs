@@ -1,7 +1,8 @@
 //! From logits to a token.
+use expertmesh_model::sampling::{Sampling, SamplingParams};
 
+use super::History;
 use super::weights::{greatest, relative, sum};
-use super::{History, Sampling, SamplingParams};
 
 /// Chooses tokens. What it keeps is scratch memory: one serves any number of sequences.
 #[derive(Debug, Default)]
@@ -61,8 +62,8 @@ fn draw(candidates: impl Iterator<Item = (u32, f32)> + Clone, share: f64) -> Opt
 
 /// Whether any logit is to be another than the model's.
 fn changes(sampling: &Sampling, history: &History) -> bool {
-    let early = history.generated() < sampling.min_tokens && !sampling.stop_tokens.is_empty();
-    early || sampling.penalizes() || !sampling.params.logit_bias.is_empty()
+    let early = history.generated() < sampling.min_tokens() && !sampling.stop_tokens().is_empty();
+    early || sampling.penalizes() || !sampling.params().logit_bias.is_empty()
 }
 
 /// As vLLM has it: the bias before the penalties, the repetition penalty (Keskar et al., 2019, "CTRL", section 4.1)
@@ -84,8 +85,8 @@ pub(super) fn adjust(logits: &mut [f32], sampling: &Sampling, history: &History)
         *logit -= params.frequency_penalty * count as f32;
         *logit -= if count > 0 { params.presence_penalty } else { 0.0 };
     }
-    if history.generated() < sampling.min_tokens {
-        for &token in &sampling.stop_tokens {
+    if history.generated() < sampling.min_tokens() {
+        for &token in sampling.stop_tokens() {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit = f32::NEG_INFINITY;
             }

@@ -1,8 +1,7 @@
 //! What a sequence holds so far, as its penalties ask for it.
-
 use std::collections::HashMap;
 
-use super::Sampling;
+use expertmesh_model::sampling::Sampling;
 
 /// A sequence's length and, where a penalty asks for them, its tokens' counts; kept up to date token by token.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,7 @@
 //! How probable the model itself found a token.
+use expertmesh_model::sampling::MAX_TOP_LOGPROBS;
 
 use super::weights::{greatest, relative, sum};
-
-/// Alternatives that may be asked for.
-pub const MAX_TOP_LOGPROBS: usize = 20;
 
 /// Natural logarithms of probabilities by the model's own distribution: of its raw logits, before bias, penalties,
 /// temperature and filters.

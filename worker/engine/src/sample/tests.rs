@@ -1,3 +1,4 @@
+use expertmesh_model::sampling::{MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampling, SamplingParams};
 use proptest::prelude::*;
 
 use super::*;
@@ -95,14 +96,14 @@ fn a_stop_token_is_impossible_before_min_tokens_and_ends_the_sequence_after() {
     let mut tokens = Vec::new();
     for _ in 0..3 {
         let token = sampler.choose(&logits, &sampling, &history);
-        tokens.push((token, sampling.ends(token, &history)));
+        tokens.push((token, sampling.ends(token, history.generated())));
         history.push(token);
     }
     assert_eq!(tokens, [(0, false), (0, false), (2, true)]);
     // Where nothing else is possible, it comes and does not end.
     let history = History::new(&sampling, &[1], 1);
     let token = sampler.choose(&[f32::NEG_INFINITY, f32::NEG_INFINITY, 1.0], &sampling, &history);
-    assert!(!sampling.ends(token, &history));
+    assert!(!sampling.ends(token, history.generated()));
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! The share of tiny-r1's held-out questions that the fast path answers exactly, beside transformers': tests/models/ask.py
 //! recorded that. `--nocapture` prints the shares.
-
 use std::collections::HashMap;
 
-use expertmesh_engine::{Numerics, WeightFormat};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 
 use super::*;
 

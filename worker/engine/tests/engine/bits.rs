@@ -1,6 +1,8 @@
 //! A row's bits depend on its own sequence and on nothing else.
-
-use expertmesh_engine::{ExpertGroup, Isa, Numerics, WeightFormat};
+use expertmesh_engine::{ExpertGroup, Isa};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::numerics::Numerics;
 use expertmesh_scheduler::BLOCK_TOKENS;
 
 use super::*;
@@ -191,6 +193,6 @@ fn an_expert_that_is_not_resident_is_named_and_computes_the_same_after_it_was_lo
     let missing = missing.err().unwrap();
     assert_eq!((missing.layer, missing.expert), (2, expert));
     let bytes = backend.load(2, expert).unwrap();
-    assert_eq!(bytes, backend.config().expert_bytes(WeightFormat::Native));
+    assert_eq!(bytes, Layout::Cpu1.expert_bytes(backend.config(), WeightFormat::Native));
     assert_eq!(compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1)), before);
 }

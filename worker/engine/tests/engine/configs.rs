@@ -1,8 +1,7 @@
 //! Configurations that ask for what the engine lacks give errors that name the key and the value.
-
 use std::fs;
 
-use expertmesh_engine::ModelConfig;
+use expertmesh_model::config::model::ModelConfig;
 
 use super::model;
 

@@ -1,8 +1,11 @@
 //! Models with random damage: the loader says what is wrong or computes something, and never panics.
-
 use std::fs;
 
-use expertmesh_engine::{EngineError, ModelConfig, ModelFingerprint, Numerics, WeightFormat};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::numerics::Numerics;
 use proptest::prelude::*;
 
 use super::malformed::Copy;
@@ -48,13 +51,13 @@ pub(super) fn damage() -> impl Strategy<Value = Damage> {
 }
 
 /// Everything that reads a model's directory.
-fn read(model: &std::path::Path) -> Result<(), EngineError> {
-    ModelFingerprint::read(model, WeightFormat::Int4, Numerics::Pair)?;
+fn read(model: &std::path::Path) -> Result<(), ModelError> {
+    expertmesh_engine::fingerprint(model, WeightFormat::Int4, Numerics::Pair)?;
     let config = ModelConfig::read(model)?;
     let _ = (
-        config.dense_bytes(WeightFormat::Int4),
-        config.expert_bytes(WeightFormat::Fp8),
-        config.kv_bytes(64),
+        Layout::Cpu1.dense_bytes(&config, WeightFormat::Int4),
+        Layout::Cpu1.expert_bytes(&config, WeightFormat::Fp8),
+        Layout::Cpu1.kv_bytes(&config, 64),
         config.active_parameters(),
     );
     let backend = CpuBackend::load(model, &LoadOptions { threads: 1, ..LoadOptions::default() }, |_, _| ());

@@ -1,9 +1,10 @@
 //! The fast path against the reference: how far rounding takes it, layer by layer and on tiny-r1's held-out text.
 //! `--nocapture` prints what was measured.
-
 use std::path::Path;
 
-use expertmesh_engine::{Deviation, LayerDeviation, Numerics, Tolerance, WeightFormat, mean_divergence};
+use expertmesh_engine::{Deviation, LayerDeviation, Tolerance, mean_divergence};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::numerics::Numerics;
 use safetensors::Dtype;
 
 use super::malformed::Copy;

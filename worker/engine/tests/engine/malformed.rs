@@ -1,9 +1,12 @@
 //! Broken models give errors that name what is wrong and where.
-
 use std::fs;
 use std::path::Path;
 
-use expertmesh_engine::{EngineError, ModelFingerprint, Numerics, WeightFormat};
+use expertmesh_model::error::ModelError;
+use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::numerics::Numerics;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -56,7 +59,7 @@ impl Copy {
         self
     }
 
-    fn load(&self) -> Result<CpuBackend, EngineError> {
+    fn load(&self) -> Result<CpuBackend, ModelError> {
         CpuBackend::load(&self.0, &LoadOptions::default(), |_, _| ())
     }
 
@@ -72,7 +75,7 @@ impl Copy {
         self.reported(computed.expect_err("the model is broken"))
     }
 
-    fn reported(&self, error: EngineError) -> (&'static str, String) {
+    fn reported(&self, error: ModelError) -> (&'static str, String) {
         (error.reason(), error.to_string().replace(&format!("{}/", self.0.display()), ""))
     }
 }
@@ -397,11 +400,11 @@ fn progress_ends_with_all_bytes() {
         assert!(done > last.0 && done <= total);
         last = (done, total);
     });
-    assert_eq!(last, (backend.unwrap().config().dense_bytes(WeightFormat::Native), last.0));
+    assert_eq!(last, (Layout::Cpu1.dense_bytes(backend.unwrap().config(), WeightFormat::Native), last.0));
 }
 
-fn fingerprint(model: &Path) -> Result<ModelFingerprint, EngineError> {
-    ModelFingerprint::read(model, WeightFormat::Native, Numerics::Pair)
+fn fingerprint(model: &Path) -> Result<ModelFingerprint, ModelError> {
+    expertmesh_engine::fingerprint(model, WeightFormat::Native, Numerics::Pair)
 }
 
 #[test]

@@ -1,15 +1,16 @@
 //! Packed models: the bits of their checkpoints, whatever happened while they were made; and broken ones.
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 
-use expertmesh_engine::{
-    EngineError, ModelConfig, ModelFingerprint, Numerics, PackedModel, PrepareOptions, Prepared,
-    WeightFormat, prepare,
-};
+use expertmesh_engine::{PackedModel, PrepareOptions, Prepared, prepare};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::numerics::Numerics;
 use proptest::prelude::*;
 
 use super::corrupted::damage;
@@ -35,11 +36,11 @@ impl Out {
         out
     }
 
-    fn prepare(&self, golden: &str, options: &PrepareOptions) -> Result<Prepared, EngineError> {
+    fn prepare(&self, golden: &str, options: &PrepareOptions) -> Result<Prepared, ModelError> {
         prepare(&checkpoint(golden), &self.0, options, &|_, _| ())
     }
 
-    fn load(&self, weights: WeightFormat) -> Result<CpuBackend, EngineError> {
+    fn load(&self, weights: WeightFormat) -> Result<CpuBackend, ModelError> {
         CpuBackend::load(&self.0, &LoadOptions { weights, ..LoadOptions::default() }, |_, _| ())
     }
 
@@ -62,7 +63,7 @@ impl Out {
     }
 
     /// The error, with the directory's name taken out.
-    fn reported(&self, error: EngineError) -> (&'static str, String) {
+    fn reported(&self, error: ModelError) -> (&'static str, String) {
         let text = error.to_string().replace(&format!("{}/", self.0.display()), "");
         (error.reason(), text.replace(&self.0.display().to_string(), "OUT"))
     }
@@ -114,7 +115,8 @@ fn a_packed_model_has_the_bits_and_the_fingerprint_of_its_checkpoint() {
             assert_eq!(packed.options().weights, weights);
             assert_eq!(computed(&packed, golden), computed(&expected, golden), "{golden} in {weights}");
             for numerics in Numerics::ALL {
-                let fingerprint = |model: &Path, weights| ModelFingerprint::read(model, weights, numerics);
+                let fingerprint =
+                    |model: &Path, weights| expertmesh_engine::fingerprint(model, weights, numerics);
                 let expected = fingerprint(&checkpoint(golden), weights).unwrap();
                 assert_eq!(fingerprint(&out.0, weights).unwrap(), expected);
                 assert_eq!(fingerprint(&out.0, WeightFormat::Native).unwrap(), expected);
@@ -130,7 +132,7 @@ fn a_packed_model_is_not_another_format() {
     let expected =
         "packed.json: the weights are packed in int8, not in bf16: ask for int8 or native, or prepare bf16";
     assert_eq!(out.reported(error), ("InvalidPacked", expected.to_owned()));
-    let error = ModelFingerprint::read(&out.0, WeightFormat::Fp8, Numerics::Pair).unwrap_err();
+    let error = expertmesh_engine::fingerprint(&out.0, WeightFormat::Fp8, Numerics::Pair).unwrap_err();
     assert!(error.to_string().contains("packed in int8, not in fp8"));
     let error = out.reported(Reference::open(&out.0).err().unwrap());
     let expected = "no model at OUT: it is packed; this needs the checkpoint that it was made from";
@@ -227,7 +229,7 @@ fn prepare_goes_on_wherever_it_was_killed() {
 fn prepare_repairs_what_is_not_whole_and_keeps_the_rest() {
     let out = Out::of("repaired", "v3", WeightFormat::Int8);
     let (whole, total) = (out.files(), out.files_bytes());
-    let expert = ModelConfig::read(&out.0).unwrap().expert_bytes(WeightFormat::Int8);
+    let expert = Layout::Cpu1.expert_bytes(&ModelConfig::read(&out.0).unwrap(), WeightFormat::Int8);
     let damages: [&dyn Fn(); 5] = [
         &|| out.change("layer-001.bin", |bytes| bytes[5] ^= 1),
         &|| out.change("layer-002.bin", |bytes| bytes.truncate(100)),
@@ -314,7 +316,8 @@ fn one_process_at_a_time_prepares_a_directory() {
 #[test]
 fn broken_packed_models_name_the_file_and_the_blob() {
     let out = Out::of("broken", "v3", WeightFormat::Bf16);
-    let (whole, bytes) = (out.files(), ModelConfig::read(&out.0).unwrap().expert_bytes(WeightFormat::Bf16));
+    let (whole, bytes) =
+        (out.files(), Layout::Cpu1.expert_bytes(&ModelConfig::read(&out.0).unwrap(), WeightFormat::Bf16));
     let restore = || {
         for (name, bytes) in &whole {
             fs::remove_file(out.0.join(name)).ok();
@@ -358,7 +361,7 @@ fn broken_packed_models_name_the_file_and_the_blob() {
 
 #[test]
 fn the_layout_is_the_one_that_its_id_names() {
-    // Where this fails, packed models of the last release would be misread: raise LAYOUT in cpu/parts.rs, then note
+    // Where this fails, packed models of the last release would be misread: give Layout a new id (worker/model/src/layout/budget.rs), then note
     // the new sums.
     let sums = FORMATS.map(|weights| {
         let index = &Out::of("layout", "v3", weights).files()["packed.json"];

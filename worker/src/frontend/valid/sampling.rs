@@ -1,8 +1,7 @@
 //! The fields that say how tokens are chosen and where an answer ends.
-
 use std::collections::BTreeMap;
 
-use expertmesh_engine::SamplingOverrides;
+use expertmesh_model::generation::SamplingOverrides;
 use serde::Deserialize;
 use serde_json::Number;
 

@@ -14,18 +14,15 @@
 //! 1. [`plain`]: plain Rust, for any processor, and again for AVX2 with FMA.
 //! 2. [`avx512`]: FMA on widened elements; 4 heads share what they read, and the lanes of 16 scores are added at a time.
 
-use super::exact_product_plus;
-use crate::checkpoint::widen;
-use crate::math::{exp, round_bf16};
+pub(crate) use expertmesh_model::layout::cpu1::KV_WIDTH as WIDTH;
 use expertmesh_scheduler::BLOCK_TOKENS;
 
-use crate::Isa;
+use super::exact_product_plus;
+use crate::cpu::isa::Isa;
+use crate::math::{exp, round_bf16, widen};
 
 /// Heads that one call computes at most.
 pub(crate) const HEADS: usize = 4;
-
-/// Keys' and values' widths are padded to this.
-pub(crate) const WIDTH: usize = 32;
 
 const LANES: usize = 16;
 

@@ -20,17 +20,12 @@
 //!    four times as long on Sapphire Rapids (one per two cycles; two FMA per cycle).
 //! 5. [`tiles`](super::tiles): `tile` by TDPBF16PS, 2 × 2 tiles of accumulators.
 
+pub(crate) use expertmesh_model::layout::cpu1::bf16::STEP;
+use expertmesh_model::numerics::Numerics;
+
 use super::{Bf16Rows, PAIR, Tile, exact_product_plus};
-use crate::checkpoint::widen;
-use crate::{Isa, Numerics};
-
-/// K per step of `tile`, and what K is padded to.
-pub(crate) const STEP: usize = 32;
-
-/// Bytes of two panels of so many inputs.
-pub(crate) const fn pair_bytes(inputs: usize) -> usize {
-    inputs.next_multiple_of(STEP) * PAIR * 2
-}
+use crate::cpu::isa::Isa;
+use crate::math::widen;
 
 /// Where the weight of (lane, k) lies in a pair, in elements.
 #[inline(always)]
@@ -310,7 +305,7 @@ pub(crate) mod tests {
         let stride = padded + 32;
         let x: Vec<u16> =
             (0..rows * stride).map(|at| if at % stride < k { value(at + 77_777) } else { 0 }).collect();
-        let mut packed = vec![0u8; pair_bytes(k)];
+        let mut packed = vec![0u8; expertmesh_model::layout::cpu1::bf16::pair_bytes(k)];
         for lane in 0..PAIR {
             for at in 0..padded {
                 packed[element(lane, at) * 2..][..2]

@@ -12,22 +12,14 @@
 //! 2. [`decode`]: a table of 256 entries, for any processor.
 //! 3. [`avx512`]: the table in registers, by VPERMI2B.
 
+pub(crate) use expertmesh_model::layout::cpu1::fp8::{BLOCK, SCALE_BYTES};
+use expertmesh_model::numerics::Numerics;
+
 use super::{Bf16Rows, LANES, PAIR, ROWS, Tile, Wide, bf16};
-use crate::{Isa, Numerics, fp8};
-
-/// K per scale.
-pub(crate) const BLOCK: usize = 128;
-
-/// Bytes of the scales after each block.
-pub(crate) const SCALE_BYTES: usize = 64;
+use crate::cpu::isa::Isa;
+use crate::fp8;
 
 const FULL_BLOCK_BYTES: usize = BLOCK * PAIR + SCALE_BYTES;
-
-/// Bytes of two panels of so many inputs.
-pub(crate) const fn pair_bytes(inputs: usize) -> usize {
-    let k = inputs.next_multiple_of(bf16::STEP);
-    k * PAIR + k.div_ceil(BLOCK) * SCALE_BYTES
-}
 
 /// Where the weight of (lane, k) lies in its block.
 #[inline(always)]
@@ -169,8 +161,8 @@ mod tests {
 
     use super::super::tests::noise;
     use super::*;
-    use crate::checkpoint::widen;
     use crate::math::round_bf16;
+    use crate::math::widen;
 
     #[test]
     fn every_code_is_what_e4m3_says() {
@@ -209,7 +201,7 @@ mod tests {
             }
             packed.extend(block);
         }
-        assert_eq!(packed.len(), pair_bytes(k));
+        assert_eq!(packed.len(), expertmesh_model::layout::cpu1::fp8::pair_bytes(k));
         let x: Vec<u16> = (0..rows * padded)
             .map(|at| if at % padded < k { round_bf16(noise(at * 3 + seed)) } else { 0 })
             .collect();

@@ -12,21 +12,11 @@
 
 use super::int8::add_block;
 use super::{Int8Rows, PAIR, Tile};
-use crate::Isa;
-
-/// K per scale, and what K is padded to.
-pub(crate) const BLOCK: usize = 32;
-
-/// Bytes of a block: weights, then scales.
-pub(crate) const BLOCK_BYTES: usize = BLOCK * PAIR / 2 + PAIR * 2;
+use crate::cpu::isa::Isa;
+pub(crate) use expertmesh_model::layout::cpu1::int4::{BLOCK, BLOCK_BYTES};
 
 /// What is added to a weight to make it unsigned.
 pub(crate) const OFFSET: i32 = 8;
-
-/// Bytes of two panels of so many inputs.
-pub(crate) const fn pair_bytes(inputs: usize) -> usize {
-    inputs.div_ceil(BLOCK) * BLOCK_BYTES
-}
 
 /// Where the weight of (lane, k) lies in its block: the byte, and how far it is shifted.
 #[inline(always)]
@@ -170,10 +160,10 @@ mod tests {
     use super::super::ROWS;
     use super::super::tests::noise;
     use super::*;
-    use crate::checkpoint::widen;
-    use crate::cpu::products::Compute;
+    use crate::cpu::compute::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
     use crate::math::round_bf16;
+    use crate::math::widen;
 
     fn compare(k: usize, rows: usize, seed: usize) {
         let blocks = k.div_ceil(BLOCK);
@@ -181,7 +171,7 @@ mod tests {
             |lane: usize, at: usize| if at < k { (noise(seed + lane * 1009 + at) * 7.9) as i32 } else { 0 };
         let lane_scale =
             |lane: usize, block: usize| widen(round_bf16(noise(seed + lane * 31 + block).abs() + 0.01));
-        let mut packed = vec![0u8; pair_bytes(k)];
+        let mut packed = vec![0u8; expertmesh_model::layout::cpu1::int4::pair_bytes(k)];
         for (at, block) in packed.chunks_exact_mut(BLOCK_BYTES).enumerate() {
             for lane in 0..PAIR {
                 for within in 0..BLOCK {

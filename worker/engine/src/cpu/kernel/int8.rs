@@ -14,14 +14,9 @@
 //! 4. [`tiled`]: TDPBSUD, 32 rows at a time, where there are enough rows to fill a tile.
 
 use super::{Int8Rows, LANES, PAIR, ROWS, Tile};
-use crate::Isa;
-use crate::checkpoint::widen;
-
-/// K per scale, and what K is padded to.
-pub(crate) const BLOCK: usize = 64;
-
-/// Bytes of a block: weights, then scales.
-pub(crate) const BLOCK_BYTES: usize = BLOCK * PAIR + PAIR * 2;
+use crate::cpu::isa::Isa;
+use crate::math::widen;
+pub(crate) use expertmesh_model::layout::cpu1::int8::{BLOCK, BLOCK_BYTES};
 
 /// What is added to a weight to make it unsigned.
 pub(crate) const OFFSET: i32 = 128;
@@ -29,11 +24,6 @@ pub(crate) const OFFSET: i32 = 128;
 /// Rows from which on tiles are faster than VPDPBUSD.
 #[cfg(target_arch = "x86_64")]
 const TILED_ROWS: usize = 8;
-
-/// Bytes of two panels of so many inputs.
-pub(crate) const fn pair_bytes(inputs: usize) -> usize {
-    inputs.div_ceil(BLOCK) * BLOCK_BYTES
-}
 
 /// Where the weight of (lane, k) lies in its block.
 #[inline(always)]
@@ -249,7 +239,7 @@ mod tests {
 
     use super::super::tests::noise;
     use super::*;
-    use crate::cpu::products::Compute;
+    use crate::cpu::compute::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
     use crate::math::round_bf16;
 
@@ -260,7 +250,7 @@ mod tests {
             |lane: usize, at: usize| if at < k { (noise(seed + lane * 1009 + at) * 127.0) as i32 } else { 0 };
         let lane_scale =
             |lane: usize, block: usize| widen(round_bf16(noise(seed + lane * 31 + block).abs() + 0.01));
-        let mut packed = vec![0u8; pair_bytes(k)];
+        let mut packed = vec![0u8; expertmesh_model::layout::cpu1::int8::pair_bytes(k)];
         for (at, block) in packed.chunks_exact_mut(BLOCK_BYTES).enumerate() {
             for lane in 0..PAIR {
                 for within in 0..BLOCK {

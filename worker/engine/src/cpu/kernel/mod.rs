@@ -1,7 +1,7 @@
 //! The kernels: numerics × formats × instruction sets, each version beside the definition whose bits it has.
 //!
 //! A kernel multiplies rows with a pair of panels, 32 outputs: `out[row][lane] = Σ x[row][k] · w[lane][k]`, k ascending,
-//! never split. What it reads is laid out by [`layout`](super::layout).
+//! never split. What it reads is laid out by [`cpu1`](expertmesh_model::layout::cpu1).
 
 pub(crate) mod attention;
 pub(crate) mod bf16;
@@ -11,11 +11,7 @@ pub(crate) mod int8;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
-/// Outputs of a panel: the f32 of an AVX-512 register.
-pub(crate) const LANES: usize = 16;
-
-/// Outputs that a kernel computes at a time: two panels. Of gate and up, one each.
-pub(crate) const PAIR: usize = 2 * LANES;
+pub(crate) use expertmesh_model::layout::cpu1::{LANES, PAIR};
 
 /// Rows that a kernel computes at a time, at most: two tiles.
 pub(crate) const ROWS: usize = 32;

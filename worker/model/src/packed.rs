@@ -1,41 +1,51 @@
 //! packed.json: which model a packed directory holds, in which format, and where each blob is.
-
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::parts::{LAYOUT, Place, Plan, WeightFormat};
-use crate::{EngineError, ModelConfig};
+use crate::config::keys::CONFIG;
+use crate::config::model::ModelConfig;
+use crate::error::ModelError;
+use crate::fingerprint::architecture_of;
+use crate::format::WeightFormat;
+use crate::layout::budget::Layout;
+use crate::layout::plan::{Place, Plan};
 
-pub(super) const INDEX: &str = "packed.json";
+/// The index: its presence makes a directory a packed model's.
+pub const INDEX: &str = "packed.json";
+/// What `prepare` has written and the index does not name yet.
+pub const JOURNAL: &str = "packed.journal";
+
 const DENSE: &str = "dense.bin";
+
+/// The one layout of packed models.
+pub const LAYOUT: Layout = Layout::Cpu1;
 
 /// Blobs begin on pages.
 const PAGE: u64 = 4096;
 
 /// What is packed, and how. Two runs of `prepare` that agree in it write the same bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
-    /// [`LAYOUT`] of the version that packed.
-    pub(crate) layout: String,
+pub struct Identity {
+    /// [`Layout::id`] of the layout that the blobs have.
+    pub layout: String,
     /// The name of the format; never `native`.
-    pub(crate) weights: String,
-    pub(crate) checkpoint: CheckpointFingerprint,
+    pub weights: String,
+    pub checkpoint: CheckpointFingerprint,
 }
 
-/// The parts of a [`ModelFingerprint`](crate::ModelFingerprint) that a checkpoint has by itself.
+/// The parts of a [`ModelFingerprint`](crate::fingerprint::ModelFingerprint) that a checkpoint has by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct CheckpointFingerprint {
-    pub(crate) architecture: String,
-    pub(crate) weights: String,
+pub struct CheckpointFingerprint {
+    pub architecture: String,
+    pub weights: String,
 }
 
 impl Identity {
     /// Which part differs first, in words; `None` where none does.
-    pub(super) fn difference(&self, other: &Self) -> Option<String> {
+    pub fn difference(&self, other: &Self) -> Option<String> {
         let parts = [
             ("layout", &self.layout, &other.layout),
             ("format", &self.weights, &other.weights),
@@ -49,15 +59,15 @@ impl Identity {
 
 /// Where a blob is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Extent {
-    pub(super) file: String,
+pub struct Extent {
+    pub file: String,
     /// A whole number of pages.
-    pub(super) offset: u64,
-    pub(super) bytes: u64,
+    pub offset: u64,
+    pub bytes: u64,
 }
 
 impl Extent {
-    pub(super) fn end(&self) -> u64 {
+    pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.bytes)
     }
 }
@@ -88,24 +98,24 @@ struct File {
 
 /// The index of a packed directory. What it does not name is not there, whatever the files hold.
 #[derive(Debug)]
-pub(crate) struct Index {
+pub struct Index {
     path: PathBuf,
-    pub(crate) identity: Identity,
-    pub(super) blobs: BTreeMap<Place, (Extent, u32)>,
+    pub identity: Identity,
+    pub blobs: BTreeMap<Place, (Extent, u32)>,
 }
 
 /// Whether a directory is a packed model's, complete or not.
-pub(crate) fn is_packed(directory: &Path) -> bool {
-    directory.join(INDEX).exists() || directory.join(super::journal::JOURNAL).exists()
+pub fn is_packed(directory: &Path) -> bool {
+    directory.join(INDEX).exists() || directory.join(JOURNAL).exists()
 }
 
-pub(super) fn invalid(file: &Path, problem: impl Into<String>) -> EngineError {
-    EngineError::InvalidPacked { file: file.to_owned(), problem: problem.into() }
+pub fn invalid(file: &Path, problem: impl Into<String>) -> ModelError {
+    ModelError::InvalidPacked { file: file.to_owned(), problem: problem.into() }
 }
 
 impl Index {
     /// Reads the index of a directory; `None` where it has none.
-    pub(crate) fn read(directory: &Path) -> Result<Option<Self>, EngineError> {
+    pub fn read(directory: &Path) -> Result<Option<Self>, ModelError> {
         let path = directory.join(INDEX);
         let invalid = |problem: String| invalid(&path, problem);
         let text = match fs::read(&path) {
@@ -115,9 +125,12 @@ impl Index {
         };
         let File { identity, blobs: entries, .. } =
             serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
-        if identity.layout != LAYOUT {
-            let problem =
-                format!("layout {} is not {LAYOUT}, which this version reads; prepare anew", identity.layout);
+        if identity.layout != LAYOUT.id() {
+            let problem = format!(
+                "layout {} is not {}, which this version reads; prepare anew",
+                identity.layout,
+                LAYOUT.id()
+            );
             return Err(invalid(problem));
         }
         let mut blobs = BTreeMap::new();
@@ -135,12 +148,28 @@ impl Index {
         Ok(Some(index))
     }
 
-    pub(super) fn new(directory: &Path, identity: Identity) -> Self {
+    /// Reads and checks the index of a directory; `None` where it is not a packed model's. Errors name the file that is of
+    /// another model or another layout, or was not finished.
+    pub fn open(directory: &Path, config: &ModelConfig) -> Result<Option<Self>, ModelError> {
+        let Some(index) = Self::read(directory)? else {
+            let unfinished = || invalid(directory, "prepare was not finished here; run it again");
+            return if is_packed(directory) { Err(unfinished()) } else { Ok(None) };
+        };
+        index.check(config)?;
+        if architecture_of(directory)? != index.identity.checkpoint.architecture {
+            let problem = format!("it is not the one that {INDEX} was made with");
+            return Err(invalid(&directory.join(CONFIG), problem));
+        }
+        Ok(Some(index))
+    }
+
+    /// An index without blobs, of a directory that is about to be packed.
+    pub fn new(directory: &Path, identity: Identity) -> Self {
         Self { path: directory.join(INDEX), identity, blobs: BTreeMap::new() }
     }
 
-    /// Replaces the file, whole or not at all, durably.
-    pub(super) fn write(&self) -> io::Result<()> {
+    /// The text of the file.
+    pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
         let entry = |(place, (extent, crc32c)): (&Place, &(Extent, u32))| {
             let (layer, expert) = match *place {
                 Place::Ends => (None, None),
@@ -154,11 +183,11 @@ impl Index {
             bytes: self.bytes(),
             blobs: self.blobs.iter().map(entry).collect(),
         };
-        write_whole(&self.path, &serde_json::to_vec(&file)?)
+        serde_json::to_vec(&file)
     }
 
     /// The format that the blobs have.
-    pub(crate) fn weights(&self) -> Result<WeightFormat, EngineError> {
+    pub fn weights(&self) -> Result<WeightFormat, ModelError> {
         let weights = self.identity.weights.parse().map_err(|problem: String| self.invalid(problem))?;
         match weights {
             WeightFormat::Native => Err(self.invalid("weights: native is not a packed format".to_owned())),
@@ -167,7 +196,7 @@ impl Index {
     }
 
     /// The same, where it is the one that was asked for, or `native` was.
-    pub(crate) fn weights_as(&self, asked: WeightFormat) -> Result<WeightFormat, EngineError> {
+    pub fn weights_as(&self, asked: WeightFormat) -> Result<WeightFormat, ModelError> {
         let weights = self.weights()?;
         match asked == weights || asked == WeightFormat::Native {
             true => Ok(weights),
@@ -178,18 +207,18 @@ impl Index {
     }
 
     /// Of all blobs.
-    pub(super) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.blobs.values().map(|(extent, _)| extent.bytes).sum()
     }
 
-    fn invalid(&self, problem: String) -> EngineError {
+    fn invalid(&self, problem: String) -> ModelError {
         invalid(&self.path, problem)
     }
 
     /// Every blob is one of the model's, of the size that the plan gives it, in a file beside the index.
-    pub(super) fn check(&self, config: &ModelConfig) -> Result<(), EngineError> {
+    pub fn check(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let plan = Plan::new(config, self.weights()?);
-        let expert_bytes = config.expert_bytes(self.weights()?);
+        let expert_bytes = LAYOUT.expert_bytes(config, self.weights()?);
         for (&place, (extent, _)) in &self.blobs {
             let known = match place {
                 Place::Ends => true,
@@ -219,7 +248,7 @@ impl Index {
 }
 
 /// Where `prepare` puts every blob of a model.
-pub(super) fn extents(config: &ModelConfig, weights: WeightFormat) -> BTreeMap<Place, Extent> {
+pub fn extents(config: &ModelConfig, weights: WeightFormat) -> BTreeMap<Place, Extent> {
     let plan = Plan::new(config, weights);
     let mut extents = BTreeMap::new();
     let mut offset = 0;
@@ -228,7 +257,7 @@ pub(super) fn extents(config: &ModelConfig, weights: WeightFormat) -> BTreeMap<P
         extents.insert(place, Extent { file: DENSE.to_owned(), offset, bytes });
         offset += bytes.next_multiple_of(PAGE);
     }
-    let bytes = config.expert_bytes(weights);
+    let bytes = LAYOUT.expert_bytes(config, weights);
     for layer in config.moe_layers() {
         for expert in 0..config.experts() as u32 {
             let (file, offset) =
@@ -237,16 +266,4 @@ pub(super) fn extents(config: &ModelConfig, weights: WeightFormat) -> BTreeMap<P
         }
     }
     extents
-}
-
-/// Writes a file beside `path` and renames it, both durable in the end.
-pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    use std::io::Write;
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let mut file = fs::File::create(&partial)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&partial, path)?;
-    path.parent().map_or(Ok(()), |directory| fs::File::open(directory)?.sync_all())
 }

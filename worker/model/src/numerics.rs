@@ -1,5 +1,4 @@
 //! The order in which products are added: a deployment's choice, the same on every machine.
-
 use std::fmt;
 use std::str::FromStr;
 
@@ -25,7 +24,7 @@ impl Numerics {
 
     /// The name in a fingerprint. The number goes up whenever any sum, product or function may round otherwise than
     /// before, so that workers of two releases do not mix their bits.
-    pub(crate) fn id(self) -> &'static str {
+    pub fn id(self) -> &'static str {
         match self {
             Self::Pair => "pair-1",
             Self::Tile => "tile-1",

@@ -1,59 +1,60 @@
 //! JSON objects whose values are read with errors that name the key and the value.
-
 use std::path::Path;
 use std::{fs, io};
 
 use serde_json::{Map, Value};
 
-use super::FILE;
-use crate::EngineError;
+use crate::error::ModelError;
+
+/// The file that every model has.
+pub const CONFIG: &str = "config.json";
 
 /// No size in a real model comes near; products of two still fit a usize.
 const MAX_SIZE: u64 = 1 << 28;
 
 /// The text of a file of the model's directory; `None` where only that file is absent and is not config.json.
-pub(crate) fn read_json(model: &Path, file: &'static str) -> Result<Option<String>, EngineError> {
+pub fn read_json(model: &Path, file: &'static str) -> Result<Option<String>, ModelError> {
     let path = model.join(file);
     match fs::read_to_string(&path) {
         Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && file != FILE => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && file != CONFIG => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let problem = if model.is_dir() { "config.json is missing" } else { "no such directory" };
-            Err(EngineError::ModelNotFound { path: model.to_owned(), problem: problem.to_owned() })
+            Err(ModelError::ModelNotFound { path: model.to_owned(), problem: problem.to_owned() })
         }
         Err(error) => {
-            Err(EngineError::InvalidConfig { file, problem: format!("{}: {error}", path.display()) })
+            Err(ModelError::InvalidConfig { file, problem: format!("{}: {error}", path.display()) })
         }
     }
 }
 
 /// An object of a JSON file.
-pub(crate) struct Keys<'a> {
-    pub(crate) file: &'static str,
-    pub(crate) map: &'a Map<String, Value>,
+pub struct Keys<'a> {
+    pub file: &'static str,
+    pub map: &'a Map<String, Value>,
 }
 
 impl Keys<'_> {
     /// The value; null is absent.
-    pub(crate) fn get(&self, key: &str) -> Option<&Value> {
+    pub fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    fn wanted(&self, key: &str) -> Result<&Value, EngineError> {
+    fn wanted(&self, key: &str) -> Result<&Value, ModelError> {
         self.get(key).ok_or_else(|| self.missing(key))
     }
 
-    pub(super) fn missing(&self, key: &str) -> EngineError {
-        EngineError::InvalidConfig { file: self.file, problem: format!("{key}: missing") }
+    pub fn missing(&self, key: &str) -> ModelError {
+        ModelError::InvalidConfig { file: self.file, problem: format!("{key}: missing") }
     }
 
-    pub(crate) fn invalid(&self, key: &str, value: &Value, expected: &str) -> EngineError {
+    pub fn invalid(&self, key: &str, value: &Value, expected: &str) -> ModelError {
         let problem = format!("{key}: {} is not supported; expected: {expected}", plain(value));
-        EngineError::InvalidConfig { file: self.file, problem }
+        ModelError::InvalidConfig { file: self.file, problem }
     }
 
     /// Where a value is absent, its default was at fault, and null is what the error shows.
-    pub(super) fn require(&self, key: &str, holds: bool, expected: &str) -> Result<(), EngineError> {
+    pub fn require(&self, key: &str, holds: bool, expected: &str) -> Result<(), ModelError> {
         if holds {
             return Ok(());
         }
@@ -61,7 +62,7 @@ impl Keys<'_> {
     }
 
     /// Absent, or the one supported value.
-    pub(super) fn only(&self, key: &str, supported: impl Into<Value>) -> Result<(), EngineError> {
+    pub fn only(&self, key: &str, supported: impl Into<Value>) -> Result<(), ModelError> {
         let supported = supported.into();
         match self.get(key) {
             Some(value) if *value != supported => Err(self.invalid(key, value, &plain(&supported))),
@@ -70,13 +71,13 @@ impl Keys<'_> {
     }
 
     /// Absent, or one of the supported strings.
-    pub(super) fn one_of(&self, key: &str, supported: &[&str]) -> Result<Option<&str>, EngineError> {
+    pub fn one_of(&self, key: &str, supported: &[&str]) -> Result<Option<&str>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let found = value.as_str().filter(|value| supported.contains(value));
         found.map(Some).ok_or_else(|| self.invalid(key, value, &supported.join(" or ")))
     }
 
-    pub(super) fn object(&self, key: &str) -> Result<Option<Keys<'_>>, EngineError> {
+    pub fn object(&self, key: &str) -> Result<Option<Keys<'_>>, ModelError> {
         match self.get(key) {
             Some(Value::Object(map)) => Ok(Some(Keys { file: self.file, map })),
             Some(value) => Err(self.invalid(key, value, "an object")),
@@ -84,50 +85,50 @@ impl Keys<'_> {
         }
     }
 
-    pub(super) fn count(&self, key: &str) -> Result<usize, EngineError> {
+    pub fn count(&self, key: &str) -> Result<usize, ModelError> {
         let value = self.wanted(key)?;
         let count = value.as_u64().filter(|&count| count <= MAX_SIZE);
         count.map(|count| count as usize).ok_or_else(|| self.invalid(key, value, "an integer"))
     }
 
-    pub(super) fn size(&self, key: &str) -> Result<usize, EngineError> {
+    pub fn size(&self, key: &str) -> Result<usize, ModelError> {
         let count = self.count(key)?;
         self.require(key, count > 0, "a positive integer").map(|()| count)
     }
 
     /// `None` where it is absent.
-    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>, EngineError> {
+    pub fn optional_size(&self, key: &str) -> Result<Option<usize>, ModelError> {
         self.get(key).map(|_| self.size(key)).transpose()
     }
 
     /// A list of layers; absent: none.
-    pub(super) fn indices(&self, key: &str) -> Result<Vec<u64>, EngineError> {
+    pub fn indices(&self, key: &str) -> Result<Vec<u64>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let list = value.as_array().and_then(|list| list.iter().map(Value::as_u64).collect());
         list.ok_or_else(|| self.invalid(key, value, "a list of integers"))
     }
 
-    pub(crate) fn number(&self, key: &str) -> Result<f64, EngineError> {
+    pub fn number(&self, key: &str) -> Result<f64, ModelError> {
         let value = self.wanted(key)?;
         value.as_f64().filter(|number| number.is_finite()).ok_or_else(|| self.invalid(key, value, "a number"))
     }
 
-    pub(super) fn positive(&self, key: &str) -> Result<f64, EngineError> {
+    pub fn positive(&self, key: &str) -> Result<f64, ModelError> {
         let number = self.number(key)?;
         self.require(key, number > 0.0, "a positive number").map(|()| number)
     }
 
-    pub(super) fn optional_positive(&self, key: &str) -> Result<Option<f64>, EngineError> {
+    pub fn optional_positive(&self, key: &str) -> Result<Option<f64>, ModelError> {
         self.get(key).map(|_| self.positive(key)).transpose()
     }
 
-    pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool, EngineError> {
+    pub fn flag(&self, key: &str, default: bool) -> Result<bool, ModelError> {
         let Some(value) = self.get(key) else { return Ok(default) };
         value.as_bool().ok_or_else(|| self.invalid(key, value, "true or false"))
     }
 
     /// One token id or a list of them; absent: none.
-    pub(crate) fn tokens(&self, key: &str) -> Result<Vec<u32>, EngineError> {
+    pub fn tokens(&self, key: &str) -> Result<Vec<u32>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let token = |value: &Value| value.as_u64().and_then(|token| u32::try_from(token).ok());
         let tokens = match value {
@@ -139,6 +140,6 @@ impl Keys<'_> {
 }
 
 /// A string without its quotes; anything else as JSON.
-pub(super) fn plain(value: &Value) -> String {
+pub fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

@@ -1,9 +1,10 @@
 //! What a model is, for people and scripts.
-
 use serde::Serialize;
 
-use super::{ARCHITECTURES, AttentionConfig, ModelConfig, QkNorm, Scores};
-use crate::WeightFormat;
+use crate::config::model::ModelConfig;
+use crate::config::parts::{AttentionConfig, QkNorm, Scores};
+use crate::format::WeightFormat;
+use crate::layout::budget::Layout;
 
 /// What follows from a config.json. Bytes are those of weights as they are held, padding included.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -70,9 +71,8 @@ pub struct FormatBytes {
 
 impl ModelConfig {
     pub fn facts(&self) -> ModelFacts {
-        let architecture = ARCHITECTURES.iter().find(|(_, known)| *known == self.architecture);
         ModelFacts {
-            architecture: architecture.map_or("", |(name, _)| name),
+            architecture: self.architecture.name(),
             layers: self.layers,
             moe_layers: self.moe_layers().count(),
             hidden: self.hidden,
@@ -91,13 +91,14 @@ impl ModelConfig {
             mtp_modules: self.mtp_modules,
             parameters: self.parameters(),
             active_parameters: self.active_parameters(),
-            kv_bytes_per_token: self.kv_bytes(1),
+            kv_bytes_per_token: Layout::Cpu1.kv_bytes(self, 1),
             formats: WeightFormat::ALL.map(|weights| self.format_bytes(weights)).to_vec(),
         }
     }
 
     fn format_bytes(&self, weights: WeightFormat) -> FormatBytes {
-        let (dense, expert) = (self.dense_bytes(weights), self.expert_bytes(weights));
+        let (dense, expert) =
+            (Layout::Cpu1.dense_bytes(self, weights), Layout::Cpu1.expert_bytes(self, weights));
         let experts = (self.moe_layers().count() * self.gate.experts) as u64;
         let all = dense.saturating_add(experts.saturating_mul(expert));
         FormatBytes { weights: weights.name(), held_as: weights.resolved(self).name(), dense, expert, all }

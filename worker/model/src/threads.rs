@@ -1,8 +1,6 @@
 //! How many threads compute: one per physical core that this process may use, and no more than its quota pays for.
-
 use std::collections::BTreeSet;
-use std::fs;
-use std::thread;
+use std::{fs, thread};
 
 /// The least of the cgroup's CPU quota (v1 or v2), the affinity mask and the physical cores within that mask. At
 /// least 1.

@@ -1,11 +1,12 @@
 //! generation_config.json: how the model's makers sample from it, and where its answers end.
-
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::config::{Keys, read_json};
-use crate::{EngineError, InvalidSampling, ModelConfig, Sampling, SamplingParams};
+use crate::config::keys::{Keys, read_json};
+use crate::config::model::ModelConfig;
+use crate::error::ModelError;
+use crate::sampling::{InvalidSampling, Sampling, SamplingParams};
 
 const FILE: &str = "generation_config.json";
 
@@ -52,13 +53,13 @@ impl GenerationConfig {
     /// vocabulary and answers end where config.json says. Read are `do_sample` (false: temperature 0), `temperature`,
     /// `top_p`, `top_k`, `min_p`, `repetition_penalty`, `eos_token_id` and `max_new_tokens`; an absent `top_k` keeps
     /// all tokens and an absent `do_sample` is true, as in vLLM (transformers: 50, and false).
-    pub fn read(model: &Path, config: &ModelConfig) -> Result<Self, EngineError> {
+    pub fn read(model: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
         let text = read_json(model, FILE)?;
         Self::parse(text.as_deref().unwrap_or("{}"), config)
     }
 
-    fn parse(json: &str, config: &ModelConfig) -> Result<Self, EngineError> {
-        let invalid = |problem: String| EngineError::InvalidConfig { file: FILE, problem };
+    fn parse(json: &str, config: &ModelConfig) -> Result<Self, ModelError> {
+        let invalid = |problem: String| ModelError::InvalidConfig { file: FILE, problem };
         let map: Map<String, Value> =
             serde_json::from_str(json).map_err(|error| invalid(error.to_string()))?;
         let keys = Keys { file: FILE, map: &map };
@@ -115,7 +116,7 @@ impl GenerationConfig {
     }
 }
 
-fn integer(keys: &Keys, key: &str) -> Result<Option<u32>, EngineError> {
+fn integer(keys: &Keys, key: &str) -> Result<Option<u32>, ModelError> {
     let read = |value: &Value| {
         let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
         number.ok_or_else(|| keys.invalid(key, value, "an integer"))
@@ -123,7 +124,7 @@ fn integer(keys: &Keys, key: &str) -> Result<Option<u32>, EngineError> {
     keys.get(key).map(read).transpose()
 }
 
-fn reject_unhonoured(keys: &Keys) -> Result<(), EngineError> {
+fn reject_unhonoured(keys: &Keys) -> Result<(), ModelError> {
     for (key, neutral) in UNHONOURED {
         if let Some(value) = keys.get(key).filter(|value| value.as_f64() != Some(neutral)) {
             return Err(keys.invalid(key, value, &format!("{neutral:?}")));
@@ -156,7 +157,7 @@ mod tests {
         Sampling::new(SamplingParams { temperature, top_p, ..Default::default() }).unwrap()
     }
 
-    fn parse(json: &str) -> Result<GenerationConfig, EngineError> {
+    fn parse(json: &str) -> Result<GenerationConfig, ModelError> {
         GenerationConfig::parse(json, &ModelConfig::read(&tiny_r1()).unwrap())
     }
 

@@ -1,12 +1,12 @@
 //! The keys of transformers' `Qwen3MoeConfig`, `MixtralConfig` and `OlmoeConfig`: grouped-query attention, softmax
 //! gates without groups, no shared expert.
-
 use super::keys::Keys;
-use super::{AttentionConfig, Body, GateConfig, GroupScore, GroupedConfig, QkNorm, Scores, rope};
-use crate::EngineError;
+use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, GroupedConfig, QkNorm, Scores};
+use super::rope;
+use crate::error::ModelError;
 
 /// Qwen3 (arXiv 2505.09388).
-pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
+pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.only("model_type", "qwen3_moe")?;
     // `sliding_window` says nothing without it.
     keys.only("use_sliding_window", false)?;
@@ -26,7 +26,7 @@ pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
 }
 
 /// Mixtral (arXiv 2401.04088): the softmax over the chosen experts' logits is the softmax over all, normalised.
-pub(super) fn mixtral(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
+pub(super) fn mixtral(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.only("model_type", "mixtral")?;
     keys.only("sliding_window", serde_json::Value::Null)?;
     let attention = attention(keys, QkNorm::None, false)?;
@@ -38,7 +38,7 @@ pub(super) fn mixtral(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
 }
 
 /// OLMoE (arXiv 2409.02060).
-pub(super) fn olmoe(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
+pub(super) fn olmoe(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.only("model_type", "olmoe")?;
     keys.only("clip_qkv", serde_json::Value::Null)?;
     let attention = attention(keys, QkNorm::Whole, keys.flag("attention_bias", false)?)?;
@@ -49,7 +49,7 @@ pub(super) fn olmoe(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
     })
 }
 
-fn body(keys: &Keys, attention: GroupedConfig, gate: GateConfig) -> Result<Body, EngineError> {
+fn body(keys: &Keys, attention: GroupedConfig, gate: GateConfig) -> Result<Body, ModelError> {
     Ok(Body {
         moe_layers: Vec::new(),
         dense_inner: 0,
@@ -62,7 +62,7 @@ fn body(keys: &Keys, attention: GroupedConfig, gate: GateConfig) -> Result<Body,
     })
 }
 
-fn attention(keys: &Keys, norms: QkNorm, bias: bool) -> Result<GroupedConfig, EngineError> {
+fn attention(keys: &Keys, norms: QkNorm, bias: bool) -> Result<GroupedConfig, ModelError> {
     let (heads, hidden) = (keys.size("num_attention_heads")?, keys.size("hidden_size")?);
     let kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
     keys.require("num_key_value_heads", heads.is_multiple_of(kv_heads), "a divisor of num_attention_heads")?;
@@ -80,7 +80,7 @@ fn attention(keys: &Keys, norms: QkNorm, bias: bool) -> Result<GroupedConfig, En
     Ok(GroupedConfig { heads, kv_heads, head, norms, bias })
 }
 
-fn gate(keys: &Keys, normalised: bool) -> Result<GateConfig, EngineError> {
+fn gate(keys: &Keys, normalised: bool) -> Result<GateConfig, ModelError> {
     // Mixtral's name, which transformers 5 also writes for the others; then theirs.
     let names = ["num_local_experts", "num_experts"];
     let count = names.into_iter().find(|name| keys.get(name).is_some()).unwrap_or("num_experts");

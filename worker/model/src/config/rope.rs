@@ -1,11 +1,10 @@
 //! Rotary positions in both spellings: transformers 5 writes one object, `rope_parameters`; older files have
 //! `rope_theta` beside `rope_scaling`.
-
 use super::keys::Keys;
-use super::{RopeConfig, Yarn};
-use crate::EngineError;
+use super::parts::{RopeConfig, Yarn};
+use crate::error::ModelError;
 
-pub(super) fn read(keys: &Keys, width: usize, interleaved: bool) -> Result<RopeConfig, EngineError> {
+pub(super) fn read(keys: &Keys, width: usize, interleaved: bool) -> Result<RopeConfig, ModelError> {
     let nested = match keys.object("rope_parameters")? {
         Some(nested) => Some(nested),
         None => keys.object("rope_scaling")?,
@@ -20,7 +19,7 @@ pub(super) fn read(keys: &Keys, width: usize, interleaved: bool) -> Result<RopeC
     Ok(RopeConfig { width, theta, yarn, interleaved })
 }
 
-fn yarn(rope: &Keys) -> Result<Option<Yarn>, EngineError> {
+fn yarn(rope: &Keys) -> Result<Option<Yarn>, ModelError> {
     let kind = |key| rope.one_of(key, &["yarn", "default"]);
     match kind("rope_type")?.or(kind("type")?) {
         Some("yarn") => {}

@@ -1,6 +1,6 @@
 //! The configurations of published models, without the keys that say nothing of what is computed.
-
-use super::*;
+use super::model::ModelConfig;
+use super::parts::{Architecture, AttentionConfig, GroupedConfig, LatentConfig};
 
 const DEEPSEEK_V2: &str = r#"{"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400,
     "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60,
@@ -151,9 +151,4 @@ fn yarn_may_give_its_attention_factor() {
          \"original_max_position_embeddings\": 32768}";
     let config = replaced(QWEN3, &[("\"rope_scaling\": null", yarn)]);
     assert_eq!(config.rope.yarn.unwrap().attention_factor, Some(1.25));
-}
-
-#[test]
-fn the_error_of_an_unknown_architecture_names_those_that_are_known() {
-    assert_eq!(SUPPORTED, ARCHITECTURES.map(|(name, _)| name).join(", "));
 }

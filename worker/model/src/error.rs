@@ -1,15 +1,14 @@
 //! What can be wrong with a model.
-
 use std::path::PathBuf;
 
 /// Why a model cannot be loaded, or not compute what it is asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum EngineError {
+pub enum ModelError {
     #[error("no model at {}: {problem}", path.display())]
     ModelNotFound { path: PathBuf, problem: String },
 
     #[error("config.json: {key}: {value} is not supported; supported: {supported}")]
-    UnsupportedArchitecture { key: &'static str, value: String, supported: &'static str },
+    UnsupportedArchitecture { key: &'static str, value: String, supported: String },
 
     /// `file` is config.json or generation_config.json.
     #[error("{file}: {problem}")]
@@ -44,7 +43,7 @@ pub enum EngineError {
     UnknownToken { token: u32, vocabulary: usize },
 }
 
-impl EngineError {
+impl ModelError {
     /// Stable and machine-readable: a metric's label, an Event's and a condition's reason.
     pub fn reason(&self) -> &'static str {
         match self {

@@ -1,11 +1,11 @@
 //! The keys of transformers' `DeepseekV2Config` and `DeepseekV3Config`.
-
 use super::keys::Keys;
-use super::{AttentionConfig, Body, GateConfig, GroupScore, LatentConfig, Scores, rope};
-use crate::EngineError;
+use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, LatentConfig, Scores};
+use super::rope;
+use crate::error::ModelError;
 
 /// DeepSeek-V2 (arXiv 2405.04434): softmax gates; a group is as good as its best expert (section 2.2.2).
-pub(super) fn v2(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
+pub(super) fn v2(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.only("model_type", "deepseek_v2")?;
     keys.only("scoring_func", "softmax")?;
     // DeepSeek's own code would not scale normalised weights and transformers would not normalise; no model asks for it.
@@ -32,7 +32,7 @@ pub(super) fn v2(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
 
 /// DeepSeek-V3 (arXiv 2412.19437): sigmoid gates with a bias; a group is as good as its two best experts (section
 /// 2.1.2). Kimi-K2 is one of them: 384 experts in one group, and YaRN whose two betas are equal.
-pub(super) fn v3(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
+pub(super) fn v3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.one_of("model_type", &["deepseek_v3", "kimi_k2"])?;
     keys.only("scoring_func", "sigmoid")?;
     keys.only("topk_method", "noaux_tc")?;
@@ -51,7 +51,7 @@ pub(super) fn v3(keys: &Keys, layers: usize) -> Result<Body, EngineError> {
     body(keys, layers, gate, mtp_modules.transpose()?.unwrap_or(0))
 }
 
-fn body(keys: &Keys, layers: usize, gate: GateConfig, mtp_modules: usize) -> Result<Body, EngineError> {
+fn body(keys: &Keys, layers: usize, gate: GateConfig, mtp_modules: usize) -> Result<Body, ModelError> {
     check(keys, &gate)?;
     keys.only("moe_layer_freq", 1)?;
     keys.only("attention_bias", false)?;
@@ -74,14 +74,14 @@ fn body(keys: &Keys, layers: usize, gate: GateConfig, mtp_modules: usize) -> Res
     })
 }
 
-fn check(keys: &Keys, gate: &GateConfig) -> Result<(), EngineError> {
+fn check(keys: &Keys, gate: &GateConfig) -> Result<(), ModelError> {
     keys.require("n_group", gate.experts.is_multiple_of(gate.groups), "a divisor of n_routed_experts")?;
     keys.require("topk_group", gate.top_groups <= gate.groups, "at most n_group")?;
     let reachable = gate.experts / gate.groups * gate.top_groups;
     keys.require("num_experts_per_tok", gate.top_k <= reachable, "at most the experts of topk_group groups")
 }
 
-fn attention(keys: &Keys) -> Result<LatentConfig, EngineError> {
+fn attention(keys: &Keys) -> Result<LatentConfig, ModelError> {
     let heads = keys.size("num_attention_heads")?;
     keys.only("num_key_value_heads", heads)?;
     let rope = keys.size("qk_rope_head_dim")?;

@@ -1,112 +1,112 @@
 //! What checkpoints call their tensors, in one place.
-
-use crate::config::{Architecture, ModelConfig};
+use crate::config::model::ModelConfig;
+use crate::config::parts::Architecture;
 
 /// The names of one model's tensors. Layers count from 0; a multi-token-prediction module is the layer after the
 /// trunk's last.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Names {
+pub struct Names {
     architecture: Architecture,
     tied_embeddings: bool,
 }
 
 /// The three matrices of a feed-forward part.
 #[derive(Debug)]
-pub(crate) struct SwiGluNames {
+pub struct SwiGluNames {
     /// (inner, hidden)
-    pub(crate) gate: String,
+    pub gate: String,
     /// (inner, hidden)
-    pub(crate) up: String,
+    pub up: String,
     /// (hidden, inner)
-    pub(crate) down: String,
+    pub down: String,
 }
 
 /// Latent attention. The symbols are those of arXiv 2405.04434, section 2.1.
 #[derive(Debug)]
-pub(crate) struct LatentNames {
+pub struct LatentNames {
     /// (heads · (nope + rope), hidden), where queries have no latent.
-    pub(crate) q: String,
+    pub q: String,
     /// W_DQ: (query_latent, hidden)
-    pub(crate) q_down: String,
+    pub q_down: String,
     /// (query_latent)
-    pub(crate) q_norm: String,
+    pub q_norm: String,
     /// W_UQ and W_QR: (heads · (nope + rope), query_latent)
-    pub(crate) q_up: String,
+    pub q_up: String,
     /// W_DKV and W_KR: (latent + rope, hidden)
-    pub(crate) kv_down: String,
+    pub kv_down: String,
     /// (latent)
-    pub(crate) kv_norm: String,
+    pub kv_norm: String,
     /// W_UK and W_UV: (heads · (nope + value), latent)
-    pub(crate) kv_up: String,
+    pub kv_up: String,
     /// W_O: (hidden, heads · value)
-    pub(crate) out: String,
+    pub out: String,
 }
 
 /// Grouped-query attention.
 #[derive(Debug)]
-pub(crate) struct GroupedNames {
+pub struct GroupedNames {
     /// (heads · head, hidden)
-    pub(crate) q: String,
+    pub q: String,
     /// (kv_heads · head, hidden)
-    pub(crate) k: String,
+    pub k: String,
     /// (kv_heads · head, hidden)
-    pub(crate) v: String,
+    pub v: String,
     /// (hidden, heads · head)
-    pub(crate) out: String,
+    pub out: String,
     /// (head) or (heads · head)
-    pub(crate) q_norm: String,
+    pub q_norm: String,
     /// (head) or (kv_heads · head)
-    pub(crate) k_norm: String,
+    pub k_norm: String,
 }
 
 /// What a multi-token-prediction module has beside its layer.
 #[derive(Debug)]
-pub(crate) struct MtpNames {
+pub struct MtpNames {
     /// (vocabulary, hidden)
-    pub(crate) embeddings: String,
+    pub embeddings: String,
     /// (hidden)
-    pub(crate) embedding_norm: String,
+    pub embedding_norm: String,
     /// (hidden)
-    pub(crate) hidden_norm: String,
+    pub hidden_norm: String,
     /// (hidden, 2 · hidden): the embedding's half comes first.
-    pub(crate) join: String,
+    pub join: String,
     /// (hidden)
-    pub(crate) norm: String,
+    pub norm: String,
     /// (vocabulary, hidden)
-    pub(crate) head: String,
+    pub head: String,
 }
 
 impl Names {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
+    pub fn new(config: &ModelConfig) -> Self {
         Self { architecture: config.architecture, tied_embeddings: config.tied_embeddings }
     }
 
     /// (vocabulary, hidden)
-    pub(crate) fn embeddings(&self) -> &'static str {
+    pub fn embeddings(&self) -> &'static str {
         "model.embed_tokens.weight"
     }
 
     /// (hidden)
-    pub(crate) fn norm(&self) -> &'static str {
+    pub fn norm(&self) -> &'static str {
         "model.norm.weight"
     }
 
     /// (vocabulary, hidden)
-    pub(crate) fn head(&self) -> &'static str {
+    pub fn head(&self) -> &'static str {
         if self.tied_embeddings { self.embeddings() } else { "lm_head.weight" }
     }
 
     /// (hidden)
-    pub(crate) fn attention_norm(&self, layer: usize) -> String {
+    pub fn attention_norm(&self, layer: usize) -> String {
         format!("model.layers.{layer}.input_layernorm.weight")
     }
 
     /// (hidden)
-    pub(crate) fn feed_forward_norm(&self, layer: usize) -> String {
+    pub fn feed_forward_norm(&self, layer: usize) -> String {
         format!("model.layers.{layer}.post_attention_layernorm.weight")
     }
 
-    pub(crate) fn latent(&self, layer: usize) -> LatentNames {
+    pub fn latent(&self, layer: usize) -> LatentNames {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.weight");
         LatentNames {
             q: name("q_proj"),
@@ -120,7 +120,7 @@ impl Names {
         }
     }
 
-    pub(crate) fn grouped(&self, layer: usize) -> GroupedNames {
+    pub fn grouped(&self, layer: usize) -> GroupedNames {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.weight");
         GroupedNames {
             q: name("q_proj"),
@@ -133,29 +133,29 @@ impl Names {
     }
 
     /// (experts, hidden)
-    pub(crate) fn gate(&self, layer: usize) -> String {
+    pub fn gate(&self, layer: usize) -> String {
         format!("{}.gate.weight", self.feed_forward(layer))
     }
 
     /// (experts): DeepSeek-V3's correction of the choice.
-    pub(crate) fn gate_bias(&self, layer: usize) -> String {
+    pub fn gate_bias(&self, layer: usize) -> String {
         format!("{}.gate.e_score_correction_bias", self.feed_forward(layer))
     }
 
     /// A dense layer's feed-forward part.
-    pub(crate) fn dense(&self, layer: usize) -> SwiGluNames {
+    pub fn dense(&self, layer: usize) -> SwiGluNames {
         self.swiglu(&self.feed_forward(layer))
     }
 
-    pub(crate) fn shared(&self, layer: usize) -> SwiGluNames {
+    pub fn shared(&self, layer: usize) -> SwiGluNames {
         self.swiglu(&format!("{}.shared_experts", self.feed_forward(layer)))
     }
 
-    pub(crate) fn expert(&self, layer: usize, expert: u32) -> SwiGluNames {
+    pub fn expert(&self, layer: usize, expert: u32) -> SwiGluNames {
         self.swiglu(&format!("{}.experts.{expert}", self.feed_forward(layer)))
     }
 
-    pub(crate) fn mtp(&self, layer: usize) -> MtpNames {
+    pub fn mtp(&self, layer: usize) -> MtpNames {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         MtpNames {
             embeddings: name("embed_tokens"),
@@ -185,11 +185,11 @@ impl Names {
 }
 
 /// The bias that belongs to a matrix.
-pub(crate) fn bias_of(weight: &str) -> String {
+pub fn bias_of(weight: &str) -> String {
     format!("{}.bias", weight.strip_suffix(".weight").unwrap_or(weight))
 }
 
 /// The scales that belong to an fp8 matrix.
-pub(crate) fn scales_of(weight: &str) -> String {
+pub fn scales_of(weight: &str) -> String {
     format!("{weight}_scale_inv")
 }

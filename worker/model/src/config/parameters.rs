@@ -1,6 +1,6 @@
 //! How many parameters there are.
-
-use super::{AttentionConfig, ModelConfig};
+use super::model::ModelConfig;
+use super::parts::AttentionConfig;
 
 impl ModelConfig {
     /// Elements of all matrices of the trunk; a shared embedding counts once.

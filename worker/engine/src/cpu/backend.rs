@@ -1,0 +1,411 @@
+//! The processor as a backend: its weights, its experts, and how it computes each call of the seam.
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::layout::plan::{Place, Plan};
+use expertmesh_model::numerics::Numerics;
+use expertmesh_model::threads::compute_threads;
+use expertmesh_scheduler::{BLOCK_TOKENS, Step};
+
+use super::attention::places::{Surroundings, places};
+use super::compute::Compute;
+use super::isa::Isa;
+use super::kernel;
+use super::norm::norm_rows;
+use super::pool::{Pool, Shares};
+use super::products::{Columns, Input, Product, multiply};
+use super::rows::{CpuActivations, CpuRows};
+use super::swiglu::{SwiGlu, gate_up};
+use super::weights::{Ends, FeedForward, Layer};
+use crate::backend::{Attended, Backend};
+use crate::gate;
+use crate::math::widen;
+use crate::pack::source::Source;
+use crate::rope::Rope;
+use crate::routes::{ExpertGroup, NotResident, Routes};
+
+/// Rows from which on the gate's choice is spread over threads.
+const ROUTED_ROWS: usize = 32;
+
+/// How a model is held and computed.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    pub weights: WeightFormat,
+    pub numerics: Numerics,
+    pub isa: Isa,
+    /// The calling thread included.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    /// The weights as they are stored, `pair`, all that this machine has.
+    fn default() -> Self {
+        Self {
+            weights: WeightFormat::default(),
+            numerics: Numerics::default(),
+            isa: Isa::detect(),
+            threads: compute_threads(),
+        }
+    }
+}
+
+/// The processor.
+pub struct CpuBackend {
+    config: ModelConfig,
+    weights: WeightFormat,
+    source: Source,
+    rope: Rope,
+    compute: Compute,
+    ends: Ends,
+    layers: Vec<Layer>,
+    /// (layers, experts); those of dense layers stay empty.
+    experts: Vec<RwLock<Option<Arc<SwiGlu>>>>,
+}
+
+/// Keys and values in bf16, normed and rotated before they are stored.
+pub struct CpuKv {
+    /// Per layer (blocks, 64, stride).
+    layers: Vec<Vec<u16>>,
+}
+
+impl CpuBackend {
+    /// Reads all but the routed experts, of a checkpoint, which is packed now, or of a packed model, which is mapped;
+    /// `progress` gets (done, total) in bytes. Panics where this machine does not have the instruction set.
+    pub fn load(
+        model: &Path,
+        options: &LoadOptions,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Self, ModelError> {
+        // Kernels take it on trust; and asking is what makes the system hand out the tiles.
+        assert!(options.isa.is_available(), "this machine has no {}", options.isa);
+        let config = ModelConfig::read(model)?;
+        let (source, format) = Source::open(model, &config, options.weights)?;
+        let plan = Plan::new(&config, format);
+        let (mut done, total) = (0, Layout::Cpu1.dense_bytes(&config, format));
+        let mut advance = |bytes: usize| {
+            done += bytes as u64;
+            progress(done, total);
+        };
+        let ends = source.blob(Place::Ends, &plan.ends())?;
+        advance(ends.bytes().len());
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            let blob = source.blob(Place::Layer(layer), &plan.layer(layer))?;
+            advance(blob.bytes().len());
+            layers.push(Layer::view(&config, &plan, layer, &blob));
+        }
+        Ok(Self {
+            ends: Ends::view(&plan, &ends),
+            weights: format,
+            rope: Rope::new(&config.rope, &config.attention, config.max_positions),
+            compute: Compute {
+                pool: Pool::new(options.threads),
+                isa: options.isa,
+                numerics: options.numerics,
+            },
+            experts: (0..config.layers * config.experts()).map(|_| RwLock::new(None)).collect(),
+            layers,
+            source,
+            config,
+        })
+    }
+
+    /// How weights are stored, how sums are ordered, which instructions compute, and on how many threads.
+    pub fn options(&self) -> LoadOptions {
+        let Compute { pool, isa, numerics } = &self.compute;
+        LoadOptions { weights: self.weights, numerics: *numerics, isa: *isa, threads: pool.threads() }
+    }
+
+    /// Makes experts resident on all threads, while nothing is computed; `progress` gets each one's bytes.
+    pub fn load_experts(
+        &self,
+        experts: &[(usize, u32)],
+        progress: impl Fn(u64) + Sync,
+    ) -> Result<(), ModelError> {
+        let failure = std::sync::Mutex::new(None);
+        self.compute.pool.run(experts.len(), &|unit| {
+            let (layer, expert) = experts[unit];
+            match self.load(layer, expert) {
+                Ok(bytes) => progress(bytes),
+                Err(error) => {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                }
+            }
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    fn slot(&self, layer: usize, expert: u32) -> Option<&RwLock<Option<Arc<SwiGlu>>>> {
+        let known = self.config.is_moe(layer) && (expert as usize) < self.config.experts();
+        known.then(|| &self.experts[layer * self.config.experts() + expert as usize])
+    }
+
+    fn resident(&self, layer: usize, expert: u32) -> Option<Arc<SwiGlu>> {
+        self.slot(layer, expert)?.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn norm(&self, rows: &CpuRows, weight: &[f32]) -> CpuActivations {
+        norm_rows(&self.compute, rows, weight, self.config.norm_eps)
+    }
+
+    /// The chosen rows, in the order of `which`.
+    fn select(&self, rows: &CpuActivations, which: &[u32]) -> CpuActivations {
+        let mut selected = CpuActivations::dirty(which.len(), rows.width);
+        let (stride, shares) = (selected.stride, Shares::new(&mut selected.data));
+        self.compute.pool.run_rows(which.len(), &|row| {
+            // SAFETY: each row is one unit's.
+            let out = unsafe { shares.take(row * stride..(row + 1) * stride) };
+            out.copy_from_slice(rows.padded(which[row] as usize));
+        });
+        selected
+    }
+
+    fn add(&self, to: &mut CpuRows, what: &CpuRows) {
+        let (width, rows) = (to.width, to.rows());
+        let shares = Shares::new(&mut to.data);
+        self.compute.pool.run_rows(rows, &|row| {
+            // SAFETY: each row is one unit's.
+            add(unsafe { shares.take(row * width..(row + 1) * width) }, what.row(row));
+        });
+    }
+
+    /// One feed-forward part of all rows: (rows, hidden).
+    fn swiglu(&self, part: &SwiGlu, x: &CpuActivations) -> CpuRows {
+        let inner = gate_up(&self.compute, &[(part, 0..x.rows())], x); // (rows, inner)
+        let mut out = CpuRows::dirty(x.rows(), self.config.hidden);
+        let input = Input::new(&self.compute, &inner, part.down.shape.format);
+        multiply(&self.compute, &[Product::to_f32(&part.down, &input, 0..x.rows(), &mut out)]);
+        out
+    }
+
+    fn route(&self, logits: &CpuRows, bias: &[f32]) -> Routes {
+        let gate = &self.config.gate;
+        if logits.rows() < ROUTED_ROWS {
+            return gate::route(gate, &logits.data, bias);
+        }
+        let chunks: Vec<&[f32]> = logits.data.chunks(ROUTED_ROWS / 4 * gate.experts).collect();
+        let routed: Vec<std::sync::OnceLock<Routes>> =
+            chunks.iter().map(|_| std::sync::OnceLock::new()).collect();
+        self.compute.pool.run(chunks.len(), &|unit| {
+            routed[unit].get_or_init(|| gate::route(gate, chunks[unit], bias));
+        });
+        let mut all = Routes { top_k: gate.top_k, experts: Vec::new(), weights: Vec::new() };
+        for routes in routed.into_iter().filter_map(std::sync::OnceLock::into_inner) {
+            all.experts.extend(routes.experts);
+            all.weights.extend(routes.weights);
+        }
+        all
+    }
+}
+
+fn add(to: &mut [f32], what: &[f32]) {
+    to.iter_mut().zip(what).for_each(|(to, what)| *to += what);
+}
+
+kernel::for_each_isa! {
+    /// sum += weight · answer
+    fn add_weighted(sum: &mut [f32], weight: f32, answer: &[u16]) {
+        for (sum, &answer) in sum.iter_mut().zip(answer) {
+            *sum += weight * widen(answer);
+        }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Rows = CpuRows;
+    type Activations = CpuActivations;
+    type Kv = CpuKv;
+
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn allocate_kv(&self, blocks: usize) -> CpuKv {
+        let elements = blocks * BLOCK_TOKENS * Layout::Cpu1.kv_stride(&self.config);
+        // Layer by layer: zeroed pages cost nothing until they are used, copies of them would.
+        CpuKv { layers: (0..self.config.layers).map(|_| vec![0; elements]).collect() }
+    }
+
+    fn embed(&self, step: &Step) -> CpuRows {
+        let hidden = self.config.hidden;
+        let table = self.ends.embeddings.bytes().as_chunks::<2>().0;
+        let tokens = step.spans.iter().flat_map(|span| &span.tokens);
+        let rows = tokens.flat_map(|&token| &table[token as usize * hidden..][..hidden]);
+        let data: Vec<f32> = rows.map(|&bits| widen(u16::from_le_bytes(bits))).collect();
+        CpuRows { width: hidden, data: data.into() } // (rows, hidden)
+    }
+
+    fn attend(
+        &self,
+        layer: usize,
+        step: &Step,
+        hidden: &mut CpuRows,
+        kv: &mut CpuKv,
+    ) -> Attended<CpuActivations> {
+        let weights = &self.layers[layer];
+        let normed = self.norm(hidden, &weights.attention_norm); // (rows, hidden)
+        let (compute, rope, norm_eps) = (&self.compute, &self.rope, self.config.norm_eps);
+        let around = Surroundings { compute, rope, norm_eps, places: places(rope, step) };
+        let attended = weights.attention.attend(&around, &normed, &mut kv.layers[layer]); // (rows, hidden)
+        self.add(hidden, &attended);
+        let normed = self.norm(hidden, &weights.feed_forward_norm); // (rows, hidden)
+        match &weights.feed_forward {
+            FeedForward::Dense(dense) => {
+                self.add(hidden, &self.swiglu(dense, &normed));
+                Attended::Dense
+            }
+            FeedForward::Moe { gate, bias, .. } => {
+                let mut logits = CpuRows::dirty(normed.rows(), self.config.experts()); // (rows, experts)
+                let input = Input::new(compute, &normed, gate.shape.format);
+                multiply(compute, &[Product::to_f32(gate, &input, 0..normed.rows(), &mut logits)]);
+                let routes = self.route(&logits, bias); // (rows, top_k)
+                Attended::Moe { normed, routes }
+            }
+        }
+    }
+
+    fn shared(&self, layer: usize, normed: &CpuActivations) -> CpuRows {
+        match &self.layers[layer].feed_forward {
+            FeedForward::Moe { shared: Some(shared), .. } => self.swiglu(shared, normed), // (rows, hidden)
+            FeedForward::Moe { shared: None, .. } => CpuRows::zeros(normed.rows(), self.config.hidden),
+            FeedForward::Dense(_) => panic!("layer {layer} has no experts"),
+        }
+    }
+
+    fn experts(
+        &self,
+        layer: usize,
+        inputs: &CpuActivations,
+        groups: &[ExpertGroup],
+    ) -> Result<CpuActivations, NotResident> {
+        let resident = |group: &ExpertGroup| {
+            let missing = NotResident { layer, expert: group.expert };
+            self.resident(layer, group.expert).ok_or(missing)
+        };
+        let experts = groups.iter().map(resident).collect::<Result<Vec<_>, _>>()?;
+        let which: Vec<u32> = groups.iter().flat_map(|group| &group.rows).copied().collect();
+        let gathered = self.select(inputs, &which); // (rows of all groups, hidden)
+        let mut end = 0;
+        let parts: Vec<_> = experts
+            .iter()
+            .zip(groups)
+            .map(|(expert, group)| {
+                end += group.rows.len();
+                (&**expert, end - group.rows.len()..end)
+            })
+            .collect();
+        let inner = gate_up(&self.compute, &parts, &gathered); // (rows of all groups, inner)
+        let mut out = CpuActivations::dirty(which.len(), self.config.hidden);
+        let Some((first, _)) = parts.first() else { return Ok(out) };
+        let input = Input::new(&self.compute, &inner, first.down.shape.format);
+        let mut columns = Columns::new(&mut out);
+        let products: Vec<Product> = parts
+            .iter()
+            .map(|(expert, rows)| {
+                Product::to_bf16(&expert.down, &input, rows.clone(), &mut columns, (rows.start, 0))
+            })
+            .collect();
+        multiply(&self.compute, &products);
+        drop(products);
+        Ok(out)
+    }
+
+    fn combine(
+        &self,
+        _layer: usize,
+        hidden: &mut CpuRows,
+        shared: &CpuRows,
+        routes: &Routes,
+        answers: &CpuActivations,
+    ) {
+        let (width, top_k) = (hidden.width, routes.top_k);
+        let rows = hidden.rows();
+        let shares = Shares::new(&mut hidden.data);
+        self.compute.pool.run_rows(rows, &|row| {
+            let mut sum = shared.row(row).to_vec(); // (hidden)
+            for slot in row * top_k..(row + 1) * top_k {
+                add_weighted(self.compute.isa, &mut sum, routes.weights[slot], answers.row(slot));
+            }
+            // SAFETY: each row is one unit's.
+            add(unsafe { shares.take(row * width..(row + 1) * width) }, &sum);
+        });
+    }
+
+    fn logits(&self, step: &Step, hidden: &CpuRows) -> CpuRows {
+        let mut end = 0;
+        let lasts = step.spans.iter().filter_map(|span| {
+            end += span.tokens.len();
+            span.logits.then(|| end - 1)
+        });
+        let data: Vec<f32> = lasts.flat_map(|row| hidden.row(row)).copied().collect();
+        let normed = self.norm(&CpuRows { width: hidden.width, data: data.into() }, &self.ends.norm); // (spans, hidden)
+        let mut logits = CpuRows::dirty(normed.rows(), self.config.vocabulary); // (spans, vocabulary)
+        let input = Input::new(&self.compute, &normed, self.ends.head.shape.format);
+        multiply(&self.compute, &[Product::to_f32(&self.ends.head, &input, 0..normed.rows(), &mut logits)]);
+        logits
+    }
+
+    fn zeros(&self, rows: usize) -> CpuActivations {
+        CpuActivations::zeros(rows, self.config.hidden)
+    }
+
+    fn scatter(&self, from: &CpuActivations, at: &[u32], into: &mut CpuActivations) {
+        let mut taken = vec![false; into.rows()];
+        at.iter().for_each(|&at| {
+            assert!(!std::mem::replace(&mut taken[at as usize], true), "two rows for one place")
+        });
+        let (stride, shares) = (into.stride, Shares::new(&mut into.data));
+        self.compute.pool.run_rows(at.len(), &|row| {
+            let start = at[row] as usize * stride;
+            // SAFETY: each row has a place of its own.
+            unsafe { shares.take(start..start + stride) }.copy_from_slice(from.padded(row));
+        });
+    }
+
+    fn upload(&self, rows: &[u16]) -> CpuActivations {
+        let hidden = self.config.hidden;
+        let mut uploaded = CpuActivations::dirty(rows.len() / hidden, hidden);
+        for (row, values) in rows.chunks_exact(hidden).enumerate() {
+            uploaded.row_mut(row).copy_from_slice(values);
+        }
+        uploaded
+    }
+
+    fn download_activations(&self, rows: &CpuActivations) -> Vec<u16> {
+        (0..rows.rows()).flat_map(|row| rows.row(row)).copied().collect()
+    }
+
+    fn download(&self, rows: &CpuRows) -> Vec<f32> {
+        rows.data.to_vec()
+    }
+
+    fn load(&self, layer: usize, expert: u32) -> Result<u64, ModelError> {
+        let parts = Plan::new(&self.config, self.weights).expert(layer, expert);
+        let bytes = parts.bytes() as u64;
+        if self.is_resident(layer, expert) {
+            return Ok(bytes);
+        }
+        let Some(slot) = self.slot(layer, expert) else {
+            return Err(ModelError::UnknownExpert { layer, expert });
+        };
+        let blob = self.source.blob(Place::Expert(layer, expert), &parts)?;
+        let packed = Arc::new(SwiGlu::view(parts, &blob));
+        *slot.write().unwrap_or_else(PoisonError::into_inner) = Some(packed);
+        Ok(bytes)
+    }
+
+    fn evict(&self, layer: usize, expert: u32) {
+        if let Some(slot) = self.slot(layer, expert) {
+            slot.write().unwrap_or_else(PoisonError::into_inner).take();
+            self.source.release(Place::Expert(layer, expert));
+        }
+    }
+
+    fn is_resident(&self, layer: usize, expert: u32) -> bool {
+        self.resident(layer, expert).is_some()
+    }
+}

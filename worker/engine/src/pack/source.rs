@@ -1,0 +1,52 @@
+//! Where a backend's blobs come from: a checkpoint, or a packed model.
+use std::path::Path;
+
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::plan::{Parts, Place};
+
+use super::mapped::PackedModel;
+use crate::checkpoint::Checkpoint;
+use crate::cpu::blob::Blob;
+use crate::cpu::packing::pack_blob;
+
+/// The model's directory, opened.
+pub(crate) enum Source {
+    /// Packed while they are loaded.
+    Checkpoint(Checkpoint),
+    /// Mapped.
+    Packed(PackedModel),
+}
+
+impl Source {
+    /// What a model's directory is, and the format of its blobs where it should be `asked`.
+    pub(crate) fn open(
+        model: &Path,
+        config: &ModelConfig,
+        asked: WeightFormat,
+    ) -> Result<(Self, WeightFormat), ModelError> {
+        match PackedModel::open(model, config)? {
+            Some(packed) => {
+                let weights = packed.index().weights_as(asked)?;
+                Ok((Self::Packed(packed), weights))
+            }
+            None => Ok((Self::Checkpoint(Checkpoint::open(model)?), asked)),
+        }
+    }
+
+    /// A blob, whole and in memory.
+    pub(crate) fn blob(&self, place: Place, parts: &Parts) -> Result<Blob, ModelError> {
+        match self {
+            Self::Checkpoint(checkpoint) => pack_blob(checkpoint, parts),
+            Self::Packed(packed) => packed.blob(place),
+        }
+    }
+
+    /// The blob is not needed soon.
+    pub(crate) fn release(&self, place: Place) {
+        if let Self::Packed(packed) = self {
+            packed.release(place);
+        }
+    }
+}

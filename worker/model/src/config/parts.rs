@@ -1,0 +1,159 @@
+//! The parts of a model's configuration: attention, positions, gate, and what the architectures spell differently.
+
+/// The side of the square blocks in which fp8 weights share a scale.
+pub const FP8_BLOCK: usize = 128;
+
+/// Whose forward pass it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// DeepSeek-V2 and V2-Lite (arXiv 2405.04434).
+    DeepseekV2,
+    /// DeepSeek-V3, R1, V3.1, Kimi-K2, Moonlight (arXiv 2412.19437).
+    DeepseekV3,
+    /// Qwen3-30B-A3B, Qwen3-235B-A22B and their like (arXiv 2505.09388).
+    Qwen3Moe,
+    /// Mixtral 8x7B and 8x22B (arXiv 2401.04088).
+    Mixtral,
+    /// OLMoE (arXiv 2409.02060).
+    Olmoe,
+}
+
+impl Architecture {
+    pub const ALL: [Self; 5] =
+        [Self::DeepseekV2, Self::DeepseekV3, Self::Qwen3Moe, Self::Mixtral, Self::Olmoe];
+
+    /// The name under `architectures` in config.json.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DeepseekV2 => "DeepseekV2ForCausalLM",
+            Self::DeepseekV3 => "DeepseekV3ForCausalLM",
+            Self::Qwen3Moe => "Qwen3MoeForCausalLM",
+            Self::Mixtral => "MixtralForCausalLM",
+            Self::Olmoe => "OlmoeForCausalLM",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum AttentionConfig {
+    Latent(LatentConfig),
+    Grouped(GroupedConfig),
+}
+
+/// Multi-head latent attention (arXiv 2405.04434, section 2.1).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LatentConfig {
+    pub heads: usize,
+    /// Width of the queries' latent; `None`: queries are made from the hidden row at once.
+    pub query_latent: Option<usize>,
+    /// Width of the keys' and values' shared latent.
+    pub latent: usize,
+    /// Width of a head's query and key without position.
+    pub nope: usize,
+    /// Width of a head's rotated query, and of the rotated key that all heads share.
+    pub rope: usize,
+    /// Width of a head's value.
+    pub value: usize,
+}
+
+impl LatentConfig {
+    /// Width of a head's whole query.
+    pub fn query(&self) -> usize {
+        self.nope + self.rope
+    }
+
+    /// Width of a position's row in the cache: the latent, then the rotated key.
+    pub fn cached(&self) -> usize {
+        self.latent + self.rope
+    }
+}
+
+/// Grouped-query attention (arXiv 2305.13245).
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupedConfig {
+    pub heads: usize,
+    /// Heads of keys and values; a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Width of a head's query, key and value.
+    pub head: usize,
+    pub norms: QkNorm,
+    /// Whether queries, keys, values and the output have a bias.
+    pub bias: bool,
+}
+
+/// Which queries and keys are normed before they are rotated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    None,
+    /// Every head by itself, all with the same weights (head).
+    PerHead,
+    /// All heads as one row.
+    Whole,
+}
+
+/// Rotary positions (arXiv 2104.09864).
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeConfig {
+    /// Width of what is rotated of a head; even.
+    pub width: usize,
+    pub theta: f64,
+    pub yarn: Option<Yarn>,
+    /// The pairs are (0, 1), (2, 3), …; otherwise (i, i + width / 2).
+    pub interleaved: bool,
+}
+
+/// YaRN (arXiv 2309.00071) as transformers computes it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Yarn {
+    pub factor: f64,
+    pub original_positions: f64,
+    pub beta_fast: f64,
+    pub beta_slow: f64,
+    /// What rotated queries and keys are multiplied with, where it does not follow from the factor and mscale.
+    pub attention_factor: Option<f64>,
+    pub mscale: Option<f64>,
+    pub mscale_all_dim: Option<f64>,
+}
+
+/// The gate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GateConfig {
+    pub experts: usize,
+    pub top_k: usize,
+    pub scores: Scores,
+    /// Whether there is a correction bias, which counts in the choice and not in the weights.
+    pub bias: bool,
+    pub groups: usize,
+    pub top_groups: usize,
+    pub group_score: GroupScore,
+    /// Whether a row's weights are divided by their sum.
+    pub normalised: bool,
+    pub scale: f32,
+}
+
+/// What makes scores of the gate's logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scores {
+    Sigmoid,
+    /// Over all experts.
+    Softmax,
+}
+
+/// What of its experts' scores makes a group's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupScore {
+    Best,
+    SumOfBestTwo,
+}
+
+/// What the architectures spell differently.
+pub(super) struct Body {
+    pub(super) moe_layers: Vec<bool>,
+    pub(super) dense_inner: usize,
+    pub(super) expert_inner: usize,
+    pub(super) shared_inner: usize,
+    pub(super) attention: AttentionConfig,
+    pub(super) rope: RopeConfig,
+    pub(super) gate: GateConfig,
+    pub(super) mtp_modules: usize,
+}

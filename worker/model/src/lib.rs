@@ -1,0 +1,19 @@
+//! What is known of a model before anything is computed: its configuration, the names of its tensors, how it is sampled
+//! from, weight formats and numerics, what its parts take in bytes, and what identifies it.
+//!
+//! No tensors, and no IO but reading config.json, generation_config.json and packed.json. Operator, frontend and engine
+//! stand on it.
+
+pub mod config;
+pub mod error;
+pub mod expert;
+pub mod facts;
+pub mod fingerprint;
+pub mod format;
+pub mod generation;
+pub mod layout;
+pub mod names;
+pub mod numerics;
+pub mod packed;
+pub mod sampling;
+pub mod threads;
