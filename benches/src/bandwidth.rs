@@ -1,4 +1,5 @@
 //! How fast all threads together read memory that no cache holds: what bounds the decode of one sequence.
+
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::thread;

@@ -1,4 +1,5 @@
 //! Both sides in one run, turn about: a table, and summary.json.
+
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;

@@ -1,4 +1,5 @@
 //! Our side: the engine in this process.
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;

@@ -1,4 +1,5 @@
 //! llama.cpp's side: its own benches, as benches/llama.sh built them.
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -1,4 +1,5 @@
 //! What is measured: each row is one number of ours beside one of llama.cpp's.
+
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 

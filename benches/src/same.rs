@@ -1,4 +1,5 @@
 //! Whether both sides compute the same model: logits of a small one, in f32 on llama.cpp's side.
+
 use std::fs;
 use std::path::PathBuf;
 

@@ -3,6 +3,7 @@
 //! `expertmesh crd` prints the CustomResourceDefinition that follows from this file.
 
 mod autoscaling;
+
 use std::collections::BTreeMap;
 
 use expertmesh_model::format::WeightFormat;

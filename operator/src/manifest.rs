@@ -1,5 +1,6 @@
 //! From a YAML file to a ModelDeployment, as strict as the API server with `--validate=strict`: a field that the schema
 //! does not know is an error which names it.
+
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 

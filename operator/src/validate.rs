@@ -2,6 +2,7 @@
 //!
 //! The rules are those of the CustomResourceDefinition, run here: `up`, `plan` and the operator refuse what the API
 //! server refuses, with its words.
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
 //! How a process computes: the options that `generate`, `verify` and `serve` share.
+
 use std::num::NonZeroUsize;
 
 use expertmesh_engine::{Isa, LoadOptions};

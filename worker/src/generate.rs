@@ -1,6 +1,7 @@
 //! `expertmesh-worker generate`: one process, all experts, tokens as they come.
 
 mod request;
+
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
 //! Who we are to others, and whom we let in.
+
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_proto::v1;
 use tonic::Status;

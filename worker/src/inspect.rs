@@ -1,4 +1,5 @@
 //! `expertmesh-worker inspect`: what a model is and takes. Of a checkpoint only config.json is read.
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;

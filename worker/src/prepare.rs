@@ -1,4 +1,5 @@
 //! `expertmesh-worker prepare`: a checkpoint becomes a packed model, which is mapped instead of read.
+
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

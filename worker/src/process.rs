@@ -1,4 +1,5 @@
 //! What every process of a deployment does alike: logging, announcing its addresses, ending.
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;

@@ -1,4 +1,5 @@
 //! Sampling parameters on the wire, as they are.
+
 use expertmesh_model::sampling::SamplingParams;
 use expertmesh_proto::v1;
 

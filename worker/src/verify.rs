@@ -2,6 +2,7 @@
 //! reference, and against itself.
 
 mod fast;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

@@ -3,6 +3,7 @@
 //! Its name is a hash of what the user wrote, not of what the operator makes of it: neither another operator nor another
 //! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
 //! ever after: an upgrade of the operator restarts nothing.
+
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 use k8s_openapi::api::apps::v1::ControllerRevision;

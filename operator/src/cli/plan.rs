@@ -1,5 +1,6 @@
 //! `expertmesh plan`: where a deployment's experts would be, decided as the operator decides it. Needs the model's
 //! config.json, and nothing that runs.
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};

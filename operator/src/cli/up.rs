@@ -1,4 +1,5 @@
 //! `expertmesh up`: a ModelDeployment by processes of this machine, decided as on a cluster, until Ctrl-C.
+
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener};

@@ -3,6 +3,7 @@
 
 mod child;
 mod lines;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

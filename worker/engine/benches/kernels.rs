@@ -6,6 +6,7 @@
 //! `experts` is two products, gate and up with SwiGLU, then down: weights of 3 · 1024 · 512, of 1, 16 and 128 rows.
 //! `attend` is a layer's attention with its norms, products and gate: one row behind 2047 others, and 256 rows of a prompt.
 //! What is compared with the reference is in tests/engine; here it is only timed.
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;

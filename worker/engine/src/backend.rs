@@ -3,6 +3,7 @@
 //! Operations enqueue; only [`Backend::download`] waits. A layer is two calls, [`Backend::attend`] (which yields
 //! the rows to dispatch) and [`Backend::combine`] (which takes the answers), so that the rows of a layer can
 //! travel while the shared expert and the resident experts are computed.
+
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_scheduler::Step;

@@ -1,4 +1,5 @@
 //! Tensors of a model's directory: one safetensors file or an index of shards, mapped into memory.
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 

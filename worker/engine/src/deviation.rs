@@ -1,4 +1,5 @@
 //! How far a backend's rounding takes it from the reference, and how far it may.
+
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;

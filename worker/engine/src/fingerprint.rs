@@ -1,4 +1,5 @@
 //! The fingerprint of a model's directory: what its workers compute.
+
 use std::path::Path;
 
 use expertmesh_model::config::model::ModelConfig;

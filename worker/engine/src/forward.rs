@@ -1,4 +1,5 @@
 //! The forward pass: one screen, whatever the device and wherever the experts.
+
 use expertmesh_scheduler::Step;
 
 use crate::backend::{Attended, Backend};

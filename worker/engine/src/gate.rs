@@ -5,6 +5,7 @@
 //! families are the softmax with one group.
 
 mod margin;
+
 use std::cmp::Ordering;
 
 pub(crate) use margin::margins;

@@ -1,4 +1,5 @@
 //! Files that are mapped: opened, read in ahead, given back.
+
 use std::fs::File;
 use std::io;
 use std::ops::Range;

@@ -1,5 +1,6 @@
 //! Rotary position embedding (arXiv 2104.09864) with YaRN (arXiv 2309.00071): the numbers of transformers'
 //! `modeling_rope_utils.py` and of its models.
+
 use std::f64::consts::PI;
 use std::sync::OnceLock;
 

@@ -1,4 +1,5 @@
 //! What can be wrong with a model.
+
 use std::path::PathBuf;
 
 /// Why a model cannot be loaded, or not compute what it is asked.

@@ -1,4 +1,5 @@
 //! Which expert: the unit of placement, of loading, of failure.
+
 use std::fmt;
 
 /// A routed expert of a model. Ordered by layer, then by number.

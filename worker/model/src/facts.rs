@@ -1,4 +1,5 @@
 //! What a model is, for people and scripts.
+
 use serde::Serialize;
 
 use crate::config::model::ModelConfig;

@@ -1,4 +1,5 @@
 //! What two workers must have in common to exchange rows or to continue each other's sequences.
+
 use std::path::Path;
 
 use serde_json::Value;

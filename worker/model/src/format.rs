@@ -1,4 +1,5 @@
 //! How a deployment wants its weights stored.
+
 use crate::config::model::ModelConfig;
 
 /// The format of a deployment's weights, as its users name it.

@@ -1,4 +1,5 @@
 //! generation_config.json: how the model's makers sample from it, and where its answers end.
+
 use std::path::Path;
 
 use serde_json::{Map, Value};

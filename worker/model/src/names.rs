@@ -1,4 +1,5 @@
 //! What checkpoints call their tensors, in one place.
+
 use crate::config::model::ModelConfig;
 use crate::config::parts::Architecture;
 

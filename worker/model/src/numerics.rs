@@ -1,4 +1,5 @@
 //! The order in which products are added: a deployment's choice, the same on every machine.
+
 use std::fmt;
 use std::str::FromStr;
 

@@ -1,4 +1,5 @@
 //! packed.json: which model a packed directory holds, in which format, and where each blob is.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::{fs, io};

@@ -1,4 +1,5 @@
 //! How many threads compute: one per physical core that this process may use, and no more than its quota pays for.
+
 use std::collections::BTreeSet;
 use std::{fs, thread};
 

@@ -1,4 +1,5 @@
 //! Who has which blocks of the paged cache. The blocks' contents belong to a backend.
+
 use std::fmt;
 
 /// Positions per block of the cache.

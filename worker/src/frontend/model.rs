@@ -1,4 +1,5 @@
 //! What a frontend knows of its model: tokenizer, chat template, defaults. No weights.
+
 use std::path::Path;
 
 use expertmesh_model::config::model::ModelConfig;

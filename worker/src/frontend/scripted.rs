@@ -1,4 +1,5 @@
 //! Scripted workers for tests: real gRPC servers on loopback that do what a script tells them.
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -2,6 +2,7 @@
 //! that a chat template may ask.
 
 mod sampling;
+
 use expertmesh_model::sampling::MAX_TOP_LOGPROBS;
 use expertmesh_proto::v1;
 use serde::Deserialize;

@@ -1,4 +1,5 @@
 //! The workers as they are now: a `Control.Report` stream is kept open to each of the placement.
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

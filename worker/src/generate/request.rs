@@ -1,4 +1,5 @@
 //! One sequence on a backend of this process.
+
 use std::io;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};

@@ -1,4 +1,5 @@
 //! `Control`: the placement to follow, what this worker says of itself, and how it leaves.
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

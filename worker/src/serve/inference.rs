@@ -1,4 +1,5 @@
 //! `Inference`: checks what a frontend asks for and hands it to the engine's thread.
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, TrySendError};

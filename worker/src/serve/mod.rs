@@ -3,6 +3,7 @@
 mod control;
 mod inference;
 mod run;
+
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

@@ -1,4 +1,5 @@
 //! The engine's thread: takes sequences in, plans a step, computes it, hands tokens out.
+
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};

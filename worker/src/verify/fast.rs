@@ -1,4 +1,5 @@
 //! The fast path beside the reference: a table of layers, then what they lead to.
+
 use expertmesh_engine::{Backend, CpuBackend, Deviation, LayerDeviation, Reference, Tolerance, Trace};
 use expertmesh_model::error::ModelError;
 

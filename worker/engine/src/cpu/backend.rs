@@ -1,4 +1,5 @@
 //! The processor as a backend: its weights, its experts, and how it computes each call of the seam.
+
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 

@@ -1,4 +1,5 @@
 //! Where weights lie: pages of a mapped file, or of memory that was filled once.
+
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;

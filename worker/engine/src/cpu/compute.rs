@@ -1,4 +1,5 @@
 //! What the processor computes with.
+
 use expertmesh_model::numerics::Numerics;
 
 use super::isa::Isa;

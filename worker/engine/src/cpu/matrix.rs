@@ -1,4 +1,5 @@
 //! A packed matrix: which bytes of a blob it is, and how they come from rows of f32.
+
 use std::ops::Range;
 
 use expertmesh_model::config::parts::FP8_BLOCK;

@@ -1,4 +1,5 @@
 //! Root mean square normalisation of rows that become bf16.
+
 use super::compute::Compute;
 use super::kernel;
 use super::pool::Shares;

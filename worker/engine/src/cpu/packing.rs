@@ -1,4 +1,5 @@
 //! From a checkpoint's tensors to blobs, piece by piece.
+
 use std::ops::Range;
 use std::rc::Rc;
 

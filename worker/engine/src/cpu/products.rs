@@ -1,4 +1,5 @@
 //! Products of rows with packed matrices, many at a time: cut into units that threads claim.
+
 use std::marker::PhantomData;
 use std::ops::Range;
 

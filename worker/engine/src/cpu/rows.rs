@@ -1,5 +1,6 @@
 //! Matrices of rows: f32 for the residual stream, bf16 for what goes into a product, int8 for what goes into an
 //! integer one.
+
 use super::buffer::Buffer;
 use super::compute::Compute;
 use super::kernel;

@@ -1,4 +1,5 @@
 //! The feed-forward part: SwiGLU (arXiv 2002.05202), of a dense layer, of an expert, of the shared experts.
+
 use expertmesh_model::layout::shape::Format;
 
 use super::compute::Compute;

@@ -1,4 +1,5 @@
 //! The weights of layers: views of the matrices in their blobs, copies of the vectors.
+
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::config::parts::{AttentionConfig, GroupedConfig, LatentConfig, QkNorm};
 use expertmesh_model::layout::plan::{Kind, Part, PartId, Parts, Plan};

@@ -1,4 +1,5 @@
 //! How sure a choice is.
+
 use expertmesh_model::config::parts::{GateConfig, Scores};
 
 use super::{group_score, keep_best_groups, score, sigmoid, top};

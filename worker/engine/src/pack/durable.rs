@@ -1,4 +1,5 @@
 //! Files that are there whole or not at all, whatever ends the process or the machine.
+
 use std::path::Path;
 use std::{fs, io};
 

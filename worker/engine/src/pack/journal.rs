@@ -1,5 +1,6 @@
 //! packed.journal: what `prepare` has written and the index does not name yet. A line is written after its blob; the next
 //! run reads each blob once more before it believes the line.
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -1,4 +1,5 @@
 //! A packed directory, mapped.
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 //! disk, the index does, in one step. Killed at any point, the next run reads what the journal or the index names,
 //! keeps what has its checksum, and packs the rest. The bytes follow from checkpoint, format and layout, so that a blob
 //! that is packed again gets the bytes that it had, under the eyes of those who have it mapped.
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File, TryLockError};
 use std::io;

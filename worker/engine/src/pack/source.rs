@@ -1,4 +1,5 @@
 //! Where a backend's blobs come from: a checkpoint, or a packed model.
+
 use std::path::Path;
 
 use expertmesh_model::config::model::ModelConfig;

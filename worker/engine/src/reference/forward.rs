@@ -1,4 +1,5 @@
 //! The whole of it: embeddings, layers, head, and DeepSeek-V3's multi-token prediction.
+
 use std::path::Path;
 
 use expertmesh_model::config::model::ModelConfig;

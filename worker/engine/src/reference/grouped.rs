@@ -1,6 +1,7 @@
 //! Grouped-query attention (arXiv 2305.13245, section 2.2): `heads / kv_heads` queries share a key and a value. Qwen3
 //! norms every head's query and key (arXiv 2505.09388, section 2), OLMoE all heads' as one row (arXiv 2409.02060,
 //! section 4.2.5).
+
 use expertmesh_model::config::parts::{GroupedConfig, QkNorm};
 use expertmesh_model::error::ModelError;
 use expertmesh_model::names::GroupedNames;

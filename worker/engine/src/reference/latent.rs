@@ -1,5 +1,6 @@
 //! Multi-head latent attention (DeepSeek-V2 report, arXiv 2405.04434, section 2.1, equations 37 to 47), not absorbed:
 //! every head's keys and values in full, one softmax over all positions.
+
 use expertmesh_model::config::parts::LatentConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::names::LatentNames;

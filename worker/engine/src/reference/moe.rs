@@ -1,5 +1,6 @@
 //! The feed-forward part: SwiGLU (arXiv 2002.05202), and the mixture of experts (DeepSeekMoE, arXiv 2401.06066, section
 //! 3, equations 9 to 11).
+
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::names::{Names, SwiGluNames};

@@ -1,4 +1,5 @@
 //! Products with a checkpoint's matrices, and what all layers do to rows.
+
 use expertmesh_model::error::ModelError;
 use expertmesh_model::names;
 

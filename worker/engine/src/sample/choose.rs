@@ -1,4 +1,5 @@
 //! From logits to a token.
+
 use expertmesh_model::sampling::{Sampling, SamplingParams};
 
 use super::History;

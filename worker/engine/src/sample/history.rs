@@ -1,4 +1,5 @@
 //! What a sequence holds so far, as its penalties ask for it.
+
 use std::collections::HashMap;
 
 use expertmesh_model::sampling::Sampling;

@@ -1,4 +1,5 @@
 //! How probable the model itself found a token.
+
 use expertmesh_model::sampling::MAX_TOP_LOGPROBS;
 
 use super::weights::{greatest, relative, sum};

@@ -1,5 +1,6 @@
 //! The share of tiny-r1's held-out questions that the fast path answers exactly, beside transformers': tests/models/ask.py
 //! recorded that. `--nocapture` prints the shares.
+
 use std::collections::HashMap;
 
 use expertmesh_model::format::WeightFormat;

@@ -1,4 +1,5 @@
 //! A row's bits depend on its own sequence and on nothing else.
+
 use expertmesh_engine::{ExpertGroup, Isa};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;

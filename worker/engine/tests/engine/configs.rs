@@ -1,4 +1,5 @@
 //! Configurations that ask for what the engine lacks give errors that name the key and the value.
+
 use std::fs;
 
 use expertmesh_model::config::model::ModelConfig;

@@ -1,4 +1,5 @@
 //! Models with random damage: the loader says what is wrong or computes something, and never panics.
+
 use std::fs;
 
 use expertmesh_model::config::model::ModelConfig;

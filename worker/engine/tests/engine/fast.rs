@@ -1,5 +1,6 @@
 //! The fast path against the reference: how far rounding takes it, layer by layer and on tiny-r1's held-out text.
 //! `--nocapture` prints what was measured.
+
 use std::path::Path;
 
 use expertmesh_engine::{Deviation, LayerDeviation, Tolerance, mean_divergence};

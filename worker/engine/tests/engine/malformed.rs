@@ -1,4 +1,5 @@
 //! Broken models give errors that name what is wrong and where.
+
 use std::fs;
 use std::path::Path;
 

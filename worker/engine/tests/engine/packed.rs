@@ -1,4 +1,5 @@
 //! Packed models: the bits of their checkpoints, whatever happened while they were made; and broken ones.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,5 @@
 //! The keys of transformers' `DeepseekV2Config` and `DeepseekV3Config`.
+
 use super::keys::Keys;
 use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, LatentConfig, Scores};
 use super::rope;

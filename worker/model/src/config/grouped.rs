@@ -1,5 +1,6 @@
 //! The keys of transformers' `Qwen3MoeConfig`, `MixtralConfig` and `OlmoeConfig`: grouped-query attention, softmax
 //! gates without groups, no shared expert.
+
 use super::keys::Keys;
 use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, GroupedConfig, QkNorm, Scores};
 use super::rope;

@@ -1,4 +1,5 @@
 //! JSON objects whose values are read with errors that name the key and the value.
+
 use std::path::Path;
 use std::{fs, io};
 

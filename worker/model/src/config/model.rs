@@ -1,4 +1,5 @@
 //! The configuration as a whole: read, checked, and asked for its shape.
+
 use std::ops::Range;
 use std::path::Path;
 

@@ -1,4 +1,5 @@
 //! How many parameters there are.
+
 use super::model::ModelConfig;
 use super::parts::AttentionConfig;
 

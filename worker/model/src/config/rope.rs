@@ -1,5 +1,6 @@
 //! Rotary positions in both spellings: transformers 5 writes one object, `rope_parameters`; older files have
 //! `rope_theta` beside `rope_scaling`.
+
 use super::keys::Keys;
 use super::parts::{RopeConfig, Yarn};
 use crate::error::ModelError;

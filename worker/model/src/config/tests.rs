@@ -1,4 +1,5 @@
 //! The configurations of published models, without the keys that say nothing of what is computed.
+
 use super::model::ModelConfig;
 use super::parts::{Architecture, AttentionConfig, GroupedConfig, LatentConfig};
 

@@ -1,4 +1,5 @@
 //! The bytes that a model takes in a layout: of its experts, of everything else, of the cache.
+
 use super::cpu1::KV_WIDTH;
 use super::plan::Plan;
 use crate::config::model::ModelConfig;

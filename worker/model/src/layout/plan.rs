@@ -1,5 +1,6 @@
 //! What a packed model consists of: one blob for what no layer has, one per layer, one per expert; and what each holds, in
 //! which order, from which tensors. Packing, mapping and counting all go by these lists.
+
 use std::ops::Range;
 
 use super::shape::{Format, Shape};

@@ -1,4 +1,5 @@
 //! What a packed matrix is, without its weights.
+
 use super::cpu1::{LANES, PAIR, bf16, fp8, int4, int8};
 
 /// How a matrix's weights are stored.

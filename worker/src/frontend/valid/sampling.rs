@@ -1,4 +1,5 @@
 //! The fields that say how tokens are chosen and where an answer ends.
+
 use std::collections::BTreeMap;
 
 use expertmesh_model::generation::SamplingOverrides;

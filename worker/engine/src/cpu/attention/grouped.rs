@@ -1,5 +1,6 @@
 //! Grouped-query attention (arXiv 2305.13245): several heads share a key and a value. Qwen3 norms queries and keys per
 //! head (arXiv 2505.09388), OLMoE all heads as one row (arXiv 2409.02060).
+
 use expertmesh_model::config::parts::{GroupedConfig, QkNorm};
 
 use super::places::{Place, Surroundings};

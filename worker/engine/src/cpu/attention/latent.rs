@@ -1,5 +1,6 @@
 //! Multi-head latent attention (DeepSeek-V2 report, arXiv 2405.04434, section 2.1), absorbed: W_UK goes into the
 //! queries and W_UV is applied to what the softmax makes of the latents, so that keys and values per head never exist.
+
 use expertmesh_model::config::parts::LatentConfig;
 
 use super::places::{Place, Surroundings};

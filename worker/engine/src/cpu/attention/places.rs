@@ -1,4 +1,5 @@
 //! Where the rows of a step are in their sequences and in the cache.
+
 use expertmesh_scheduler::{BLOCK_TOKENS, Span, Step};
 
 use crate::cpu::compute::Compute;
