@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use expertmesh_decide::observation::{Member, Seen};
 use expertmesh_decide::report::{Latencies, ModelShape, Report, State};
+use expertmesh_proto::backoff::Backoff;
+use expertmesh_proto::channel::{Connect, ConnectError, connect};
 use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::{ExpertSet, MAX_EXPERTS, Placement};
 use expertmesh_proto::v1::control_client::ControlClient;
@@ -17,15 +19,15 @@ use jiff::Timestamp;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Without pings: whoever is gone sends no reports.
+const CONNECT: Connect = Connect { timeout: Duration::from_secs(2), keepalive: None, bulk: false };
 /// For a call that answers at once.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Reports come at least every second.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(4);
-const RETRY: Duration = Duration::from_millis(200);
-const LONGEST_RETRY: Duration = Duration::from_secs(2);
+const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
 /// More layers than any model has; bounds what a report can make us place.
 const MAX_LAYERS: u32 = 1024;
 
@@ -55,7 +57,7 @@ struct Heard {
 #[derive(Debug, thiserror::Error)]
 enum ControlError {
     #[error("{0}")]
-    Connect(#[from] tonic::transport::Error),
+    Connect(#[from] ConnectError),
     #[error("{}: {}", .0.code(), .0.message())]
     Call(#[from] Status),
     #[error("a report that is none: {0}")]
@@ -178,20 +180,19 @@ impl Drop for Peer {
 
 /// Keeps one member's reports coming, for ever.
 async fn listen(addresses: Vec<String>, caller: v1::Caller, heard: Arc<Mutex<Heard>>, changed: Arc<Notify>) {
-    let mut pause = RETRY;
+    let mut retry = RETRY;
     loop {
         for address in &addresses {
             let Err(error) = reports(address, &caller, &heard, &changed).await;
             tracing::debug!(%address, %error, "no reports");
             let mut heard = lock(&heard);
             if heard.report.take().is_some() {
-                pause = RETRY;
+                retry.reset();
                 heard.silent_since = Some(Timestamp::now());
                 changed.notify_one();
             }
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_RETRY);
+        tokio::time::sleep(retry.pause()).await;
     }
 }
 
@@ -201,8 +202,7 @@ async fn reports(
     heard: &Mutex<Heard>,
     changed: &Notify,
 ) -> Result<std::convert::Infallible, ControlError> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(CONNECT_TIMEOUT);
-    let channel = endpoint.tcp_nodelay(true).connect().await?;
+    let channel = connect(address, &CONNECT).await?;
     let request = v1::ReportRequest { caller: Some(caller.clone()) };
     let mut client = ControlClient::new(channel.clone());
     let opened = tokio::time::timeout(CALL_TIMEOUT, client.report(request));

@@ -12,6 +12,7 @@ use expertmesh_decide::autoscale::policy::{Goals, Policy};
 use expertmesh_decide::autoscale::schedule::Schedule;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
+use expertmesh_proto::duration::parse;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::api::{self, ModelDeployment, PodFields};
@@ -113,8 +114,7 @@ impl ValidatedDeployment {
 }
 
 fn duration(field: &str, text: &str) -> Result<Duration, ValidationError> {
-    let parsed = text.parse::<kube::core::Duration>();
-    parsed.map(Duration::from).map_err(|error| ValidationError::Rule(format!("{field} ({text}): {error}")))
+    parse(text).map_err(|error| ValidationError::Rule(format!("{field} ({text}): {error}")))
 }
 
 fn policy(spec: &api::Autoscaling) -> Result<Policy, ValidationError> {

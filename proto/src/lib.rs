@@ -6,6 +6,9 @@ pub mod v1 {
     tonic::include_proto!("expertmesh.v1");
 }
 
+pub mod backoff;
+pub mod channel;
+pub mod duration;
 pub mod expert;
 mod invalid;
 pub mod latency;

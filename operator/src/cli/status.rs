@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use expertmesh_decide::autoscale::verdict::seconds;
+use expertmesh_proto::duration::short;
 use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
@@ -90,7 +90,7 @@ fn decisions(decisions: &[ScaleDecision], now: Timestamp) -> Vec<String> {
         return vec!["  no decision was made yet".into()];
     }
     let row = |decision: &ScaleDecision| {
-        let ago = now.duration_since(decision.time.0).try_into().map(seconds).unwrap_or_default();
+        let ago = now.duration_since(decision.time.0).try_into().map(short).unwrap_or_default();
         let size = format!("{} → {}", decision.from, decision.to);
         format!("  {:<11}{size:<9}{:<10}{}", format!("{ago} ago"), decision.reason, decision.message)
     };

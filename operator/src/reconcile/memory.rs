@@ -4,31 +4,43 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use expertmesh_proto::backoff::Backoff;
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::Key;
 use crate::fleet::kubernetes::KubernetesFleet;
 
-const FIRST_RETRY: Duration = Duration::from_millis(500);
-const LAST_RETRY: Duration = Duration::from_secs(60);
-const FIRST_PAUSE: Duration = Duration::from_secs(2);
-const LAST_PAUSE: Duration = Duration::from_secs(16);
+/// Before a reconcile that failed is tried again.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(60));
+/// Before the next look while something is under way.
+const LOOK: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(16));
 
 pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
 
 #[derive(Default)]
 pub(crate) struct Memory(Mutex<HashMap<Key, Remembered>>);
 
-#[derive(Default)]
 struct Remembered {
     /// Of the object: another one of the same name is remembered afresh.
     uid: String,
     /// By revision.
     fleets: HashMap<String, SharedFleet>,
     promoted: Option<Instant>,
-    failures: u32,
-    /// Looks in a row that found something under way and nothing new.
-    fruitless: u32,
+    retry: Backoff,
+    /// Grows with the looks in a row that found something under way and nothing new.
+    look: Backoff,
+}
+
+impl Remembered {
+    fn new(uid: &str) -> Self {
+        Self { uid: uid.into(), fleets: HashMap::new(), promoted: None, retry: RETRY, look: LOOK }
+    }
+}
+
+impl Default for Remembered {
+    fn default() -> Self {
+        Self::new("")
+    }
 }
 
 impl Memory {
@@ -43,7 +55,7 @@ impl Memory {
         let mut all = self.lock();
         let remembered = all.entry(key.clone()).or_default();
         if remembered.uid != uid {
-            *remembered = Remembered { uid: uid.into(), ..Remembered::default() };
+            *remembered = Remembered::new(uid);
         }
         let fleet =
             remembered.fleets.entry(revision.into()).or_insert_with(|| Arc::new(AsyncMutex::new(new())));
@@ -67,24 +79,23 @@ impl Memory {
 
     /// Remembers the deployment, whatever was forgotten meanwhile: what is shown of it is then forgotten with it.
     pub(crate) fn succeeded(&self, key: &Key) {
-        self.lock().entry(key.clone()).or_default().failures = 0;
+        self.lock().entry(key.clone()).or_default().retry.reset();
     }
 
     /// How long to wait before the next attempt: twice as long after every failure.
     pub(crate) fn failed(&self, key: &Key) -> Duration {
-        let mut all = self.lock();
-        let failures = &mut all.entry(key.clone()).or_default().failures;
-        *failures = failures.saturating_add(1);
-        FIRST_RETRY.saturating_mul(1 << (*failures - 1).min(10)).min(LAST_RETRY)
+        self.lock().entry(key.clone()).or_default().retry.pause()
     }
 
     /// How long to wait before the next look while something is under way: twice as long after every one that found
     /// nothing new.
     pub(crate) fn pause(&self, key: &Key, changed: bool) -> Duration {
         let mut all = self.lock();
-        let fruitless = &mut all.entry(key.clone()).or_default().fruitless;
-        *fruitless = if changed { 0 } else { fruitless.saturating_add(1) };
-        FIRST_PAUSE.saturating_mul(1 << (*fruitless).min(10)).min(LAST_PAUSE)
+        let look = &mut all.entry(key.clone()).or_default().look;
+        if changed {
+            look.reset();
+        }
+        look.pause()
     }
 
     pub(crate) fn forget(&self, key: &Key) {
@@ -111,7 +122,7 @@ mod tests {
         assert_eq!(&waits[..4], [500, 1000, 2000, 4000]);
         assert!(waits.iter().all(|&wait| wait <= 60_000) && waits[11] == 60_000);
         memory.succeeded(&key);
-        assert_eq!(memory.failed(&key), FIRST_RETRY);
+        assert_eq!(memory.failed(&key).as_millis(), 500);
     }
 
     #[test]

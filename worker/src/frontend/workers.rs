@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_proto::backoff::Backoff;
+use expertmesh_proto::channel::{Connect, Keepalive, connect};
 use expertmesh_proto::expert::checksum;
 use expertmesh_proto::placement::{PlacedWorker, Placement};
 use expertmesh_proto::v1;
@@ -18,7 +20,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tonic::Streaming;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::hold::{Held, Hold};
 use super::route::{self, Avoided, Known, Load, Readiness};
@@ -26,12 +28,12 @@ use crate::identity::{fingerprint_message, fingerprint_of};
 use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+const CONNECT: Connect = Connect { timeout: Duration::from_secs(1), keepalive: Some(KEEPALIVE), bulk: false };
 /// A worker reports every second.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(3);
-const KEEPALIVE: Duration = Duration::from_secs(2);
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(1);
+const KEEPALIVE: Keepalive = Keepalive { interval: Duration::from_secs(2), timeout: REPORT_TIMEOUT };
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const BACKOFF: Backoff = Backoff::new(FIRST_PAUSE, Duration::from_secs(1));
 /// No longer than that while a sequence waits.
 const HASTE: Duration = Duration::from_millis(100);
 /// A worker's next address is tried so long after the one before: that of a pod which is gone may not answer at all.
@@ -243,26 +245,25 @@ impl Workers {
             let Some(reports) = tries.collect::<FuturesUnordered<_>>().next().await else { return };
             let problem = self.read(slot, reports).await;
             self.lost(slot, &problem);
-            self.pause(FIRST_BACKOFF).await;
+            self.pause(FIRST_PAUSE).await;
         }
     }
 
     /// Asks one address for reports until that slot's worker answers.
     async fn reach(&self, slot: u32, address: &str, after: Duration) -> Reports {
         sleep(after).await;
-        let mut backoff = FIRST_BACKOFF;
+        let mut backoff = BACKOFF;
         loop {
             match self.greet(slot, address).await {
                 Ok(reports) => return reports,
                 Err(problem) => tracing::debug!(slot, address, problem, "worker not reached"),
             }
-            self.pause(backoff).await;
-            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+            self.pause(backoff.pause()).await;
         }
     }
 
     async fn greet(&self, slot: u32, address: &str) -> Result<Reports, String> {
-        let channel = connect(address).await?;
+        let channel = connect(address, &CONNECT).await.map_err(|error| error.to_string())?;
         let request = v1::ReportRequest { caller: Some(self.caller(0)) };
         let mut control = ControlClient::new(channel.clone());
         let greeting = async {
@@ -294,7 +295,7 @@ impl Workers {
     }
 
     /// Before a worker is tried again.
-    async fn pause(&self, backoff: Duration) {
+    async fn pause(&self, pause: Duration) {
         // A thousand workers are not all looked for ten times a second.
         let haste = HASTE.max(Duration::from_millis(self.view().workers.len() as u64));
         let hurried = async {
@@ -302,7 +303,7 @@ impl Workers {
             sleep(haste).await;
         };
         tokio::select! {
-            () = sleep(backoff) => {}
+            () = sleep(pause) => {}
             () = hurried => {}
         }
     }
@@ -366,21 +367,6 @@ impl Workers {
 impl View {
     fn known(&self) -> BTreeMap<u32, Known> {
         self.workers.iter().map(|(&slot, entry)| (slot, entry.known())).collect()
-    }
-}
-
-async fn connect(address: &str) -> Result<Channel, String> {
-    let endpoint =
-        Endpoint::from_shared(format!("http://{address}")).map_err(|error| format!("{address}: {error}"))?;
-    let endpoint = endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(REPORT_TIMEOUT)
-        .keep_alive_while_idle(true);
-    // The endpoint's own limit does not cover finding the address.
-    match timeout(2 * CONNECT_TIMEOUT, endpoint.connect()).await {
-        Ok(connected) => connected.map_err(|error| format!("{address}: {error}")),
-        Err(_) => Err(format!("{address}: no connection in time")),
     }
 }
 

@@ -3,12 +3,13 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use expertmesh_proto::duration::short;
 use jiff::Timestamp;
 
 use super::limits::{Change, Select};
 use super::load::Load;
 use super::policy::{Goals, Policy, Size};
-use super::verdict::{Count, Reason, Verdict, seconds};
+use super::verdict::{Count, Reason, Verdict};
 use super::window::{HIGH, LOW, Summary, Window};
 use crate::clock::elapsed;
 
@@ -126,7 +127,7 @@ impl Scaler {
         if let Some(since) = self.window.idle_since().filter(|_| least == 0)
             && elapsed(since, now) >= policy.idle_after
         {
-            let message = format!("no request came for {}", seconds(elapsed(since, now)));
+            let message = format!("no request came for {}", short(elapsed(since, now)));
             return exactly(0, Reason::Idle, message);
         }
         let (wish, reason) = self.wish(policy, size);
@@ -218,7 +219,7 @@ impl Scaler {
             false => steady.max(rules.floor(n, changes, now)),
         };
         let limit = if steady == n {
-            format!("for less than {} so far", seconds(rules.stabilization))
+            format!("for less than {} so far", short(rules.stabilization))
         } else {
             format!("{allowed} for now by behavior")
         };
@@ -307,8 +308,8 @@ impl Scaler {
             Some(format!(
                 "a request alone takes {} {what}, and spec.autoscaling.{field} is {}: more workers do not help; raise it, \
                  or give each worker more resources",
-                seconds(Duration::from_secs_f64(time)),
-                seconds(goal)
+                short(Duration::from_secs_f64(time)),
+                short(goal)
             ))
         };
         missed(ttft, goals.ttft, "to its first token", "ttft")
@@ -319,14 +320,14 @@ impl Scaler {
     fn explained(&self, policy: &Policy, size: &Size, (wish, reason): (u32, Reason), limit: &str) -> String {
         let summary = self.window.summary();
         let ready = self.window.now().map_or(0, |load| load.ready);
-        let time = |time: Option<f64>| time.map_or("-".into(), |time| seconds(Duration::from_secs_f64(time)));
+        let time = |time: Option<f64>| time.map_or("-".into(), |time| short(Duration::from_secs_f64(time)));
         let mut text = format!(
             "load {:.2}: TTFT {} of {}, TPOT {} of {}, {:.0} in flight on {ready} of {} workers",
             summary.load,
             time(summary.ttft),
-            seconds(policy.goals.ttft),
+            short(policy.goals.ttft),
             time(summary.tpot),
-            seconds(policy.goals.tpot),
+            short(policy.goals.tpot),
             summary.in_flight,
             size.workers,
         );

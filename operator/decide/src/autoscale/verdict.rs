@@ -1,7 +1,5 @@
 //! What a look came to, and why.
 
-use std::time::Duration;
-
 /// Why a size is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
@@ -72,13 +70,4 @@ pub struct Verdict {
 pub struct Count {
     pub samples: u64,
     pub misses: u64,
-}
-
-/// "420ms", "1.2s", "90s".
-pub fn seconds(time: Duration) -> String {
-    match time.as_secs_f64() {
-        time if time < 0.9995 => format!("{:.0}ms", time * 1e3),
-        time if time < 9.95 => format!("{}s", (time * 10.0).round() / 10.0),
-        time => format!("{time:.0}s"),
-    }
 }
