@@ -1,12 +1,15 @@
-//! How a process computes: the options that `generate`, `verify` and `serve` share.
+//! How a process computes: the options that `generate`, `verify` and `serve` share, and the whole model in one process.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 
-use expertmesh_engine::{Isa, LoadOptions};
+use expertmesh_engine::{Backend, CpuBackend, Isa, LoadOptions};
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::numerics::Numerics;
 use expertmesh_model::threads::compute_threads;
+use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::process::Fatal;
 
@@ -21,7 +24,7 @@ pub(crate) struct ComputedAs {
     pub(crate) numerics: Numerics,
 }
 
-/// With what it is computed; changes no bit.
+/// What a worker computes with, which changes no bit.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub(crate) struct ComputedWith {
     /// A lower instruction set than the machine's best: portable, avx2, avx512 or amx
@@ -33,7 +36,7 @@ pub(crate) struct ComputedWith {
 }
 
 impl ComputedAs {
-    pub(crate) fn fingerprint(self, model: &std::path::Path) -> Result<ModelFingerprint, Fatal> {
+    pub(crate) fn fingerprint(self, model: &Path) -> Result<ModelFingerprint, Fatal> {
         Ok(expertmesh_engine::fingerprint(model, self.weights, self.numerics)?)
     }
 
@@ -45,4 +48,26 @@ impl ComputedAs {
             threads: with.threads.map_or_else(compute_threads, NonZeroUsize::get),
         }
     }
+}
+
+/// Loads a model with all its experts, with a progress bar where stderr is a terminal.
+pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
+    let bar = ProgressBar::new(0);
+    let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
+    bar.set_style(style.expect("the template is a constant"));
+    let backend = CpuBackend::load(model, options, |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    let (config, weights) = (backend.config(), backend.options().weights);
+    let experts = config.experts() as u32;
+    let all: Vec<_> =
+        config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    bar.set_length(
+        Layout::Cpu1.dense_bytes(config, weights)
+            + all.len() as u64 * Layout::Cpu1.expert_bytes(config, weights),
+    );
+    backend.load_experts(&all, |bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
+    Ok(backend)
 }

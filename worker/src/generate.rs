@@ -4,21 +4,20 @@ mod request;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use expertmesh_engine::{Backend, CpuBackend, LoadOptions, Logprobs};
+use expertmesh_engine::Logprobs;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
-use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::sampling::Sampling;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use self::request::{Generated, Request, output_failed};
-use crate::engine::{ComputedAs, ComputedWith};
+use crate::end::End;
+use crate::engine::{ComputedAs, ComputedWith, load};
 use crate::process::Fatal;
 use crate::stop::Checked;
-use crate::template::{ChatTemplate, Message};
+use crate::template::{ChatTemplate, Message, Role};
 use crate::text::Text;
 use crate::tokenizer::Tokenizer;
 
@@ -91,10 +90,10 @@ pub(crate) struct Args {
 #[derive(serde::Serialize)]
 struct Answer<'a> {
     prompt_tokens: &'a [u32],
-    /// The ending end-of-sequence token included.
+    /// What was generated, the end-of-sequence token that ends it included.
     tokens: &'a [u32],
     text: &'a str,
-    finish_reason: &'static str,
+    finish_reason: End,
     /// One for each token, where they were asked for.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     logprobs: Vec<TokenLogprobs<'a>>,
@@ -103,7 +102,7 @@ struct Answer<'a> {
 #[derive(serde::Serialize)]
 struct TokenLogprobs<'a> {
     logprob: f32,
-    /// Token ids and theirs, the most probable first.
+    /// Token ids with their log-probabilities, the most probable first.
     top: &'a [(u32, f32)],
 }
 
@@ -134,7 +133,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let rest = text.finish();
     print(&rest.text).map_err(output_failed)?;
     if rest.stopped {
-        generated.finish_reason = "stop";
+        generated.end = End::Stop;
     }
     if args.json {
         serde_json::to_writer(&mut out, &generated.answer(&prompt, &whole))
@@ -184,7 +183,7 @@ impl Generated {
             prompt_tokens: prompt,
             tokens: &self.tokens,
             text,
-            finish_reason: self.finish_reason,
+            finish_reason: self.end,
             logprobs: self.logprobs.iter().map(logprobs).collect(),
         }
     }
@@ -195,7 +194,7 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
     let invalid = |problem: String| Fatal::new("InvalidPrompt", format!("--prompt: {problem}"));
     let template = ChatTemplate::load(&args.model)?;
     let text = if args.chat {
-        let message = Message { role: "user".to_owned(), content: args.prompt.clone() };
+        let message = Message { role: Role::User, content: args.prompt.clone() };
         let rendered = template.render(&[message], true, &serde_json::Map::new());
         rendered.map_err(|error| Fatal::new(error.reason(), error.to_string()))?
     } else {
@@ -213,28 +212,6 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
         None if count >= most => Err(invalid(format!("{count} tokens leave no room in a context of {most}"))),
         None => Ok(tokens),
     }
-}
-
-/// The model with all its experts; a progress bar where stderr is a terminal.
-pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
-    let bar = ProgressBar::new(0);
-    let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
-    bar.set_style(style.expect("the template is a constant"));
-    let backend = CpuBackend::load(model, options, |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    })?;
-    let (config, weights) = (backend.config(), backend.options().weights);
-    let experts = config.experts() as u32;
-    let all: Vec<_> =
-        config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
-    bar.set_length(
-        Layout::Cpu1.dense_bytes(config, weights)
-            + all.len() as u64 * Layout::Cpu1.expert_bytes(config, weights),
-    );
-    backend.load_experts(&all, |bytes| bar.inc(bytes))?;
-    bar.finish_and_clear();
-    Ok(backend)
 }
 
 #[cfg(test)]

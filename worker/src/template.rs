@@ -19,20 +19,29 @@ use crate::process::Fatal;
 /// Tokens that a template may name, where tokenizer_config.json does.
 const TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-/// What else a template is always given.
+/// What every template is given beside [`TOKENS`].
 const GIVEN: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+
+/// Who says a message, as templates name them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Role {
+    System,
+    User,
+    Assistant,
+}
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Message {
-    pub(crate) role: String,
+    pub(crate) role: Role,
     pub(crate) content: String,
 }
 
 /// A model's chat template, compiled; a model may have none.
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
-    /// By [`TOKENS`]' names. One that the model lacks is undefined, which renders as nothing.
+    /// The model's tokens by their names in [`TOKENS`]. One that it lacks is undefined, which renders as nothing.
     tokens: BTreeMap<&'static str, String>,
     add_bos: bool,
 }
@@ -116,7 +125,7 @@ impl ChatTemplate {
     }
 }
 
-/// The local time.
+/// The local time, for templates that write the date.
 fn now() -> jiff::civil::DateTime {
     jiff::Zoned::now().datetime()
 }
@@ -131,7 +140,7 @@ struct TokenizerConfig {
 }
 
 impl TokenizerConfig {
-    /// Those of [`TOKENS`] that are there: a string, or an object with its content.
+    /// The tokens of [`TOKENS`] that are named, each by a string or by an object with its content.
     fn tokens(&self) -> BTreeMap<&'static str, String> {
         let text = |token: &serde_json::Value| {
             let content = token.get("content").unwrap_or(token);

@@ -17,8 +17,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
 use self::fast::fast_and_reference;
-use crate::engine::{ComputedAs, ComputedWith};
-use crate::generate::load;
+use crate::engine::{ComputedAs, ComputedWith, load};
 use crate::process::Fatal;
 
 const GOLDEN: &str = "golden.safetensors";

@@ -1,24 +1,13 @@
 //! One choice as it grows: tokens to text, stop strings, reasoning apart from content. No IO.
 
+use super::logprobs::Logged;
+use super::reasoning::{Reasoning, Split};
+use super::sequence::Generated;
+use super::update::Piece;
+use crate::end::End;
 use crate::stop::Checked;
 use crate::text::Text;
 use crate::tokenizer::Tokenizer;
-
-use super::logprobs::Logged;
-use super::reasoning::{Reasoning, Split};
-use super::resume::{End, Generated};
-
-/// What one more token adds to a choice.
-#[derive(Debug, Default, PartialEq)]
-pub(crate) struct Piece {
-    pub(crate) split: Split,
-    /// The tokens that came since the last piece.
-    pub(crate) tokens: Vec<u32>,
-    /// Theirs, where they were asked for.
-    pub(crate) logprobs: Vec<Logged>,
-    /// Set on the last piece.
-    pub(crate) end: Option<End>,
-}
 
 /// A choice in the making.
 pub(crate) struct Answer {
@@ -39,7 +28,7 @@ impl Answer {
         Self { tokenizer: tokenizer.clone(), text, reasoning }
     }
 
-    /// The piece has an end where a stop string was completed.
+    /// What a token adds; the piece has an end where the token completes a stop string.
     pub(crate) fn token(&mut self, Generated { id, ends, logprobs }: Generated) -> Piece {
         let offset = self.text.characters();
         let logged = logprobs.map(|logprobs| Logged::new(&self.tokenizer, id, &logprobs, offset));
@@ -50,7 +39,7 @@ impl Answer {
         piece
     }
 
-    /// The last piece, after the worker's last token.
+    /// The last piece, where the worker's last token did not complete a stop string.
     pub(crate) fn finish(&mut self, end: End) -> Piece {
         let rest = self.text.finish();
         let mut piece = self.piece(rest);
@@ -73,21 +62,16 @@ impl Answer {
 
     fn split_into(&mut self, text: &str, split: &mut Split) {
         match &mut self.reasoning {
-            Some(reasoning) => append(split, reasoning.push(text)),
+            Some(reasoning) => split.append(reasoning.push(text)),
             None => split.content.push_str(text),
         }
     }
 
     fn flush(&mut self, split: &mut Split) {
         if let Some(reasoning) = &mut self.reasoning {
-            append(split, reasoning.finish());
+            split.append(reasoning.finish());
         }
     }
-}
-
-fn append(split: &mut Split, more: Split) {
-    split.reasoning.push_str(&more.reasoning);
-    split.content.push_str(&more.content);
 }
 
 #[cfg(test)]
@@ -103,13 +87,13 @@ mod tests {
         for id in tokenizer.encode(text).unwrap() {
             tokens += 1;
             let piece = answer.token(Generated { id, ends: id == 1, logprobs: None });
-            append(&mut split, piece.split);
+            split.append(piece.split);
             if piece.end.is_some() {
                 return (split, piece.end, tokens);
             }
         }
         let piece = answer.finish(End::Length);
-        append(&mut split, piece.split);
+        split.append(piece.split);
         (split, piece.end, tokens)
     }
 

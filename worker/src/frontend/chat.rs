@@ -8,11 +8,12 @@ use super::model::Model;
 use super::openai::ApiError;
 use super::reasoning::Split;
 use super::valid::ValidRequest;
+use crate::metrics::labels::Endpoint;
 
 pub(crate) struct Chat;
 
 impl Format for Chat {
-    const ENDPOINT: &'static str = "chat_completions";
+    const ENDPOINT: Endpoint = Endpoint::ChatCompletions;
     const ID: &'static str = "chatcmpl";
     const OBJECT: &'static str = "chat.completion";
     const CHUNK: &'static str = "chat.completion.chunk";

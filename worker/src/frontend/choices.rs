@@ -9,23 +9,19 @@ use futures::stream::{BoxStream, SelectAll, StreamExt, select_all, unfold};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
-use super::answer::{Answer, Piece};
+use super::answer::Answer;
 use super::latencies::Clock;
 use super::openai::ApiError;
-use super::resume::{Sequence, SequenceError, Step};
+use super::resume::Sequence;
+use super::sequence::Step;
 use super::server::Server;
+use super::setback::SequenceError;
+use super::update::Update;
 use super::valid::{ValidChoice, ValidRequest};
 use crate::traces::Parent;
 
 /// Tokens of a choice that may wait for its client; then its sequence pauses.
 const AHEAD: usize = 64;
-
-/// A piece, and the choice that it belongs to.
-#[derive(Debug, PartialEq)]
-pub(crate) struct Update {
-    pub(crate) choice: usize,
-    pub(crate) piece: Piece,
-}
 
 /// Pieces of all choices as they come. Dropping it cancels every sequence.
 pub(crate) type Updates = SelectAll<BoxStream<'static, Result<Update, ApiError>>>;
@@ -34,7 +30,7 @@ type Arrived = Result<Step, SequenceError>;
 
 struct Choice {
     index: usize,
-    /// Gone once it ended: a worker need not go on after a stop string.
+    /// Dropped once the choice ended: a worker need not go on after a stop string.
     steps: Option<mpsc::Receiver<Arrived>>,
     answer: Answer,
 }
@@ -45,20 +41,19 @@ pub(crate) struct Start {
     pub(crate) parent: Parent,
 }
 
-/// Starts them, each in a task that reads on while its client does not.
+/// Starts every choice of a request, each in a task that reads on while its client does not.
 pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, begun: &Start) -> Updates {
     let choice = |(index, choice): (usize, ValidChoice)| {
         let ValidChoice { sequence, stops, reasoning } = choice;
         let answer = Answer::new(&server.model.tokenizer, stops, sequence.min_tokens, reasoning);
-        let sequence =
-            Sequence::new(sequence, server.workers.clone(), server.metrics.clone(), server.patience)
-                .traced(begun.parent.clone());
+        let (workers, metrics) = (server.workers.clone(), server.metrics.clone());
+        let sequence = Sequence::new(sequence, workers, metrics, server.patience, begun.parent.clone());
         let clock = server.latencies.accept(begun.arrived, server.metrics.clone());
         let (steps, arriving) = mpsc::channel(AHEAD);
         tokio::spawn(read(sequence, clock, steps));
         Choice { index, steps: Some(arriving), answer }
     };
-    let choices = request.choices(&server.model, id).into_iter().enumerate().map(choice);
+    let choices = request.choices(id).into_iter().enumerate().map(choice);
     select_all(choices.map(|choice| unfold(choice, Choice::advance).boxed()))
 }
 
@@ -76,7 +71,7 @@ async fn read(mut sequence: Sequence, mut clock: Clock, steps: mpsc::Sender<Arri
                 place
             }
         };
-        let (step, waited_for) = tokio::select! {
+        let Next { step, waited_for } = tokio::select! {
             next = next(&mut sequence) => next,
             () = steps.closed() => return,
         };
@@ -92,12 +87,17 @@ async fn read(mut sequence: Sequence, mut clock: Clock, steps: mpsc::Sender<Arri
     }
 }
 
-/// The next step, and whether it had not come before it was asked for.
-async fn next(sequence: &mut Sequence) -> (Arrived, bool) {
+/// A step, and whether it came only after it was asked for.
+struct Next {
+    step: Arrived,
+    waited_for: bool,
+}
+
+async fn next(sequence: &mut Sequence) -> Next {
     let mut next = pin!(sequence.next());
     match poll!(next.as_mut()) {
-        Poll::Ready(step) => (step, false),
-        Poll::Pending => (next.await, true),
+        Poll::Ready(step) => Next { step, waited_for: false },
+        Poll::Pending => Next { step: next.await, waited_for: true },
     }
 }
 

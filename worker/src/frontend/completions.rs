@@ -8,11 +8,12 @@ use super::model::Model;
 use super::openai::ApiError;
 use super::reasoning::Split;
 use super::valid::ValidRequest;
+use crate::metrics::labels::Endpoint;
 
 pub(crate) struct Completions;
 
 impl Format for Completions {
-    const ENDPOINT: &'static str = "completions";
+    const ENDPOINT: Endpoint = Endpoint::Completions;
     const ID: &'static str = "cmpl";
     const OBJECT: &'static str = "text_completion";
     const CHUNK: &'static str = "text_completion";

@@ -4,13 +4,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use expertmesh_proto::placement::Placement;
-use expertmesh_proto::v1::control_server::Control;
+use expertmesh_proto::v1::control_server::{Control, ControlServer};
 use expertmesh_proto::v1::report_response::State;
 use expertmesh_proto::{Invalid, v1};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, transport};
+use tonic_health::ServingStatus;
+use tonic_health::server::health_reporter;
 
 use super::server::Server;
 use crate::placement::CurrentPlacement;
@@ -110,6 +113,38 @@ fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::Re
         latencies: Some(server.latencies.report(Instant::now())),
         eligible_workers: server.workers.eligible() as u32,
         ..v1::ReportResponse::default()
+    }
+}
+
+/// Serves `Control` and gRPC health, which is readiness, until the listener fails.
+pub(crate) async fn serve(listener: TcpListener, control: ControlService) {
+    let (reporter, health) = health_reporter();
+    let (server, mut changes, mut leaving) =
+        (control.server.clone(), control.server.workers.changes(), control.server.leaving());
+    let follow = async move {
+        loop {
+            let status = match server.readiness() {
+                Ok(()) => ServingStatus::Serving,
+                Err(_) => ServingStatus::NotServing,
+            };
+            reporter.set_service_status("", status).await;
+            tokio::select! {
+                _ = changes.changed() => {}
+                _ = leaving.changed() => {}
+            }
+        }
+    };
+    let serving = transport::Server::builder()
+        .add_service(health)
+        .add_service(ControlServer::new(control))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::select! {
+        () = follow => {}
+        served = serving => {
+            if let Err(error) = served {
+                tracing::error!(%error, "the control port failed");
+            }
+        }
     }
 }
 

@@ -2,14 +2,17 @@
 
 use serde_json::{Map, Value, json};
 
-use super::choices::Update;
 use super::logprobs::Logged;
-use super::openai::Usage;
+use super::model::Model;
+use super::openai::{ApiError, Usage};
 use super::reasoning::Split;
-use super::resume::End;
-use super::valid::{Reply, ValidRequest};
+use super::update::{Piece, Update};
+use super::valid::ValidRequest;
+use super::valid::body::Reply;
+use crate::end::End;
+use crate::metrics::labels::Endpoint;
 
-/// What every object of one answer says.
+/// What every object of one answer begins with.
 pub(crate) struct Header {
     pub(crate) id: String,
     pub(crate) created: u64,
@@ -27,25 +30,27 @@ pub(crate) struct Whole {
 }
 
 impl Whole {
-    pub(crate) fn add(&mut self, update: Update) {
-        self.split.reasoning.push_str(&update.piece.split.reasoning);
-        self.split.content.push_str(&update.piece.split.content);
-        self.tokens.extend(update.piece.tokens);
-        self.logprobs.extend(update.piece.logprobs);
-        self.end = update.piece.end.or(self.end);
+    pub(crate) fn add(&mut self, piece: Piece) {
+        self.split.append(piece.split);
+        self.tokens.extend(piece.tokens);
+        self.logprobs.extend(piece.logprobs);
+        self.end = piece.end.or(self.end);
     }
 }
 
 /// The shapes of one endpoint.
 pub(crate) trait Format: Send + Sync + 'static {
-    /// A metric's label.
-    const ENDPOINT: &'static str;
-    /// What ids begin with.
+    const ENDPOINT: Endpoint;
+    /// What the ids of its answers begin with.
     const ID: &'static str;
+    /// The `object` of a whole answer.
     const OBJECT: &'static str;
+    /// The `object` of a chunk of a stream.
     const CHUNK: &'static str;
+    /// Whether a choice carries its prompt's token ids, or the whole answer does.
+    const PROMPT_IDS_IN_CHOICE: bool;
 
-    fn validate(model: &super::model::Model, body: &[u8]) -> Result<ValidRequest, super::openai::ApiError>;
+    fn validate(model: &Model, body: &[u8]) -> Result<ValidRequest, ApiError>;
 
     /// The entry of `choices` of a whole answer, without index, logprobs, finish_reason and token_ids.
     fn choice(whole: &Whole) -> Map<String, Value>;
@@ -58,9 +63,6 @@ pub(crate) trait Format: Send + Sync + 'static {
 
     /// The value of `logprobs` in an entry of `choices`.
     fn logprobs(logged: &[Logged]) -> Value;
-
-    /// Whether a choice carries its prompt's token ids, or the whole answer does.
-    const PROMPT_IDS_IN_CHOICE: bool;
 }
 
 /// Makes the JSON of one request's answer.
@@ -89,13 +91,13 @@ impl Writer {
         Value::Object(object)
     }
 
-    /// What opens a choice in a stream.
+    /// The chunk that opens a choice in a stream, where the endpoint has one.
     pub(crate) fn opening<F: Format>(&self, index: usize) -> Option<Value> {
         let choice = self.numbered(F::opening()?, index, None);
         Some(self.chunk::<F>(choice, index, true))
     }
 
-    /// What a piece adds, if it is worth a chunk. `first`: nothing was sent of this choice.
+    /// The chunk of a piece, if it is worth one. `first`: nothing was sent of this choice.
     pub(crate) fn piece<F: Format>(&self, update: &Update, first: bool) -> Option<Value> {
         let Update { choice: index, piece } = update;
         let tokens = self.reply.return_token_ids && !piece.tokens.is_empty();
@@ -135,7 +137,7 @@ impl Writer {
         }
     }
 
-    /// Null where no token came or nobody asked.
+    /// Sets `logprobs`, which stays null where no token came or nobody asked.
     fn logprobs<F: Format>(&self, choice: &mut Map<String, Value>, logged: &[Logged]) {
         if !logged.is_empty() {
             choice.insert("logprobs".into(), F::logprobs(logged));
@@ -147,13 +149,9 @@ impl Writer {
     }
 
     fn numbered(&self, mut choice: Map<String, Value>, index: usize, end: Option<End>) -> Map<String, Value> {
-        let reason = end.map(|end| match end {
-            End::Stop => "stop",
-            End::Length => "length",
-        });
         choice.insert("index".into(), json!(index));
         choice.insert("logprobs".into(), Value::Null);
-        choice.insert("finish_reason".into(), json!(reason));
+        choice.insert("finish_reason".into(), json!(end));
         choice
     }
 

@@ -16,10 +16,15 @@ mod openai;
 mod reasoning;
 mod resume;
 mod route;
+mod routes;
 #[cfg(test)]
 mod scripted;
+mod sequence;
 mod server;
+mod setback;
 mod sse;
+mod tracked;
+mod update;
 mod valid;
 mod workers;
 
@@ -31,11 +36,9 @@ use std::time::Duration;
 
 use expertmesh_metrics::Registry;
 use expertmesh_proto::v1;
-use expertmesh_proto::v1::control_server::ControlServer;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-use tokio_stream::wrappers::TcpListenerStream;
 
 use self::control::ControlService;
 use self::model::Model;
@@ -152,7 +155,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
         ControlService { server: server.clone(), placement: placement.clone(), me, grace: args.drain_grace };
     let mut aside = JoinSet::new();
     aside.spawn(workers.follow(placement));
-    aside.spawn(serve_control(grpc, control));
+    aside.spawn(control::serve(grpc, control));
     aside.spawn(serve_probes(probes, registry, server.clone()));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
     serve_http(http, server, &args).await;
@@ -163,7 +166,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
 async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) {
     let (grace, leaving, mut in_flight) = (args.drain_grace, server.clone(), server.in_flight());
     let (closing, closed) = tokio::sync::oneshot::channel();
-    let serving = connections::serve(listener, server::router(server), async move {
+    let serving = connections::serve(listener, routes::router(server), async move {
         process::asked_to_stop().await;
         tracing::info!("leaving");
         leaving.leave();
@@ -194,37 +197,6 @@ async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Ser
     let router = crate::probes::router(registry, Arc::new(move || server.readiness()));
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "the metrics port failed");
-    }
-}
-
-async fn serve_control(listener: TcpListener, control: ControlService) {
-    let (reporter, health) = tonic_health::server::health_reporter();
-    let (server, mut changes, mut leaving) =
-        (control.server.clone(), control.server.workers.changes(), control.server.leaving());
-    let follow = async move {
-        loop {
-            let status = match server.readiness() {
-                Ok(()) => tonic_health::ServingStatus::Serving,
-                Err(_) => tonic_health::ServingStatus::NotServing,
-            };
-            reporter.set_service_status("", status).await;
-            tokio::select! {
-                _ = changes.changed() => {}
-                _ = leaving.changed() => {}
-            }
-        }
-    };
-    let serving = tonic::transport::Server::builder()
-        .add_service(health)
-        .add_service(ControlServer::new(control))
-        .serve_with_incoming(TcpListenerStream::new(listener));
-    tokio::select! {
-        () = follow => {}
-        served = serving => {
-            if let Err(error) = served {
-                tracing::error!(%error, "the control port failed");
-            }
-        }
     }
 }
 

@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::resume::SequenceError;
+use super::setback::SequenceError;
 use super::workers::NoWorker;
 
 /// Larger bodies are refused. A long prompt is a few hundred kilobytes.
@@ -51,7 +51,7 @@ impl ApiError {
         Self::Invalid { param: Some(param.into()), problem: problem.into() }
     }
 
-    /// A metric's label.
+    /// The error's name in metrics and traces.
     pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Invalid { .. } => "InvalidRequest",
@@ -131,15 +131,11 @@ impl IntoResponse for ApiError {
         if matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
         }
-        response.extensions_mut().insert(Failure(self.reason()));
         response
     }
 }
 
-/// The reason of an [`ApiError`], left with its response for the metrics.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Failure(pub(crate) &'static str);
-
+/// The tokens of a request and of all its choices.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
     pub(crate) prompt_tokens: usize,

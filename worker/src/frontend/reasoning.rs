@@ -12,13 +12,21 @@ pub(crate) struct Split {
     pub(crate) content: String,
 }
 
+impl Split {
+    /// Adds what came after it.
+    pub(crate) fn append(&mut self, more: Self) {
+        self.reasoning.push_str(&more.reasoning);
+        self.content.push_str(&more.content);
+    }
+}
+
 /// Splits a text that arrives in pieces; any pieces give the same split. A tag counts only where it is
 /// expected: `<think>` at the very start, the first `</think>` after it. Newlines that lead the reasoning or
 /// the answer are dropped, as servers of R1 do.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Reasoning {
     state: State,
-    /// May be the beginning of a tag, or whitespace before one.
+    /// Text that may be the beginning of a tag, or whitespace before one.
     held: String,
 }
 

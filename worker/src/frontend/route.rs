@@ -6,13 +6,15 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Load {
     pub(crate) readiness: Readiness,
-    /// Sequences in the batch, and queued.
+    /// Sequences in its batch.
     pub(crate) running: u32,
+    /// Sequences that wait for a place in its batch.
     pub(crate) waiting: u32,
-    /// Which process of that name it is.
+    /// Which process of the worker's name it is.
     pub(crate) incarnation: u64,
 }
 
+/// What a worker says of itself, and whether that may be believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Readiness {
     Loading,
@@ -29,30 +31,57 @@ pub(crate) struct Known {
     pub(crate) draining: bool,
     /// Absent where the worker cannot be reached.
     pub(crate) load: Option<Load>,
-    /// Our sequences there.
+    /// Sequences of this frontend that run there.
     pub(crate) in_flight: u32,
-    /// Those of them that its last report cannot count yet.
+    /// Sequences that this frontend sent there and that its last report cannot count yet.
     pub(crate) since_report: u32,
 }
 
 impl Known {
-    /// Why it gets no sequence, or `Ok`.
-    pub(crate) fn eligible(&self) -> Result<Load, &'static str> {
+    /// The load of a worker that may get a sequence, or why it gets none.
+    pub(crate) fn eligible(&self) -> Result<Load, Ineligible> {
         match self.load {
-            None => Err("unreachable"),
-            Some(_) if self.draining => Err("draining"),
+            None => Err(Ineligible::Unreachable),
+            Some(_) if self.draining => Err(Ineligible::Draining),
             Some(load) => match load.readiness {
                 Readiness::Ready => Ok(load),
-                Readiness::Loading => Err("loading"),
-                Readiness::Draining => Err("draining"),
-                Readiness::OtherModel => Err("of another model"),
+                Readiness::Loading => Err(Ineligible::Loading),
+                Readiness::Draining => Err(Ineligible::Draining),
+                Readiness::OtherModel => Err(Ineligible::OtherModel),
             },
         }
     }
 }
 
-/// Processes that failed a sequence: slot and incarnation.
-pub(crate) type Avoided = BTreeSet<(u32, u64)>;
+/// Why a worker gets no sequence, in the order in which `/readyz` tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Ineligible {
+    Draining,
+    Loading,
+    OtherModel,
+    Unreachable,
+}
+
+impl Ineligible {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Draining => "draining",
+            Self::Loading => "loading",
+            Self::OtherModel => "of another model",
+            Self::Unreachable => "unreachable",
+        }
+    }
+}
+
+/// One process of a worker: a slot may have several, one after another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Process {
+    pub(crate) slot: u32,
+    pub(crate) incarnation: u64,
+}
+
+/// Processes that failed a sequence.
+pub(crate) type Avoided = BTreeSet<Process>;
 
 /// The slot with the least load; ties by fewest of ours in flight, then by the lowest slot. One that is to be
 /// avoided is taken only where there is no other.
@@ -60,7 +89,12 @@ pub(crate) fn choose(workers: &BTreeMap<u32, Known>, avoided: &Avoided) -> Optio
     let candidates = workers.iter().filter_map(|(&slot, known)| {
         let load = known.eligible().ok()?;
         let queue = u64::from(load.running) + u64::from(load.waiting) + u64::from(known.since_report);
-        Some((avoided.contains(&(slot, load.incarnation)), queue, known.in_flight, slot))
+        Some((
+            avoided.contains(&Process { slot, incarnation: load.incarnation }),
+            queue,
+            known.in_flight,
+            slot,
+        ))
     });
     candidates.min().map(|(.., slot)| slot)
 }
@@ -70,14 +104,14 @@ pub(crate) fn why_none(workers: &BTreeMap<u32, Known>) -> String {
     if workers.is_empty() {
         return "the placement has no workers".to_string();
     }
-    let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut reasons: BTreeMap<Ineligible, Vec<String>> = BTreeMap::new();
     for (slot, known) in workers {
         if let Err(reason) = known.eligible() {
             reasons.entry(reason).or_default().push(slot.to_string());
         }
     }
     let lines: Vec<String> =
-        reasons.iter().map(|(reason, slots)| format!("{} {reason}", slots.join(", "))).collect();
+        reasons.iter().map(|(reason, slots)| format!("{} {}", slots.join(", "), reason.name())).collect();
     format!("no worker can take a sequence: {}", lines.join("; "))
 }
 
@@ -90,7 +124,9 @@ mod tests {
         Known { load: Some(load), ..Known::default() }
     }
 
-    fn pick(workers: &[Known], avoided: &[(u32, u64)]) -> Option<u32> {
+    const SEVENTH: Process = Process { slot: 0, incarnation: 7 };
+
+    fn pick(workers: &[Known], avoided: &[Process]) -> Option<u32> {
         choose(&(0..).zip(workers.iter().copied()).collect(), &avoided.iter().copied().collect())
     }
 
@@ -128,8 +164,8 @@ mod tests {
 
     #[test]
     fn a_process_that_failed_the_sequence_comes_last_but_its_successor_does_not() {
-        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[(0, 7)]), Some(1));
-        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[(0, 6)]), Some(0));
-        assert_eq!(pick(&[ready(0, 0)], &[(0, 7)]), Some(0));
+        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[SEVENTH]), Some(1));
+        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[Process { incarnation: 6, ..SEVENTH }]), Some(0));
+        assert_eq!(pick(&[ready(0, 0)], &[SEVENTH]), Some(0));
     }
 }

@@ -4,15 +4,18 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, Stream, StreamExt};
 use serde_json::Value;
 
-use super::choices::{Update, Updates};
+use super::choices::Updates;
 use super::format::{Format, Writer};
 use super::openai::ApiError;
-use super::server::Tracked;
+use super::tracked::Tracked;
+use super::update::Update;
+use crate::metrics::labels::RequestFailure;
 
 /// Comments keep proxies from closing a connection on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -76,14 +79,15 @@ impl State {
 
     fn fail(&mut self, error: &ApiError) -> Vec<Event> {
         if let Some(tracked) = self.tracked.take() {
-            tracked.failed_midway(error.reason());
+            // The status was 200, but the answer is not complete.
+            tracked.failed(RequestFailure::Error(error.reason()), StatusCode::INTERNAL_SERVER_ERROR.as_u16());
         }
         vec![data(&error.body())]
     }
 
     fn complete<F: Format>(&mut self) -> Vec<Event> {
         if let Some(tracked) = self.tracked.take() {
-            tracked.answered("200");
+            tracked.answered(StatusCode::OK.as_u16());
         }
         let usage = self.writer.last::<F>(self.completion_tokens);
         usage.as_ref().map(data).into_iter().chain([Event::default().data("[DONE]")]).collect()

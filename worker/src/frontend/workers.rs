@@ -23,7 +23,7 @@ use tonic::Streaming;
 use tonic::transport::Channel;
 
 use super::hold::{Held, Hold};
-use super::route::{self, Avoided, Known, Load, Readiness};
+use super::route::{self, Avoided, Known, Load, Process, Readiness};
 use crate::identity::{fingerprint_message, fingerprint_of};
 use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
@@ -106,8 +106,7 @@ pub(crate) enum NoWorker {
 /// A worker that one sequence runs on.
 #[derive(Debug)]
 pub(crate) struct Lease {
-    pub(crate) slot: u32,
-    pub(crate) incarnation: u64,
+    pub(crate) process: Process,
     pub(crate) client: InferenceClient<Channel>,
     in_flight: Arc<AtomicU32>,
 }
@@ -209,7 +208,8 @@ impl Workers {
         let (load, client) = (entry.load?, entry.client.clone()?);
         entry.since_report += 1;
         entry.in_flight.fetch_add(1, Ordering::Relaxed);
-        Some(Lease { slot, incarnation: load.incarnation, client, in_flight: entry.in_flight.clone() })
+        let process = Process { slot, incarnation: load.incarnation };
+        Some(Lease { process, client, in_flight: entry.in_flight.clone() })
     }
 
     fn place(&self, placement: &Placement) {

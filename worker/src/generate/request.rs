@@ -8,6 +8,7 @@ use expertmesh_engine::{Backend, History, LocalExchange, Logprobs, Sampler, forw
 use expertmesh_model::sampling::Sampling;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
+use crate::end::End;
 use crate::process::Fatal;
 
 /// Rows of the prompt that are computed at a time.
@@ -17,17 +18,18 @@ const CHUNK: usize = 256;
 #[derive(Clone, Copy)]
 pub(super) struct Request<'a> {
     pub(super) prompt: &'a [u32],
-    /// Tokens to generate at most.
+    /// The most tokens to generate.
     pub(super) limit: usize,
     pub(super) sampling: &'a Sampling,
     /// Alternatives to log for each token; `None`: no log-probabilities at all.
     pub(super) logprobs: Option<usize>,
 }
 
+/// What a prompt was continued by, and how long that took.
 pub(super) struct Generated {
     pub(super) tokens: Vec<u32>,
     pub(super) logprobs: Vec<Logprobs>,
-    pub(super) finish_reason: &'static str,
+    pub(super) end: End,
     prefill: Duration,
     decode: Duration,
 }
@@ -52,7 +54,7 @@ impl Request<'_> {
         let prefilled = Instant::now();
         let (mut sampler, mut history) =
             (Sampler::default(), History::new(self.sampling, self.prompt, self.prompt.len()));
-        let (mut tokens, mut logged, mut finish_reason) = (Vec::new(), Vec::new(), "length");
+        let (mut tokens, mut logged, mut end) = (Vec::new(), Vec::new(), End::Length);
         while tokens.len() < self.limit {
             let (position, token) = (history.len(), sampler.choose(&logits, self.sampling, &history));
             let ends = self.sampling.ends(token, history.generated());
@@ -60,7 +62,7 @@ impl Request<'_> {
             tokens.push(token);
             history.push(token);
             if emit(token, ends).map_err(output_failed)?.is_break() || ends {
-                finish_reason = "stop";
+                end = End::Stop;
                 break;
             }
             if tokens.len() < self.limit {
@@ -70,7 +72,7 @@ impl Request<'_> {
             }
         }
         let (prefill, decode) = (prefilled - start, prefilled.elapsed());
-        Ok(Generated { tokens, logprobs: logged, finish_reason, prefill, decode })
+        Ok(Generated { tokens, logprobs: logged, end, prefill, decode })
     }
 }
 
@@ -87,6 +89,11 @@ impl Generated {
     }
 }
 
+/// The failure of a write to stdout.
+pub(super) fn output_failed(error: io::Error) -> Fatal {
+    Fatal::new("OutputFailed", format!("stdout: {error}"))
+}
+
 fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f32>, Fatal> {
     let step = Step { spans: vec![span] };
     let logits = forward(backend, &step, kv, &mut LocalExchange, &mut |_| {});
@@ -94,17 +101,13 @@ fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f3
     Ok(backend.download(&logits))
 }
 
-pub(super) fn output_failed(error: io::Error) -> Fatal {
-    Fatal::new("OutputFailed", format!("stdout: {error}"))
-}
-
 #[cfg(test)]
 mod tests {
     use expertmesh_engine::{CpuBackend, LoadOptions};
     use expertmesh_model::sampling::SamplingParams;
 
-    use super::super::load;
     use super::*;
+    use crate::engine::load;
     use crate::tokenizer::tests::tiny_r1;
 
     #[derive(serde::Deserialize)]
@@ -141,7 +144,7 @@ mod tests {
             let generated = generate(&backend, request);
             assert_eq!(generated.tokens, answer);
             let ended = answer.ends_with(backend.config().eos_tokens());
-            assert_eq!(generated.finish_reason, if ended { "stop" } else { "length" });
+            assert_eq!(generated.end, if ended { End::Stop } else { End::Length });
             compared += 1;
         }
         assert!(compared > 20, "{compared} of {}", conversations.len());
@@ -154,7 +157,7 @@ mod tests {
         let sampling = sampling(SamplingParams { seed: 3, ..Default::default() });
         let request = Request { prompt: &prompt, limit: 24, sampling: &sampling, logprobs: None };
         let generated = generate(&backend, request);
-        assert_eq!((generated.tokens.len(), generated.finish_reason), (24, "length"));
+        assert_eq!((generated.tokens.len(), generated.end), (24, End::Length));
         assert!(generated.logprobs.is_empty());
         // A sequence that goes on elsewhere, from any of its tokens, goes on the same.
         let (before, after) = generated.tokens.split_at(10);
@@ -180,6 +183,6 @@ mod tests {
         assert!(other.tokens.iter().take(8).all(|token| !generated.tokens[..3].contains(token)));
         // Whoever reads may end it too.
         let left = request.generate(&backend, |_, _| Ok(ControlFlow::Break(()))).unwrap();
-        assert_eq!((left.tokens.len(), left.finish_reason), (1, "stop"));
+        assert_eq!((left.tokens.len(), left.end), (1, End::Stop));
     }
 }

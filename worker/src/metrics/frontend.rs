@@ -6,6 +6,7 @@ use expertmesh_metrics::Registry;
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
 use super::declare::{Declare, geometric};
+use super::labels::{Endpoint, RequestFailure, SetbackCause};
 
 /// vLLM's bounds of the time to the first token, in seconds, with more below 1 ms.
 const FIRST_TOKEN: [f64; 25] = [
@@ -57,22 +58,22 @@ impl FrontendMetrics {
         self.sequences.generated_tokens.inc();
     }
 
-    /// Both labels come from the source, not from the request.
-    pub(crate) fn answered(&self, endpoint: &'static str, code: &str, took: Duration) {
-        self.requests.answered.with_label_values(&[endpoint, code]).inc();
-        self.requests.seconds.with_label_values(&[endpoint]).observe(took.as_secs_f64());
+    /// Counts an answer with the HTTP status `code`.
+    pub(crate) fn answered(&self, endpoint: Endpoint, code: u16, took: Duration) {
+        self.requests.answered.with_label_values(&[endpoint.name(), &code.to_string()]).inc();
+        self.requests.seconds.with_label_values(&[endpoint.name()]).observe(took.as_secs_f64());
     }
 
     pub(crate) fn in_flight(&self) -> Counted {
         Counted::new(&self.requests.in_flight)
     }
 
-    pub(crate) fn resumed(&self, reason: &'static str) {
-        self.sequences.resumes.with_label_values(&[reason]).inc();
+    pub(crate) fn resumed(&self, cause: SetbackCause) {
+        self.sequences.resumes.with_label_values(&[cause.name()]).inc();
     }
 
-    pub(crate) fn failed(&self, reason: &'static str) {
-        self.requests.errors.with_label_values(&[reason]).inc();
+    pub(crate) fn failed(&self, failure: RequestFailure) {
+        self.requests.errors.with_label_values(&[failure.name()]).inc();
     }
 
     pub(crate) fn queued(&self) -> Counted {

@@ -1,4 +1,4 @@
-//! What a worker's metrics tell apart: each label's values, said once.
+//! What metrics tell apart: each label's values, said once.
 
 /// How a sequence ended on this worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +109,73 @@ impl Reroute {
             Self::Peer(failure) => failure.name(),
             Self::NotResident => "not_resident",
             Self::LoadFailed => "load_failed",
+        }
+    }
+}
+
+/// Which of a frontend's routes a request came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Endpoint {
+    ChatCompletions,
+    Completions,
+    Models,
+    Other,
+}
+
+impl Endpoint {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "chat_completions",
+            Self::Completions => "completions",
+            Self::Models => "models",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// Why a request to a frontend failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RequestFailure {
+    /// The client was told an error of this name.
+    Error(&'static str),
+    /// The client was gone before its answer was complete.
+    ClientLeft,
+}
+
+impl RequestFailure {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Error(reason) => reason,
+            Self::ClientLeft => "ClientLeft",
+        }
+    }
+}
+
+/// Why a worker stopped running a frontend's sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SetbackCause {
+    /// It leaves, and handed the sequence back.
+    Moved,
+    /// Its queue is full.
+    Exhausted,
+    /// It computes another model.
+    OtherModel,
+    Unavailable,
+    /// It brought no token for too long.
+    Stalled,
+    /// It said what no worker may say.
+    Protocol,
+}
+
+impl SetbackCause {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Moved => "Moved",
+            Self::Exhausted => "Exhausted",
+            Self::OtherModel => "OtherModel",
+            Self::Unavailable => "Unavailable",
+            Self::Stalled => "Stalled",
+            Self::Protocol => "Protocol",
         }
     }
 }

@@ -7,10 +7,10 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 
 use super::{json, python};
 
-/// What the compiled template is called.
+/// What the one template of an environment is called.
 pub(super) const NAME: &str = "chat_template";
 
-/// With the template [`NAME`], where there is a source; `now` is the clock of `strftime_now`.
+/// An environment with the template [`NAME`], where there is a source; `now` is the clock of `strftime_now`.
 pub(super) fn compile(source: Option<String>, now: fn() -> DateTime) -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);

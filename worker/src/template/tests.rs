@@ -3,7 +3,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokenizer::tests::tiny_r1;
 
 fn user(content: &str) -> Message {
-    Message { role: "user".into(), content: content.into() }
+    Message { role: Role::User, content: content.into() }
 }
 
 fn template(source: &str) -> ChatTemplate {
@@ -33,7 +33,7 @@ fn tiny_r1s_prompts_are_tokenized_as_transformers_did() {
 #[test]
 fn an_assistants_thoughts_are_left_out_of_the_next_prompt() {
     let chat = ChatTemplate::load(&tiny_r1()).unwrap();
-    let answer = Message { role: "assistant".into(), content: "<think>\nhm\n</think>\n\n8".into() };
+    let answer = Message { role: Role::Assistant, content: "<think>\nhm\n</think>\n\n8".into() };
     let text = chat.render(&[user("6 + 2?"), answer, user("And 1 more?")], true, &Map::new()).unwrap();
     let expected = "<｜begin▁of▁sentence｜><｜User｜>6 + 2?<｜Assistant｜>8<｜end▁of▁sentence｜><｜User｜>And 1 more?<｜Assistant｜><think>\n";
     assert_eq!(text, expected);
@@ -43,7 +43,7 @@ fn an_assistants_thoughts_are_left_out_of_the_next_prompt() {
 fn what_a_template_raises_is_told_apart_from_what_it_does_wrong() {
     let refusing =
         template("{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}");
-    let system = Message { role: "system".into(), content: String::new() };
+    let system = Message { role: Role::System, content: String::new() };
     let error = refusing.render(&[system], false, &Map::new()).unwrap_err();
     assert!(matches!(&error, TemplateError::Raised(message) if message == "users first"), "{error}");
     let failing = template("{{ messages.nothing() }}").render(&[user("x")], false, &Map::new()).unwrap_err();

@@ -4,7 +4,6 @@ use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
 use expertmesh_proto::v1::control_client::ControlClient;
 use futures::StreamExt;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -38,7 +37,7 @@ async fn post() -> Post {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let mut serving = JoinSet::new();
-    serving.spawn(crate::frontend::serve_control(listener, service));
+    serving.spawn(serve(listener, service));
     let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
     Post { stage, server, channel, _serving: serving }
 }

@@ -4,6 +4,8 @@ use expertmesh_proto::v1::report_response::State;
 
 use super::*;
 use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, fingerprint, stage, token_at};
+use crate::frontend::sequence::Generated;
+use crate::frontend::setback::MAX_FAILURES;
 
 impl Stage {
     fn sequence(&self, max_tokens: u32, patience: Patience) -> Sequence {
@@ -16,7 +18,7 @@ impl Stage {
             sampling: v1::Sampling { seed: 5, ..v1::Sampling::default() },
             logprobs: Some(0),
         };
-        Sequence::new(request, self.workers.clone(), self.metrics.clone(), patience)
+        Sequence::new(request, self.workers.clone(), self.metrics.clone(), patience, Parent::default())
     }
 
     async fn run(&self, max_tokens: u32) -> Result<(Vec<u32>, End), SequenceError> {
@@ -146,27 +148,4 @@ async fn dropping_a_sequence_frees_its_worker() {
     assert_eq!(stage.workers.in_flight(0), Some(1));
     drop(sequence);
     assert_eq!(stage.workers.in_flight(0), Some(0));
-}
-
-#[test]
-fn a_stop_token_that_comes_too_early_does_not_end_the_sequence() {
-    let sampling = v1::Sampling::default();
-    let request = SequenceRequest {
-        id: String::new(),
-        prompt: vec![7],
-        max_tokens: 4,
-        min_tokens: 2,
-        stop_tokens: vec![1],
-        sampling,
-        logprobs: None,
-    };
-    let mut progress = Progress::new(request);
-    let ends = [1, 1, 1].map(|id| {
-        let position = progress.tokens.len() as u32;
-        progress.accept(v1::Token { id, position, logprobs: None }).unwrap().ends
-    });
-    assert_eq!((ends, progress.ended), ([false, false, true], Some(End::Stop)));
-    assert!(progress.accept(v1::Token { id: 5, position: 4, logprobs: None }).is_err());
-    let rest = progress.rest(v1::Caller::default());
-    assert_eq!((rest.tokens, rest.max_tokens, rest.min_tokens), (vec![7, 1, 1, 1], 1, 0));
 }

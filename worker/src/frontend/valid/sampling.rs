@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use expertmesh_model::generation::SamplingOverrides;
+use expertmesh_model::sampling::MAX_TOP_LOGPROBS;
 use serde::Deserialize;
 use serde_json::Number;
 
@@ -13,7 +14,7 @@ const MAX_STOPS: usize = 16;
 const MAX_STOP_BYTES: usize = 1024;
 const MAX_STOP_TOKENS: usize = 64;
 
-/// OpenAI's fields, and those that vLLM added. `null` is the same as absent.
+/// OpenAI's fields of sampling, and those that vLLM added. `null` is the same as absent.
 #[derive(Debug, Deserialize)]
 pub(super) struct SamplingFields {
     temperature: Option<f32>,
@@ -72,7 +73,7 @@ impl SamplingFields {
         self.min_tokens.unwrap_or(0)
     }
 
-    /// Those of the request and, unless it ignores them, the model's, in order.
+    /// The stop tokens of the request and, unless it ignores them, the model's, ascending.
     pub(super) fn stop_tokens(&self, model: &Model) -> Result<Vec<u32>, ApiError> {
         let mut tokens = self.stop_token_ids.clone().unwrap_or_default();
         if tokens.len() > MAX_STOP_TOKENS || tokens.iter().any(|&token| token >= model.vocabulary) {
@@ -116,7 +117,18 @@ impl SamplingFields {
     }
 }
 
-/// Negative seeds are seeds too.
+/// A checked number of alternatives to log for each token, from `field`.
+pub(super) fn top_logprobs(field: &str, top: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match top {
+        Some(top) if top as usize > MAX_TOP_LOGPROBS => {
+            let problem = format!("{field}: {top} is out of range; expected: 0 to {MAX_TOP_LOGPROBS}");
+            Err(ApiError::invalid(field, problem))
+        }
+        top => Ok(top),
+    }
+}
+
+/// The bits of a seed; negative ones are seeds too.
 fn seed_of(seed: &Number) -> Option<u64> {
     seed.as_u64().or_else(|| seed.as_i64().map(|seed| seed as u64))
 }

@@ -1,4 +1,4 @@
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::tokenizer::tests::tiny_r1;
@@ -26,7 +26,7 @@ fn completion(more: Value) -> Result<ValidRequest, ApiError> {
 }
 
 fn only(request: ValidRequest) -> ValidChoice {
-    let mut choices = request.choices(&model(), "id");
+    let mut choices = request.choices("id");
     assert_eq!(choices.len(), 1);
     choices.remove(0)
 }
@@ -84,7 +84,7 @@ fn every_choice_has_its_own_seed_and_every_prompt_its_own_tokens() {
     assert_eq!(request.status(), 400, "a list holds one kind of prompt");
     let request =
         completion(json!({"prompt": [[5, 6, 7], [8]], "n": 2, "seed": 3, "temperature": 1})).unwrap();
-    let choices = request.choices(&model(), "cmpl-0");
+    let choices = request.choices("cmpl-0");
     let seen: Vec<_> = choices
         .iter()
         .map(|c| (c.sequence.id.as_str(), c.sequence.prompt.len(), c.sequence.sampling.seed))

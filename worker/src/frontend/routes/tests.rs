@@ -1,6 +1,6 @@
 //! Requests through all routes, over scripted workers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::{Body, to_bytes};
 use expertmesh_proto::latency::Histogram;
@@ -9,6 +9,8 @@ use serde_json::Value;
 use tower::ServiceExt;
 
 use super::*;
+use crate::frontend::model::Model;
+use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, stage, token_at};
 use crate::tokenizer::tests::tiny_r1;
 
@@ -255,11 +257,14 @@ async fn a_body_that_does_not_arrive_is_not_waited_for() {
 #[tokio::test]
 async fn bodies_are_read_in_bounded_memory() {
     let house = House::open(&[&[]], 8).await;
-    let whole = house.server.reading.clone().try_acquire_many_owned(BODY_LIMIT as u32).unwrap();
+    let whole = house.server.share(BODY_LIMIT).await.unwrap();
     assert!(timeout(Duration::from_millis(50), house.chat(json!({}))).await.is_err(), "it was read");
     drop(whole);
     assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
-    assert_eq!(house.server.reading.available_permits(), BODY_LIMIT);
+    assert!(
+        timeout(QUEUE_TIMEOUT, house.server.share(BODY_LIMIT)).await.is_ok(),
+        "a share was not given back"
+    );
 }
 
 #[tokio::test]
