@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};
 use expertmesh_proto::v1::report_response::State;
-use expertmesh_proto::{Invalid, v1};
+use expertmesh_proto::{Invalid, channel, v1};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Request, Response, Status, transport};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
 use tonic_health::ServingStatus;
 use tonic_health::server::health_reporter;
 
@@ -134,10 +135,8 @@ pub(crate) async fn serve(listener: TcpListener, control: ControlService) {
             }
         }
     };
-    let serving = transport::Server::builder()
-        .add_service(health)
-        .add_service(ControlServer::new(control))
-        .serve_with_incoming(TcpListenerStream::new(listener));
+    let services = Routes::new(health).add_service(ControlServer::new(control));
+    let serving = channel::serve(listener, services, std::future::pending());
     tokio::select! {
         () = follow => {}
         served = serving => {

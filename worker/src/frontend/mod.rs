@@ -35,7 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use expertmesh_metrics::Registry;
-use expertmesh_proto::v1;
+use expertmesh_proto::{duration, v1};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -90,33 +90,19 @@ pub(crate) struct Args {
     #[arg(long, env = "EXPERTMESH_MAX_REQUESTS", default_value_t = 1024)]
     max_requests: usize,
     /// How long a sequence waits for a worker that can take it
-    #[arg(long, env = "EXPERTMESH_QUEUE_TIMEOUT", value_parser = duration, default_value = "30s")]
+    #[arg(long, env = "EXPERTMESH_QUEUE_TIMEOUT", value_parser = duration::parse, default_value = "30s")]
     queue_timeout: Duration,
     /// How long a worker may bring no token before another one is tried
-    #[arg(long, env = "EXPERTMESH_STALL_TIMEOUT", value_parser = duration, default_value = "120s")]
+    #[arg(long, env = "EXPERTMESH_STALL_TIMEOUT", value_parser = duration::parse, default_value = "120s")]
     stall_timeout: Duration,
     #[command(flatten)]
     traces: traces::Args,
     /// How long requests are still taken after SIGTERM, for clients that do not know yet
-    #[arg(long, env = "EXPERTMESH_DRAIN_GRACE", value_parser = duration, default_value = "2s")]
+    #[arg(long, env = "EXPERTMESH_DRAIN_GRACE", value_parser = duration::parse, default_value = "2s")]
     drain_grace: Duration,
     /// How long after that running requests may take
-    #[arg(long, env = "EXPERTMESH_DRAIN_TIMEOUT", value_parser = duration, default_value = "30s")]
+    #[arg(long, env = "EXPERTMESH_DRAIN_TIMEOUT", value_parser = duration::parse, default_value = "30s")]
     drain_timeout: Duration,
-}
-
-/// Seconds, or `30s`, `5m`, `200ms`.
-fn duration(text: &str) -> Result<Duration, String> {
-    let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
-    let unit = match unit {
-        "ms" => 0.001,
-        "" | "s" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        _ => return Err(format!("{unit:?} is not a unit; expected: ms, s, m or h")),
-    };
-    let number: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
-    Duration::try_from_secs_f64(number * unit).map_err(|error| error.to_string())
 }
 
 /// Serves until SIGTERM, then until the last request is answered.
@@ -215,16 +201,4 @@ fn caller(args: &Args) -> v1::Caller {
 fn addresses(http: &TcpListener, grpc: &TcpListener, probes: &TcpListener) -> Addresses {
     let address = |listener: &TcpListener| listener.local_addr().ok();
     Addresses { http: address(http), grpc: address(grpc), metrics: address(probes) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn durations_are_read_with_and_without_units() {
-        let read = |text| duration(text).map(|duration| duration.as_millis());
-        assert_eq!(["30", "30s", "1.5m", "200ms"].map(read), [Ok(30_000), Ok(30_000), Ok(90_000), Ok(200)]);
-        assert!(read("soon").is_err() && read("3d").is_err() && read("-1s").is_err());
-    }
 }

@@ -1,0 +1,53 @@
+//! A stream of one worker's reports.
+
+use std::time::Duration;
+
+use expertmesh_proto::channel::{Connect, Keepalive, connect};
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
+use tokio::time::timeout;
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+const CONNECT: Connect = Connect { timeout: Duration::from_secs(1), keepalive: Some(KEEPALIVE), bulk: false };
+/// How long a worker may say nothing; it reports every second.
+const SILENCE: Duration = Duration::from_secs(3);
+const KEEPALIVE: Keepalive = Keepalive { interval: Duration::from_secs(2), timeout: SILENCE };
+
+/// The reports of the worker of one slot, the first one read.
+pub(super) struct Reports {
+    pub(super) channel: Channel,
+    pub(super) first: v1::ReportResponse,
+    rest: Streaming<v1::ReportResponse>,
+}
+
+impl Reports {
+    /// Asks whoever answers at `address`, which must be the worker of `slot`; fails with a line for the log.
+    pub(super) async fn open(caller: v1::Caller, slot: u32, address: &str) -> Result<Self, String> {
+        let channel = connect(address, &CONNECT).await.map_err(|error| error.to_string())?;
+        let request = v1::ReportRequest { caller: Some(caller) };
+        let mut control = ControlClient::new(channel.clone());
+        let greeting = async {
+            let mut rest = control.report(request).await?.into_inner();
+            Ok((rest.message().await?, rest))
+        };
+        match timeout(SILENCE, greeting).await {
+            Ok(Ok((Some(first), rest))) if first.slot == slot => Ok(Self { channel, first, rest }),
+            Ok(Ok((Some(first), _))) => Err(format!("slot {} answers there", first.slot)),
+            Ok(Ok((None, _))) => Err("it ended its reports".to_string()),
+            Ok(Err::<_, Status>(status)) => Err(status.message().to_string()),
+            Err(_) => Err("no answer to Report".to_string()),
+        }
+    }
+
+    /// The next report, or a line for the log that says why there is none.
+    pub(super) async fn next(&mut self) -> Result<v1::ReportResponse, String> {
+        match timeout(SILENCE, self.rest.message()).await {
+            Ok(Ok(Some(report))) if report.slot == self.first.slot => Ok(report),
+            Ok(Ok(Some(report))) => Err(format!("slot {} answers there", report.slot)),
+            Ok(Ok(None)) => Err("it ended its reports".to_string()),
+            Ok(Err(status)) => Err(status.message().to_string()),
+            Err(_) => Err("silent".to_string()),
+        }
+    }
+}
