@@ -3,7 +3,9 @@
 use expertmesh_engine::{Backend, CpuBackend, Deviation, LayerDeviation, Reference, Tolerance, Trace};
 use expertmesh_model::error::ModelError;
 
-/// Prints the table; whether all is within what the format's rounding explains.
+use super::verdict::word;
+
+/// Prints the table, and says whether all is within what the format's rounding explains.
 pub(super) fn fast_and_reference(
     backend: &CpuBackend,
     reference: &Reference,
@@ -33,7 +35,7 @@ pub(super) fn fast_and_reference(
         "{:<12} {:<12} {:<12} {:>10.2e}",
         "mean KL",
         tokens.len(),
-        verdict(divergence_ok),
+        word(divergence_ok),
         deviation.divergence
     );
     println!(
@@ -62,10 +64,6 @@ fn print_layer(layer: usize, found: &LayerDeviation, rows: usize, tolerance: &To
             format!(" {:>10.2e} {:>10} {margin:>10.4}", found.gate, found.rerouted.len())
         }
     };
-    println!("{layer:<12} {rows:<12} {:<12} {:>10.2e}{gate}", verdict(ok), found.hidden);
+    println!("{layer:<12} {rows:<12} {:<12} {:>10.2e}{gate}", word(ok), found.hidden);
     ok
-}
-
-fn verdict(ok: bool) -> &'static str {
-    if ok { "OK" } else { "NOT OK" }
 }

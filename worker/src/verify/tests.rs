@@ -3,6 +3,7 @@ use std::fs;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 
+use super::tensors::{Tensor, Values};
 use super::*;
 use crate::tokenizer::tests::tiny_r1;
 
@@ -124,7 +125,7 @@ fn a_fast_path_on_other_weights_is_not_ok() {
 fn a_packed_model_without_its_checkpoint_is_named() {
     let model = std::env::temp_dir().join(format!("expertmesh-verify-packed-{}", std::process::id()));
     fs::create_dir_all(&model).unwrap();
-    fs::write(model.join(PACKED), "{}").unwrap();
+    fs::write(model.join(packed::INDEX), "{}").unwrap();
     let error = verify(&args(model.clone())).err().unwrap();
     assert_eq!(error.reason, "NoCheckpoint");
     assert!(error.message.contains("is packed"), "{}", error.message);
