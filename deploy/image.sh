@@ -7,6 +7,7 @@ IMAGE=expertmesh.dev/expertmesh:dev
 OUT=target/image
 ARCHIVE=$OUT/expertmesh.tar
 BASE=localhost/expertmesh-base
+BINARIES="target/release/expertmesh target/release/expertmesh-traffic target/release/expertmesh-worker"
 PACKAGES="libc6 libgcc-s1 ca-certificates"
 buildah() { tests/cluster/buildah.sh "$@"; }
 
@@ -30,10 +31,11 @@ main() {
 }
 
 hash_inputs() {
-  for binary in expertmesh expertmesh-worker; do
-    [ -x target/release/$binary ] || { echo "image: target/release/$binary is missing: cargo build --release" >&2 && exit 1; }
+  for binary in $BINARIES; do
+    [ -x "$binary" ] || { echo "image: $binary is missing: cargo build --release" >&2 && exit 1; }
   done
-  find deploy/Dockerfile deploy/image.sh target/release/expertmesh target/release/expertmesh-worker tests/models/tiny-r1 tests/models/foreign -type f -print0 |
+  # shellcheck disable=SC2086 # words
+  find deploy/Dockerfile deploy/image.sh $BINARIES tests/models/tiny-r1 tests/models/foreign -type f -print0 |
     sort -z | xargs -0 sha256sum | sha256sum
 }
 

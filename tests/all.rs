@@ -9,4 +9,5 @@ mod monitoring;
 mod openai;
 mod scalers;
 mod traces;
+mod traffic;
 mod up;

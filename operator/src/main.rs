@@ -8,12 +8,11 @@ mod control;
 mod events;
 mod fleet;
 mod lease;
-mod load;
 mod logging;
 mod manifest;
 mod metrics;
+mod programs;
 mod reconcile;
-mod simulate;
 mod status;
 mod validate;
 mod watch;
@@ -42,20 +41,30 @@ enum Command {
     /// Print where a ModelDeployment's experts would be, without starting anything.
     Plan(cli::plan::Plan),
     /// Send requests to an OpenAI-compatible API as a pattern or a trace has them, and report what clients waited for.
-    Load(cli::load::Load),
+    Load,
     /// Replay a trace against the autoscaler on a simulated clock, beside a fixed size and thresholds.
-    Simulate(cli::simulate::Simulate),
+    Simulate,
     /// Print the CustomResourceDefinition.
     Crd,
+    /// Print what `simulate` takes of a ModelDeployment, as JSON.
+    #[command(hide = true)]
+    Autoscaling(cli::autoscaling::Autoscaling),
     /// Print the beginning of docs/metrics.md, with the operator's part.
     #[command(hide = true)]
     Metrics,
 }
 
 fn main() -> ExitCode {
+    if cli::traffic::is_asked(std::env::args_os().skip(1)) {
+        return finish(cli::traffic::run());
+    }
     let command = Cli::parse().command;
     logging::init(if matches!(command, Command::Operator(_)) { "info" } else { "warn" });
-    run(command).unwrap_or_else(|error| {
+    finish(run(command))
+}
+
+fn finish(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
         eprintln!("expertmesh: {error:#}");
         ExitCode::FAILURE
     })
@@ -70,9 +79,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(up) => runtime.block_on(cli::up::run(up)),
         Command::Status(status) => runtime.block_on(cli::status::run(status)).map(|()| ExitCode::SUCCESS),
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
-        Command::Load(load) => runtime.block_on(cli::load::run(load)),
-        Command::Simulate(simulate) => cli::simulate::run(simulate).map(|()| ExitCode::SUCCESS),
+        Command::Load | Command::Simulate => cli::traffic::run(),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
+        Command::Autoscaling(autoscaling) => cli::autoscaling::run(&autoscaling).map(|()| ExitCode::SUCCESS),
         Command::Metrics => cli::metrics::run().map(|()| ExitCode::SUCCESS),
     }
 }

@@ -24,6 +24,7 @@ use self::child::{Child, Launch};
 pub(crate) use self::lines::Lines;
 use super::Fleet;
 use crate::control::Control;
+use crate::programs;
 use crate::validate::ValidatedDeployment;
 
 /// After a process's own time to drain, before it is killed.
@@ -31,8 +32,8 @@ const KILL_AFTER: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProcessError {
-    #[error("expertmesh-worker is neither beside {} nor in PATH", .0.display())]
-    NoWorker(PathBuf),
+    #[error(transparent)]
+    NoWorker(#[from] programs::Missing),
     #[error("{}: {error}", path.display())]
     State { path: PathBuf, error: io::Error },
 }
@@ -67,7 +68,7 @@ impl ProcessFleet {
         lines: Lines,
         changed: Arc<Notify>,
     ) -> Result<Self, ProcessError> {
-        let program = worker_program()?;
+        let program = programs::find("expertmesh-worker")?;
         let incarnation = Timestamp::now().as_nanosecond() as u64;
         let control = Control::new("expertmesh up".into(), incarnation, changed.clone());
         let mut fleet = Self {
@@ -252,18 +253,6 @@ impl Fleet for ProcessFleet {
 /// The threads of one of so many workers: together no more than the machine has, but for one each.
 fn share(threads: usize, workers: u32) -> usize {
     (threads / (workers.max(1) as usize)).max(1)
-}
-
-/// The worker's program: beside our own, as it is built and packaged, or else in PATH.
-fn worker_program() -> Result<PathBuf, ProcessError> {
-    let own = env::current_exe().unwrap_or_default();
-    let beside = own.parent().unwrap_or(Path::new("")).to_path_buf();
-    let path = env::var_os("PATH").unwrap_or_default();
-    let mut places = [beside.clone()]
-        .into_iter()
-        .chain(env::split_paths(&path))
-        .map(|folder| folder.join("expertmesh-worker"));
-    places.find(|program| program.is_file()).ok_or(ProcessError::NoWorker(beside))
 }
 
 /// A folder of this process alone, deleted with it.

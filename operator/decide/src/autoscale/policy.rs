@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use super::limits::Rules;
 use super::schedule::Schedule;
 
 /// `spec.autoscaling`, checked.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Policy {
     pub min: u32,
     pub max: u32,
@@ -21,10 +22,21 @@ pub struct Policy {
 }
 
 /// 90th percentiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Goals {
     pub ttft: Duration,
     pub tpot: Duration,
+}
+
+/// What a simulation takes of a ModelDeployment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Autoscaled {
+    pub policy: Policy,
+    /// `spec.workers.replicas`.
+    pub workers: u32,
+    /// `spec.experts.minReplicas`.
+    pub min_replicas: u32,
+    pub frontends: u32,
 }
 
 /// What is to be scaled.

@@ -2,15 +2,40 @@
 
 use cronexpr::{Crontab, MakeTimestamp};
 use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
 
 /// At least so many workers from each start to the next end.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
 pub struct Schedule {
     time_zone: String,
     start: String,
     end: String,
     pub min_workers: u32,
     crontabs: Box<(Crontab, Crontab)>,
+}
+
+/// A schedule's fields as a user writes them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Written {
+    time_zone: String,
+    start: String,
+    end: String,
+    min_workers: u32,
+}
+
+impl TryFrom<Written> for Schedule {
+    type Error = String;
+
+    fn try_from(Written { time_zone, start, end, min_workers }: Written) -> Result<Self, String> {
+        Self::new(&time_zone, &start, &end, min_workers)
+    }
+}
+
+impl From<Schedule> for Written {
+    fn from(Schedule { time_zone, start, end, min_workers, .. }: Schedule) -> Self {
+        Self { time_zone, start, end, min_workers }
+    }
 }
 
 impl Schedule {
@@ -129,5 +154,14 @@ mod tests {
         assert!(error.contains("in timeZone Europe/Berlinn: "), "{error}");
         let error = Schedule::new("UTC", "0 5 * * *", "0 4 * *", 2).unwrap_err();
         assert_eq!(error, "end (0 4 * *) must have five fields, such as 0 8 * * 1-5");
+    }
+
+    #[test]
+    fn a_schedule_is_written_as_its_fields_and_read_with_its_rules() {
+        let office = Schedule::new("Europe/Berlin", "0 8 * * 1-5", "0 18 * * 1-5", 4).unwrap();
+        let written = serde_json::to_string(&office).unwrap();
+        assert_eq!(serde_json::from_str::<Schedule>(&written).unwrap(), office);
+        let wrong = serde_json::from_str::<Schedule>(&written.replace("0 18", "0 25")).unwrap_err();
+        assert!(wrong.to_string().starts_with("end (0 25 * * 1-5) in timeZone Europe/Berlin"), "{wrong}");
     }
 }

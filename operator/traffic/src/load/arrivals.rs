@@ -110,8 +110,7 @@ impl Arrivals {
 }
 
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let duration =
-        text.parse::<kube::core::Duration>().map(Duration::from).map_err(|error| error.to_string())?;
+    let duration = expertmesh_proto::duration::parse(text).map_err(|error| error.to_string())?;
     if duration.is_zero() || duration > LONGEST {
         return Err("expected more than nothing and at most 31 days".into());
     }

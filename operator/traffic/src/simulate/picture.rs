@@ -1,13 +1,7 @@
 //! A picture of panels below each other over the same time, as lines and words: svg.rs writes them, png.rs paints them.
 
-mod png;
-mod svg;
-
-pub(crate) use png::png;
-pub(crate) use svg::svg;
-
 /// In pixels.
-const WIDTH: f64 = 1200.0;
+pub(super) const WIDTH: f64 = 1200.0;
 const PANEL: f64 = 200.0;
 const GAP: f64 = 46.0;
 const TOP: f64 = 40.0;
@@ -15,7 +9,7 @@ const LEFT: f64 = 80.0;
 const RIGHT: f64 = 24.0;
 /// The font's: that of the PNG, which has one size.
 const LETTER: f64 = 9.0;
-const LETTER_HEIGHT: f64 = 15.0;
+pub(super) const LETTER_HEIGHT: f64 = 15.0;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Color(pub(crate) u8, pub(crate) u8, pub(crate) u8);
@@ -52,7 +46,7 @@ pub(crate) struct Line {
 }
 
 /// What is drawn, in pixels from the upper left.
-enum Shape {
+pub(super) enum Shape {
     Path {
         points: Vec<(f64, f64)>,
         color: Color,
@@ -68,18 +62,18 @@ enum Shape {
 }
 
 #[derive(Clone, Copy)]
-enum Anchor {
+pub(super) enum Anchor {
     Start,
     Middle,
     End,
 }
 
 impl Picture {
-    fn height(&self) -> f64 {
+    pub(super) fn height(&self) -> f64 {
         TOP + self.panels.len() as f64 * (PANEL + GAP)
     }
 
-    fn shapes(&self) -> Vec<Shape> {
+    pub(super) fn shapes(&self) -> Vec<Shape> {
         let mut shapes = vec![Shape::Text {
             at: (LEFT, 24.0),
             text: self.title.clone(),
@@ -207,6 +201,8 @@ fn number(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::png::png;
+    use super::super::svg::svg;
     use super::*;
 
     fn picture() -> Picture {

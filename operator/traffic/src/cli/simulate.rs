@@ -5,21 +5,25 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use clap::Args;
-use expertmesh_decide::autoscale::policy::{Goals, Policy};
+use expertmesh_decide::autoscale::policy::{Autoscaled, Goals};
 use serde_json::json;
 
+use super::deployment;
 use crate::load::arrivals::{Arrivals, duration};
 use crate::load::lengths::Lengths;
 use crate::load::patterns::{Pattern, Recipe};
 use crate::load::trace::Trace;
-use crate::manifest;
-use crate::simulate::{Comparison, Picture, ServiceModel, Setting, compare, draw, png, svg};
-use crate::validate::ValidatedDeployment;
+use crate::simulate::compare::{Comparison, Setting, compare};
+use crate::simulate::drawing::draw;
+use crate::simulate::picture::Picture;
+use crate::simulate::png::png;
+use crate::simulate::service::ServiceModel;
+use crate::simulate::svg::svg;
 
 #[derive(Args)]
-pub(crate) struct Simulate {
+pub struct Simulate {
     /// The ModelDeployment, as YAML: its spec.autoscaling is what is simulated
     #[arg(long, value_name = "FILE", required_unless_present_any = ["write", "fit"])]
     deployment: Option<PathBuf>,
@@ -71,7 +75,7 @@ fn default(pattern: Pattern) -> Recipe {
     Recipe { pattern, rate: 2.0, length, prompt, output, seed: 1 }
 }
 
-pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
+pub fn run(simulate: Simulate) -> anyhow::Result<()> {
     let model = ServiceModel::read(simulate.service.as_deref())?;
     if let Some(summary) = &simulate.fit {
         let fitted = model.fitted(summary)?;
@@ -84,19 +88,13 @@ pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
         return write(file, &trace);
     }
     let deployment = simulate.deployment.as_deref().context("--deployment: missing")?;
-    let (deployment, mut policy) = read(deployment)?;
+    let Autoscaled { mut policy, workers, min_replicas, frontends } = deployment::read(deployment)?;
     policy.goals.ttft = simulate.ttft.unwrap_or(policy.goals.ttft);
     policy.goals.tpot = simulate.tpot.unwrap_or(policy.goals.tpot);
     policy.max = simulate.max_workers.unwrap_or(policy.max).max(policy.min);
-    let start = simulate.start.unwrap_or(deployment.desired.workers.clamp(policy.min, policy.max));
-    let setting = Setting {
-        trace: &trace,
-        model: &model,
-        policy: &policy,
-        frontends: deployment.frontends,
-        start,
-        at_least: deployment.desired.min_replicas,
-    };
+    let start = simulate.start.unwrap_or(workers.clamp(policy.min, policy.max));
+    let setting =
+        Setting { trace: &trace, model: &model, policy: &policy, frontends, start, at_least: min_replicas };
     let begin = Instant::now();
     let comparison = compare(&setting);
     let took = begin.elapsed();
@@ -107,15 +105,6 @@ pub(crate) fn run(simulate: Simulate) -> anyhow::Result<()> {
         false => print!("{}", text(&title, &setting, &comparison, took)),
     }
     Ok(())
-}
-
-fn read(file: &Path) -> anyhow::Result<(ValidatedDeployment, Policy)> {
-    let deployment = manifest::read(file)?;
-    let policy = deployment.autoscaling.clone();
-    let policy =
-        policy.with_context(|| format!("{}: spec.autoscaling: missing; it has the goals", file.display()))?;
-    ensure!(policy.max > 0, "{}: spec.autoscaling.maxWorkers: 0", file.display());
-    Ok((deployment, policy))
 }
 
 fn write(file: &Path, trace: &Trace) -> anyhow::Result<()> {

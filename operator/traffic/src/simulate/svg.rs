@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Anchor, Color, LETTER_HEIGHT, Picture, Shape, WIDTH};
+use super::picture::{Anchor, Color, LETTER_HEIGHT, Picture, Shape, WIDTH};
 
 pub(crate) fn svg(picture: &Picture) -> String {
     let height = picture.height();

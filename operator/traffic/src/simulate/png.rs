@@ -10,7 +10,7 @@ use embedded_graphics::pixelcolor::{Rgb888, RgbColor as _};
 use embedded_graphics::prelude::{DrawTarget, OriginDimensions, Pixel, Point, Size};
 use embedded_graphics::text::{Alignment, Text};
 
-use super::{Anchor, Color, Picture, Shape, WIDTH};
+use super::picture::{Anchor, Color, Picture, Shape, WIDTH};
 
 pub(crate) fn png(picture: &Picture) -> anyhow::Result<Vec<u8>> {
     let mut canvas = Canvas::new(WIDTH as u32, picture.height() as u32);

@@ -26,7 +26,7 @@ const DEFAULT: Recipe = Recipe {
 };
 
 #[derive(Args)]
-pub(crate) struct Load {
+pub struct Load {
     /// Where an OpenAI-compatible API is, such as http://127.0.0.1:8000
     #[arg(long)]
     url: String,
@@ -59,7 +59,7 @@ pub(crate) struct Load {
 }
 
 /// Success where any request was answered. Ctrl-C ends it early; what it came to until then is reported all the same.
-pub(crate) async fn run(load: Load) -> anyhow::Result<ExitCode> {
+pub async fn run(load: Load) -> anyhow::Result<ExitCode> {
     let trace = load.arrivals.trace(&DEFAULT)?;
     let client = Client::new(&load.url)?;
     let model = match load.model {
