@@ -1,5 +1,6 @@
 //! `expertmesh-worker`: one process of a deployment, or a model on the command line.
 
+mod collector;
 mod end;
 mod engine;
 mod frontend;

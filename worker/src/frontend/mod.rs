@@ -45,12 +45,12 @@ use self::model::Model;
 use self::resume::Patience;
 use self::server::Server;
 use self::workers::Workers;
+use crate::collector;
 use crate::engine::ComputedAs;
 use crate::identity::fingerprint_message;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
-use crate::traces;
 
 /// How long connections may stay open that no running request needs, once this frontend closes.
 const LINGER: Duration = Duration::from_secs(2);
@@ -96,7 +96,7 @@ pub(crate) struct Args {
     #[arg(long, env = "EXPERTMESH_STALL_TIMEOUT", value_parser = duration::parse, default_value = "120s")]
     stall_timeout: Duration,
     #[command(flatten)]
-    traces: traces::Args,
+    traces: collector::Args,
     /// How long requests are still taken after SIGTERM, for clients that do not know yet
     #[arg(long, env = "EXPERTMESH_DRAIN_GRACE", value_parser = duration::parse, default_value = "2s")]
     drain_grace: Duration,

@@ -44,7 +44,7 @@ use crate::mesh::residency::Residency;
 use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
-use crate::{probes, traces};
+use crate::{collector, probes};
 
 /// Rows of a step: enough for a prompt's chunk to use the weights that it reads.
 const STEP_ROWS: usize = 256;
@@ -92,7 +92,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     computed_with: ComputedWith,
     #[command(flatten)]
-    traces: traces::Args,
+    traces: collector::Args,
     /// How long leaving may take, in seconds
     #[arg(long, default_value_t = 30)]
     drain_timeout: u64,
