@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use prometheus::core::Collector;
 use prometheus::proto::{MetricFamily, MetricType};
 
-/// Clones share the metrics.
+/// Metrics that are exported together, and how each was declared; clones share them.
 #[derive(Clone, Default)]
 pub struct Registry {
     registry: prometheus::Registry,
@@ -48,7 +48,7 @@ impl Registry {
         Ok(collector)
     }
 
-    /// All series as they are now.
+    /// All series with their values of now.
     #[must_use]
     pub fn gather(&self) -> Vec<MetricFamily> {
         self.registry.gather()
@@ -82,7 +82,7 @@ fn type_name(kind: MetricType) -> &'static str {
     }
 }
 
-/// As the name's suffix says it; a count has none.
+/// The unit of a metric, which its name's suffix says; a count has none.
 fn unit(name: &str) -> &'static str {
     let name = name.strip_suffix("_total").unwrap_or(name);
     let units =

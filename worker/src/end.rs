@@ -1,13 +1,13 @@
-//! Why an answer ended.
+//! Why an answer ended, as clients and `generate` are told.
 
 use serde::Serialize;
 
-/// The `finish_reason` of OpenAI's API.
+/// The `finish_reason` of an answer, as OpenAI's API spells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum End {
-    /// By a token that ends a sequence, or by a stop string.
+    /// A token that ends a sequence came, or a stop string.
     Stop,
-    /// It has as many tokens as were allowed.
+    /// The answer has as many tokens as were allowed.
     Length,
 }

@@ -86,7 +86,7 @@ pub(crate) struct Args {
     logprobs: Option<u8>,
 }
 
-/// What one prompt led to.
+/// The JSON object that `--json` prints.
 #[derive(serde::Serialize)]
 struct Answer<'a> {
     prompt_tokens: &'a [u32],
@@ -94,7 +94,7 @@ struct Answer<'a> {
     tokens: &'a [u32],
     text: &'a str,
     finish_reason: End,
-    /// One for each token, where they were asked for.
+    /// The log-probabilities of each token, where `--logprobs` asked for them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     logprobs: Vec<TokenLogprobs<'a>>,
 }
@@ -145,7 +145,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 impl Args {
-    /// What the options say, and for the rest the model.
+    /// How tokens are chosen: as the options say, and for the rest as the model's generation_config.json does.
     fn sampling(&self, generation: &GenerationConfig, vocabulary: usize) -> Result<Sampling, Fatal> {
         let invalid = |problem: String| Fatal::new("InvalidSampling", problem);
         let biased = self.logit_bias.iter().map(|(token, _)| ("--logit-bias", *token));

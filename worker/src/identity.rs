@@ -1,10 +1,10 @@
-//! Who we are to others, and whom we let in.
+//! Who a process is to the others of its deployment, and whose calls it takes.
 
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_proto::v1;
 use tonic::Status;
 
-/// This process, as every message names it.
+/// A worker's process, as its messages name it.
 #[derive(Debug, Clone)]
 pub(crate) struct Identity {
     pub(crate) name: String,
@@ -37,7 +37,8 @@ impl Identity {
         }
     }
 
-    /// Refuses a peer that does not say what it computes, too: its rows would become ours.
+    /// Refuses a peer as [`Self::admit`] does, and one that does not say what it computes, too: its rows would become
+    /// this worker's.
     pub(crate) fn admit_peer(&self, caller: Option<&v1::Caller>) -> Result<(), Status> {
         self.admit(caller)?;
         match caller.and_then(|caller| caller.fingerprint.as_ref()) {

@@ -30,9 +30,9 @@ pub(crate) struct Args {
 struct Report {
     #[serde(flatten)]
     model: ModelFacts,
-    /// `null`: a checkpoint, or its config.json alone.
+    /// What a packed model holds; `null` for a checkpoint, or for a config.json alone.
     packed: Option<PackedFacts>,
-    /// What this machine can compute with.
+    /// The instruction sets that this machine can compute with.
     isa: Vec<&'static str>,
     numerics: Vec<&'static str>,
 }
@@ -41,7 +41,7 @@ struct Report {
 struct PackedFacts {
     weights: &'static str,
     bytes: u64,
-    /// By layer, ranges as 0-15.
+    /// The experts that are there, by layer, in ranges such as 0-15.
     experts: BTreeMap<usize, String>,
     /// What is wrong with blobs; `null` where they were not read.
     problems: Option<Vec<String>>,
@@ -89,7 +89,7 @@ fn packed_facts(packed: &PackedModel, check: bool) -> PackedFacts {
     }
 }
 
-/// Ascending numbers as 0-15,20.
+/// Ascending numbers in ranges, such as 0-15,20.
 fn ranges(numbers: &[u32]) -> String {
     let runs = numbers.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
         [one] => one.to_string(),

@@ -36,7 +36,7 @@ pub(crate) struct Args {
 struct Experts(BTreeSet<u32>);
 
 impl Experts {
-    /// As many as any model's layer has.
+    /// More experts than any model's layer has.
     const MAX: u32 = 1 << 16;
 
     fn parse(list: &str) -> Result<Self, String> {

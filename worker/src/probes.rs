@@ -9,10 +9,10 @@ use axum::routing::get;
 use expertmesh_metrics::Registry;
 use prometheus::{Encoder, TextEncoder};
 
-/// Why a process cannot serve, or `Ok`.
+/// Says whether a process can serve, or why it cannot.
 pub(crate) type Readiness = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
-/// `/healthz` says that the process runs; `/readyz` that it can serve, or why not.
+/// The routes of the metrics port. `/healthz` says that the process runs; `/readyz` that it can serve, or why not.
 pub(crate) fn router(registry: Registry, readiness: Readiness) -> Router {
     let ready = move || {
         let answer = match readiness() {

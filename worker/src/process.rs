@@ -8,7 +8,7 @@ use std::{fs, io};
 
 use tracing_subscriber::EnvFilter;
 
-/// Where Kubernetes reads a container's last words; another file where `EXPERTMESH_TERMINATION_LOG` names one.
+/// The file in which Kubernetes reads a container's last words, unless `EXPERTMESH_TERMINATION_LOG` names another.
 const TERMINATION_LOG: &str = "/dev/termination-log";
 
 /// A failure that ends the process: `reason` is stable and machine-readable (a condition's reason).
@@ -38,7 +38,8 @@ pub(crate) fn log() {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(io::stderr).init();
 }
 
-/// Success, or the one line that says what is wrong: on stderr and, as `Reason: message`, in the termination log.
+/// The exit code of a result. A failure is told in one line: on stderr and, as `Reason: message`, in the termination
+/// log.
 pub(crate) fn exit_code(result: Result<ExitCode, Fatal>) -> ExitCode {
     let fatal = match result {
         Ok(code) => return code,
@@ -55,7 +56,7 @@ pub(crate) fn exit_code(result: Result<ExitCode, Fatal>) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Nanoseconds since 1970: the identity of this process among those that had its name.
+/// What tells this process from others that had its name: when it started, in nanoseconds since 1970.
 pub(crate) fn incarnation() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
 }
@@ -79,13 +80,13 @@ pub(crate) fn announce(path: &Path, addresses: Addresses) -> Result<(), Fatal> {
     write().map_err(|error| Fatal::new("AnnounceFailed", format!("--announce {}: {error}", path.display())))
 }
 
-/// Binds, or says which flag could not be.
+/// Listens at the address of a flag, which the error names.
 pub(crate) async fn bind(flag: &str, address: SocketAddr) -> Result<tokio::net::TcpListener, Fatal> {
     let listener = tokio::net::TcpListener::bind(address).await;
     listener.map_err(|error| Fatal::new("AddressUnavailable", format!("{flag} {address}: {error}")))
 }
 
-/// Resolves at SIGTERM or SIGINT.
+/// Waits until the process is told to end, by SIGTERM or SIGINT.
 pub(crate) async fn asked_to_stop() {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut terminate), Ok(mut interrupt)) =
@@ -99,7 +100,7 @@ pub(crate) async fn asked_to_stop() {
     }
 }
 
-/// Ends this process when the one that started it is gone, however that ended: where `EXPERTMESH_PARENT_PIPE` is 1,
+/// Ends this process when the one that started it is gone, however that came: where `EXPERTMESH_PARENT_PIPE` is 1,
 /// stdin is a pipe whose other end the parent holds, and its end is the parent's.
 pub(crate) fn exit_when_parent_is_gone() {
     if std::env::var_os("EXPERTMESH_PARENT_PIPE").is_none_or(|value| value != "1") {

@@ -1,9 +1,9 @@
-//! Sampling parameters on the wire, as they are.
+//! Sampling parameters as the messages between frontend and worker spell them.
 
 use expertmesh_model::sampling::SamplingParams;
 use expertmesh_proto::v1;
 
-/// What a worker is told.
+/// The message that tells a worker how to sample.
 pub(crate) fn message(params: &SamplingParams) -> v1::Sampling {
     let bias = |&(id, bias): &(u32, f32)| v1::TokenBias { id, bias };
     v1::Sampling {
@@ -19,7 +19,7 @@ pub(crate) fn message(params: &SamplingParams) -> v1::Sampling {
     }
 }
 
-/// What a worker was told, unchecked.
+/// The sampling parameters of a message, not yet checked.
 pub(crate) fn params(message: v1::Sampling) -> SamplingParams {
     SamplingParams {
         temperature: message.temperature,

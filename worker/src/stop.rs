@@ -5,7 +5,7 @@
 #[derive(Debug)]
 pub(crate) struct StopStrings {
     stops: Vec<String>,
-    /// May be the beginning of a stop string.
+    /// The end of the text so far, where that may be the beginning of a stop string.
     held: String,
 }
 
@@ -17,7 +17,7 @@ pub(crate) struct Checked {
 }
 
 impl StopStrings {
-    /// None of them empty.
+    /// Looks for these stop strings, none of which is empty.
     pub(crate) fn new(stops: Vec<String>) -> Self {
         Self { stops, held: String::new() }
     }
@@ -35,14 +35,14 @@ impl StopStrings {
         Checked { text: std::mem::replace(&mut self.held, tail), stopped: false }
     }
 
-    /// Text in which no stop string counts.
+    /// Takes text in which no stop string counts.
     pub(crate) fn pass(&mut self, text: &str) -> Checked {
         let mut passed = self.finish();
         passed.push_str(text);
         Checked { text: passed, stopped: false }
     }
 
-    /// What was held back, now that nothing follows.
+    /// The text that was held back, now that nothing follows.
     pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }

@@ -16,13 +16,13 @@ use serde_json::Map;
 use self::environment::{NAME, compile, raised};
 use crate::process::Fatal;
 
-/// Tokens that a template may name, where tokenizer_config.json does.
+/// The special tokens that a template may use, under the names that tokenizer_config.json gives them.
 const TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// What every template is given beside [`TOKENS`].
 const GIVEN: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
-/// Who says a message, as templates name them.
+/// Who speaks in a conversation, as templates name them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Role {
@@ -31,7 +31,7 @@ pub(crate) enum Role {
     Assistant,
 }
 
-/// One message of a conversation.
+/// A message of a conversation, as templates take it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Message {
     pub(crate) role: Role,
@@ -41,7 +41,7 @@ pub(crate) struct Message {
 /// A model's chat template, compiled; a model may have none.
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
-    /// The model's tokens by their names in [`TOKENS`]. One that it lacks is undefined, which renders as nothing.
+    /// The model's special tokens by their names in [`TOKENS`]. One that it lacks is undefined, which renders as nothing.
     tokens: BTreeMap<&'static str, String>,
     add_bos: bool,
 }

@@ -13,13 +13,13 @@ pub(crate) struct Text {
 }
 
 impl Text {
-    /// None of the stop strings is empty.
+    /// The text of an answer that begins; none of the stop strings is empty.
     pub(crate) fn new(tokenizer: &Tokenizer, stops: Vec<String>, min_tokens: usize) -> Self {
         let (stream, stops) = (tokenizer.stream(), StopStrings::new(stops));
         Self { stream, stops, min_tokens, tokens: 0, characters: 0 }
     }
 
-    /// What became certain of the text, and whether a stop string follows it. A token that `ends` the sequence is no
+    /// Takes a token: what became certain of the text by it, and whether a stop string follows that. A token that `ends` the sequence is no
     /// part of the text.
     pub(crate) fn push(&mut self, token: u32, ends: bool) -> Checked {
         self.tokens += 1;
@@ -28,7 +28,7 @@ impl Text {
         self.check(&text)
     }
 
-    /// What was held back, now that no token follows.
+    /// The text that was held back, now that no token follows.
     pub(crate) fn finish(&mut self) -> Checked {
         let rest = self.stream.finish().unwrap_or_default();
         let mut checked = self.check(&rest);
@@ -38,7 +38,7 @@ impl Text {
         checked
     }
 
-    /// Characters of the tokens so far, where the next one's text begins; a stop string's are among them.
+    /// How many characters the tokens so far have, those of a stop string included: where the next one's text begins.
     pub(crate) fn characters(&self) -> usize {
         self.characters
     }

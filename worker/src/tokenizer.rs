@@ -12,8 +12,8 @@ use crate::process::Fatal;
 /// Special tokens that are part of the text all the same: they delimit what a model thinks.
 const KEPT: [&str; 2] = ["<think>", "</think>"];
 
-/// Tokens that a stream holds back at most. A UTF-8 character has at most four bytes, so at most four
-/// tokens share one; longer than this, the bytes are no text.
+/// The most tokens that a stream holds back. A UTF-8 character has at most four bytes, so at most four
+/// tokens share one; the bytes of more tokens than this are no text.
 const LONGEST_WINDOW: usize = 16;
 
 /// A model's tokenizer; clones share it.
@@ -22,7 +22,7 @@ pub(crate) struct Tokenizer(Arc<Inner>);
 
 struct Inner {
     tokenizer: tokenizers::Tokenizer,
-    /// Special tokens without [`KEPT`].
+    /// The special tokens that are no part of a text, which are all but [`KEPT`].
     skipped: HashSet<u32>,
     spelling: Spelling,
     longest: usize,
@@ -60,7 +60,7 @@ impl Tokenizer {
         Ok(Self(Arc::new(Inner { tokenizer, skipped, spelling, longest })))
     }
 
-    /// Adds no special tokens; those that the text spells are recognised.
+    /// The tokens of a text. Special ones that it spells are recognised, and none is added.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         let encoding = self.0.tokenizer.encode_fast(text, false);
         encoding
@@ -81,7 +81,7 @@ impl Tokenizer {
         self.0.spelling.bytes(&self.0.tokenizer, id)
     }
 
-    /// Bytes of text that one token stands for at most.
+    /// The most bytes of text that one token stands for.
     pub(crate) fn longest(&self) -> usize {
         self.0.longest
     }
@@ -91,7 +91,7 @@ impl Tokenizer {
         self.0.tokenizer.token_to_id(token)
     }
 
-    /// Decodes as tokens come.
+    /// A decoder for tokens that come one by one.
     pub(crate) fn stream(&self) -> TokenStream {
         TokenStream { tokenizer: self.clone(), window: Vec::new(), context: 0, sent: 0 }
     }
@@ -100,7 +100,7 @@ impl Tokenizer {
 /// Text as tokens come: never half a character, and the pieces put together are the text of all of them.
 pub(crate) struct TokenStream {
     tokenizer: Tokenizer,
-    /// The tokens sent last, for a decoder that looks at what stands before, then those that wait.
+    /// The tokens whose text was sent last, for a decoder that looks at what stands before, then those that wait.
     window: Vec<u32>,
     /// How many of the window's tokens are sent in full.
     context: usize,
@@ -130,7 +130,7 @@ impl TokenStream {
         }
     }
 
-    /// What waited for the rest of its character, now that nothing follows.
+    /// The text that waited for the rest of a character, now that nothing follows.
     pub(crate) fn finish(&mut self) -> Option<String> {
         let text = self.tokenizer.decode(&self.window);
         let piece = self.send_from(&text);

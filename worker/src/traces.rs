@@ -35,7 +35,8 @@ pub(crate) struct Span(Option<Context>);
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Parent(Option<Context>);
 
-/// A request's span: the client's trace where it sends one, otherwise a new one for the share that is sampled.
+/// The span of a client's request: in the client's trace where it names one, otherwise in a new one, for the share of
+/// requests that is sampled.
 pub(crate) fn request(headers: &HeaderMap, name: impl FnOnce() -> String) -> Span {
     if !on() {
         return Span::default();

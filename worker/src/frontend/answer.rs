@@ -9,11 +9,11 @@ use crate::stop::Checked;
 use crate::text::Text;
 use crate::tokenizer::Tokenizer;
 
-/// A choice in the making.
+/// The text of one choice as it grows.
 pub(crate) struct Answer {
     tokenizer: Tokenizer,
     text: Text,
-    /// Absent where thoughts are part of the text.
+    /// What tells thoughts from the answer; absent where they are part of its text.
     reasoning: Option<Reasoning>,
 }
 

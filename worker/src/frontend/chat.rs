@@ -1,4 +1,4 @@
-//! `/v1/chat/completions`.
+//! The shapes of the answers of `/v1/chat/completions`.
 
 use serde_json::{Map, Value, json};
 

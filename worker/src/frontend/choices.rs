@@ -20,7 +20,7 @@ use super::update::Update;
 use super::valid::{ValidChoice, ValidRequest};
 use crate::traces::Parent;
 
-/// Tokens of a choice that may wait for its client; then its sequence pauses.
+/// The most tokens of a choice that wait for its client; then its sequence pauses.
 const AHEAD: usize = 64;
 
 /// Pieces of all choices as they come. Dropping it cancels every sequence.

@@ -1,4 +1,4 @@
-//! `/v1/completions`.
+//! The shapes of the answers of `/v1/completions`.
 
 use serde_json::{Map, Value, json};
 
@@ -31,7 +31,7 @@ impl Format for Completions {
         None
     }
 
-    /// Thoughts are not told apart here: all of the text is content.
+    /// Makes text of content alone: a completion's thoughts are part of it.
     fn delta(split: &Split) -> Map<String, Value> {
         [("text".to_string(), json!(split.content))].into_iter().collect()
     }

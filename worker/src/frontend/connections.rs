@@ -13,11 +13,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 
-/// One more waits in the listener's queue.
+/// The most connections at once; those that come after wait in the listener's queue.
 const MAX_CONNECTIONS: usize = 4096;
-/// For a request's head, the wait for its first byte on a kept connection included: longer than proxies keep theirs.
+/// How long a request's head may take, the wait for its first byte on a kept connection included: longer than
+/// proxies keep theirs.
 const HEAD: Duration = Duration::from_secs(90);
-/// After a failed accept, which is mostly a lack of file descriptors.
+/// How long to wait after a connection could not be taken, which is mostly for a lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until `closing`, then takes no more connections and returns when the open ones have ended.

@@ -19,16 +19,16 @@ use tonic_health::server::health_reporter;
 use super::server::Server;
 use crate::placement::CurrentPlacement;
 
-/// A report at least so often.
+/// The longest time between two reports.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Changes within so long make one report.
+/// How long changes are gathered for one report.
 const GATHER: Duration = Duration::from_millis(20);
 
 pub(crate) struct ControlService {
     pub(crate) server: Arc<Server>,
     pub(crate) placement: CurrentPlacement,
     pub(crate) me: v1::Caller,
-    /// How long requests are still taken once this frontend leaves.
+    /// For how long requests are still taken once this frontend leaves.
     pub(crate) grace: Duration,
 }
 

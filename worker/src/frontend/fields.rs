@@ -43,7 +43,7 @@ const UNHONOURED: &[(&str, Neutral)] = &[
     ("prompt_embeds", never),
 ];
 
-/// Fails at the first field that asks for something that would not happen.
+/// Refuses a request at the first field that asks for what would not happen.
 pub(crate) fn reject_unhonoured(body: &Map<String, Value>) -> Result<(), ApiError> {
     let set = |&&(name, neutral): &&(&str, Neutral)| {
         body.get(name).is_some_and(|value| !value.is_null() && !neutral(value))

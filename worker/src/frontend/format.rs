@@ -20,7 +20,7 @@ pub(crate) struct Header {
     pub(crate) system_fingerprint: Option<String>,
 }
 
-/// A choice that is complete.
+/// All of a choice, once it is complete.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Whole {
     pub(crate) split: Split,
@@ -38,7 +38,7 @@ impl Whole {
     }
 }
 
-/// The shapes of one endpoint.
+/// How one endpoint reads requests and writes answers.
 pub(crate) trait Format: Send + Sync + 'static {
     const ENDPOINT: Endpoint;
     /// What the ids of its answers begin with.
@@ -73,7 +73,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    /// The answer in one object.
+    /// The whole answer as one object.
     pub(crate) fn whole<F: Format>(&self, wholes: &[Whole]) -> Value {
         let mut object = self.object(F::OBJECT);
         let choice = |(index, whole): (usize, &Whole)| {
@@ -97,7 +97,7 @@ impl Writer {
         Some(self.chunk::<F>(choice, index, true))
     }
 
-    /// The chunk of a piece, if it is worth one. `first`: nothing was sent of this choice.
+    /// The chunk of a piece, if it is worth one; `first` where nothing was sent of its choice before.
     pub(crate) fn piece<F: Format>(&self, update: &Update, first: bool) -> Option<Value> {
         let Update { choice: index, piece } = update;
         let tokens = self.reply.return_token_ids && !piece.tokens.is_empty();
@@ -112,7 +112,7 @@ impl Writer {
         Some(self.chunk::<F>(choice, *index, first))
     }
 
-    /// The chunk after the last choice's end, where the client asked for it.
+    /// The chunk of the usage, after the last choice's end, where the client asked for it.
     pub(crate) fn last<F: Format>(&self, completion_tokens: usize) -> Option<Value> {
         let mut object = self.object(F::CHUNK);
         object.insert("choices".into(), json!([]));

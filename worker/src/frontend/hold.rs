@@ -4,17 +4,18 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
-/// Those that wait now.
+/// The sequences that wait now, counted.
 #[derive(Default)]
 pub(crate) struct Hold(watch::Sender<Held>);
 
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Held {
     pub(crate) waiting: u32,
-    /// Since when there is always one that waits.
+    /// Since when at least one sequence has waited at any time.
     since: Option<Instant>,
-    /// Of those since then: how many found a worker, and how many did not.
+    /// Sequences that have found a worker since then.
     released: u32,
+    /// Sequences that have stopped waiting without a worker since then.
     given_up: u32,
 }
 
@@ -25,7 +26,7 @@ pub(crate) struct Waiting<'a> {
 }
 
 impl Hold {
-    /// `why` is logged for the first one.
+    /// Counts a sequence that waits, until the result is dropped; for the first one `why` is logged.
     pub(crate) fn enter(&self, why: impl FnOnce() -> String) -> Waiting<'_> {
         let mut first = false;
         self.0.send_modify(|held| {
@@ -39,12 +40,12 @@ impl Hold {
         Waiting { hold: self, released: false }
     }
 
-    /// Changes whenever one comes or goes.
+    /// The count, which changes whenever a sequence comes or goes.
     pub(crate) fn subscribe(&self) -> watch::Receiver<Held> {
         self.0.subscribe()
     }
 
-    /// Returns once a sequence waits.
+    /// Waits until there is a sequence that waits.
     pub(crate) async fn begins(&self) {
         // The sender lives as long as `self`.
         let _ = self.subscribe().wait_for(|held| held.waiting > 0).await;
@@ -52,7 +53,7 @@ impl Hold {
 }
 
 impl Waiting<'_> {
-    /// A worker was found.
+    /// Stops waiting, since a worker was found.
     pub(crate) fn release(mut self) {
         self.released = true;
     }

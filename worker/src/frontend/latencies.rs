@@ -9,12 +9,12 @@ use expertmesh_proto::v1;
 
 use crate::metrics::frontend::FrontendMetrics;
 
-/// Gaps between tokens whose mean is one sample of a report.
+/// How many gaps between tokens make one sample of a report, which is their mean.
 const GAPS: u32 = 16;
-/// Choices without a token whose ages are known; more are not told.
+/// The most choices without a token of which a report tells how long they have waited.
 const AWAITING: usize = 16 << 10;
 
-/// What reports say; clones share it.
+/// What reports say of latencies; clones share it.
 #[derive(Clone, Default)]
 pub(crate) struct Latencies(Arc<Mutex<State>>);
 
@@ -23,16 +23,16 @@ struct State {
     first_token: Histogram,
     per_token: Histogram,
     choices: u64,
-    /// Choices that have not ended.
+    /// How many choices have not ended.
     open: u64,
-    /// Of each choice, how many were open when it came: their sum.
+    /// The sum over all choices of how many were open when each came, itself included.
     together: u64,
-    /// By number of the choice: when its request arrived.
+    /// When the requests of choices without a token arrived, by the choice's number.
     awaiting: BTreeMap<u64, Instant>,
 }
 
 impl Latencies {
-    /// A choice of a request that arrived then.
+    /// Begins to follow a choice, whose request arrived at `arrived`.
     pub(crate) fn accept(&self, arrived: Instant, metrics: FrontendMetrics) -> Clock {
         let mut state = self.state();
         state.choices += 1;
@@ -72,10 +72,10 @@ pub(crate) struct Clock {
     number: u64,
     /// When the request arrived, then when the last token did.
     last: Instant,
-    /// A token came.
+    /// Whether a token has come.
     begun: bool,
     all: Gaps,
-    /// Those since the last sample.
+    /// The gaps since the last sample.
     few: Gaps,
 }
 
@@ -97,7 +97,8 @@ impl Gaps {
 }
 
 impl Clock {
-    /// A token arrived now. Where it, or the one before, lay waiting for a slow client, nobody knows how long it took.
+    /// Counts a token that arrived `now`. Where it, or the one before, lay waiting for a slow client, the gap
+    /// between them is not `known`.
     pub(crate) fn token(&mut self, now: Instant, known: bool) {
         let since = now.saturating_duration_since(self.last);
         self.last = now;

@@ -13,9 +13,9 @@ const LEAST: f32 = -9999.0;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Logged {
     token: Entry,
-    /// The most probable first.
+    /// The alternatives, the most probable first.
     top: Vec<Entry>,
-    /// Characters of the text before it.
+    /// Characters of the answer's text before the token's.
     offset: usize,
 }
 
@@ -26,7 +26,7 @@ struct Entry {
 }
 
 impl Logged {
-    /// `offset`: characters of the text that came before.
+    /// What is logged of a token; `offset` characters of the text came before it.
     pub(crate) fn new(tokenizer: &Tokenizer, token: u32, logprobs: &v1::Logprobs, offset: usize) -> Self {
         let entry = |id, logprob: f32| Entry { bytes: tokenizer.bytes(id), logprob: logprob.max(LEAST) };
         let top = logprobs.top.iter().map(|other| entry(other.id, other.logprob)).collect();
@@ -39,7 +39,7 @@ impl Entry {
         String::from_utf8(self.bytes.clone()).unwrap_or_else(|_| self.escaped())
     }
 
-    /// Of bytes that are no text by themselves.
+    /// The spelling of bytes that are no text by themselves.
     fn escaped(&self) -> String {
         self.bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect()
     }
@@ -58,7 +58,8 @@ impl Entry {
     }
 }
 
-/// `{content: [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}], refusal: null}`
+/// The `logprobs` of a chat's choice:
+/// `{content: [{token, logprob, bytes, top_logprobs: [{token, logprob, bytes}]}], refusal: null}`.
 pub(crate) fn chat(logged: &[Logged]) -> Value {
     let entry = |logged: &Logged| {
         let mut entry = logged.token.chat();
@@ -70,8 +71,9 @@ pub(crate) fn chat(logged: &[Logged]) -> Value {
     json!({"content": content, "refusal": null})
 }
 
-/// `{tokens, token_logprobs, top_logprobs: [{token: logprob}], text_offset}`; the chosen token is among the
-/// alternatives, wherever it stands. Of alternatives that are spelled alike, the most probable counts.
+/// The `logprobs` of a completion's choice: `{tokens, token_logprobs, top_logprobs: [{token: logprob}], text_offset}`.
+/// The chosen token is among the alternatives, wherever it stands. Of alternatives that are spelled alike, the most
+/// probable counts.
 pub(crate) fn completion(logged: &[Logged]) -> Value {
     let top = |logged: &Logged| {
         let mut top = Map::new();

@@ -12,16 +12,16 @@ use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
 pub(crate) struct Model {
-    /// The name that clients use.
+    /// The name by which clients ask for it.
     pub(crate) name: String,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: ChatTemplate,
     /// Positions of a sequence, prompt and answer together.
     pub(crate) context: usize,
     pub(crate) vocabulary: u32,
-    /// The model marks its thoughts.
+    /// Whether the model marks its thoughts, by `<think>` and `</think>`.
     pub(crate) thinks: bool,
-    /// What a plain prompt begins with, where the tokenizer says so.
+    /// The token that a plain prompt begins with, where the tokenizer says so.
     pub(crate) bos: Option<u32>,
     generation: GenerationConfig,
 }
@@ -51,12 +51,12 @@ impl Model {
         self.generation.eos_tokens()
     }
 
-    /// Tokens of a chat's answer at most, where the client does not say.
+    /// The most tokens of a chat's answer, where the client does not say.
     pub(crate) fn max_new_tokens(&self) -> Option<u32> {
         self.generation.max_new_tokens()
     }
 
-    /// The model's defaults with a request's choices, checked.
+    /// How tokens are chosen: as the request says, and for the rest by the model's defaults. Checked.
     pub(crate) fn sampling(&self, choices: SamplingOverrides) -> Result<v1::Sampling, ApiError> {
         let checked = self.generation.sampling(choices);
         let sampling = checked.map_err(|error| ApiError::invalid(error.field, error.to_string()))?;

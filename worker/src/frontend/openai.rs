@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::setback::SequenceError;
 use super::workers::NoWorker;
 
-/// Larger bodies are refused. A long prompt is a few hundred kilobytes.
+/// The most bytes of a request's body; a long prompt is a few hundred kilobytes.
 pub(crate) const BODY_LIMIT: usize = 8 << 20;
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
@@ -149,7 +149,7 @@ impl Usage {
     }
 }
 
-/// An entry of `/v1/models`.
+/// The entry of a model in `/v1/models`.
 pub(crate) fn model(id: &str, created: u64, max_model_len: usize) -> Value {
     json!({"id": id, "object": "model", "created": created, "owned_by": "expertmesh", "max_model_len": max_model_len})
 }

@@ -5,7 +5,7 @@ use crate::stop::held_back;
 const OPEN: &str = "<think>";
 const CLOSE: &str = "</think>";
 
-/// Text that became certain, by where it belongs.
+/// Text of a choice, what the model thinks apart from what it answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Split {
     pub(crate) reasoning: String,
@@ -13,7 +13,7 @@ pub(crate) struct Split {
 }
 
 impl Split {
-    /// Adds what came after it.
+    /// Adds the text that came after this one.
     pub(crate) fn append(&mut self, more: Self) {
         self.reasoning.push_str(&more.reasoning);
         self.content.push_str(&more.content);
@@ -32,7 +32,7 @@ pub(crate) struct Reasoning {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Nothing but whitespace came so far.
+    /// Before anything but whitespace came.
     Start,
     Thinking {
         begun: bool,
@@ -43,7 +43,7 @@ enum State {
 }
 
 impl Reasoning {
-    /// For the answer to a prompt, which may have opened `<think>` itself.
+    /// Splits the answer to a prompt, which may have opened `<think>` itself.
     pub(crate) fn after(prompt: &str) -> Self {
         // At its very end, where the template writes: elsewhere it may be a word of the user's.
         let thinking = prompt.trim_end().ends_with(OPEN);
@@ -58,7 +58,7 @@ impl Reasoning {
         split
     }
 
-    /// What was held back, now that nothing follows.
+    /// The text that was held back, now that nothing follows.
     pub(crate) fn finish(&mut self) -> Split {
         let held = std::mem::take(&mut self.held);
         let mut split = Split::default();

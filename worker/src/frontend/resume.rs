@@ -21,12 +21,12 @@ use crate::traces::{Parent, Span, SpanKind};
 /// How long the worker's `Finished` is awaited after the token that must be the last.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// How long a sequence waits before it does something about it.
+/// For how long a sequence puts up with its workers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Patience {
-    /// Without a token, before another worker is tried.
+    /// How long a worker may bring no token before another one is tried.
     pub(crate) stall: Duration,
-    /// While every worker says that it is full, or leaves.
+    /// How long every worker may say that it is full, or leaves.
     pub(crate) queue: Duration,
 }
 
@@ -43,7 +43,7 @@ pub(crate) struct Sequence {
     setbacks: Setbacks,
 }
 
-/// A try on a worker.
+/// A try of the sequence on one worker.
 struct Running {
     events: Streaming<v1::GenerateEvent>,
     lease: Lease,
@@ -52,9 +52,9 @@ struct Running {
 
 /// What came instead of the next step.
 enum Interruption {
-    /// Another worker may do it.
+    /// The try is over, and another worker may do it.
     Setback(Setback),
-    /// No worker will.
+    /// The sequence is over, since no worker will do it.
     Final(SequenceError),
 }
 
@@ -122,7 +122,7 @@ impl Sequence {
         }
     }
 
-    /// What this try brings next.
+    /// The next step as the worker brings it, or what came instead.
     async fn step(&mut self) -> Result<Step, Interruption> {
         match self.event().await? {
             Event::Token(token) => {

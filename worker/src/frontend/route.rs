@@ -2,13 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a worker said last, for as long as it goes on saying something.
+/// A worker's last report, for as long as its stream is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Load {
     pub(crate) readiness: Readiness,
-    /// Sequences in its batch.
+    /// How many sequences are in its batch.
     pub(crate) running: u32,
-    /// Sequences that wait for a place in its batch.
+    /// How many sequences wait for a place in its batch.
     pub(crate) waiting: u32,
     /// Which process of the worker's name it is.
     pub(crate) incarnation: u64,
@@ -20,16 +20,16 @@ pub(crate) enum Readiness {
     Loading,
     Ready,
     Draining,
-    /// It computes with another model: its tokens would be others.
+    /// The worker computes another model than the others: its tokens would differ.
     OtherModel,
 }
 
 /// What the frontend knows of a worker of the placement.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Known {
-    /// The placement takes it out of service.
+    /// Whether the placement takes the worker out of service.
     pub(crate) draining: bool,
-    /// Absent where the worker cannot be reached.
+    /// The worker's last report; absent where it cannot be reached.
     pub(crate) load: Option<Load>,
     /// Sequences of this frontend that run there.
     pub(crate) in_flight: u32,
@@ -80,10 +80,10 @@ pub(crate) struct Process {
     pub(crate) incarnation: u64,
 }
 
-/// Processes that failed a sequence.
+/// The processes on which a sequence was set back.
 pub(crate) type Avoided = BTreeSet<Process>;
 
-/// The slot with the least load; ties by fewest of ours in flight, then by the lowest slot. One that is to be
+/// The slot with the least load; ties by the fewest of this frontend's sequences in flight, then by the lowest slot. One that is to be
 /// avoided is taken only where there is no other.
 pub(crate) fn choose(workers: &BTreeMap<u32, Known>, avoided: &Avoided) -> Option<u32> {
     let candidates = workers.iter().filter_map(|(&slot, known)| {
@@ -99,7 +99,7 @@ pub(crate) fn choose(workers: &BTreeMap<u32, Known>, avoided: &Avoided) -> Optio
     candidates.min().map(|(.., slot)| slot)
 }
 
-/// One line for `/readyz`: what is wrong with whom.
+/// One line that says why each worker gets no sequence, for `/readyz` and for errors.
 pub(crate) fn why_none(workers: &BTreeMap<u32, Known>) -> String {
     if workers.is_empty() {
         return "the placement has no workers".to_string();

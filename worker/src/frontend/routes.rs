@@ -62,7 +62,7 @@ enum Answer {
     Stream(Box<Writer>, Update, Updates),
 }
 
-/// Validates and generates.
+/// Validates a request, and generates all of its answer or the first of its stream.
 async fn answer<F: Format>(
     server: &Arc<Server>,
     request: Request,
@@ -86,7 +86,7 @@ async fn answer<F: Format>(
     whole::<F>(&writer, updates).await.map(Answer::Whole)
 }
 
-/// Waits for all of every choice.
+/// Waits until every choice is complete.
 async fn whole<F: Format>(writer: &Writer, mut updates: Updates) -> Result<Response, ApiError> {
     let mut wholes = vec![Whole::default(); writer.request.count()];
     while let Some(update) = updates.next().await {

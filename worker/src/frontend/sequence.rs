@@ -4,7 +4,7 @@ use expertmesh_proto::v1;
 
 use crate::end::End;
 
-/// What to generate.
+/// What a frontend asks workers to generate.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct SequenceRequest {
     pub(crate) id: String,
@@ -27,7 +27,7 @@ pub(crate) struct Generated {
     pub(crate) logprobs: Option<v1::Logprobs>,
 }
 
-/// What a sequence brings next.
+/// What a sequence brings: tokens one by one, and then its end.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Step {
     Token(Generated),
@@ -40,7 +40,7 @@ pub(super) struct Progress {
     pub(super) request: SequenceRequest,
     /// The prompt and what was generated so far.
     tokens: Vec<u32>,
-    /// Set by the token that must be the last.
+    /// How the sequence ends, once the token came that must be its last.
     pub(super) ended: Option<End>,
 }
 
@@ -49,7 +49,7 @@ impl Progress {
         Self { tokens: request.prompt.clone(), request, ended: None }
     }
 
-    /// Tokens generated so far.
+    /// How many tokens were generated so far.
     pub(super) fn generated(&self) -> u32 {
         (self.tokens.len() - self.request.prompt.len()) as u32
     }

@@ -16,7 +16,7 @@ use super::workers::Workers;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::metrics::labels::Endpoint;
 
-/// Everything that a request needs.
+/// What every request needs: the model, the workers, limits and metrics.
 pub(crate) struct Server {
     pub(crate) model: Model,
     pub(crate) workers: Workers,
@@ -29,7 +29,7 @@ pub(crate) struct Server {
     in_flight: watch::Sender<u32>,
     leaving: watch::Sender<bool>,
     closed: AtomicBool,
-    /// When this process started: the identity of its ids.
+    /// What tells this process from others of its name, in the ids of its answers.
     incarnation: u64,
     ids: AtomicU64,
 }
@@ -58,7 +58,7 @@ impl Server {
         })
     }
 
-    /// Requests that are being answered.
+    /// How many requests are being answered.
     pub(crate) fn in_flight(&self) -> watch::Receiver<u32> {
         self.in_flight.subscribe()
     }
@@ -96,7 +96,7 @@ impl Server {
         }
     }
 
-    /// A request that arrived at `endpoint`.
+    /// Follows a request that arrived at `endpoint` now.
     pub(super) fn track(&self, endpoint: Endpoint) -> Tracked {
         Tracked::new(endpoint, self.metrics.clone(), self.in_flight.clone())
     }

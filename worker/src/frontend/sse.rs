@@ -17,7 +17,7 @@ use super::tracked::Tracked;
 use super::update::Update;
 use crate::metrics::labels::RequestFailure;
 
-/// Comments keep proxies from closing a connection on which nothing happens.
+/// How often a comment is sent, which keeps proxies from closing a connection on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Streams what `updates` brings after `first`, which is known to be no error: by now the status is 200.
@@ -34,10 +34,10 @@ pub(crate) fn respond<F: Format>(
 struct State {
     writer: Arc<Writer>,
     updates: Updates,
-    /// Choices of which something was sent.
+    /// Of each choice, whether something was sent.
     opened: Vec<bool>,
     completion_tokens: usize,
-    /// Ends as "client left" where the stream is dropped before it is complete.
+    /// The request; the client left where the stream is dropped before it is complete.
     tracked: Option<Tracked>,
 }
 

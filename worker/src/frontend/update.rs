@@ -12,7 +12,7 @@ pub(crate) struct Piece {
     pub(crate) tokens: Vec<u32>,
     /// One for each of `tokens`, where the client asked for them.
     pub(crate) logprobs: Vec<Logged>,
-    /// Set on the last piece.
+    /// Why the choice ended, on its last piece.
     pub(crate) end: Option<End>,
 }
 

@@ -23,7 +23,7 @@ use super::sequence::SequenceRequest;
 #[derive(Debug, Clone)]
 pub(crate) struct ValidRequest {
     prompts: Vec<Prompt>,
-    /// Choices of each prompt.
+    /// How many choices each prompt gets.
     n: usize,
     min_tokens: u32,
     stop_tokens: Vec<u32>,
@@ -31,12 +31,12 @@ pub(crate) struct ValidRequest {
     sampling: v1::Sampling,
     /// Alternatives to log for each token; `None`: no log-probabilities at all.
     logprobs: Option<u32>,
-    /// How thoughts are told from the answer, where they are.
+    /// What tells thoughts from the answer; `None` where they are part of its text.
     reasoning: Option<Reasoning>,
     reply: Reply,
 }
 
-/// One choice to be generated.
+/// A choice that is to be generated.
 #[derive(Debug)]
 pub(crate) struct ValidChoice {
     pub(crate) sequence: SequenceRequest,
@@ -45,7 +45,7 @@ pub(crate) struct ValidChoice {
 }
 
 impl ValidRequest {
-    /// From the body of a chat completion.
+    /// Reads and checks the body of a chat completion.
     pub(crate) fn chat(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
         let Body { common, sampling, own: mut chat } = Body::<Chat>::parse(model, body)?;
         let text = chat.text(model)?;
@@ -57,7 +57,7 @@ impl ValidRequest {
         Self::check(model, Wishes { prompts: vec![prompt], common, sampling, logprobs, reasoning })
     }
 
-    /// From the body of a completion.
+    /// Reads and checks the body of a completion.
     pub(crate) fn completion(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
         let Body { common, sampling, own: mut completion } = Body::<Completion>::parse(model, body)?;
         let prompts = completion.prompts(model, &common)?;
@@ -91,12 +91,12 @@ impl ValidRequest {
         self.reply
     }
 
-    /// Choices of all prompts.
+    /// How many choices all prompts get together.
     pub(crate) fn count(&self) -> usize {
         self.prompts.len() * self.n
     }
 
-    /// Tokens of all prompts.
+    /// How many tokens all prompts have together.
     pub(crate) fn prompt_tokens(&self) -> usize {
         self.prompts.iter().map(|prompt| prompt.tokens.len()).sum()
     }

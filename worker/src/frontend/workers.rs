@@ -43,7 +43,7 @@ struct Shared {
     /// How long a sequence may wait for a worker.
     queue_timeout: Duration,
     view: Mutex<View>,
-    /// Sent whenever `view` changed.
+    /// Tells whoever follows it that `view` changed.
     changed: watch::Sender<()>,
     queue: Semaphore,
     hold: Hold,
@@ -60,7 +60,8 @@ pub(crate) enum NoWorker {
 }
 
 impl Workers {
-    /// Workers with another fingerprint than `me` has are not used; where it has none, the first ready worker's counts.
+    /// No workers yet. Those with another fingerprint than `me` has will not be used; where it has none, the first ready
+    /// worker's counts.
     pub(crate) fn new(me: v1::Caller, queue_timeout: Duration, metrics: FrontendMetrics) -> Self {
         let view = Mutex::new(View::new(me.fingerprint.as_ref().map(fingerprint_of)));
         let (changed, queue) = (watch::Sender::new(()), Semaphore::new(QUEUE));
@@ -99,7 +100,7 @@ impl Workers {
         self.0.hold.subscribe()
     }
 
-    /// What is served, in a few characters: another format or order of sums may answer otherwise.
+    /// The `system_fingerprint` of answers: a model in another format or order of sums may answer otherwise.
     pub(crate) fn system_fingerprint(&self) -> Option<String> {
         let view = self.view();
         let ModelFingerprint { architecture, weights, format, numerics } = view.fingerprint.as_ref()?;
@@ -107,7 +108,7 @@ impl Workers {
         Some(format!("fp_{:08x}", checksum(&all)))
     }
 
-    /// Who calls, for a sequence's request.
+    /// This frontend, as the request for a sequence's try number `attempt` names it.
     pub(crate) fn caller(&self, attempt: u32) -> v1::Caller {
         let fingerprint = self.view().fingerprint.as_ref().map(fingerprint_message);
         v1::Caller { attempt, fingerprint, ..self.0.me.clone() }

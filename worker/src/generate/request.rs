@@ -14,11 +14,11 @@ use crate::process::Fatal;
 /// Rows of the prompt that are computed at a time.
 const CHUNK: usize = 256;
 
-/// A prompt to continue.
+/// A prompt, and how to continue it.
 #[derive(Clone, Copy)]
 pub(super) struct Request<'a> {
     pub(super) prompt: &'a [u32],
-    /// The most tokens to generate.
+    /// The most tokens to generate after the prompt.
     pub(super) limit: usize,
     pub(super) sampling: &'a Sampling,
     /// Alternatives to log for each token; `None`: no log-probabilities at all.
@@ -35,7 +35,7 @@ pub(super) struct Generated {
 }
 
 impl Request<'_> {
-    /// `emit` gets each token, and whether it is one that ends the sequence; it may end it too.
+    /// Continues the prompt. `emit` gets each token, and whether it is one that ends the sequence; it may end it too.
     pub(super) fn generate<B: Backend>(
         &self,
         backend: &B,
@@ -77,7 +77,7 @@ impl Request<'_> {
 }
 
 impl Generated {
-    /// Says on stderr how fast it went.
+    /// Says on stderr how fast the prompt and the tokens after it were computed.
     pub(super) fn report(&self, prompt: usize) {
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         let decoded = self.tokens.len().saturating_sub(1); // the first token is the prompt's

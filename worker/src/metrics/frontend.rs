@@ -1,4 +1,4 @@
-//! What a frontend exports.
+//! The metrics of a frontend, in groups by what they tell.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ const PER_TOKEN: [f64; 24] = [
     1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
 
-/// The metrics of a frontend; clones share them.
+/// All metrics that a frontend exports; clones share them.
 #[derive(Clone)]
 pub(crate) struct FrontendMetrics {
     latencies: Latencies,

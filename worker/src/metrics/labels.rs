@@ -5,7 +5,7 @@
 pub(crate) enum SequenceOutcome {
     Stop,
     Length,
-    /// It was handed back, to go on elsewhere.
+    /// The sequence was handed back, to go on elsewhere.
     Move,
     Cancelled,
     Failed,
@@ -28,10 +28,10 @@ impl SequenceOutcome {
     }
 }
 
-/// Why an expert was loaded.
+/// Why a worker loaded an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LoadCause {
-    /// The placement wants it here.
+    /// The placement wants the expert here.
     Placement,
     /// A row's owner elected this worker for it.
     Elected,
@@ -51,18 +51,21 @@ impl LoadCause {
 /// Why a peer cannot be asked, or will not answer what it was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PeerFailure {
-    /// There is no stream to it.
+    /// There is no stream to the peer.
     Down,
-    /// It ended the stream.
+    /// The peer ended the stream.
     Left,
+    /// The stream broke, or the peer refused it for no reason of this list.
     Unavailable,
-    /// It sent no heartbeat.
+    /// The peer sent no heartbeat.
     Silent,
-    /// It sends heartbeats, and no answer.
+    /// The peer sends heartbeats, and no answer.
     Stuck,
-    /// Another process has its slot, or it computes another model.
+    /// Another process has the peer's slot, or the peer computes another model.
     Fenced,
+    /// What the peer or this worker sent cannot be what was meant.
     Invalid,
+    /// What was sent arrived with another checksum.
     Damaged,
 }
 
@@ -92,14 +95,14 @@ impl PeerFailure {
     }
 }
 
-/// Why rows were sent again.
+/// Why a worker sent rows again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reroute {
     /// The peer that had them failed.
     Peer(PeerFailure),
     /// The peer that had them does not hold the expert.
     NotResident,
-    /// They stayed here, and the expert could not be loaded.
+    /// The rows stayed here, and the expert could not be loaded.
     LoadFailed,
 }
 
@@ -154,16 +157,17 @@ impl RequestFailure {
 /// Why a worker stopped running a frontend's sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SetbackCause {
-    /// It leaves, and handed the sequence back.
+    /// The worker leaves, and handed the sequence back.
     Moved,
-    /// Its queue is full.
+    /// The worker's queue is full.
     Exhausted,
-    /// It computes another model.
+    /// The worker computes another model.
     OtherModel,
+    /// The worker is gone, or failed.
     Unavailable,
-    /// It brought no token for too long.
+    /// The worker brought no token for too long.
     Stalled,
-    /// It said what no worker may say.
+    /// The worker said what no worker may say.
     Protocol,
 }
 

@@ -1,4 +1,4 @@
-//! What a worker exports.
+//! The metrics of a worker, in groups by who changes them.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ fn listed<const N: usize>(names: [&str; N]) -> String {
     names.join(", ")
 }
 
-/// The metrics of a worker.
+/// All metrics that a worker exports.
 pub(crate) struct WorkerMetrics {
     pub(crate) engine: EngineMetrics,
     pub(crate) experts: ExpertMetrics,

@@ -7,7 +7,7 @@ use minijinja::{Error, ErrorKind, Value};
 
 use super::python;
 
-/// `json.dumps`' keyword arguments.
+/// The keyword arguments of Python's `json.dumps`.
 pub(super) struct Options {
     pub(super) indent: Option<usize>,
     /// Between items, and between key and value.

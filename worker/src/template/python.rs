@@ -4,7 +4,7 @@ use minijinja::value::{ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-/// `str(value)`; what is undefined is nothing.
+/// A value as Python's `str` writes it; what is undefined is nothing.
 pub(super) fn text(value: &Value) -> String {
     match value.kind() {
         ValueKind::Undefined => String::new(),
@@ -13,7 +13,7 @@ pub(super) fn text(value: &Value) -> String {
     }
 }
 
-/// `repr(value)`
+/// A value as Python's `repr` writes it.
 fn repr(value: &Value) -> String {
     let items = |value: &Value| -> Vec<String> {
         value.try_iter().map(|items| items.map(|item| repr(&item)).collect()).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! How a vocabulary spells bytes.
+//! How a vocabulary spells the bytes that its tokens stand for.
 
 use std::collections::HashMap;
 

@@ -14,9 +14,9 @@ pub(super) enum Verdict {
     Numbers { largest: f64, relative: f64 },
     /// How many elements, or tensors, are not identical.
     Differing(usize),
-    /// Ours has this shape, which is another.
+    /// The computed tensor has this shape, which is not the golden's.
     Shape(Vec<usize>),
-    /// We computed no such tensor.
+    /// No tensor of that name was computed.
     Absent,
 }
 
@@ -69,7 +69,7 @@ pub(super) fn word(ok: bool) -> &'static str {
     if ok { "OK" } else { "NOT OK" }
 }
 
-/// Whether chunks, with the logits of the rows `ends` alone, gave the bits of the whole.
+/// Compares the tensors of chunks, which have the logits of the rows `ends` alone, with those of the whole.
 pub(super) fn same_bits(whole: &Tensors, chunks: &Tensors, ends: &[usize]) -> Verdict {
     let different = whole.iter().filter(|(name, whole)| {
         let all: Vec<usize> = (0..whole.shape()[0]).collect();

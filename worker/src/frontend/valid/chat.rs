@@ -10,7 +10,7 @@ use super::prompt::Limit;
 use super::sampling::top_logprobs;
 use crate::template::{Message, Role, TemplateError};
 
-/// What the endpoint takes beside what both do. `null` is the same as absent.
+/// The fields that chat completions take beside those of both endpoints. `null` is the same as absent.
 #[derive(Debug, Deserialize)]
 pub(super) struct Chat {
     messages: Option<Vec<ChatMessage>>,
@@ -35,7 +35,7 @@ impl Chat {
         model.template.render(&messages, open, &options).map_err(|error| template_error(&error))
     }
 
-    /// `max_completion_tokens`, or else the older `max_tokens`.
+    /// The most tokens of an answer: `max_completion_tokens`, or else the older `max_tokens`.
     pub(super) fn limit(&self, common: &Common) -> Option<Limit> {
         match (self.max_completion_tokens, common.max_tokens) {
             (Some(tokens), _) => Some(Limit { field: "max_completion_tokens", tokens }),

@@ -8,10 +8,10 @@ use super::body::{Common, missing};
 use super::prompt::{Limit, MAX_SEQUENCES, Prompt, encode, has_room};
 use super::sampling::top_logprobs;
 
-/// What a completion gets that names no `max_tokens`, as OpenAI's API has it.
+/// The `max_tokens` of a completion that names none, as OpenAI's API has it.
 const DEFAULT_TOKENS: u32 = 16;
 
-/// What the endpoint takes beside what both do. `null` is the same as absent.
+/// The fields that completions take beside those of both endpoints. `null` is the same as absent.
 #[derive(Debug, Deserialize)]
 pub(super) struct Completion {
     prompt: Option<PromptField>,

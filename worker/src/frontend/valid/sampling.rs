@@ -25,7 +25,7 @@ pub(super) struct SamplingFields {
     repetition_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
-    /// Token ids, which are strings in JSON.
+    /// What is added to the logits of tokens, by their ids, which are strings in JSON.
     logit_bias: Option<BTreeMap<String, f32>>,
     min_tokens: Option<u32>,
     stop: Option<Stop>,
@@ -41,7 +41,7 @@ enum Stop {
 }
 
 impl SamplingFields {
-    /// Numbers that are of the right kind; their ranges are the engine's to check.
+    /// The parameters that the request names, of the right kind each; the model checks their ranges.
     pub(super) fn overrides(&self, model: &Model) -> Result<SamplingOverrides, ApiError> {
         let top_k = match self.top_k {
             // vLLM's clients say -1 for "all".
