@@ -34,8 +34,8 @@ use kube::{Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::build::names::{EXPERTMESH, query};
-use crate::build::{Component, OfRevision, Owner, Shared};
+use crate::objects::names::{Component, EXPERTMESH, Owner, query};
+use crate::objects::{OfRevision, Shared};
 
 /// A call to the API server that failed: what was attempted on which object.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,6 @@
 
 mod api;
 mod apply;
-mod build;
 mod cli;
 mod control;
 mod events;
@@ -11,6 +10,7 @@ mod lease;
 mod logging;
 mod manifest;
 mod metrics;
+mod objects;
 mod programs;
 mod reconcile;
 mod status;

@@ -28,12 +28,13 @@ use tracing::{debug, info, warn};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::{self, ApiError};
-use crate::build::names::EXPERTMESH;
-use crate::build::{self, Revision, Size};
 use crate::events::{self, Events};
 use crate::fleet::Fleet;
 use crate::fleet::kubernetes::{Caller, FleetError, KubernetesFleet};
 use crate::metrics::Metrics;
+use crate::objects::names::EXPERTMESH;
+use crate::objects::revision::Revision;
+use crate::objects::{self, Size};
 use crate::status::{self, Scaling, Situation};
 use crate::validate::{ValidatedDeployment, ValidationError};
 
@@ -202,7 +203,7 @@ async fn deploy(
 
 /// What the deployment has once, the end of what it no longer needs, and whom clients reach.
 async fn settle(context: &Context, key: &Key, found: &Found, plan: &Rollout) -> Result<(), ApiError> {
-    let objects = build::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
+    let objects = objects::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
     apply::shared(&context.client, &objects).await?;
     if found.serving.as_ref().is_some_and(|serving| *serving != plan.serving) {
         context.memory.promoted(key);
@@ -248,7 +249,7 @@ impl<'a> Side<'a> {
                 frontends: deployment.frontends,
                 placement: Some(&self.seen.placement).filter(|placement| placement.epoch() > 0),
             };
-            let objects = build::of_revision(&self.found.owner, &self.revision, size);
+            let objects = objects::of_revision(&self.found.owner, &self.revision, size);
             apply::revision(&context.client, &objects).await?;
         }
         for action in &self.decision.actions {

@@ -9,9 +9,8 @@ use expertmesh_decide::report::{Report, State};
 use jiff::Timestamp;
 
 use crate::api::{AutoscalingStatus, ModelDeploymentStatus, PlacementStatus};
-use crate::build::names::query;
-use crate::build::{Component, Owner};
 use crate::metrics::Figures;
+use crate::objects::names::{Component, Owner, query};
 
 pub(crate) use conditions::{
     GOAL_UNATTAINABLE, INVALID_SPEC, PROGRESSING, READY, SCALER_CONFLICT, WORKERS_AVAILABLE, blocked,

@@ -22,7 +22,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::BroadcastStream;
 use tracing::{debug, warn};
 
-use crate::build::names::{EXPERTMESH, INSTANCE, MANAGED_BY};
+use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY};
 use crate::reconcile::{Context, ReconcileError, Watched, after_error, reconcile};
 
 /// Deployments that are reconciled at the same time.

@@ -20,8 +20,10 @@ use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
 use k8s_openapi::Resource;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 
-use crate::build::{self, Owner, Revision, Size};
 use crate::manifest;
+use crate::objects::names::Owner;
+use crate::objects::revision::Revision;
+use crate::objects::{self, Size};
 use crate::validate::ValidatedDeployment;
 
 #[derive(Args)]
@@ -185,8 +187,8 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     let owner = Owner { namespace: "default".into(), name: deployment.name.clone(), reference };
     let revision = Revision::new(&owner, deployment, "");
     let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
-    let own = build::of_revision(&owner, &revision, size);
-    let shared = build::shared(&owner, &revision.hash, None);
+    let own = objects::of_revision(&owner, &revision, size);
+    let shared = objects::shared(&owner, &revision.hash, None);
     let [workers_policy, frontends_policy] = &shared.network_policies;
     vec![
         named(&own.workers, &own.workers.metadata),

@@ -23,8 +23,8 @@ use tracing::{info, warn};
 
 use super::Fleet;
 use crate::apply::{self, ApiError, Object};
-use crate::build::names::{EXPERTMESH, query};
-use crate::build::{Component, Owner, PLACEMENT_KEY, config_map};
+use crate::objects::names::{Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
+use crate::objects::workloads::config_map;
 
 use streams::{SharedAutoscaler, Streams};
 

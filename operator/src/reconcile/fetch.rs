@@ -11,8 +11,8 @@ use kube::{Client, Resource, ResourceExt};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::{ApiError, Object};
-use crate::build::names::{EXPERTMESH, INSTANCE, MANAGED_BY, REVISION};
-use crate::build::{Owner, Revision};
+use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY, Owner, REVISION};
+use crate::objects::revision::{self, Revision};
 use crate::validate::ValidatedDeployment;
 
 use super::Key;
@@ -99,7 +99,7 @@ impl Found {
 
     /// The revision that the spec asks for: as it was recorded, or a new one. None where no image is known for it.
     pub(super) fn wanted(&self, deployment: &ValidatedDeployment, image: Option<&str>) -> Option<Revision> {
-        let hash = crate::build::revision::hash(deployment);
+        let hash = revision::hash(deployment);
         if let Some(recorded) = self.recorded(&hash) {
             return Some(recorded);
         }
@@ -118,7 +118,7 @@ impl Found {
         let mut idle: Vec<_> = self.records.iter().filter_map(Revision::recorded).collect();
         idle.retain(|revision| revision.hash != wanted && !self.running.contains(&revision.hash));
         idle.sort_by_key(|revision| std::cmp::Reverse(revision.number));
-        let kept = crate::build::revision::KEPT.saturating_sub(self.running.len().max(1));
+        let kept = revision::KEPT.saturating_sub(self.running.len().max(1));
         idle.into_iter().skip(kept).map(|revision| revision.hash).collect()
     }
 }

@@ -12,8 +12,8 @@ use tracing::warn;
 use super::{Context, Found, Key, ReconcileError};
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
-use crate::build::names::EXPERTMESH;
 use crate::events;
+use crate::objects::names::EXPERTMESH;
 use crate::status::{self, PROGRESSING, READY};
 
 /// Says in the status why a reconcile failed before it saw anything.

@@ -4,7 +4,8 @@ use expertmesh_decide::observation::Failure;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 
-use crate::build::{Component, Owner, ports};
+use crate::objects::names::{Component, Owner};
+use crate::objects::ports;
 
 /// How long after its grace period a terminating pod may be taken for stuck.
 const STUCK_AFTER: SignedDuration = SignedDuration::from_secs(30);

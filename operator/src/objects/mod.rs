@@ -3,8 +3,9 @@
 pub(crate) mod names;
 mod network;
 mod pods;
+pub(crate) mod ports;
 pub(crate) mod revision;
-mod workloads;
+pub(crate) mod workloads;
 
 #[cfg(test)]
 mod tests;
@@ -15,19 +16,8 @@ use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
-pub(crate) use names::{Component, Owner};
-pub(crate) use revision::Revision;
-pub(crate) use workloads::{PLACEMENT_KEY, config_map};
-
-/// The ports of the pods, by name and number.
-pub(crate) mod ports {
-    pub(crate) const GRPC: &str = "grpc";
-    pub(crate) const GRPC_NUMBER: i32 = 7070;
-    pub(crate) const HTTP: &str = "http";
-    pub(crate) const HTTP_NUMBER: i32 = 8000;
-    pub(crate) const METRICS: &str = "metrics";
-    pub(crate) const METRICS_NUMBER: i32 = 9090;
-}
+use names::Owner;
+use revision::Revision;
 
 /// What a deployment has once, whatever its revisions.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,7 +63,7 @@ pub(crate) fn shared(owner: &Owner, serving: &str, operator_namespace: Option<&s
 pub(crate) fn of_revision(owner: &Owner, revision: &Revision, size: Size) -> OfRevision {
     OfRevision {
         record: workloads::controller_revision(owner, revision),
-        placement: config_map(owner, &revision.hash, size.placement),
+        placement: workloads::config_map(owner, &revision.hash, size.placement),
         workers: workloads::stateful_set(owner, revision, size.workers),
         frontends: workloads::deployment(owner, revision, size.frontends),
     }

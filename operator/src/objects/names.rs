@@ -12,6 +12,8 @@ pub(crate) const PART_OF: &str = "app.kubernetes.io/part-of";
 pub(crate) const REVISION: &str = "expertmesh.dev/revision";
 /// The value of `name`, `managed-by` and `part-of`, and the field manager.
 pub(crate) const EXPERTMESH: &str = "expertmesh";
+/// The key of the placement in its ConfigMap, and the file's name where it is mounted.
+pub(crate) const PLACEMENT_KEY: &str = "placement.json";
 
 pub(crate) type Labels = BTreeMap<String, String>;
 

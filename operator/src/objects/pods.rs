@@ -12,9 +12,8 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use crate::api::PodFields;
 use crate::validate::ValidatedDeployment;
 
-use super::names::{Component, Labels, Owner, matching};
+use super::names::{Component, Labels, Owner, PLACEMENT_KEY, matching};
 use super::ports;
-use super::workloads::PLACEMENT_KEY;
 
 /// Beside the time to drain: for what is left to do before SIGKILL.
 const TERMINATION_MARGIN_SECONDS: u64 = 30;

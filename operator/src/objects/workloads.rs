@@ -10,11 +10,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{Component, Owner, matching};
+use super::names::{Component, Owner, PLACEMENT_KEY, matching};
 use super::revision::Revision;
-
-/// The key of the placement in its ConfigMap, and the file's name where it is mounted.
-pub(crate) const PLACEMENT_KEY: &str = "placement.json";
 
 /// Workers: an ordinal is a slot of the placement. Pods are replaced by whoever deletes them, never by a template's change.
 pub(crate) fn stateful_set(owner: &Owner, revision: &Revision, replicas: u32) -> StatefulSet {
