@@ -1,5 +1,7 @@
 //! A registry of metrics that can say what was declared with it, so that `docs/metrics.md` follows from the code.
 
+pub mod declare;
+
 use std::fmt::Write as _;
 use std::sync::{Arc, Mutex, PoisonError};
 

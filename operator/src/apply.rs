@@ -2,24 +2,24 @@
 //!
 //! What the operator may do, and does nowhere else (`charts/expertmesh/templates/rbac.yaml` grants exactly this):
 //!
-//! | group               | resource                            | verbs                              | where                                   |
-//! |---------------------|-------------------------------------|------------------------------------|-----------------------------------------|
-//! | expertmesh.dev      | modeldeployments                    | get list watch                     | `reconcile/fetch.rs`, `watch.rs`        |
-//! | expertmesh.dev      | modeldeployments/status             | patch                              | `reconcile.rs`, `reconcile/refuse.rs`   |
-//! | expertmesh.dev      | modeldeployments/scale              | patch                              | `reconcile/scale.rs`                    |
-//! | apps                | statefulsets                        | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs` |
-//! | apps                | statefulsets/scale                  | patch                              | `fleet/kubernetes.rs`                   |
-//! | apps                | deployments                         | list watch create patch delete     | here, `reconcile/fetch.rs`, `watch.rs`  |
-//! | apps                | controllerrevisions                 | list create patch delete           | here, `reconcile/fetch.rs`              |
-//! | (core)              | configmaps                          | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs` |
-//! | (core)              | services                            | get list watch create patch        | here, `reconcile/fetch.rs`, `watch.rs`  |
-//! | (core)              | serviceaccounts                     | create patch                       | here                                    |
-//! | policy              | poddisruptionbudgets                | list watch create patch            | here, `watch.rs`                        |
-//! | networking.k8s.io   | networkpolicies                     | list watch create patch            | here, `watch.rs`                        |
-//! | (core)              | pods                                | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs` |
-//! | (core)              | nodes                               | get                                | `fleet/kubernetes.rs`                   |
-//! | events.k8s.io       | events                              | create patch                       | `events.rs`                             |
-//! | coordination.k8s.io | leases (in its own namespace)       | get create update                  | `lease.rs`                              |
+//! | group               | resource                      | verbs                              | where                                      |
+//! |---------------------|-------------------------------|------------------------------------|--------------------------------------------|
+//! | expertmesh.dev      | modeldeployments              | get list watch                     | `reconcile/fetch.rs`, `watch.rs`           |
+//! | expertmesh.dev      | modeldeployments/status       | patch                              | `reconcile/tell.rs`, `reconcile/refuse.rs` |
+//! | expertmesh.dev      | modeldeployments/scale        | patch                              | `reconcile/scale.rs`                       |
+//! | apps                | statefulsets                  | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs`    |
+//! | apps                | statefulsets/scale            | patch                              | `fleet/kubernetes.rs`                      |
+//! | apps                | deployments                   | list watch create patch delete     | here, `reconcile/fetch.rs`, `watch.rs`     |
+//! | apps                | controllerrevisions           | list create patch delete           | here, `reconcile/fetch.rs`                 |
+//! | (core)              | configmaps                    | get list watch create patch delete | here, `fleet/kubernetes.rs`, `watch.rs`    |
+//! | (core)              | services                      | get list watch create patch        | here, `reconcile/fetch.rs`, `watch.rs`     |
+//! | (core)              | serviceaccounts               | create patch                       | here                                       |
+//! | policy              | poddisruptionbudgets          | list watch create patch            | here, `watch.rs`                           |
+//! | networking.k8s.io   | networkpolicies               | list watch create patch            | here, `watch.rs`                           |
+//! | (core)              | pods                          | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs`    |
+//! | (core)              | nodes                         | get                                | `fleet/kubernetes.rs`                      |
+//! | events.k8s.io       | events                        | create patch                       | `events.rs`                                |
+//! | coordination.k8s.io | leases (in its own namespace) | get create update                  | `lease.rs`                                 |
 //!
 //! Server-side apply needs `patch`, and `create` where the object does not exist yet. Owner references do not block
 //! deletion, so that the finalizers subresource is not needed.
@@ -56,23 +56,46 @@ impl ApiError {
         Self { verb, kind: K::kind(&()).into_owned(), name: name.to_string(), source: Box::new(source) }
     }
 
-    /// Stable: a metric's label and an Event's reason.
-    pub(crate) fn reason(&self) -> &'static str {
+    pub(crate) fn reason(&self) -> ApiReason {
         match self.source.as_ref() {
             kube::Error::Api(status) => match status.code {
-                403 => "ApiForbidden",
-                404 => "ApiNotFound",
-                409 => "ApiConflict",
-                400 | 422 => "ApiRejected",
-                429 => "ApiThrottled",
-                _ => "ApiFailed",
+                403 => ApiReason::Forbidden,
+                404 => ApiReason::NotFound,
+                409 => ApiReason::Conflict,
+                400 | 422 => ApiReason::Rejected,
+                429 => ApiReason::Throttled,
+                _ => ApiReason::Failed,
             },
-            _ => "ApiUnreachable",
+            _ => ApiReason::Unreachable,
         }
     }
+}
 
-    pub(crate) fn is_not_found(&self) -> bool {
-        self.reason() == "ApiNotFound"
+/// Why a call to the API server failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ApiReason {
+    Conflict,
+    Failed,
+    Forbidden,
+    NotFound,
+    /// The API server does not take what was sent.
+    Rejected,
+    Throttled,
+    Unreachable,
+}
+
+impl ApiReason {
+    /// Stable: a metric's label and a condition's reason.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Conflict => "ApiConflict",
+            Self::Failed => "ApiFailed",
+            Self::Forbidden => "ApiForbidden",
+            Self::NotFound => "ApiNotFound",
+            Self::Rejected => "ApiRejected",
+            Self::Throttled => "ApiThrottled",
+            Self::Unreachable => "ApiUnreachable",
+        }
     }
 }
 
@@ -134,31 +157,31 @@ pub(crate) async fn revision(client: &Client, objects: &OfRevision) -> Result<()
 /// The next step towards the end of a revision. Its frontends end first, for their requests need workers.
 pub(crate) async fn retire(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
     let name = owner.of_revision(revision);
-    let at = (owner.namespace.as_str(), name.as_str());
-    delete::<Deployment>(client, at).await?;
+    delete::<Deployment>(client, owner, revision).await?;
     let frontends = ListParams::default().labels(&query(&owner.selector_of(Component::Frontend, revision)));
     let pods = Api::<Pod>::namespaced(client.clone(), &owner.namespace).list_metadata(&frontends).await;
     if pods.map_err(|error| ApiError::new::<Pod>("list", &name, error))?.items.is_empty() {
         // The placement first: a revision without a StatefulSet is not looked for again. Pods do without it.
-        delete::<ConfigMap>(client, at).await?;
-        delete::<StatefulSet>(client, at).await?;
+        delete::<ConfigMap>(client, owner, revision).await?;
+        delete::<StatefulSet>(client, owner, revision).await?;
     }
     Ok(())
 }
 
 /// Forgets a revision that could be rolled back to.
 pub(crate) async fn forget(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
-    delete::<ControllerRevision>(client, (&owner.namespace, &owner.of_revision(revision))).await
+    delete::<ControllerRevision>(client, owner, revision).await
 }
 
-/// By namespace and name, its dependents in the background. One that is already gone is no error.
-async fn delete<K: Object>(client: &Client, (namespace, name): (&str, &str)) -> Result<(), ApiError> {
-    let api: Api<K> = Api::namespaced(client.clone(), namespace);
-    match api.delete(name, &DeleteParams::background()).await {
+/// Deletes a revision's object of this kind, its dependents in the background. One that is already gone is no error.
+async fn delete<K: Object>(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
+    let api: Api<K> = Api::namespaced(client.clone(), &owner.namespace);
+    let name = owner.of_revision(revision);
+    match api.delete(&name, &DeleteParams::background()).await {
         Ok(_) => Ok(()),
-        Err(error) => {
-            let error = ApiError::new::<K>("delete", name, error);
-            if error.is_not_found() { Ok(()) } else { Err(error) }
-        }
+        Err(error) => match ApiError::new::<K>("delete", &name, error) {
+            gone if gone.reason() == ApiReason::NotFound => Ok(()),
+            error => Err(error),
+        },
     }
 }

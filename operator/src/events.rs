@@ -9,28 +9,76 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tracing::warn;
 
 use crate::api::{ModelDeploymentStatus, ScaleDecision};
-use crate::status::{self, GOAL_UNATTAINABLE, READY, SCALER_CONFLICT, WORKERS_AVAILABLE};
+use crate::status::condition::{self, Kind, Truth, condition, is_waiting, true_condition};
 
 /// The API takes a kilobyte.
 const LONGEST_NOTE: usize = 1000;
 
+/// What an Event tells of. Stable, since users' tools read it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    Autoscaled,
+    Created,
+    GoalUnattainable,
+    InvalidSpec,
+    NotReady,
+    Placed,
+    Promoted,
+    Ready,
+    ScaledDown,
+    ScaledUp,
+    ScalerConflict,
+    WorkerFailed,
+}
+
+impl Reason {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Autoscaled => "Autoscaled",
+            Self::Created => "Created",
+            Self::GoalUnattainable => "GoalUnattainable",
+            Self::InvalidSpec => "InvalidSpec",
+            Self::NotReady => "NotReady",
+            Self::Placed => "Placed",
+            Self::Promoted => "Promoted",
+            Self::Ready => "Ready",
+            Self::ScaledDown => "ScaledDown",
+            Self::ScaledUp => "ScaledUp",
+            Self::ScalerConflict => "ScalerConflict",
+            Self::WorkerFailed => "WorkerFailed",
+        }
+    }
+
+    fn event_type(self) -> EventType {
+        match self {
+            Self::GoalUnattainable
+            | Self::InvalidSpec
+            | Self::NotReady
+            | Self::ScalerConflict
+            | Self::WorkerFailed => EventType::Warning,
+            Self::Autoscaled
+            | Self::Created
+            | Self::Placed
+            | Self::Promoted
+            | Self::Ready
+            | Self::ScaledDown
+            | Self::ScaledUp => EventType::Normal,
+        }
+    }
+}
+
 /// Something worth telling whoever looks at a deployment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Note {
-    pub(crate) warning: bool,
-    pub(crate) reason: String,
+    pub(crate) reason: Reason,
     /// What was done. The recorder takes notes of one reason and action for the same, whatever they say.
     pub(crate) action: String,
     pub(crate) text: String,
 }
 
 impl Note {
-    pub(crate) fn normal(reason: &str, action: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { warning: false, reason: reason.into(), action: action.into(), text: text.into() }
-    }
-
-    pub(crate) fn warning(reason: &str, action: impl Into<String>, text: impl Into<String>) -> Self {
-        Self { warning: true, reason: reason.into(), action: action.into(), text: text.into() }
+    fn new(reason: Reason, action: impl Into<String>, text: impl Into<String>) -> Self {
+        Self { reason, action: action.into(), text: text.into() }
     }
 }
 
@@ -38,7 +86,7 @@ impl Note {
 pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Vec<Note> {
     let mut notes = Vec::new();
     if before.revision.is_none() && after.revision.is_some() {
-        notes.push(Note::normal("Created", "Create", "workers, frontends and Services were created"));
+        notes.push(Note::new(Reason::Created, "Create", "workers, frontends and Services were created"));
     }
     notes.extend(autoscaled(before, after));
     notes.extend(resized(before, after));
@@ -46,9 +94,13 @@ pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymen
     notes.extend(placed(before, after));
     notes.extend(workers_failed(before, after));
     notes.extend(ready(before, after));
-    notes.extend(
-        [GOAL_UNATTAINABLE, SCALER_CONFLICT].into_iter().filter_map(|kind| warned(kind, before, after)),
-    );
+    for (kind, reason) in
+        [(Kind::GoalUnattainable, Reason::GoalUnattainable), (Kind::ScalerConflict, Reason::ScalerConflict)]
+    {
+        let is_new = true_condition(before, kind).is_none();
+        let now = true_condition(after, kind).filter(|_| is_new);
+        notes.extend(now.map(|now| Note::new(reason, "Autoscale", now.message.clone())));
+    }
     notes
 }
 
@@ -61,16 +113,9 @@ fn autoscaled(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> 
     let new = decisions(after).into_iter().rev().filter(|decision| !known.contains(decision));
     new.map(|ScaleDecision { from, to, reason, message, .. }| {
         let text = format!("from {from} to {to} workers ({reason}): {message}");
-        Note::normal("Autoscaled", format!("Scale-{from}-{to}-{reason}"), text)
+        Note::new(Reason::Autoscaled, format!("Scale-{from}-{to}-{reason}"), text)
     })
     .collect()
-}
-
-/// A condition that became True, or does so for another reason in words.
-fn warned(kind: &str, before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
-    let now = status::condition(after, kind).filter(|now| now.status == "True")?;
-    let told = status::condition(before, kind).is_some_and(|was| was.status == "True");
-    (!told).then(|| Note::warning(kind, "Autoscale", now.message.clone()))
 }
 
 fn resized(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
@@ -78,48 +123,48 @@ fn resized(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Opt
     let reason = match to.cmp(&from) {
         _ if from == 0 || before.revision != after.revision => return None,
         std::cmp::Ordering::Equal => return None,
-        std::cmp::Ordering::Greater => "ScaledUp",
-        std::cmp::Ordering::Less => "ScaledDown",
+        std::cmp::Ordering::Greater => Reason::ScaledUp,
+        std::cmp::Ordering::Less => Reason::ScaledDown,
     };
-    Some(Note::normal(reason, format!("Scale-{from}-{to}"), format!("from {from} to {to} workers")))
+    Some(Note::new(reason, format!("Scale-{from}-{to}"), format!("from {from} to {to} workers")))
 }
 
 fn promoted(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
     let (from, to) = (before.revision.as_ref()?, after.revision.as_ref()?);
     let text = format!("revision {to} serves instead of {from}");
-    (from != to).then(|| Note::normal("Promoted", format!("Promote-{to}"), text))
+    (from != to).then(|| Note::new(Reason::Promoted, format!("Promote-{to}"), text))
 }
 
 fn placed(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
     let placement = after.placement.as_ref()?;
     let same = before.placement.as_ref().is_some_and(|before| before.hash == placement.hash);
     let text = format!("epoch {}, imbalance {}", placement.epoch, placement.imbalance);
-    (!same && placement.epoch > 0).then(|| Note::normal("Placed", format!("Place-{}", placement.epoch), text))
+    (!same && placement.epoch > 0)
+        .then(|| Note::new(Reason::Placed, format!("Place-{}", placement.epoch), text))
 }
 
 fn workers_failed(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
-    let now = status::condition(after, WORKERS_AVAILABLE)?;
-    let told = status::condition(before, WORKERS_AVAILABLE).is_some_and(|was| was.reason == now.reason);
-    let failed = now.status == "False" && !status::is_waiting(&now.reason);
+    let now = condition(after, Kind::WorkersAvailable)?;
+    let told = condition(before, Kind::WorkersAvailable).is_some_and(|was| was.reason == now.reason);
+    let failed = Truth::False.is_of(now) && !is_waiting(now);
     let text = format!("{}: {}", now.reason, now.message);
-    (failed && !told).then(|| Note::warning("WorkerFailed", format!("Run-{}", now.reason), text))
+    (failed && !told).then(|| Note::new(Reason::WorkerFailed, format!("Run-{}", now.reason), text))
 }
 
 fn ready(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
-    let now = status::condition(after, READY)?;
-    let was = status::condition(before, READY).map(|was| (was.status.as_str(), was.reason.as_str()));
-    match (was, now.status.as_str()) {
-        (Some(("True", _)), "True") => None,
-        (_, "True") => Some(Note::normal("Ready", "Serve", now.message.clone())),
-        (Some(("True", _)), _) => {
-            Some(Note::warning("NotReady", format!("Serve-{}", now.reason), now.message.clone()))
+    let (was, now) = (condition(before, Kind::Ready), condition(after, Kind::Ready)?);
+    let was_ready = was.is_some_and(|was| Truth::True.is_of(was));
+    match (was_ready, Truth::True.is_of(now)) {
+        (true, true) => None,
+        (false, true) => Some(Note::new(Reason::Ready, "Serve", now.message.clone())),
+        (true, false) => {
+            Some(Note::new(Reason::NotReady, format!("Serve-{}", now.reason), now.message.clone()))
         }
-        (was, _)
-            if now.reason == status::INVALID_SPEC && was.is_none_or(|(_, reason)| reason != now.reason) =>
-        {
-            Some(Note::warning(status::INVALID_SPEC, "Validate", now.message.clone()))
+        (false, false) => {
+            let invalid = condition::Reason::InvalidSpec;
+            let is_news = invalid.is_of(now) && !was.is_some_and(|was| invalid.is_of(was));
+            is_news.then(|| Note::new(Reason::InvalidSpec, "Validate", now.message.clone()))
         }
-        _ => None,
     }
 }
 
@@ -139,15 +184,20 @@ impl Events {
     pub(crate) async fn post(&self, regarding: &ObjectReference, notes: &[Note]) {
         for note in notes {
             let event = Event {
-                type_: if note.warning { EventType::Warning } else { EventType::Normal },
-                reason: note.reason.clone(),
+                type_: note.reason.event_type(),
+                reason: note.reason.as_str().into(),
                 action: note.action.chars().take(128).collect(),
                 note: Some(shortened(&note.text)),
                 secondary: None,
             };
             if let Err(error) = self.recorder.publish(&event, regarding).await {
                 let name = regarding.name.as_deref().unwrap_or_default();
-                warn!(name, reason = note.reason, "an event could not be posted ({error}): {}", note.text);
+                warn!(
+                    name,
+                    reason = note.reason.as_str(),
+                    "an event could not be posted ({error}): {}",
+                    note.text
+                );
             }
         }
     }
@@ -170,9 +220,9 @@ mod tests {
         replicas: i32,
         epoch: i64,
     ) -> ModelDeploymentStatus {
-        let condition = |kind: &str, (status, reason): (&str, &str)| {
+        let condition = |kind: Kind, (status, reason): (&str, &str)| {
             serde_json::from_value(serde_json::json!({
-                "type": kind, "status": status, "reason": reason, "message": "as it is",
+                "type": kind.as_str(), "status": status, "reason": reason, "message": "as it is",
                 "lastTransitionTime": "2026-11-24T12:00:00Z",
             }))
             .unwrap()
@@ -181,20 +231,20 @@ mod tests {
             observed_generation: Some(1),
             revision: Some("1a2b3c4d".into()),
             replicas,
-            conditions: vec![condition(READY, ready), condition(WORKERS_AVAILABLE, workers)],
+            conditions: vec![condition(Kind::Ready, ready), condition(Kind::WorkersAvailable, workers)],
             placement: Some(PlacementStatus { epoch, hash: format!("h{epoch}"), imbalance: "1.00".into() }),
             ..ModelDeploymentStatus::default()
         }
     }
 
-    fn reasons(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Vec<String> {
-        transitions(before, after).into_iter().map(|note| note.reason).collect()
+    fn reasons(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Vec<&'static str> {
+        transitions(before, after).into_iter().map(|note| note.reason.as_str()).collect()
     }
 
     #[test]
     fn a_status_that_stays_is_not_told_again() {
         let failed = status(("False", "ModelNotFound"), ("False", "ModelNotFound"), 4, 1);
-        assert_eq!(reasons(&failed, &failed), Vec::<String>::new());
+        assert_eq!(reasons(&failed, &failed), Vec::<&str>::new());
     }
 
     #[test]
@@ -215,11 +265,11 @@ mod tests {
 
     #[test]
     fn a_spec_that_is_wrong_from_the_start_creates_nothing() {
-        let mut wrong = status(("False", "x"), ("False", status::INVALID_SPEC), 0, 0);
+        let mut wrong = status(("False", "x"), ("False", "InvalidSpec"), 0, 0);
         (wrong.revision, wrong.placement) = (None, None);
-        wrong.conditions.retain(|condition| condition.type_ == READY);
+        wrong.conditions.retain(|condition| condition.type_ == "Ready");
         assert_eq!(reasons(&ModelDeploymentStatus::default(), &wrong), ["InvalidSpec"]);
-        assert_eq!(reasons(&wrong, &wrong), Vec::<String>::new());
+        assert_eq!(reasons(&wrong, &wrong), Vec::<&str>::new());
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod cli;
 mod control;
 mod events;
 mod fleet;
+mod key;
 mod lease;
 mod logging;
 mod manifest;

@@ -47,15 +47,6 @@ pub(crate) enum ValidationError {
     Nameless,
 }
 
-impl ValidationError {
-    /// Stable: a condition's and an Event's reason, and a metric's label.
-    pub(crate) fn reason(&self) -> &'static str {
-        match self {
-            Self::Rule(_) | Self::Nameless => "InvalidSpec",
-        }
-    }
-}
-
 impl ValidatedDeployment {
     pub(crate) fn new(object: &ModelDeployment) -> Result<Self, ValidationError> {
         let name = object.metadata.name.clone().ok_or(ValidationError::Nameless)?;

@@ -22,8 +22,12 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::BroadcastStream;
 use tracing::{debug, warn};
 
+use crate::key::Watched;
+use crate::metrics::labels::WatchFailure;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY};
-use crate::reconcile::{Context, ReconcileError, Watched, after_error, reconcile};
+use crate::reconcile::context::Context;
+use crate::reconcile::error::ReconcileError;
+use crate::reconcile::{after_error, reconcile};
 
 /// Deployments that are reconciled at the same time.
 const CONCURRENCY: u16 = 8;
@@ -76,7 +80,8 @@ pub(crate) async fn watch(
     context: Arc<Context>,
     namespaces: &[String],
     triggers: Triggers,
-    (stop, synced): (impl Future<Output = ()> + Send + Sync + 'static, impl FnOnce()),
+    stop: impl Future<Output = ()> + Send + Sync + 'static,
+    synced: impl FnOnce(),
 ) {
     let stop = stop.shared();
     let scopes = if namespaces.is_empty() {
@@ -153,11 +158,9 @@ fn log(context: &Context, outcome: Outcome) {
         // Reconciles count and log their own errors, and what is gone needs none.
         Err(controller::Error::ReconcilerFailed(..) | controller::Error::ObjectNotFound(_)) => {}
         Err(error) => {
-            context.metrics.watch_failed(if matches!(error, controller::Error::QueueError(_)) {
-                "WatchFailed"
-            } else {
-                "Internal"
-            });
+            let is_of_a_watch = matches!(error, controller::Error::QueueError(_));
+            let failure = if is_of_a_watch { WatchFailure::WatchFailed } else { WatchFailure::Internal };
+            context.metrics.reconciles.watch_failed(failure);
             warn!("a watch broke and is begun again: {error}");
         }
     }

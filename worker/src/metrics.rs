@@ -1,6 +1,5 @@
 //! Every metric of the worker and of the frontend, declared once.
 
-mod declare;
 pub(crate) mod frontend;
 pub(crate) mod labels;
 pub(crate) mod worker;

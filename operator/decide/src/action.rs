@@ -1,5 +1,6 @@
 //! What is desired of a fleet, and what it can be asked to do.
 
+use std::fmt;
 use std::time::Duration;
 
 use expertmesh_proto::placement::Placement;
@@ -30,6 +31,50 @@ pub enum Action {
     Push { to: Member, placement: Placement },
     /// `Control.Drain`, without waiting for its end, which the reports show.
     Drain { slot: u32 },
+}
+
+/// What kind of action one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Resize,
+    Place,
+    Push,
+    Drain,
+}
+
+impl Kind {
+    /// A stable name: a metric's label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Resize => "resize",
+            Self::Place => "place",
+            Self::Push => "push",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+impl Action {
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Resize(_) => Kind::Resize,
+            Self::Place(_) => Kind::Place,
+            Self::Push { .. } => Kind::Push,
+            Self::Drain { .. } => Kind::Drain,
+        }
+    }
+}
+
+/// One line for a log.
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Resize(size) => write!(f, "running {size} workers"),
+            Self::Place(placement) => write!(f, "placing epoch {}", placement.epoch()),
+            Self::Push { to, placement } => write!(f, "telling {to:?} epoch {}", placement.epoch()),
+            Self::Drain { slot } => write!(f, "draining worker {slot}"),
+        }
+    }
 }
 
 /// What to do now, and what has to happen before there is more to do.

@@ -5,6 +5,8 @@
 //! Below 0.40 fewer may do. What is wished is made within the limits of `behavior`; what is silent is never taken for idle.
 
 pub mod autoscaler;
+mod effect;
+mod interval;
 pub mod limits;
 pub mod load;
 pub mod policy;
@@ -12,3 +14,4 @@ mod scaler;
 pub mod schedule;
 pub mod verdict;
 mod window;
+mod wish;

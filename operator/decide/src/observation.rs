@@ -42,10 +42,58 @@ pub struct Seen {
 /// Why a process ended or cannot start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// Stable and machine-readable, such as `ModelNotFound`.
-    pub reason: String,
+    pub reason: FailureReason,
+    /// What happened, in words for whoever operates the deployment.
     pub message: String,
+    /// How often the process was started again.
     pub restarts: u32,
+}
+
+/// What a failure is called by the process itself, by its pod or by the cluster. What somebody decides or advises upon has
+/// a variant of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FailureReason {
+    ErrImageNeverPull,
+    ImagePullBackOff,
+    InvalidImageName,
+    ModelNotFound,
+    /// Its container took more memory than it may.
+    OomKilled,
+    /// It ended without last words: by a signal, or a panic.
+    ProcessEnded,
+    ReplicasUnschedulable,
+    Other(String),
+}
+
+impl FailureReason {
+    /// The reason of that name.
+    pub fn named(name: &str) -> Self {
+        let known = [
+            Self::ErrImageNeverPull,
+            Self::ImagePullBackOff,
+            Self::InvalidImageName,
+            Self::ModelNotFound,
+            Self::OomKilled,
+            Self::ProcessEnded,
+            Self::ReplicasUnschedulable,
+        ];
+        let found = known.into_iter().find(|reason| reason.name() == name);
+        found.unwrap_or_else(|| Self::Other(name.into()))
+    }
+
+    /// The name, stable and machine-readable.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::ErrImageNeverPull => "ErrImageNeverPull",
+            Self::ImagePullBackOff => "ImagePullBackOff",
+            Self::InvalidImageName => "InvalidImageName",
+            Self::ModelNotFound => "ModelNotFound",
+            Self::OomKilled => "OOMKilled",
+            Self::ProcessEnded => "ProcessEnded",
+            Self::ReplicasUnschedulable => "ReplicasUnschedulable",
+            Self::Other(name) => name,
+        }
+    }
 }
 
 /// Who is told a placement.

@@ -324,7 +324,7 @@ impl Step<'_> {
     fn first_failure(&self) -> Option<String> {
         let failed = |(_, seen): (Member, &Seen)| {
             let failure = seen.failure.as_ref().filter(|_| seen.report.is_none())?;
-            Some(format!("{} to recover: {}: {}", seen.name, failure.reason, failure.message))
+            Some(format!("{} to recover: {}: {}", seen.name, failure.reason.name(), failure.message))
         };
         self.seen.members().find_map(failed)
     }

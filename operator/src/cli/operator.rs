@@ -19,11 +19,12 @@ use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
 use crate::events::Events;
-use crate::fleet::kubernetes::Caller;
+use crate::fleet::kubernetes::streams::Caller;
 use crate::lease::{Election, LeaseError};
 use crate::logging;
 use crate::metrics::Metrics;
-use crate::reconcile::{Context, Memory};
+use crate::reconcile::context::Context;
+use crate::reconcile::memory::Memory;
 use crate::watch::{Triggers, watch};
 
 /// The name of the Lease: of the operators in its namespace, one works at a time.
@@ -55,7 +56,7 @@ pub(crate) struct Operator {
 /// Runs until SIGTERM or SIGINT, which is success, or until the lease is lost, which is not.
 pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     let stop = asked_to_stop()?;
-    let (metrics, standing) = (Metrics::new()?, Standing::default());
+    let (metrics, standing) = (Metrics::new(), Standing::default());
     serve(arguments.metrics, metrics.clone(), standing.clone()).await?;
     administer(arguments.admin).await?;
     let client = Client::try_default().await.context("no cluster to work on")?;
@@ -71,7 +72,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     }
 
     standing.set(Stand::Syncing);
-    metrics.lead(true);
+    metrics.reconciles.lead(true);
     let (release, released) = oneshot::channel();
     // On a task of its own, so that no reconcile keeps it from renewing.
     let mut lease = tokio::spawn(hold(election, released));
@@ -88,7 +89,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     });
     let synced = || standing.set(Stand::Leading);
     tokio::select! {
-        () = watch(context, &arguments.namespaces, triggers, (stopped(stop), synced)) => {}
+        () = watch(context, &arguments.namespaces, triggers, stopped(stop), synced) => {}
         lost = &mut lease => give_up(lost.ok().flatten()),
     }
     info!("stopped; releasing the lease");

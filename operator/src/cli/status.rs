@@ -10,6 +10,7 @@ use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus, ScaleDecision};
+use crate::status::condition::{Kind, Truth, condition, true_condition};
 
 #[derive(Args)]
 pub(crate) struct Status {
@@ -51,11 +52,9 @@ fn described(object: &ModelDeployment, now: Timestamp) -> String {
     if let Some(placement) = &status.placement {
         line("placement", format!("epoch {}, imbalance {}", placement.epoch, placement.imbalance));
     }
-    let telling = ["Degraded", "Progressing", "GoalUnattainable", "ScalerConflict"];
-    for condition in status.conditions.iter().filter(|condition| condition.status == "True") {
-        if telling.contains(&condition.type_.as_str()) {
-            line("", format!("{} ({}): {}", condition.type_, condition.reason, condition.message));
-        }
+    let telling = [Kind::Progressing, Kind::Degraded, Kind::GoalUnattainable, Kind::ScalerConflict];
+    for condition in telling.into_iter().filter_map(|kind| true_condition(&status, kind)) {
+        line("", format!("{} ({}): {}", condition.type_, condition.reason, condition.message));
     }
     if let Some(autoscaling) = &status.autoscaling {
         line("autoscaler", format!("{}: {}", autoscaling.reason, autoscaling.message));
@@ -66,8 +65,8 @@ fn described(object: &ModelDeployment, now: Timestamp) -> String {
 }
 
 fn readiness(status: &ModelDeploymentStatus) -> String {
-    match status.conditions.iter().find(|condition| condition.type_ == "Ready") {
-        Some(ready) if ready.status == "True" => format!("is ready ({}): {}", ready.reason, ready.message),
+    match condition(status, Kind::Ready) {
+        Some(ready) if Truth::True.is_of(ready) => format!("is ready ({}): {}", ready.reason, ready.message),
         Some(ready) => format!("is not ready ({}): {}", ready.reason, ready.message),
         None => "has no status: does an operator run?".into(),
     }

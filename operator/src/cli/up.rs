@@ -15,7 +15,7 @@ use expertmesh_decide::autoscale::autoscaler::Autoscaler;
 use expertmesh_decide::autoscale::limits::Change;
 use expertmesh_decide::autoscale::load::Load;
 use expertmesh_decide::autoscale::policy::Size;
-use expertmesh_decide::observation::{Member, Observation};
+use expertmesh_decide::observation::{FailureReason, Member, Observation};
 use expertmesh_decide::placement::fewest;
 use expertmesh_decide::report::{Report, State};
 use expertmesh_decide::step::decide;
@@ -27,9 +27,11 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use crate::fleet::Fleet;
-use crate::fleet::process::{ENDED, Lines, ProcessFleet};
+use crate::fleet::process::ProcessFleet;
+use crate::fleet::process::lines::Lines;
+use crate::manifest;
+use crate::status::conditions::failing;
 use crate::validate::ValidatedDeployment;
-use crate::{manifest, status};
 
 /// How often to look where nothing is heard: also after edits of the file.
 const PERIOD: Duration = Duration::from_millis(500);
@@ -136,7 +138,7 @@ impl Serving {
         if let Some(shape) = seen.shape() {
             self.at_least = fewest(&shape, desired.min_replicas, self.deployment.memory);
         }
-        let size = Size { workers: desired.workers, at_least: self.at_least, failing: status::failing(seen) };
+        let size = Size { workers: desired.workers, at_least: self.at_least, failing: failing(seen) };
         self.autoscaler.set(
             self.deployment.autoscaling.as_ref(),
             size,
@@ -193,7 +195,7 @@ impl Serving {
     /// What fails before anything was ready would fail for ever.
     fn check_start(&self) -> anyhow::Result<()> {
         if let Some((name, failure)) = self.fleet.first_failure().filter(|_| !self.was_ready)
-            && (failure.reason != ENDED || failure.restarts >= TRIES)
+            && (failure.reason != FailureReason::ProcessEnded || failure.restarts >= TRIES)
         {
             bail!("{name}: {}", failure.message);
         }

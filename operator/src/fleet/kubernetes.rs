@@ -1,7 +1,7 @@
 //! One revision of a deployment on Kubernetes: a StatefulSet of workers, frontends, and the streams to both.
 
 mod pods;
-mod streams;
+pub(crate) mod streams;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -26,9 +26,7 @@ use crate::apply::{self, ApiError, Object};
 use crate::objects::names::{Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
 use crate::objects::workloads::config_map;
 
-use streams::{SharedAutoscaler, Streams};
-
-pub(crate) use streams::Caller;
+use streams::{Caller, SharedAutoscaler, Streams};
 
 pub(crate) struct KubernetesFleet {
     client: Client,
@@ -48,17 +46,6 @@ struct Overdue {
     node: String,
 }
 
-/// A call to the API server that failed. What processes do not take is no error: it is told again.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub(crate) struct FleetError(#[from] ApiError);
-
-impl FleetError {
-    pub(crate) fn reason(&self) -> &'static str {
-        self.0.reason()
-    }
-}
-
 impl fmt::Debug for KubernetesFleet {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "KubernetesFleet({}/{})", self.owner.namespace, self.name())
@@ -70,7 +57,8 @@ impl KubernetesFleet {
     /// every look of the autoscaler.
     pub(crate) fn new(
         client: Client,
-        (owner, revision): (Owner, &str),
+        owner: Owner,
+        revision: &str,
         caller: &Caller,
         changed: impl Fn(Option<&Look>) + Send + 'static,
     ) -> Self {
@@ -102,7 +90,7 @@ impl KubernetesFleet {
 
     /// Deletes pods for good that should have ended long ago and whose node is gone: nobody else does, and a StatefulSet
     /// starts no successor before.
-    pub(crate) async fn end_overdue(&mut self) -> Result<(), FleetError> {
+    pub(crate) async fn end_overdue(&mut self) -> Result<(), ApiError> {
         for Overdue { pod, uid, node } in std::mem::take(&mut self.overdue) {
             let nodes: Api<Node> = Api::all(self.client.clone());
             let found = nodes
@@ -133,12 +121,12 @@ impl KubernetesFleet {
         Api::namespaced(self.client.clone(), &self.owner.namespace)
     }
 
-    async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, FleetError> {
-        Ok(self.api::<K>().get_opt(name).await.map_err(|error| ApiError::new::<K>("get", name, error))?)
+    async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, ApiError> {
+        self.api::<K>().get_opt(name).await.map_err(|error| ApiError::new::<K>("get", name, error))
     }
 
     /// None where there is none, or none that can be read: whoever follows one reports its epoch.
-    async fn placement(&self) -> Result<Placement, FleetError> {
+    async fn placement(&self) -> Result<Placement, ApiError> {
         let map: Option<ConfigMap> = self.get(&self.name()).await?;
         let text = map.and_then(|map| map.data?.remove(PLACEMENT_KEY)).unwrap_or_default();
         if text.is_empty() {
@@ -153,7 +141,7 @@ impl KubernetesFleet {
         }))
     }
 
-    async fn pods(&self, component: Component) -> Result<Vec<Pod>, FleetError> {
+    async fn pods(&self, component: Component) -> Result<Vec<Pod>, ApiError> {
         let ours = ListParams::default().labels(&query(&self.owner.selector_of(component, &self.revision)));
         let found = self.api::<Pod>().list(&ours).await;
         Ok(found.map_err(|error| ApiError::new::<Pod>("list", &self.name(), error))?.items)
@@ -171,7 +159,7 @@ impl KubernetesFleet {
         Seen { name, addresses, failure: pods::failure(pod), ..Seen::default() }
     }
 
-    async fn resize(&self, size: u32) -> Result<(), FleetError> {
+    async fn resize(&self, size: u32) -> Result<(), ApiError> {
         let name = self.name();
         let patch = Patch::Merge(serde_json::json!({"spec": {"replicas": size}}));
         let parameters = PatchParams { field_manager: Some(EXPERTMESH.into()), ..PatchParams::default() };
@@ -181,10 +169,11 @@ impl KubernetesFleet {
     }
 }
 
+/// What processes do not take is no error: it is told again.
 impl Fleet for KubernetesFleet {
-    type Error = FleetError;
+    type Error = ApiError;
 
-    async fn observe(&mut self) -> Result<Observation, FleetError> {
+    async fn observe(&mut self) -> Result<Observation, ApiError> {
         let set: Option<StatefulSet> = self.get(&self.name()).await?;
         let size =
             set.and_then(|set| set.spec?.replicas).and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
@@ -226,7 +215,7 @@ impl Fleet for KubernetesFleet {
         Ok(seen)
     }
 
-    async fn act(&mut self, actions: &[Action]) -> Result<(), FleetError> {
+    async fn act(&mut self, actions: &[Action]) -> Result<(), ApiError> {
         let mut pushes: Vec<(&Member, &Placement)> = Vec::new();
         for action in actions {
             match action {

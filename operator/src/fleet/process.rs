@@ -2,7 +2,7 @@
 //! announces them in a file; one that is started again has others, which the decisions then push.
 
 mod child;
-mod lines;
+pub(crate) mod lines;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -19,9 +19,8 @@ use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
-pub(crate) use self::child::ENDED;
 use self::child::{Child, Launch};
-pub(crate) use self::lines::Lines;
+use self::lines::Lines;
 use super::Fleet;
 use crate::control::Control;
 use crate::programs;

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 
+use crate::key::Key;
+
 pub(crate) const NAME: &str = "app.kubernetes.io/name";
 pub(crate) const INSTANCE: &str = "app.kubernetes.io/instance";
 pub(crate) const COMPONENT: &str = "app.kubernetes.io/component";
@@ -42,6 +44,10 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
+    pub(crate) fn key(&self) -> Key {
+        Key { namespace: self.namespace.clone(), name: self.name.clone() }
+    }
+
     /// `<name>-workers`: the headless Service, the PodDisruptionBudget and the workers' NetworkPolicy.
     pub(crate) fn workers(&self) -> String {
         format!("{}-workers", self.name)

@@ -11,11 +11,10 @@ use kube::{Client, Resource, ResourceExt};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::{ApiError, Object};
+use crate::key::Key;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY, Owner, REVISION};
 use crate::objects::revision::{self, Revision};
 use crate::validate::ValidatedDeployment;
-
-use super::Key;
 
 /// A deployment and what runs of it.
 pub(super) struct Found {

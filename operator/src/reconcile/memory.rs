@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use expertmesh_proto::backoff::Backoff;
 use tokio::sync::Mutex as AsyncMutex;
 
-use super::Key;
 use crate::fleet::kubernetes::KubernetesFleet;
+use crate::key::Key;
 
 /// Before a reconcile that failed is tried again.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(60));

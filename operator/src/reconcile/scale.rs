@@ -4,6 +4,7 @@ use expertmesh_decide::autoscale::limits::Change;
 use expertmesh_decide::autoscale::policy::Size;
 use expertmesh_decide::autoscale::verdict::Verdict;
 use expertmesh_decide::placement::fewest;
+use expertmesh_decide::rollout::Rollout;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, Patch, PatchParams};
@@ -13,41 +14,49 @@ use tracing::info;
 
 use crate::api::{AutoscalingStatus, ModelDeployment, ScaleDecision};
 use crate::apply::ApiError;
-use crate::status::{self, Scaling};
+use crate::metrics::labels;
+use crate::status::conditions::failing;
+use crate::status::situation::Scaling;
 use crate::validate::ValidatedDeployment;
 
+use super::context::Context;
 use super::fetch::Found;
-use super::{Context, Side};
+use super::observe::Observed;
 
 /// Who sets `spec.workers.replicas` for us: not the manager that applies what is owned.
 const AUTOSCALER: &str = "expertmesh-autoscaler";
 const DECISIONS_KEPT: usize = 5;
 
-/// Decides the size from what the serving revision's processes say, writes it where it changes, and makes it the desired
-/// one of this reconcile. None without `spec.autoscaling`. What could not be written keeps nothing else from being done.
+/// What came of the autoscaler.
+pub(super) struct Scaled {
+    /// The size that is desired from now on.
+    pub(super) workers: u32,
+    /// None without `spec.autoscaling`.
+    pub(super) scaling: Option<Scaling>,
+    /// What could not be written keeps nothing else from being done.
+    pub(super) result: Result<(), ApiError>,
+}
+
+/// Decides the size from what the serving revision's processes say, and writes it where it changes.
 pub(super) async fn scale(
     context: &Context,
     found: &Found,
-    deployment: &mut ValidatedDeployment,
-    (serving, is_rolling_out): (&Side<'_>, bool),
-) -> (Option<Scaling>, Result<(), ApiError>) {
-    let before = found.status().autoscaling;
-    let desired = &deployment.desired;
-    let known = serving.seen.shape().map(|shape| fewest(&shape, desired.min_replicas, deployment.memory));
-    let before_zero = before.as_ref().map_or(0, |before| before.at_least.unsigned_abs());
-    let size = Size {
-        workers: desired.workers,
-        at_least: known.unwrap_or(before_zero).max(desired.min_replicas),
-        failing: status::failing(&serving.seen),
-    };
-    let changes = before.iter().flat_map(|status| &status.decisions).map(change).collect();
-    let now = Timestamp::now();
+    deployment: &ValidatedDeployment,
+    serving: &Observed,
+    plan: &Rollout,
+) -> Scaled {
+    let (key, desired) = (found.owner.key(), &deployment.desired);
+    let goals = deployment.autoscaling.as_ref().map(|policy| policy.goals);
+    context.metrics.autoscaling.aims(&key, goals);
+    let (before, now) = (found.status().autoscaling, Timestamp::now());
+    let size = size(deployment, serving, before.as_ref());
     let at_least = signed(size.at_least);
+    let changes = before.iter().flat_map(|status| &status.decisions).map(change).collect();
     let verdict = serving.fleet.lock().await.autoscale(deployment.autoscaling.as_ref(), size, changes, now);
     let (Some(mut verdict), Some(policy)) = (verdict, &deployment.autoscaling) else {
-        return (None, Ok(()));
+        return Scaled { workers: desired.workers, scaling: None, result: Ok(()) };
     };
-    if is_rolling_out && verdict.workers < desired.workers {
+    if plan.next.is_some() && verdict.workers < desired.workers {
         verdict.workers = desired.workers; // fewer of an old revision say nothing of the new one
     }
     let owners = owners(&found.object);
@@ -62,18 +71,37 @@ pub(super) async fn scale(
         may_write: !policy.advisory && !desired.paused,
     };
     let Next { scaling, write } = next(before.clone(), &spec, &verdict, now);
-    if let Some(workers) = write {
-        if let Err(error) = set(context, found, workers).await {
-            spec.may_write = false;
-            return (Some(next(before, &spec, &verdict, now).scaling), Err(error));
-        }
-        let (name, reason) = (&found.owner.name, verdict.reason.as_str());
-        info!(name, reason, "from {} to {workers} workers: {}", desired.workers, verdict.message);
-        let direction = if workers > desired.workers { "up" } else { "down" };
-        context.metrics.scaled((&found.owner.namespace, name), direction, reason);
-        deployment.desired.workers = workers;
+    let Some(workers) = write else {
+        return Scaled { workers: desired.workers, scaling: Some(scaling), result: Ok(()) };
+    };
+    if let Err(error) = set(context, found, workers).await {
+        spec.may_write = false;
+        let scaling = Some(next(before, &spec, &verdict, now).scaling);
+        return Scaled { workers: desired.workers, scaling, result: Err(error) };
     }
-    (Some(scaling), Ok(()))
+    let (name, reason) = (&key.name, verdict.reason);
+    info!(
+        name,
+        reason = reason.as_str(),
+        "from {} to {workers} workers: {}",
+        desired.workers,
+        verdict.message
+    );
+    let step = if workers > desired.workers { labels::Scaling::up } else { labels::Scaling::down };
+    context.metrics.autoscaling.scaled(&key, step(reason));
+    Scaled { workers, scaling: Some(scaling), result: Ok(()) }
+}
+
+/// What there is to scale. At zero nobody says how many workers hold every expert: what was known before counts.
+fn size(deployment: &ValidatedDeployment, serving: &Observed, before: Option<&AutoscalingStatus>) -> Size {
+    let desired = &deployment.desired;
+    let known = serving.seen.shape().map(|shape| fewest(&shape, desired.min_replicas, deployment.memory));
+    let before_zero = before.map_or(0, |before| before.at_least.unsigned_abs());
+    Size {
+        workers: desired.workers,
+        at_least: known.unwrap_or(before_zero).max(desired.min_replicas),
+        failing: failing(&serving.seen),
+    }
 }
 
 /// Only where nobody changed the object since it was read.

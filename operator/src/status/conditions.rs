@@ -3,134 +3,48 @@
 use std::time::Duration;
 
 use expertmesh_decide::action::{Action, Decision};
-use expertmesh_decide::observation::{Failure, Observation, Seen};
+use expertmesh_decide::observation::{Failure, FailureReason, Observation, Seen};
 use expertmesh_decide::report::State;
-use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use super::{
-    Experts, Scaling, Situation, all_workers_ready, answering, reaches_a_worker, those_that_stay_are_ready,
-};
-use crate::api::ModelDeploymentStatus;
+use super::condition::{Kind, Reason, Stamp, Truth, Verdict, true_condition};
+use super::serving::{Experts, all_workers_ready, answering, reaches_a_worker, those_that_stay_are_ready};
+use super::situation::{NextRevision, Scaling, Situation};
 
-pub(crate) const READY: &str = "Ready";
-pub(crate) const MODEL_PREPARED: &str = "ModelPrepared";
-pub(crate) const WORKERS_AVAILABLE: &str = "WorkersAvailable";
-pub(crate) const EXPERTS_AVAILABLE: &str = "ExpertsAvailable";
-pub(crate) const PROGRESSING: &str = "Progressing";
-pub(crate) const DEGRADED: &str = "Degraded";
-/// These two only with `spec.autoscaling`.
-pub(crate) const GOAL_UNATTAINABLE: &str = "GoalUnattainable";
-pub(crate) const SCALER_CONFLICT: &str = "ScalerConflict";
-
-/// The reason of everything that a user has to correct in the spec.
-pub(crate) const INVALID_SPEC: &str = "InvalidSpec";
-const WORKERS_STARTING: &str = "WorkersStarting";
-const WORKERS_SCALING: &str = "WorkersScaling";
-const SCALED_TO_ZERO: &str = "ScaledToZero";
-const WAKING: &str = "Waking";
 /// How long the first worker may take to come back before Ready says that it does not.
 const WAKES_WITHIN: Duration = Duration::from_secs(60);
-
-/// True for the reasons that time alone resolves.
-pub(crate) fn is_waiting(reason: &str) -> bool {
-    [WORKERS_STARTING, WORKERS_SCALING].contains(&reason)
-}
-
-pub(crate) fn condition<'a>(status: &'a ModelDeploymentStatus, kind: &str) -> Option<&'a Condition> {
-    status.conditions.iter().find(|condition| condition.type_ == kind)
-}
-
-/// One condition before it has its times.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Verdict {
-    status: &'static str,
-    reason: String,
-    message: String,
-}
-
-impl Verdict {
-    fn yes(reason: &str, message: impl Into<String>) -> Self {
-        Self { status: "True", reason: reason.into(), message: message.into() }
-    }
-
-    fn no(reason: &str, message: impl Into<String>) -> Self {
-        Self { status: "False", reason: reason.into(), message: message.into() }
-    }
-
-    fn unknown(reason: &str, message: impl Into<String>) -> Self {
-        Self { status: "Unknown", reason: reason.into(), message: message.into() }
-    }
-}
 
 /// All conditions, in the order in which a reader wants them.
 pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
     let workers = workers_available(situation);
     let experts_available = experts_available(situation, experts);
-    let scaling = situation
-        .scaling
-        .map(|scaling| [(GOAL_UNATTAINABLE, unattainable(scaling)), (SCALER_CONFLICT, conflict(scaling))]);
+    let scaling = situation.scaling.map(|scaling| {
+        [(Kind::GoalUnattainable, unattainable(scaling)), (Kind::ScalerConflict, conflict(scaling))]
+    });
     let verdicts = [
-        (READY, ready(situation, &workers, &experts_available)),
-        (MODEL_PREPARED, model_prepared(situation)),
-        (WORKERS_AVAILABLE, workers),
-        (EXPERTS_AVAILABLE, experts_available),
-        (PROGRESSING, progressing(situation)),
-        (DEGRADED, degraded(situation, experts)),
+        (Kind::Ready, ready(situation, &workers, &experts_available)),
+        (Kind::ModelPrepared, model_prepared(situation)),
+        (Kind::WorkersAvailable, workers),
+        (Kind::ExpertsAvailable, experts_available),
+        (Kind::Progressing, progressing(situation)),
+        (Kind::Degraded, degraded(situation, experts)),
     ];
-    let stamp =
-        |(kind, verdict)| stamped(situation.before, situation.generation, situation.now, (kind, verdict));
-    verdicts.into_iter().chain(scaling.into_iter().flatten()).map(stamp).collect()
+    let stamp = Stamp { before: situation.before, generation: situation.generation, now: situation.now };
+    let verdicts = verdicts.into_iter().chain(scaling.into_iter().flatten());
+    verdicts.map(|(kind, verdict)| stamp.condition(kind, verdict)).collect()
 }
 
 fn unattainable(scaling: &Scaling) -> Verdict {
     match &scaling.unattainable {
-        Some(why) => Verdict { status: "True", ..Verdict::no("MoreDoNotHelp", why) },
-        None => Verdict::no("Attainable", "nothing speaks against the goals"),
+        Some(why) => Verdict::yes(Reason::MoreDoNotHelp, why),
+        None => Verdict::no(Reason::Attainable, "nothing speaks against the goals"),
     }
 }
 
 fn conflict(scaling: &Scaling) -> Verdict {
     match &scaling.conflict {
-        Some(who) => Verdict { status: "True", ..Verdict::no("OtherWriter", who) },
-        None => Verdict::no("Alone", "nobody else sets spec.workers.replicas"),
-    }
-}
-
-/// The status of a deployment that cannot be reconciled, for a reason that has to be told in conditions of some kinds:
-/// what runs is left alone, and so is what is said of it.
-pub(crate) fn blocked(
-    before: &ModelDeploymentStatus,
-    generation: Option<i64>,
-    now: Timestamp,
-    (kinds, reason, message): (&[&str], &str, &str),
-) -> ModelDeploymentStatus {
-    let mut status = ModelDeploymentStatus { observed_generation: generation, ..before.clone() };
-    for &kind in kinds {
-        let condition = stamped(before, generation, now, (kind, Verdict::no(reason, message)));
-        match status.conditions.iter_mut().find(|other| other.type_ == kind) {
-            Some(other) => *other = condition,
-            None => status.conditions.push(condition),
-        }
-    }
-    status
-}
-
-fn stamped(
-    before: &ModelDeploymentStatus,
-    generation: Option<i64>,
-    now: Timestamp,
-    (kind, verdict): (&str, Verdict),
-) -> Condition {
-    let same = condition(before, kind).filter(|was| was.status == verdict.status);
-    let seconds = Timestamp::from_second(now.as_second()).unwrap_or(now);
-    Condition {
-        type_: kind.into(),
-        status: verdict.status.into(),
-        reason: verdict.reason,
-        message: verdict.message,
-        observed_generation: generation,
-        last_transition_time: same.map_or(Time(seconds), |was| was.last_transition_time.clone()),
+        Some(who) => Verdict::yes(Reason::OtherWriter, who),
+        None => Verdict::no(Reason::Alone, "nobody else sets spec.workers.replicas"),
     }
 }
 
@@ -142,28 +56,28 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
     if let Some(verdict) = asleep(situation).filter(|_| ready_frontends > 0) {
         return verdict;
     }
-    let was = condition(situation.before, READY).is_some_and(|was| was.status == "True");
+    let was = true_condition(situation.before, Kind::Ready).is_some();
     let reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
     let unreached = !was && ready_frontends > 0 && !reports.clone().any(reaches_a_worker);
     if !was || ready_workers == 0 {
         // Whoever is to come or to leave does not count: those that there are answer.
         let workers = (!those_that_stay_are_ready(situation.desired, seen)).then_some(workers);
         for part in workers.into_iter().chain([experts]) {
-            if part.status != "True" {
-                return Verdict { status: "False", ..part.clone() };
+            if !part.is_yes() {
+                return Verdict { truth: Truth::False, ..part.clone() };
             }
         }
     }
     if unreached {
         return Verdict::no(
-            "WorkersUnreached",
+            Reason::WorkersUnreached,
             "no frontend reaches a worker: check NetworkPolicies, and their logs",
         );
     }
     if ready_frontends > 0 {
         let (workers, frontends) = (counted(ready_workers, "worker"), counted(ready_frontends, "frontend"));
         return Verdict::yes(
-            "Serving",
+            Reason::Serving,
             format!("{workers} and {frontends} answer at {}", situation.owner.url()),
         );
     }
@@ -171,7 +85,7 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
         seen.frontends.iter().find_map(|frontend| Some((&frontend.name, frontend.failure.as_ref()?)));
     match failed {
         Some((name, failure)) => failed_verdict(&format!("frontend {name}"), failure),
-        None => Verdict::no("FrontendsStarting", "no frontend is ready yet"),
+        None => Verdict::no(Reason::FrontendsStarting, "no frontend is ready yet"),
     }
 }
 
@@ -181,37 +95,39 @@ fn asleep(situation: &Situation) -> Option<Verdict> {
     let url = situation.owner.url();
     if desired.workers == 0 {
         return Some(match situation.scaling.filter(|scaling| scaling.acts) {
-            Some(_) => {
-                Verdict::yes(SCALED_TO_ZERO, format!("no worker runs; the first request at {url} starts one"))
-            }
+            Some(_) => Verdict::yes(
+                Reason::ScaledToZero,
+                format!("no worker runs; the first request at {url} starts one"),
+            ),
             None => Verdict::yes(
-                SCALED_TO_ZERO,
+                Reason::ScaledToZero,
                 format!(
                     "no worker runs: requests at {url} wait, and are told to come back, until spec.workers.replicas is above 0"
                 ),
             ),
         });
     }
-    let was = condition(situation.before, READY).filter(|was| was.status == "True")?;
-    let slept = [SCALED_TO_ZERO, WAKING].contains(&was.reason.as_str());
+    let was = true_condition(situation.before, Kind::Ready)?;
+    let slept = Reason::ScaledToZero.is_of(was) || Reason::Waking.is_of(was);
     let late = |worker: &Seen| {
         let since = worker.silent_since.and_then(|since| Duration::try_from(now.duration_since(since)).ok());
         since.is_some_and(|since| since > WAKES_WITHIN)
     };
     let comes =
         seen.ready_workers() == 0 && first_failure(seen).is_none() && !seen.workers.values().any(late);
-    (slept && comes).then(|| Verdict::yes(WAKING, format!("requests at {url} wait for the first worker")))
+    (slept && comes)
+        .then(|| Verdict::yes(Reason::Waking, format!("requests at {url} wait for the first worker")))
 }
 
 fn model_prepared(situation: &Situation) -> Verdict {
-    let before = condition(situation.before, MODEL_PREPARED).filter(|was| was.status == "True");
+    let before = true_condition(situation.before, Kind::ModelPrepared);
     let was_read = before.is_some() && situation.desired.workers == 0;
     if situation.seen.shape().is_some() || was_read {
-        return Verdict::yes("ModelRead", "workers have read the model");
+        return Verdict::yes(Reason::ModelRead, "workers have read the model");
     }
     match first_failure(situation.seen) {
         Some((worker, failure)) => failed_verdict(&worker, failure),
-        None => Verdict::unknown(WORKERS_STARTING, "no worker has read the model yet"),
+        None => Verdict::unknown(Reason::WorkersStarting, "no worker has read the model yet"),
     }
 }
 
@@ -219,11 +135,11 @@ fn workers_available(situation: &Situation) -> Verdict {
     let (seen, wanted) = (situation.seen, situation.desired.workers);
     let ready = seen.ready_workers();
     if wanted == 0 {
-        return Verdict::yes(SCALED_TO_ZERO, "no worker is wanted");
+        return Verdict::yes(Reason::ScaledToZero, "no worker is wanted");
     }
     if all_workers_ready(situation.desired, seen) {
         return Verdict::yes(
-            "AllReady",
+            Reason::AllReady,
             format!("{ready} of {} are ready", counted(wanted as usize, "worker")),
         );
     }
@@ -232,14 +148,17 @@ fn workers_available(situation: &Situation) -> Verdict {
     }
     if ready == seen.size as usize {
         return Verdict::no(
-            WORKERS_SCALING,
+            Reason::WorkersScaling,
             format!("{} run, {wanted} are wanted", counted(seen.size as usize, "worker")),
         );
     }
     let waiting =
         seen.workers.range(..seen.size).find_map(|(slot, worker)| Some((slot, not_ready_because(worker)?)));
     let why = waiting.map_or(String::new(), |(slot, why)| format!("; worker {slot}: {why}"));
-    Verdict::no(WORKERS_STARTING, format!("{ready} of {} are ready{why}", counted(wanted as usize, "worker")))
+    Verdict::no(
+        Reason::WorkersStarting,
+        format!("{ready} of {} are ready{why}", counted(wanted as usize, "worker")),
+    )
 }
 
 fn not_ready_because(worker: &Seen) -> Option<String> {
@@ -255,43 +174,44 @@ fn not_ready_because(worker: &Seen) -> Option<String> {
 fn experts_available(situation: &Situation, experts: &Experts) -> Verdict {
     let Experts { known, all, resident, missing, loading } = *experts;
     if situation.desired.workers == 0 {
-        return Verdict::no(SCALED_TO_ZERO, "no worker runs");
+        return Verdict::no(Reason::ScaledToZero, "no worker runs");
     }
     if !known {
-        return Verdict::unknown(WORKERS_STARTING, "no worker has read the model yet");
+        return Verdict::unknown(Reason::WorkersStarting, "no worker has read the model yet");
     }
     let copies = counted(situation.desired.min_replicas as usize, "worker");
     let figures = format!("{resident} of {all} experts are resident");
     match missing {
-        0 => Verdict::yes("AllResident", format!("{figures}, each on at least {copies}")),
+        0 => Verdict::yes(Reason::AllResident, format!("{figures}, each on at least {copies}")),
         _ if resident == all => Verdict::yes(
-            "UnderReplicated",
+            Reason::UnderReplicated,
             format!("{figures}, but {missing} of their layers on fewer than {copies}"),
         ),
-        _ => Verdict::no("ExpertsLoading", format!("{figures}; {loading} of their layers are loading")),
+        _ => Verdict::no(Reason::ExpertsLoading, format!("{figures}; {loading} of their layers are loading")),
     }
 }
 
 fn progressing(situation: &Situation) -> Verdict {
     if situation.desired.paused {
-        return Verdict::no("Paused", "spec.paused is true: nothing is scaled or placed");
+        return Verdict::no(Reason::Paused, "spec.paused is true: nothing is scaled or placed");
     }
-    if let Some((revision, seen)) = situation.next {
+    if let Some(NextRevision { hash: revision, seen }) = situation.next {
         let why = first_failure(seen).map(|(worker, failure)| (failure, described(&worker, failure)));
         return match why {
             Some((failure, text)) => {
-                Verdict::no(&reason_of(failure), format!("revision {revision} does not become ready: {text}"))
+                Verdict::no(reason_of(failure), format!("revision {revision} does not become ready: {text}"))
             }
-            None => {
-                Verdict::yes("RevisionStarting", format!("revision {revision} serves as soon as it is ready"))
-            }
+            None => Verdict::yes(
+                Reason::RevisionStarting,
+                format!("revision {revision} serves as soon as it is ready"),
+            ),
         };
     }
     let waiting = &situation.decision.waiting_for;
     match (waiting.is_empty(), changes(situation.decision)) {
-        (true, false) => Verdict::no("AsDesired", "nothing is left to do"),
-        (true, true) => Verdict::yes("Acting", "placing experts"),
-        (false, _) => Verdict::yes("Waiting", waiting.clone()),
+        (true, false) => Verdict::no(Reason::AsDesired, "nothing is left to do"),
+        (true, true) => Verdict::yes(Reason::Acting, "placing experts"),
+        (false, _) => Verdict::yes(Reason::Waiting, waiting.clone()),
     }
 }
 
@@ -306,14 +226,14 @@ fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
     let failed_frontend = frontends
         .filter_map(|frontend| Some((format!("frontend {}", frontend.name), frontend.failure.as_ref()?)));
     if let Some((who, failure)) = first_failure(situation.seen).or(failed_frontend.into_iter().next()) {
-        return Verdict { status: "True", ..failed_verdict(&who, failure) };
+        return Verdict { truth: Truth::True, ..failed_verdict(&who, failure) };
     }
     if experts.known && experts.missing > 0 && experts.loading == 0 && !changes(situation.decision) {
         let copies = counted(situation.desired.min_replicas as usize, "worker");
         let text = format!("{} of the experts' layers are on fewer than {copies}", experts.missing);
-        return Verdict::yes("UnderReplicated", text);
+        return Verdict::yes(Reason::UnderReplicated, text);
     }
-    Verdict::no("Healthy", "nothing has failed")
+    Verdict::no(Reason::Healthy, "nothing has failed")
 }
 
 /// A worker that is not ready and cannot run, and what to do about it.
@@ -333,18 +253,20 @@ fn first_failure(seen: &Observation) -> Option<(String, &Failure)> {
 }
 
 fn failed_verdict(who: &str, failure: &Failure) -> Verdict {
-    Verdict::no(&reason_of(failure), described(who, failure))
+    Verdict::no(reason_of(failure), described(who, failure))
 }
 
 fn described(who: &str, failure: &Failure) -> String {
-    let advice = match failure.reason.as_str() {
-        "ReplicasUnschedulable" => "; lower spec.workers.resources or add nodes",
-        "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
+    let advice = match failure.reason {
+        FailureReason::ReplicasUnschedulable => "; lower spec.workers.resources or add nodes",
+        FailureReason::ImagePullBackOff
+        | FailureReason::InvalidImageName
+        | FailureReason::ErrImageNeverPull => {
             "; check the image and imagePullSecrets of spec.workers and spec.frontend"
         }
-        "OOMKilled" => "; raise the memory limit in resources, or the number of workers",
-        "ModelNotFound" => "; check spec.model.uri",
-        _ => "",
+        FailureReason::OomKilled => "; raise the memory limit in resources, or the number of workers",
+        FailureReason::ModelNotFound => "; check spec.model.uri",
+        FailureReason::ProcessEnded | FailureReason::Other(_) => "",
     };
     format!("{who}: {}{advice}", failure.message)
 }
@@ -354,8 +276,9 @@ fn counted(count: usize, what: &str) -> String {
 }
 
 /// A condition's reason has its own alphabet, and may not be empty.
-fn reason_of(failure: &Failure) -> String {
+fn reason_of(failure: &Failure) -> Reason {
     let reason: String =
-        failure.reason.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '_').take(128).collect();
-    if reason.starts_with(|c: char| c.is_ascii_alphabetic()) { reason } else { "Failed".into() }
+        failure.reason.name().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '_').take(128).collect();
+    let is_reason = reason.starts_with(|c: char| c.is_ascii_alphabetic());
+    Reason::Named(if is_reason { reason } else { "Failed".into() })
 }

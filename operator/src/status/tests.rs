@@ -1,9 +1,14 @@
-use expertmesh_decide::observation::{Failure, Seen};
-use expertmesh_decide::report::{ModelShape, Report};
+use expertmesh_decide::action::Decision;
+use expertmesh_decide::observation::{Failure, FailureReason, Seen};
+use expertmesh_decide::report::{ModelShape, Report, State};
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
 use super::*;
+use crate::objects::names::Owner;
+use crate::status::condition::{Kind, Reason, Stamp, Verdict, condition};
+use crate::status::serving::serves;
 
 const SHAPE: ModelShape =
     ModelShape { first_moe_layer: 1, layers: 3, experts: 4, expert_bytes: 10, dense_bytes: 100 };
@@ -74,7 +79,7 @@ fn healthy() -> Observation {
 }
 
 fn failure(reason: &str, message: &str) -> Option<Failure> {
-    Some(Failure { reason: reason.into(), message: message.into(), restarts: 2 })
+    Some(Failure { reason: FailureReason::named(reason), message: message.into(), restarts: 2 })
 }
 
 fn at(time: &str) -> Timestamp {
@@ -108,7 +113,7 @@ fn computed_after(
     status(&situation)
 }
 
-fn told(status: &ModelDeploymentStatus, kind: &str) -> (String, String, String) {
+fn told(status: &ModelDeploymentStatus, kind: Kind) -> (String, String, String) {
     let condition = condition(status, kind).unwrap();
     (condition.status.clone(), condition.reason.clone(), condition.message.clone())
 }
@@ -129,11 +134,11 @@ fn a_worker_that_gave_up_gives_its_reason_to_the_conditions() {
     .into();
     let status = computed(&desired(2), &seen);
     let text = "worker 0: no config.json in /models/nope; check spec.model.uri";
-    for kind in ["Ready", "ModelPrepared", "WorkersAvailable"] {
-        assert_eq!(told(&status, kind), ("False".into(), "ModelNotFound".into(), text.into()), "{kind}");
+    for kind in [Kind::Ready, Kind::ModelPrepared, Kind::WorkersAvailable] {
+        assert_eq!(told(&status, kind), ("False".into(), "ModelNotFound".into(), text.into()), "{kind:?}");
     }
-    assert_eq!(told(&status, "Degraded"), ("True".into(), "ModelNotFound".into(), text.into()));
-    assert_eq!(told(&status, "ExpertsAvailable").0, "Unknown");
+    assert_eq!(told(&status, Kind::Degraded), ("True".into(), "ModelNotFound".into(), text.into()));
+    assert_eq!(told(&status, Kind::ExpertsAvailable).0, "Unknown");
     assert_eq!(status.experts, None);
 }
 
@@ -144,7 +149,7 @@ fn it_is_not_ready_without_every_expert() {
         Some(Report { experts_loading: 2, ..report(State::Ready, 3, experts(&[])) });
     let status = computed(&desired(2), &seen);
     let text = "3 of 4 experts are resident; 2 of their layers are loading";
-    assert_eq!(told(&status, "Ready"), ("False".into(), "ExpertsLoading".into(), text.into()));
+    assert_eq!(told(&status, Kind::Ready), ("False".into(), "ExpertsLoading".into(), text.into()));
     assert_eq!(status.experts.as_deref(), Some("3/4"));
     assert!(!serves(&desired(2), &seen));
 }
@@ -153,9 +158,9 @@ fn it_is_not_ready_without_every_expert() {
 fn an_expert_with_too_few_copies_still_serves_but_is_degraded() {
     let desired = Desired { min_replicas: 2, ..desired(2) };
     let status = computed(&desired, &healthy());
-    assert_eq!(told(&status, "Ready").0, "True");
-    assert_eq!(told(&status, "ExpertsAvailable").1, "UnderReplicated");
-    assert_eq!(told(&status, "Degraded").1, "UnderReplicated");
+    assert_eq!(told(&status, Kind::Ready).0, "True");
+    assert_eq!(told(&status, Kind::ExpertsAvailable).1, "UnderReplicated");
+    assert_eq!(told(&status, Kind::Degraded).1, "UnderReplicated");
     assert_eq!(figures(&desired, 1, &healthy()).experts_missing, 8);
 }
 
@@ -163,13 +168,13 @@ fn an_expert_with_too_few_copies_still_serves_but_is_degraded() {
 fn it_is_not_ready_before_a_frontend_is() {
     let mut seen = healthy();
     seen.frontends[0].report.as_mut().unwrap().state = State::Loading;
-    assert_eq!(told(&computed(&desired(2), &seen), "Ready").1, "FrontendsStarting");
+    assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).1, "FrontendsStarting");
     seen.frontends[0] = Seen {
         name: "tiny-x".into(),
         failure: failure("ImagePullBackOff", "no such image"),
         ..Seen::default()
     };
-    let (_, reason, message) = told(&computed(&desired(2), &seen), "Ready");
+    let (_, reason, message) = told(&computed(&desired(2), &seen), Kind::Ready);
     assert_eq!(reason, "ImagePullBackOff");
     assert!(message.starts_with("frontend tiny-x: no such image"), "{message}");
 }
@@ -178,9 +183,9 @@ fn it_is_not_ready_before_a_frontend_is() {
 fn scaling_is_told_from_failing() {
     let status = computed(&desired(4), &healthy());
     let text = "2 workers run, 4 are wanted";
-    assert_eq!(told(&status, "WorkersAvailable"), ("False".into(), "WorkersScaling".into(), text.into()));
+    assert_eq!(told(&status, Kind::WorkersAvailable), ("False".into(), "WorkersScaling".into(), text.into()));
     assert_eq!(status.workers.as_deref(), Some("2/4"));
-    assert_eq!(told(&status, "Ready").0, "True", "the two that there are answer");
+    assert_eq!(told(&status, Kind::Ready).0, "True", "the two that there are answer");
 }
 
 #[test]
@@ -190,8 +195,8 @@ fn a_worker_that_leaves_and_a_frontend_that_has_not_heard_of_it_leave_the_rest_r
     let leaves = report(State::Draining, 3, experts(&[]));
     seen.workers.insert(2, Seen { report: Some(leaves), ..Seen::default() });
     seen.placement = placement(4);
-    assert_eq!(told(&computed(&desired(2), &seen), "Ready").0, "True");
-    assert_eq!(told(&computed(&desired(3), &seen), "Ready").0, "False", "this one should stay");
+    assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).0, "True");
+    assert_eq!(told(&computed(&desired(3), &seen), Kind::Ready).0, "False", "this one should stay");
 }
 
 #[test]
@@ -201,13 +206,13 @@ fn a_dead_worker_leaves_the_others_answering_and_the_last_one_does_not() {
     seen.workers.insert(1, Seen { failure: failure("OOMKilled", "ended with code 137"), ..Seen::default() });
     let later = at("2026-11-24T13:00:00Z");
     let status = computed_after(&first, &desired(2), &seen, later);
-    let (ready, _, message) = told(&status, "Ready");
+    let (ready, _, message) = told(&status, Kind::Ready);
     assert_eq!((ready.as_str(), &message[..32]), ("True", "1 worker and 1 frontend answer a"));
-    assert_eq!(told(&status, "WorkersAvailable").1, "OOMKilled");
-    assert_eq!(told(&status, "Degraded").0, "True");
-    assert_eq!(told(&computed(&desired(2), &seen), "Ready").0, "False", "it was never ready before");
+    assert_eq!(told(&status, Kind::WorkersAvailable).1, "OOMKilled");
+    assert_eq!(told(&status, Kind::Degraded).0, "True");
+    assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).0, "False", "it was never ready before");
     seen.workers.insert(0, Seen::default());
-    assert_eq!(told(&computed_after(&status, &desired(2), &seen, later), "Ready").0, "False");
+    assert_eq!(told(&computed_after(&status, &desired(2), &seen, later), Kind::Ready).0, "False");
 }
 
 #[test]
@@ -219,23 +224,27 @@ fn a_condition_keeps_its_time_until_its_status_changes() {
     seen.frontends[0].failure = failure("OOMKilled", "ended with code 137");
     seen.frontends[0].report = None;
     let failed = computed_after(&first, &desired(2), &seen, later);
-    assert_eq!(condition(&failed, "Ready").unwrap().last_transition_time.0, later);
-    assert_eq!(condition(&failed, "Progressing"), condition(&first, "Progressing"));
+    assert_eq!(condition(&failed, Kind::Ready).unwrap().last_transition_time.0, later);
+    assert_eq!(condition(&failed, Kind::Progressing), condition(&first, Kind::Progressing));
 }
 
 #[test]
 fn a_reason_is_always_one_that_the_api_accepts() {
     let mut seen = healthy();
     seen.workers.insert(0, Seen { failure: failure("9 lives: over", "x"), ..Seen::default() });
-    assert_eq!(told(&computed(&desired(2), &seen), "Ready").1, "Failed");
+    assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).1, "Failed");
 }
 
 #[test]
 fn an_invalid_spec_is_said_without_forgetting_what_runs() {
     let before = computed(&desired(2), &healthy());
-    let why: (&[&str], _, _) = (&["Progressing", "Ready"], "InvalidSpec", "spec.x must be y");
-    let status = blocked(&before, Some(8), at("2026-11-24T13:00:00Z"), why);
-    assert_eq!(told(&status, "Ready"), ("False".into(), "InvalidSpec".into(), "spec.x must be y".into()));
+    let blocked = |before: &ModelDeploymentStatus, now| {
+        let why = Verdict::no(Reason::InvalidSpec, "spec.x must be y");
+        let stamp = Stamp { before, generation: Some(8), now: at(now) };
+        stamp.blocked(&[Kind::Progressing, Kind::Ready], &why)
+    };
+    let status = blocked(&before, "2026-11-24T13:00:00Z");
+    assert_eq!(told(&status, Kind::Ready), ("False".into(), "InvalidSpec".into(), "spec.x must be y".into()));
     assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 6));
-    assert_eq!(blocked(&status, Some(8), at("2026-11-24T14:00:00Z"), why), status);
+    assert_eq!(blocked(&status, "2026-11-24T14:00:00Z"), status);
 }

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use expertmesh_metrics::Registry;
+use expertmesh_metrics::declare::{Declare, geometric};
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
-use super::declare::{Declare, geometric};
 use super::labels::{Endpoint, RequestFailure, SetbackCause};
 
 /// vLLM's bounds of the time to the first token, in seconds, with more below 1 ms.

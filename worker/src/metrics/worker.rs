@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use expertmesh_metrics::Registry;
+use expertmesh_metrics::declare::{Declare, geometric};
 use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
-use super::declare::{Declare, geometric};
 use super::labels::{LoadCause, PeerFailure, Reroute, SequenceOutcome};
 
 /// Bounds of a step's and of an exchange's time, in seconds: 0.1 ms to 26 s.

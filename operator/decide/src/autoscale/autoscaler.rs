@@ -6,7 +6,7 @@ use jiff::Timestamp;
 
 use super::limits::Change;
 use super::load::Load;
-use super::policy::{Policy, Size};
+use super::policy::{PerGoal, Policy, Size};
 use super::scaler::Scaler;
 use super::verdict::{Count, Reason, Verdict};
 use crate::clock::elapsed;
@@ -30,8 +30,8 @@ pub struct Autoscaler {
 #[derive(Debug, Clone)]
 pub struct Look {
     pub verdict: Verdict,
-    /// Latencies since the last look, TTFT then TPOT.
-    pub counts: [Count; 2],
+    /// Latencies since the last look.
+    pub counts: PerGoal<Count>,
     /// Whether the size or the reason is another than at the last look.
     pub is_news: bool,
 }

@@ -21,11 +21,63 @@ pub struct Policy {
     pub schedules: Vec<Schedule>,
 }
 
-/// 90th percentiles.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Goals {
-    pub ttft: Duration,
-    pub tpot: Duration,
+/// What an autoscaler has a goal for: a 90th percentile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goal {
+    /// The time to a request's first token.
+    Ttft,
+    /// The time per token after it.
+    Tpot,
+}
+
+impl Goal {
+    pub const ALL: [Self; 2] = [Self::Ttft, Self::Tpot];
+
+    /// A stable name: a metric's label, and the field of `spec.autoscaling`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ttft => "ttft",
+            Self::Tpot => "tpot",
+        }
+    }
+}
+
+/// One value for each goal.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PerGoal<T> {
+    pub ttft: T,
+    pub tpot: T,
+}
+
+/// The 90th percentiles to keep.
+pub type Goals = PerGoal<Duration>;
+
+impl<T> PerGoal<T> {
+    pub fn of(&self, goal: Goal) -> &T {
+        match goal {
+            Goal::Ttft => &self.ttft,
+            Goal::Tpot => &self.tpot,
+        }
+    }
+
+    /// A value for each goal, made of the one here.
+    pub fn map<U>(self, each: impl Fn(T) -> U) -> PerGoal<U> {
+        PerGoal { ttft: each(self.ttft), tpot: each(self.tpot) }
+    }
+
+    /// The values of two, side by side.
+    pub fn zip<U>(self, other: PerGoal<U>) -> PerGoal<(T, U)> {
+        PerGoal { ttft: (self.ttft, other.ttft), tpot: (self.tpot, other.tpot) }
+    }
+}
+
+impl Goals {
+    /// The worst of these times, in seconds, over its goal; 0 where none is known.
+    pub(super) fn worst(self, times: PerGoal<Option<f64>>) -> f64 {
+        let over = |(time, goal): (Option<f64>, Duration)| time.map_or(0.0, |time| time / goal.as_secs_f64());
+        let PerGoal { ttft, tpot } = times.zip(self).map(over);
+        ttft.max(tpot)
+    }
 }
 
 /// What a simulation takes of a ModelDeployment.
@@ -50,17 +102,23 @@ pub struct Size {
     pub failing: Option<String>,
 }
 
+/// The fewest workers that there may be at some time.
+pub(super) struct Least {
+    pub(super) workers: u32,
+    /// What the schedule says that asks for them; none where `min` does.
+    pub(super) schedule: Option<String>,
+}
+
 impl Policy {
-    /// The fewest workers that there may be now, and which schedule says so.
-    pub(super) fn least(&self, now: Timestamp) -> (u32, Option<String>) {
+    pub(super) fn least(&self, now: Timestamp) -> Least {
         let on = self.schedules.iter().filter(|schedule| schedule.is_on(now));
         let most = on.max_by_key(|schedule| schedule.min_workers);
         match most.filter(|schedule| schedule.min_workers > self.min) {
             Some(schedule) => {
                 let text = format!("{} workers at least {}", schedule.min_workers, schedule.text());
-                (schedule.min_workers.min(self.max), Some(text))
+                Least { workers: schedule.min_workers.min(self.max), schedule: Some(text) }
             }
-            None => (self.min, None),
+            None => Least { workers: self.min, schedule: None },
         }
     }
 }

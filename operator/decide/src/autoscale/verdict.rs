@@ -1,5 +1,7 @@
 //! What a look came to, and why.
 
+use std::ops::Add;
+
 /// Why a size is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
@@ -70,4 +72,12 @@ pub struct Verdict {
 pub struct Count {
     pub samples: u64,
     pub misses: u64,
+}
+
+impl Add for Count {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { samples: self.samples + other.samples, misses: self.misses + other.misses }
+    }
 }

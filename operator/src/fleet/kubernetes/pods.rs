@@ -1,6 +1,6 @@
 //! What a pod says of the process in it. Pure.
 
-use expertmesh_decide::observation::Failure;
+use expertmesh_decide::observation::{Failure, FailureReason};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 
@@ -116,7 +116,8 @@ fn is_reason(text: &str) -> bool {
 fn named(reason: Option<&str>, message: Option<&str>, restarts: u32) -> Failure {
     let reason = reason.filter(|reason| !reason.is_empty()).unwrap_or("Failed");
     let message = message.filter(|message| !message.is_empty()).unwrap_or(reason);
-    Failure { reason: reason.into(), message: message.chars().take(LONGEST_MESSAGE).collect(), restarts }
+    let message = message.chars().take(LONGEST_MESSAGE).collect();
+    Failure { reason: FailureReason::named(reason), message, restarts }
 }
 
 #[cfg(test)]
@@ -143,7 +144,8 @@ mod tests {
     }
 
     fn failed(container: Value) -> Option<(String, String, u32)> {
-        failure(&pod(container)).map(|failure| (failure.reason, failure.message, failure.restarts))
+        failure(&pod(container))
+            .map(|failure| (failure.reason.name().to_string(), failure.message, failure.restarts))
     }
 
     #[test]
@@ -188,7 +190,7 @@ mod tests {
         let containers = pod.status.as_mut().unwrap().container_statuses.as_mut().unwrap();
         let proxy = ContainerStatus { name: "proxy".into(), ready: true, ..ContainerStatus::default() };
         containers.insert(0, proxy);
-        assert_eq!(failure(&pod).map(|failure| failure.reason).as_deref(), Some("OOMKilled"));
+        assert_eq!(failure(&pod).map(|failure| failure.reason), Some(FailureReason::OomKilled));
     }
 
     #[test]
@@ -208,7 +210,7 @@ mod tests {
             }]},
         }))
         .unwrap();
-        assert_eq!(failure(&pod).map(|failure| failure.reason).as_deref(), Some("ReplicasUnschedulable"));
+        assert_eq!(failure(&pod).map(|failure| failure.reason), Some(FailureReason::ReplicasUnschedulable));
     }
 
     #[test]

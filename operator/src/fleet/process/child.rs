@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fs, io};
 
-use expertmesh_decide::observation::Failure;
+use expertmesh_decide::observation::{Failure, FailureReason};
+use expertmesh_proto::backoff::Backoff;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
@@ -15,14 +16,11 @@ use tokio::process::Command;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, interval, sleep_until, timeout};
 
-use super::Lines;
+use super::lines::Lines;
 
-/// The reason of a process that ended without last words: by a signal, or a panic.
-pub(crate) const ENDED: &str = "ProcessEnded";
-
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A process that ran so long starts again at once.
+/// Before a process that ended starts again.
+const RESTART: Backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(30));
+/// A process that ran for longer starts again after the first pause.
 const STEADY: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
 /// For the last lines of a process that ended.
@@ -127,7 +125,7 @@ impl Child {
 }
 
 async fn keep_running(launch: Launch, state: Arc<Mutex<State>>, mut orders: watch::Receiver<Order>) {
-    let mut pause = FIRST_PAUSE;
+    let mut restart = RESTART;
     loop {
         let began = Instant::now();
         let ended = run(&launch, &state, &mut orders).await;
@@ -142,12 +140,14 @@ async fn keep_running(launch: Launch, state: Arc<Mutex<State>>, mut orders: watc
             state.failure.clone().map_or(String::new(), |failure| failure.message)
         };
         launch.changed.notify_one();
-        pause = if began.elapsed() > STEADY { FIRST_PAUSE } else { pause };
+        if began.elapsed() > STEADY {
+            restart.reset();
+        }
+        let pause = restart.pause();
         launch.lines.of(&launch.name, &format!("{failure}; starts again in {pause:?}"));
         if timeout(pause, orders.changed()).await.is_ok() {
             return;
         }
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -236,9 +236,11 @@ fn failure(launch: &Launch, ended: io::Result<ExitStatus>, restarts: u32) -> Fai
     let words = fs::read(&launch.last_words).unwrap_or_default();
     let words = String::from_utf8_lossy(&words[..words.len().min(LAST_WORDS)]).trim().to_string();
     let (reason, message) = match (words.split_once(": "), ended) {
-        (Some((reason, message)), _) => (reason.to_string(), message.to_string()),
-        (None, Ok(status)) => (ENDED.to_string(), format!("ended: {status}")),
-        (None, Err(error)) => ("CannotStart".to_string(), format!("{}: {error}", launch.program.display())),
+        (Some((reason, message)), _) => (FailureReason::named(reason), message.to_string()),
+        (None, Ok(status)) => (FailureReason::ProcessEnded, format!("ended: {status}")),
+        (None, Err(error)) => {
+            (FailureReason::named("CannotStart"), format!("{}: {error}", launch.program.display()))
+        }
     };
     Failure { reason, message, restarts }
 }
@@ -326,7 +328,7 @@ mod tests {
         let folder = Folder::new("dies");
         let mut child = Child::start(shell(script, &folder));
         let failure = until(&child, |child| child.failure().filter(|failure| failure.restarts >= 2)).await;
-        assert_eq!((failure.reason.as_str(), failure.message.as_str()), ("ModelNotFound", "no such model"));
+        assert_eq!((failure.reason.name(), failure.message.as_str()), ("ModelNotFound", "no such model"));
         child.kill();
         child.ended().await;
     }

@@ -1,0 +1,67 @@
+//! What every reconcile needs.
+
+use expertmesh_decide::autoscale::autoscaler::Look;
+use kube::Client;
+use kube::runtime::reflector::ObjectRef;
+use tokio::sync::mpsc;
+
+use super::memory::{Memory, SharedFleet};
+use crate::events::Events;
+use crate::fleet::kubernetes::KubernetesFleet;
+use crate::fleet::kubernetes::streams::Caller;
+use crate::key::{Key, Watched};
+use crate::metrics::Metrics;
+use crate::objects::names::Owner;
+
+/// Clients, memory and settings that all reconciles share.
+pub(crate) struct Context {
+    pub(crate) client: Client,
+    pub(crate) events: Events,
+    pub(crate) metrics: Metrics,
+    /// Who this process is to workers and frontends.
+    pub(crate) caller: Caller,
+    /// The image of pods whose spec names none.
+    pub(crate) image: Option<String>,
+    /// Where the operator's pods are, if it runs in this cluster.
+    pub(crate) operator_namespace: Option<String>,
+    /// Asks for a reconcile when a worker or frontend reports a change.
+    pub(crate) trigger: mpsc::Sender<ObjectRef<Watched>>,
+    pub(crate) memory: Memory,
+}
+
+impl Context {
+    /// The fleet of a deployment's revision. What its processes report asks for a reconcile.
+    pub(super) fn fleet(&self, owner: &Owner, revision: &str) -> SharedFleet {
+        let key = owner.key();
+        let new = || {
+            let (metrics, trigger, key) = (self.metrics.clone(), self.trigger.clone(), key.clone());
+            let changed = move |look: Option<&Look>| {
+                if let Some(look) = look {
+                    metrics.autoscaling.looked(&key, look);
+                }
+                if look.is_none_or(|look| look.is_news) {
+                    metrics.reconciles.asked(&key);
+                    // A full queue holds a request for a reconcile already.
+                    let _ = trigger.try_send(key.reference());
+                }
+            };
+            KubernetesFleet::new(self.client.clone(), owner.clone(), revision, &self.caller, changed)
+        };
+        self.memory.fleet(&key, &owner.reference.uid, revision, new)
+    }
+
+    /// Ends what is remembered and shown of a deployment that is gone.
+    pub(super) fn forget(&self, key: &Key) {
+        self.memory.forget(key);
+        self.metrics.forget(key);
+    }
+
+    /// The same for all that are gone, however that was missed.
+    pub(crate) fn forget_all_but(&self, living: impl Fn(&ObjectRef<Watched>) -> bool) {
+        for key in self.memory.keys() {
+            if !living(&key.reference()) {
+                self.forget(&key);
+            }
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! Looks at the revisions of a deployment, and says which of them serves.
+
+use std::time::Duration;
+
+use expertmesh_decide::observation::Observation;
+use expertmesh_decide::rollout::{Revisions, Rollout, rollout};
+
+use super::context::Context;
+use super::fetch::Found;
+use super::memory::SharedFleet;
+use crate::apply::ApiError;
+use crate::fleet::Fleet;
+use crate::objects::revision::Revision;
+use crate::status::serving::serves;
+use crate::validate::ValidatedDeployment;
+
+/// How long after a promotion clients may still be sent to the old revision.
+const PROMOTION_SPREADS: Duration = Duration::from_secs(10);
+
+/// The same of both revisions that matter: of the one that the spec asks for, and, while that one is only made ready, of the
+/// one that serves.
+pub(super) struct Sides<T> {
+    pub(super) wanted: T,
+    pub(super) old: Option<T>,
+}
+
+impl<T> Sides<T> {
+    /// That of the revision which clients reach.
+    pub(super) fn serving(&self) -> &T {
+        self.old.as_ref().unwrap_or(&self.wanted)
+    }
+
+    pub(super) fn map<U>(self, each: impl Fn(T) -> U) -> Sides<U> {
+        Sides { wanted: each(self.wanted), old: self.old.map(each) }
+    }
+}
+
+/// One revision, and what is seen of it.
+pub(super) struct Observed {
+    pub(super) revision: Revision,
+    pub(super) fleet: SharedFleet,
+    pub(super) seen: Observation,
+}
+
+impl Observed {
+    async fn new(context: &Context, found: &Found, revision: Revision) -> Result<Self, ApiError> {
+        let fleet = context.fleet(&found.owner, &revision.hash);
+        let seen = fleet.lock().await.observe().await?;
+        Ok(Self { revision, fleet, seen })
+    }
+}
+
+/// What is seen of the revisions, and what is to become of each.
+pub(super) async fn observe(
+    context: &Context,
+    found: &Found,
+    deployment: &ValidatedDeployment,
+    wanted: Revision,
+) -> Result<(Sides<Observed>, Rollout), ApiError> {
+    let wanted = Observed::new(context, found, wanted).await?;
+    let plan = rollout(Revisions {
+        wanted: &wanted.revision.hash,
+        serving: found.serving.as_deref(),
+        running: &found.running,
+        wanted_serves: !deployment.desired.paused && serves(&deployment.desired, &wanted.seen),
+        just_promoted: context.memory.promoted_within(&found.owner.key(), PROMOTION_SPREADS),
+    });
+    let old = match found.recorded(&plan.serving).filter(|_| plan.next.is_some()) {
+        Some(serving) => Some(Observed::new(context, found, serving).await?),
+        None => None,
+    };
+    Ok((Sides { wanted, old }, plan))
+}

@@ -1,0 +1,36 @@
+//! Applies what a deployment has once, sends clients to the revision that serves, and ends what no revision needs.
+
+use expertmesh_decide::rollout::Rollout;
+
+use super::context::Context;
+use super::fetch::Found;
+use crate::apply::{self, ApiError};
+use crate::objects;
+use crate::validate::ValidatedDeployment;
+
+/// Does nothing to a deployment that is paused.
+pub(super) async fn settle(
+    context: &Context,
+    found: &Found,
+    deployment: &ValidatedDeployment,
+    plan: &Rollout,
+) -> Result<(), ApiError> {
+    if deployment.desired.paused {
+        return Ok(());
+    }
+    let key = found.owner.key();
+    let objects = objects::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
+    apply::shared(&context.client, &objects).await?;
+    if found.serving.as_ref().is_some_and(|serving| *serving != plan.serving) {
+        context.memory.promoted(&key);
+    }
+    for revision in &plan.retired {
+        apply::retire(&context.client, &found.owner, revision).await?;
+    }
+    for revision in found.forgettable(plan.next.as_ref().unwrap_or(&plan.serving)) {
+        apply::forget(&context.client, &found.owner, &revision).await?;
+    }
+    let running = [Some(plan.serving.as_str()), plan.next.as_deref()];
+    context.memory.keep_fleets(&key, &running.into_iter().flatten().collect::<Vec<_>>());
+    Ok(())
+}

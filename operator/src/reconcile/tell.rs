@@ -1,0 +1,94 @@
+//! Computes the status of what was seen and done, writes it where it changed, and posts Events of what changed.
+
+use std::time::Duration;
+
+use expertmesh_decide::rollout::Rollout;
+use jiff::Timestamp;
+use kube::Resource;
+use kube::api::{Api, Patch, PatchParams};
+use serde_json::{Value, json};
+
+use super::act::{Acted, Decided};
+use super::context::Context;
+use super::explain::explained;
+use super::fetch::Found;
+use crate::api::{ModelDeployment, ModelDeploymentStatus};
+use crate::apply::ApiError;
+use crate::events;
+use crate::objects::names::EXPERTMESH;
+use crate::status::situation::{NextRevision, Scaling, Situation};
+use crate::status::{figures, status};
+use crate::validate::ValidatedDeployment;
+
+/// When to look again where nothing is under way. Watches and reports tell of changes at once.
+const LATER: Duration = Duration::from_secs(60);
+
+/// What a status is made of.
+pub(super) struct Tale<'a> {
+    pub(super) deployment: &'a ValidatedDeployment,
+    pub(super) plan: &'a Rollout,
+    pub(super) acted: &'a Acted,
+    pub(super) scaling: Option<&'a Scaling>,
+}
+
+/// Tells how the deployment is, and says when to look again.
+pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Result<Duration, ApiError> {
+    let Tale { deployment, plan, acted, scaling } = tale;
+    let key = found.owner.key();
+    let Decided { observed: serving, decision } = acted.sides.serving();
+    let wanted = &acted.sides.wanted.observed;
+    let next = NextRevision { hash: &wanted.revision.hash, seen: &wanted.seen };
+    let before = found.status();
+    let mut after = status(&Situation {
+        owner: &found.owner,
+        generation: found.object.metadata.generation,
+        desired: &deployment.desired,
+        serving: &plan.serving,
+        seen: &serving.seen,
+        decision,
+        next: acted.sides.old.is_some().then_some(next),
+        scaling,
+        before: &before,
+        now: Timestamp::now(),
+    });
+    let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
+    context.metrics.deployments.show(&key, figures);
+    if let Err(error) = &acted.result {
+        after = explained(&before, after, found.object.metadata.generation, error);
+    }
+    context.metrics.deployments.show_conditions(&key, &after.conditions);
+    write(context, found, &before, &after).await?;
+    let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
+    let is_idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
+    Ok(if is_idle { LATER } else { context.memory.pause(&key, before != after) })
+}
+
+/// By server-side apply, so that a field that is left out goes away. Nothing where nothing changed.
+pub(super) async fn write(
+    context: &Context,
+    found: &Found,
+    before: &ModelDeploymentStatus,
+    after: &ModelDeploymentStatus,
+) -> Result<(), ApiError> {
+    if before == after {
+        return Ok(());
+    }
+    let name = &found.owner.name;
+    let api: Api<ModelDeployment> = Api::namespaced(context.client.clone(), &found.owner.namespace);
+    let patch = status_patch(name, &json!(after));
+    let parameters = PatchParams::apply(EXPERTMESH).force();
+    let written = api.patch_status(name, &parameters, &Patch::Apply(patch)).await;
+    written.map_err(|error| ApiError::new::<ModelDeployment>("write the status of", name, error))?;
+    context.events.post(&found.object.object_ref(&()), &events::transitions(before, after)).await;
+    Ok(())
+}
+
+/// What is applied in order to write a status.
+pub(super) fn status_patch(name: &str, status: &Value) -> Value {
+    json!({
+        "apiVersion": ModelDeployment::api_version(&()),
+        "kind": ModelDeployment::kind(&()),
+        "metadata": {"name": name},
+        "status": status,
+    })
+}
