@@ -85,7 +85,7 @@ impl Engine {
 /// Bytes of everything that every step reads, and of so many experts.
 fn bytes(config: &ModelConfig, weights: WeightFormat, experts: f64) -> f64 {
     // Of the embeddings' table, which is bf16 in every format, a step reads a row per token.
-    let embeddings = (config.vocabulary() * config.hidden() * 2) as u64;
+    let embeddings = (config.vocabulary * config.hidden * 2) as u64;
     (Layout::Cpu1.dense_bytes(config, weights) - embeddings) as f64
         + experts * Layout::Cpu1.expert_bytes(config, weights) as f64
 }
@@ -102,7 +102,7 @@ pub(crate) fn measure<B: Backend>(
     };
     let blocks = BlockAllocator::needed(positions);
     let mut kv = backend.allocate_kv(sequences * blocks);
-    let steps = steps(work, blocks, backend.config().vocabulary());
+    let steps = steps(work, blocks, backend.config().vocabulary);
     let start = Instant::now();
     for step in &steps {
         let logits = forward(backend, step, &mut kv, &mut LocalExchange, &mut |seen| {

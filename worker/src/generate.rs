@@ -109,11 +109,11 @@ struct TokenLogprobs<'a> {
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let config = ModelConfig::read(&args.model)?;
     let generation = GenerationConfig::read(&args.model, &config)?;
-    let sampling = args.sampling(&generation, config.vocabulary())?;
+    let sampling = args.sampling(&generation, config.vocabulary)?;
     let tokenizer = Tokenizer::load(&args.model)?;
     let prompt = encode(&args, &tokenizer, &config)?;
     let most = args.max_tokens.or(generation.max_new_tokens().map(|most| most as usize));
-    let limit = most.unwrap_or(usize::MAX).min(config.max_positions() - prompt.len());
+    let limit = most.unwrap_or(usize::MAX).min(config.max_positions - prompt.len());
     let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
@@ -205,8 +205,8 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
     if let Some(bos) = bos.filter(|bos| !args.chat && tokens.first() != Some(bos)) {
         tokens.insert(0, bos);
     }
-    let (count, most) = (tokens.len(), config.max_positions());
-    match tokens.iter().find(|&&token| token as usize >= config.vocabulary()) {
+    let (count, most) = (tokens.len(), config.max_positions);
+    match tokens.iter().find(|&&token| token as usize >= config.vocabulary) {
         Some(token) => Err(invalid(format!("tokenizer.json has token {token}, which the model has not"))),
         None if tokens.is_empty() => Err(invalid("no tokens".to_owned())),
         None if count >= most => Err(invalid(format!("{count} tokens leave no room in a context of {most}"))),

@@ -102,7 +102,7 @@ fn whole_and_chunks(backend: &CpuBackend, tokens: &[u32]) -> Result<bool, Fatal>
 /// The golden's prompt, checked against the model's vocabulary and context.
 fn tokens(golden: &SafetensorsFile, config: &ModelConfig) -> Result<Vec<u32>, Fatal> {
     let invalid = |problem: String| Fatal::new("InvalidGolden", format!("{GOLDEN}: input_ids: {problem}"));
-    let (vocabulary, most) = (config.vocabulary(), config.max_positions());
+    let (vocabulary, most) = (config.vocabulary, config.max_positions);
     let ids = golden.i64("input_ids")?;
     if ids.is_empty() || ids.len() > most {
         return Err(invalid(format!("{} tokens; expected: 1 to {most}", ids.len())));

@@ -75,7 +75,7 @@ fn held_as(
 fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, ModelError> {
     Ok(ModelShape {
         first_moe_layer: config.placed_layers()?.start as u32,
-        layers: config.layers() as u32,
+        layers: config.layers as u32,
         experts: config.experts() as u32,
         expert_bytes: Layout::Cpu1.expert_bytes(config, weights),
         dense_bytes: Layout::Cpu1.dense_bytes(config, weights),

@@ -105,7 +105,7 @@ impl Deviation {
             layers.push(ours.compare(reference, layer, &before)?);
             before = ours.hidden;
         }
-        let vocabulary = backend.config().vocabulary();
+        let vocabulary = backend.config().vocabulary;
         Ok(Self {
             layers,
             logits: relative(&logits, &trace.logits),
@@ -129,7 +129,7 @@ impl Passed {
         layer: usize,
         before: &[f32],
     ) -> Result<LayerDeviation, ModelError> {
-        let (theirs, width) = (reference.layer_from(layer, before)?, reference.config().hidden());
+        let (theirs, width) = (reference.layer_from(layer, before)?, reference.config().hidden);
         let (Some((normed, routes)), Some(gated)) = (&self.gate, &theirs.gate) else {
             let hidden = relative(&self.hidden, &theirs.hidden);
             return Ok(LayerDeviation { hidden, gate: 0.0, routed: 0, rerouted: Vec::new() });

@@ -46,7 +46,7 @@ pub fn forward<B: Backend, X: Exchange<B>>(
     observe: &mut impl FnMut(Seen<'_, B>),
 ) -> Result<B::Rows, X::Error> {
     let mut hidden = backend.embed(step); // (rows, hidden)
-    for layer in 0..backend.config().layers() {
+    for layer in 0..backend.config().layers {
         match backend.attend(layer, step, &mut hidden, kv) {
             Attended::Dense => observe(Seen { layer, hidden: &hidden, routes: None }),
             Attended::Moe { normed, routes } => {

@@ -85,7 +85,7 @@ impl GenerationConfig {
             other => other,
         };
         let named = keys.tokens("eos_token_id")?;
-        let eos = if named.is_empty() { config.eos_tokens().to_vec() } else { named };
+        let eos = if named.is_empty() { config.eos.clone() } else { named };
         Ok(Self { params, eos, max_new_tokens })
     }
 

@@ -223,7 +223,7 @@ impl Index {
         for (&place, (extent, _)) in &self.blobs {
             let known = match place {
                 Place::Ends => true,
-                Place::Layer(layer) => layer < config.layers(),
+                Place::Layer(layer) => layer < config.layers,
                 Place::Expert(layer, expert) => config.is_moe(layer) && (expert as usize) < config.experts(),
             };
             let bytes = match (known, place) {
@@ -240,7 +240,7 @@ impl Index {
                 return Err(self.invalid(format!("{place}: {file} at {offset} is not a page of a file here")));
             }
         }
-        let dense = std::iter::once(Place::Ends).chain((0..config.layers()).map(Place::Layer));
+        let dense = std::iter::once(Place::Ends).chain((0..config.layers).map(Place::Layer));
         match dense.into_iter().find(|place| !self.blobs.contains_key(place)) {
             Some(place) => Err(self.invalid(format!("{place} is missing"))),
             None => Ok(()),
@@ -253,7 +253,7 @@ pub fn extents(config: &ModelConfig, weights: WeightFormat) -> BTreeMap<Place, E
     let plan = Plan::new(config, weights);
     let mut extents = BTreeMap::new();
     let mut offset = 0;
-    for place in std::iter::once(Place::Ends).chain((0..config.layers()).map(Place::Layer)) {
+    for place in std::iter::once(Place::Ends).chain((0..config.layers).map(Place::Layer)) {
         let bytes = plan.parts(place).bytes() as u64;
         extents.insert(place, Extent { file: DENSE.to_owned(), offset, bytes });
         offset += bytes.next_multiple_of(PAGE);

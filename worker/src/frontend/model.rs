@@ -34,13 +34,13 @@ impl Model {
         let (tokenizer, template) = (Tokenizer::load(directory)?, ChatTemplate::load(directory)?);
         let thinks = tokenizer.id("<think>").is_some() && tokenizer.id("</think>").is_some();
         let bos = template.leading_bos().and_then(|token| tokenizer.id(token));
-        let context = context.unwrap_or(usize::MAX).min(config.max_positions());
+        let context = context.unwrap_or(usize::MAX).min(config.max_positions);
         Ok(Self {
             name,
             tokenizer,
             template,
             context,
-            vocabulary: config.vocabulary() as u32,
+            vocabulary: config.vocabulary as u32,
             thinks,
             bos,
             generation,

@@ -136,14 +136,14 @@ mod tests {
                 .all(|[first, second]| first.1 - second.1 > 0.02)
         };
         let greedy = sampling(SamplingParams { temperature: 0.0, ..Default::default() })
-            .ending(backend.config().eos_tokens().to_vec(), 0);
+            .ending(backend.config().eos.clone(), 0);
         let mut compared = 0;
         for Conversation { ids, prompt_len, .. } in conversations.iter().filter(clear) {
             let (prompt, answer) = ids.split_at(*prompt_len);
             let request = Request { prompt, limit: answer.len(), sampling: &greedy, logprobs: None };
             let generated = generate(&backend, request);
             assert_eq!(generated.tokens, answer);
-            let ended = answer.ends_with(backend.config().eos_tokens());
+            let ended = answer.ends_with(&backend.config().eos);
             assert_eq!(generated.end, if ended { End::Stop } else { End::Length });
             compared += 1;
         }

@@ -47,8 +47,8 @@ pub(crate) struct WorkerState<B> {
 
 pub(crate) fn shape(config: &ModelConfig, weights: WeightFormat) -> v1::ModelShape {
     v1::ModelShape {
-        first_moe_layer: config.moe_layers().next().unwrap_or(config.layers()) as u32,
-        layers: config.layers() as u32,
+        first_moe_layer: config.first_moe_layer() as u32,
+        layers: config.layers as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token() as u32,
         expert_bytes: Layout::Cpu1.expert_bytes(config, weights),

@@ -110,7 +110,7 @@ impl Args {
     }
 
     fn max_context(&self, config: &ModelConfig) -> Result<usize, Fatal> {
-        let most = config.max_positions();
+        let most = config.max_positions;
         let chosen = self.max_context_tokens.unwrap_or(most);
         if chosen < 2 || chosen > most {
             let message = format!("--max-context-tokens {chosen}: this model takes 2 to {most}");
@@ -222,7 +222,7 @@ impl Worker {
     ) -> Result<Self, Fatal> {
         let metrics = Arc::new(WorkerMetrics::new(registry));
         let config = backend.config();
-        let (hidden, vocabulary) = (config.hidden(), config.vocabulary() as u32);
+        let (hidden, vocabulary) = (config.hidden, config.vocabulary as u32);
         let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
         let residency = Residency::new(backend.clone(), metrics.clone());
         let (commands, receiver) = sync_channel(COMMANDS);
@@ -338,9 +338,9 @@ fn thread(
 
 fn limits(config: &ModelConfig) -> Limits {
     Limits {
-        hidden: config.hidden(),
-        first_moe_layer: config.moe_layers().next().unwrap_or(config.layers()) as u32,
-        layers: config.layers() as u32,
+        hidden: config.hidden,
+        first_moe_layer: config.first_moe_layer() as u32,
+        layers: config.layers as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token(),
     }

@@ -167,7 +167,7 @@ where
         let sampled = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
         let prefilled = plan.step.rows() - sampled.clone().filter(|(_, span)| span.tokens.len() == 1).count();
         metrics.engine.prompt_tokens.inc_by(prefilled as u64);
-        let vocabulary = self.backend.config().vocabulary();
+        let vocabulary = self.backend.config().vocabulary;
         for ((&id, _), logits) in sampled.zip(logits.chunks_exact(vocabulary)) {
             if logits.iter().all(|logit| logit.is_finite()) {
                 self.sampled(id, logits, live);

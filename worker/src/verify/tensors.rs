@@ -32,12 +32,12 @@ pub(super) type Tensors = BTreeMap<String, Tensor>;
 pub(super) fn traced(config: &ModelConfig, tokens: &[u32], trace: Trace) -> Tensors {
     let mut tensors = inputs(tokens);
     for (layer, (hidden, routes)) in trace.hidden.into_iter().zip(&trace.routes).enumerate() {
-        append(&mut tensors, format!("hidden.{layer}"), config.hidden(), Values::F32(hidden));
+        append(&mut tensors, format!("hidden.{layer}"), config.hidden, Values::F32(hidden));
         append_routes(&mut tensors, layer, routes.as_ref());
     }
     let logits = [("logits", Some(trace.logits)), ("mtp_logits", trace.mtp_logits)];
     for (name, logits) in logits.into_iter().filter_map(|(name, logits)| Some((name, logits?))) {
-        append(&mut tensors, name.to_owned(), config.vocabulary(), Values::F32(logits));
+        append(&mut tensors, name.to_owned(), config.vocabulary, Values::F32(logits));
     }
     tensors
 }
@@ -62,17 +62,12 @@ pub(super) fn record(backend: &CpuBackend, tokens: &[u32], steps: &[Step]) -> Re
     for step in steps {
         let mut observe = |seen: Seen<CpuBackend>| {
             let hidden = Values::F32(backend.download(seen.hidden));
-            append(&mut tensors, format!("hidden.{}", seen.layer), config.hidden(), hidden);
+            append(&mut tensors, format!("hidden.{}", seen.layer), config.hidden, hidden);
             append_routes(&mut tensors, seen.layer, seen.routes);
         };
         let logits = forward(backend, step, &mut kv, &mut LocalExchange, &mut observe);
         let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
-        append(
-            &mut tensors,
-            "logits".to_owned(),
-            config.vocabulary(),
-            Values::F32(backend.download(&logits)),
-        );
+        append(&mut tensors, "logits".to_owned(), config.vocabulary, Values::F32(backend.download(&logits)));
     }
     Ok(tensors)
 }

@@ -120,7 +120,7 @@ impl PrepareOptions {
         if let Some(&expert) = wanted.iter().find(|&&expert| expert >= count) {
             return Err(ModelError::UnknownExpert { layer, expert });
         }
-        let dense = std::iter::once(Place::Ends).chain((0..config.layers()).map(Place::Layer));
+        let dense = std::iter::once(Place::Ends).chain((0..config.layers).map(Place::Layer));
         let experts = config
             .moe_layers()
             .flat_map(|layer| wanted.iter().map(move |&expert| Place::Expert(layer, expert)));

@@ -68,14 +68,13 @@ fn ask(backend: &CpuBackend, questions: &[Question]) -> Vec<Vec<u32>> {
         let step = Step { spans: spans.collect() };
         let logits = forward(backend, &step, &mut kv, &mut LocalExchange, &mut |_| {}).unwrap();
         let logits = backend.download(&logits);
-        for (&at, logits) in open.iter().zip(logits.chunks_exact(backend.config().vocabulary())) {
+        for (&at, logits) in open.iter().zip(logits.chunks_exact(backend.config().vocabulary)) {
             // Of equal ones the first, as everywhere.
             let best = (0..logits.len() as u32).zip(logits).rev().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();
             answers[at].push(best.0);
         }
         open.retain(|&at| {
-            answers[at].len() < MOST
-                && !backend.config().eos_tokens().contains(&answers[at][answers[at].len() - 1])
+            answers[at].len() < MOST && !backend.config().eos.contains(&answers[at][answers[at].len() - 1])
         });
     }
     answers

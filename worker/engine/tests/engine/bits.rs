@@ -143,7 +143,7 @@ fn a_sequence_in_a_batch_has_the_bits_that_it_has_alone() {
     let batch = Step { spans: (0..4).map(|i| span(i, starts[i], sequences[i].len())).collect() };
     let together = compute(&backend, &batch, &mut kv);
 
-    let vocabulary = backend.config().vocabulary();
+    let vocabulary = backend.config().vocabulary;
     for (i, tokens) in sequences.iter().enumerate() {
         let mut kv = backend.allocate_kv(3);
         let alone = compute(&backend, &whole(tokens), &mut kv);
@@ -165,7 +165,7 @@ fn blocks_that_another_sequence_left_dirty_change_no_bit() {
 #[test]
 fn an_expert_gives_a_row_the_same_bits_in_every_group() {
     let backend = load("golden/v3");
-    let hidden = backend.config().hidden();
+    let hidden = backend.config().hidden;
     let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 25.0;
     let values: Vec<u16> = (0..9 * hidden).map(|i| (value(i).to_bits() >> 16) as u16).collect();
     let inputs = backend.upload(&values);

@@ -79,8 +79,7 @@ fn predictions_are_within(folder: &Path, weights: WeightFormat, texts: &[(Vec<u3
     for numerics in Numerics::ALL {
         let options = LoadOptions { weights, numerics, ..LoadOptions::default() };
         let backend = load_from(folder, &options);
-        let (vocabulary, tolerance) =
-            (backend.config().vocabulary(), Tolerance::of(weights, backend.config()));
+        let (vocabulary, tolerance) = (backend.config().vocabulary, Tolerance::of(weights, backend.config()));
         let (mut sum, mut tokens) = (0.0, 0);
         for (ids, trace) in texts {
             let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));

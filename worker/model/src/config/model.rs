@@ -23,7 +23,7 @@ pub struct ModelConfig {
     pub architecture: Architecture,
     pub vocabulary: usize,
     pub hidden: usize,
-    /// Layers of the trunk.
+    /// Layers of the trunk; multi-token-prediction modules are not counted.
     pub layers: usize,
     /// Whether a layer's feed-forward part is a mixture of experts: (layers).
     pub moe_layers: Vec<bool>,
@@ -37,8 +37,10 @@ pub struct ModelConfig {
     pub rope: RopeConfig,
     pub gate: GateConfig,
     pub norm_eps: f32,
+    /// The longest context: positions of prompt and answer together.
     pub max_positions: usize,
     pub tied_embeddings: bool,
+    /// Tokens that end a sequence, where generation_config.json names none.
     pub eos: Vec<u32>,
     /// Rows and columns of the blocks of fp8 matrices that share a scale; `None`: the model is not in fp8.
     pub fp8_blocks: Option<[usize; 2]>,
@@ -112,11 +114,6 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Layers of the trunk; multi-token-prediction modules are not counted.
-    pub fn layers(&self) -> usize {
-        self.layers
-    }
-
     /// Whether a layer of the trunk has experts.
     pub fn is_moe(&self, layer: usize) -> bool {
         self.moe_layers.get(layer).copied().unwrap_or(false)
@@ -153,24 +150,6 @@ impl ModelConfig {
 
     pub fn experts_per_token(&self) -> usize {
         self.gate.top_k
-    }
-
-    pub fn hidden(&self) -> usize {
-        self.hidden
-    }
-
-    pub fn vocabulary(&self) -> usize {
-        self.vocabulary
-    }
-
-    /// The longest context, prompt and answer together.
-    pub fn max_positions(&self) -> usize {
-        self.max_positions
-    }
-
-    /// Tokens that end a sequence, where generation_config.json names none.
-    pub fn eos_tokens(&self) -> &[u32] {
-        &self.eos
     }
 }
 
