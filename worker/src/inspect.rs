@@ -133,16 +133,21 @@ impl Report {
         if let Some(packed) = &self.packed {
             packed.print(model);
         }
-        println!("\n{:<14} {:>12} {:>12} {:>12}", "weights", "dense part", "an expert", "all");
-        for format in &model.formats {
-            let name = match format.weights == format.held_as {
-                true => format.weights.to_owned(),
-                false => format!("{} ({})", format.weights, format.held_as),
-            };
-            let [dense, expert, all] =
-                [format.dense, format.expert, format.all].map(|bytes| BinaryBytes(bytes).to_string());
-            println!("{name:<14} {dense:>12} {expert:>12} {all:>12}");
-        }
+        print_formats(model);
+    }
+}
+
+/// A table of what the model takes in each format.
+fn print_formats(model: &ModelFacts) {
+    println!("\n{:<14} {:>12} {:>12} {:>12}", "weights", "dense part", "an expert", "all");
+    for format in &model.formats {
+        let name = match format.weights == format.held_as {
+            true => format.weights.to_owned(),
+            false => format!("{} ({})", format.weights, format.held_as),
+        };
+        let [dense, expert, all] =
+            [format.dense, format.expert, format.all].map(|bytes| BinaryBytes(bytes).to_string());
+        println!("{name:<14} {dense:>12} {expert:>12} {all:>12}");
     }
 }
 

@@ -3,6 +3,8 @@
 mod spelling;
 
 use std::collections::HashSet;
+use std::fmt::Display;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -36,20 +38,14 @@ impl Tokenizer {
     /// Reads `tokenizer.json` of a model's directory.
     pub(crate) fn load(model: &Path) -> Result<Self, Fatal> {
         let file = model.join("tokenizer.json");
-        let bytes = std::fs::read(&file).map_err(|error| {
-            let reason = if error.kind() == std::io::ErrorKind::NotFound {
-                "ModelNotFound"
-            } else {
-                "InvalidTokenizer"
-            };
-            Fatal::new(reason, format!("{}: {error}", file.display()))
+        let failed = |reason, error: &dyn Display| Fatal::new(reason, format!("{}: {error}", file.display()));
+        let invalid = |error: &dyn Display| failed("InvalidTokenizer", error);
+        let bytes = std::fs::read(&file).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => failed("ModelNotFound", &error),
+            _ => invalid(&error),
         })?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| Fatal::new("InvalidTokenizer", format!("{}: {error}", file.display())))?;
-        tokenizer.with_padding(None);
-        if let Err(error) = tokenizer.with_truncation(None) {
-            return Err(Fatal::new("InvalidTokenizer", format!("{}: {error}", file.display())));
-        }
+        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| invalid(&error))?;
+        tokenizer.with_padding(None).with_truncation(None).map_err(|error| invalid(&error))?;
         let spelling = Spelling::of(&tokenizer);
         let added = tokenizer.get_added_tokens_decoder();
         let skipped =

@@ -51,68 +51,78 @@ impl ApiError {
         Self::Invalid { param: Some(param.into()), problem: problem.into() }
     }
 
+    fn facts(&self) -> Facts {
+        let (reason, status, code) = match self {
+            Self::Invalid { .. } => ("InvalidRequest", StatusCode::BAD_REQUEST, None),
+            Self::ContextLength { .. } => {
+                ("ContextLengthExceeded", StatusCode::BAD_REQUEST, Some("context_length_exceeded"))
+            }
+            Self::Malformed(_) => ("MalformedBody", StatusCode::BAD_REQUEST, None),
+            Self::BodyTooLarge => ("BodyTooLarge", StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large")),
+            Self::BodyLost(_) => ("BodyLost", StatusCode::BAD_REQUEST, None),
+            Self::BodyTooSlow => ("BodyTooSlow", StatusCode::REQUEST_TIMEOUT, Some("body_too_slow")),
+            Self::ModelNotFound(_) => ("ModelNotFound", StatusCode::NOT_FOUND, Some("model_not_found")),
+            Self::RouteNotFound(_) => ("RouteNotFound", StatusCode::NOT_FOUND, Some("not_found")),
+            Self::MethodNotAllowed(_) => {
+                ("MethodNotAllowed", StatusCode::METHOD_NOT_ALLOWED, Some("method_not_allowed"))
+            }
+            Self::TooManyRequests => {
+                ("TooManyRequests", StatusCode::TOO_MANY_REQUESTS, Some("too_many_requests"))
+            }
+            Self::NoWorker(_) => ("NoWorker", StatusCode::SERVICE_UNAVAILABLE, Some("overloaded")),
+            Self::Interrupted(_) => ("Interrupted", StatusCode::SERVICE_UNAVAILABLE, Some("interrupted")),
+            Self::ShuttingDown => ("ShuttingDown", StatusCode::SERVICE_UNAVAILABLE, Some("overloaded")),
+            Self::Internal(_) => ("Internal", StatusCode::INTERNAL_SERVER_ERROR, None),
+        };
+        Facts { reason, status, code }
+    }
+
     /// The error's name in metrics and traces.
     pub(crate) fn reason(&self) -> &'static str {
-        match self {
-            Self::Invalid { .. } => "InvalidRequest",
-            Self::ContextLength { .. } => "ContextLengthExceeded",
-            Self::Malformed(_) => "MalformedBody",
-            Self::BodyTooLarge => "BodyTooLarge",
-            Self::BodyLost(_) => "BodyLost",
-            Self::BodyTooSlow => "BodyTooSlow",
-            Self::ModelNotFound(_) => "ModelNotFound",
-            Self::RouteNotFound(_) => "RouteNotFound",
-            Self::MethodNotAllowed(_) => "MethodNotAllowed",
-            Self::TooManyRequests => "TooManyRequests",
-            Self::NoWorker(_) => "NoWorker",
-            Self::Interrupted(_) => "Interrupted",
-            Self::ShuttingDown => "ShuttingDown",
-            Self::Internal(_) => "Internal",
-        }
+        self.facts().reason
     }
 
     pub(crate) fn status(&self) -> StatusCode {
+        self.facts().status
+    }
+
+    /// The field that is wrong, if it is one.
+    fn param(&self) -> Option<&str> {
         match self {
-            Self::Invalid { .. } | Self::ContextLength { .. } | Self::Malformed(_) | Self::BodyLost(_) => {
-                StatusCode::BAD_REQUEST
-            }
-            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::BodyTooSlow => StatusCode::REQUEST_TIMEOUT,
-            Self::ModelNotFound(_) | Self::RouteNotFound(_) => StatusCode::NOT_FOUND,
-            Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
-            Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoWorker(_) | Self::Interrupted(_) | Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Invalid { param, .. } => param.as_deref(),
+            Self::ContextLength { param, .. } => Some(param),
+            Self::ModelNotFound(_) => Some("model"),
+            Self::Malformed(_)
+            | Self::BodyTooLarge
+            | Self::BodyLost(_)
+            | Self::BodyTooSlow
+            | Self::RouteNotFound(_)
+            | Self::MethodNotAllowed(_)
+            | Self::TooManyRequests
+            | Self::NoWorker(_)
+            | Self::Interrupted(_)
+            | Self::ShuttingDown
+            | Self::Internal(_) => None,
         }
     }
 
     /// The error as clients know it: `{"error": {message, type, param, code}}`.
     pub(crate) fn body(&self) -> Value {
-        let kind = match self.status() {
+        let Facts { status, code, .. } = self.facts();
+        let kind = match status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
-        let param = match self {
-            Self::Invalid { param, .. } => param.as_deref(),
-            Self::ContextLength { param, .. } => Some(*param),
-            Self::ModelNotFound(_) => Some("model"),
-            _ => None,
-        };
-        let code = match self {
-            Self::ContextLength { .. } => Some("context_length_exceeded"),
-            Self::ModelNotFound(_) => Some("model_not_found"),
-            Self::RouteNotFound(_) => Some("not_found"),
-            Self::MethodNotAllowed(_) => Some("method_not_allowed"),
-            Self::BodyTooLarge => Some("body_too_large"),
-            Self::BodyTooSlow => Some("body_too_slow"),
-            Self::TooManyRequests => Some("too_many_requests"),
-            Self::NoWorker(_) | Self::ShuttingDown => Some("overloaded"),
-            Self::Interrupted(_) => Some("interrupted"),
-            _ => None,
-        };
-        json!({"error": {"message": self.to_string(), "type": kind, "param": param, "code": code}})
+        json!({"error": {"message": self.to_string(), "type": kind, "param": self.param(), "code": code}})
     }
+}
+
+/// How an error is told: to metrics, by HTTP, and in its body.
+struct Facts {
+    reason: &'static str,
+    status: StatusCode,
+    code: Option<&'static str>,
 }
 
 impl From<SequenceError> for ApiError {

@@ -55,10 +55,11 @@ fn strftime(format: &str, now: DateTime) -> Result<String, Error> {
 /// `json.dumps(value, ensure_ascii=False)` with transformers' options; minijinja's own filter escapes HTML.
 fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
-    let separators: Option<(String, String)> = match options.get::<Option<Value>>("separators")? {
-        Some(pair) if !pair.is_none() => {
-            Some((python::text(&pair.get_item_by_index(0)?), python::text(&pair.get_item_by_index(1)?)))
-        }
+    let separators = match options.get::<Option<Value>>("separators")? {
+        Some(pair) if !pair.is_none() => Some(json::Separators {
+            item: python::text(&pair.get_item_by_index(0)?),
+            key: python::text(&pair.get_item_by_index(1)?),
+        }),
         _ => None,
     };
     let json = json::Options {

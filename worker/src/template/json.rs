@@ -10,13 +10,20 @@ use super::python;
 /// The keyword arguments of Python's `json.dumps`.
 pub(super) struct Options {
     pub(super) indent: Option<usize>,
-    /// Between items, and between key and value.
-    pub(super) separators: Option<(String, String)>,
+    pub(super) separators: Option<Separators>,
     pub(super) ensure_ascii: bool,
     pub(super) sort_keys: bool,
 }
 
-/// More than any template asks for.
+/// What stands between the parts of a collection, where a template says so.
+pub(super) struct Separators {
+    /// After each item but the last.
+    pub(super) item: String,
+    /// Between a key and its value.
+    pub(super) key: String,
+}
+
+/// The widest indent that is honoured, more than any template asks for.
 const WIDEST_INDENT: usize = 16;
 
 impl Options {
@@ -49,7 +56,7 @@ impl Options {
                 for (at, key) in keys.into_iter().enumerate() {
                     self.before(at, depth, out);
                     self.string(&python::text(&key), out);
-                    out.push_str(self.separators.as_ref().map_or(": ", |(_, colon)| colon));
+                    out.push_str(self.separators.as_ref().map_or(": ", |separators| &separators.key));
                     self.write(&value.get_item(&key)?, depth + 1, out)?;
                 }
                 self.end('}', depth, out);
@@ -65,7 +72,7 @@ impl Options {
     /// What stands before item `at` of a collection.
     fn before(&self, at: usize, depth: usize, out: &mut String) {
         let default = if self.indent.is_some() { "," } else { ", " };
-        let comma = self.separators.as_ref().map_or(default, |(comma, _)| comma);
+        let comma = self.separators.as_ref().map_or(default, |separators| &separators.item);
         out.push_str(if at > 0 { comma } else { "" });
         self.line(depth + 1, out);
     }

@@ -115,7 +115,7 @@ pub(super) fn method(state: &mut State, value: &Value, method: &str, args: &[Val
     }
 }
 
-/// More than any template asks for.
+/// The widest field that `zfill` fills, more than any template asks for.
 const MOST_ZEROS: usize = 256;
 
 fn nonempty(separator: &str) -> Result<&str, Error> {

@@ -30,14 +30,19 @@ pub(super) fn fast_and_reference(
     }
     // A NaN is not within anything.
     let divergence_ok = deviation.divergence <= tolerance.untrained;
-    println!("{:<12} {:<12} {:<12} {:>10.2e}", "logits", tokens.len(), "", deviation.logits);
-    println!(
-        "{:<12} {:<12} {:<12} {:>10.2e}",
-        "mean KL",
-        tokens.len(),
-        word(divergence_ok),
-        deviation.divergence
-    );
+    print_whole(&deviation, tokens.len(), divergence_ok);
+    print_tolerance(&tolerance);
+    Ok(all_ok && divergence_ok)
+}
+
+/// Prints how far the logits are from the reference's, over all layers.
+fn print_whole(deviation: &Deviation, rows: usize, ok: bool) {
+    println!("{:<12} {rows:<12} {:<12} {:>10.2e}", "logits", "", deviation.logits);
+    println!("{:<12} {rows:<12} {:<12} {:>10.2e}", "mean KL", word(ok), deviation.divergence);
+}
+
+/// Prints how far each of the numbers above may be from the reference's.
+fn print_tolerance(tolerance: &Tolerance) {
     println!(
         "{:<12} {:<12} {:<12} {:>10.2e} {:>10.2e} {:>9}% {:>10.4}",
         "at most",
@@ -52,7 +57,6 @@ pub(super) fn fast_and_reference(
         "{:<12} {:<12} {:<12} {:>10.2e} (of text that the model knows: {:.2e})\n",
         "", "", "mean KL", tolerance.untrained, tolerance.divergence
     );
-    Ok(all_ok && divergence_ok)
 }
 
 fn print_layer(layer: usize, found: &LayerDeviation, rows: usize, tolerance: &Tolerance) -> bool {
