@@ -57,7 +57,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let report = Report {
         model: config.facts(),
         packed: packed.map(|packed| packed_facts(&packed, args.check)),
-        isa: Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name).collect(),
+        isa: Isa::available().map(|isa| isa.level().name()).collect(),
         numerics: Numerics::ALL.map(Numerics::name).to_vec(),
     };
     if args.json {

@@ -110,10 +110,14 @@ fn bf16(seed: &mut u32, shape: &[usize]) -> [u8; 2] {
 /// Every way to compute, by name; int8 and int4 have one order of sums.
 fn ways() -> Vec<(String, LoadOptions)> {
     let mut ways = Vec::new();
-    for weights in [WeightFormat::Bf16, WeightFormat::Fp8, WeightFormat::Int8, WeightFormat::Int4] {
-        let integer = matches!(weights, WeightFormat::Int8 | WeightFormat::Int4);
+    for weights in WeightFormat::ALL {
+        let integer = match weights {
+            WeightFormat::Native => continue, // one of the others
+            WeightFormat::Bf16 | WeightFormat::Fp8 => false,
+            WeightFormat::Int8 | WeightFormat::Int4 => true,
+        };
         for numerics in Numerics::ALL.into_iter().take(if integer { 1 } else { 2 }) {
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for isa in Isa::available() {
                 let order = if integer { String::new() } else { format!("-{numerics}") };
                 ways.push((
                     format!("{weights}{order}/{isa}"),

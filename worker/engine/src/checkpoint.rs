@@ -18,7 +18,7 @@ use crate::math::widen;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// A safetensors file, mapped.
+/// A safetensors file that is mapped into memory.
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
@@ -37,7 +37,7 @@ impl SafetensorsFile {
         Ok(Self { path: path.to_owned(), map, metadata, data: 8 + header })
     }
 
-    /// The tensors' names, sorted.
+    /// The names of all tensors of the file, sorted.
     pub fn names(&self) -> Vec<String> {
         let mut names = self.metadata.offset_keys();
         names.sort_unstable();
@@ -49,13 +49,13 @@ impl SafetensorsFile {
         Ok(&self.info(name)?.shape)
     }
 
-    /// An F32 tensor, row-major.
+    /// The elements of a tensor of type F32, row-major.
     pub fn f32(&self, name: &str) -> Result<Vec<f32>, ModelError> {
         let bytes = self.typed(name, &[Dtype::F32])?.1;
         Ok(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())
     }
 
-    /// An I64 tensor, row-major.
+    /// The elements of a tensor of type I64, row-major.
     pub fn i64(&self, name: &str) -> Result<Vec<i64>, ModelError> {
         let bytes = self.typed(name, &[Dtype::I64])?.1;
         Ok(bytes.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect())
@@ -99,7 +99,8 @@ impl SafetensorsFile {
             Dtype::BF16 => Tensor::Bf16(Bf16(bytes.as_chunks().0)),
             Dtype::F16 => Tensor::F16(bytes.as_chunks().0),
             Dtype::F32 => Tensor::F32(bytes.as_chunks().0),
-            _ => Tensor::Fp8 { codes: bytes, scales: Vec::new() },
+            Dtype::F8_E4M3 => Tensor::Fp8 { codes: bytes, scales: Vec::new() },
+            other => return Err(self.invalid(name, format!("{other:?} is no type of weights"))),
         };
         match tensor.not_finite() {
             Some(at) => Err(self.invalid(name, format!("element {at} is not finite"))),
@@ -130,13 +131,13 @@ impl Bf16<'_> {
 /// A matrix as it is stored, checked: none of its elements is NaN or infinite.
 pub(crate) enum Tensor<'a> {
     Bf16(Bf16<'a>),
-    /// The bits of IEEE 754 halves, row-major.
+    /// The bits of IEEE 754 halves (binary16), row-major.
     F16(&'a [[u8; 2]]),
-    /// Row-major.
+    /// Numbers of f32, little-endian and row-major.
     F32(&'a [[u8; 4]]),
     /// An element is its code's number (e4m3) times its block's scale.
     Fp8 {
-        /// Row-major.
+        /// One byte of e4m3 per element, row-major.
         codes: &'a [u8],
         /// (⌈rows / 128⌉, ⌈columns / 128⌉), positive.
         scales: Vec<f32>,
@@ -260,7 +261,10 @@ impl Checkpoint {
             (Dtype::BF16, bytes) => {
                 bytes.as_chunks().0.iter().map(|&bits| widen(u16::from_le_bytes(bits))).collect()
             }
-            (_, bytes) => bytes.iter().map(|&exponent| fp8::power_of_two(exponent)).collect::<Vec<f32>>(),
+            (Dtype::F8_E8M0, bytes) => {
+                bytes.iter().map(|&exponent| fp8::power_of_two(exponent)).collect::<Vec<f32>>()
+            }
+            (other, _) => return Err(file.invalid(&name, format!("{other:?} is no type of scales"))),
         };
         let usable = |scale: f32| scale > 0.0 && (scale * fp8::MAX).is_finite();
         match scales.iter().position(|&scale| !usable(scale)) {

@@ -1,7 +1,7 @@
 //! The 8-bit numbers of weights (e4m3, "fn": no infinity, two NaN) and of scales (ue8m0): OCP 8-bit floating point and
 //! microscaling specifications.
 
-/// The greatest e4m3 number.
+/// The greatest number that e4m3 has.
 pub(crate) const MAX: f32 = 448.0;
 
 /// What each e4m3 code is.

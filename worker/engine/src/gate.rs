@@ -4,14 +4,13 @@
 //! best experts. DeepSeek-V2 report (arXiv 2405.04434), section 2.2: softmax scores, groups by their best. The other
 //! families are the softmax with one group.
 
-mod margin;
+pub(crate) mod margin;
+pub(crate) mod score;
 
-use std::cmp::Ordering;
+use expertmesh_model::config::parts::GateConfig;
 
-pub(crate) use margin::margins;
-
+use self::score::{keep_best_groups, score, top};
 use crate::routes::Routes;
-use expertmesh_model::config::parts::{GateConfig, GroupScore, Scores};
 
 /// Routes rows by their logits (rows, experts). The bias (experts) counts in the choice, not in the weights; it is
 /// empty where the gate has none. Equal scores: the lower expert.
@@ -42,69 +41,10 @@ pub(crate) fn route(gate: &GateConfig, logits: &[f32], bias: &[f32]) -> Routes {
     routes
 }
 
-pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + libm::expf(-x))
-}
-
-/// logits (experts) → scores (experts); sums ascend.
-fn score(kind: Scores, logits: &[f32], scores: &mut [f32]) {
-    match kind {
-        Scores::Sigmoid => {
-            scores.iter_mut().zip(logits).for_each(|(score, &logit)| *score = sigmoid(logit));
-        }
-        Scores::Softmax => {
-            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            scores.iter_mut().zip(logits).for_each(|(score, logit)| *score = libm::expf(logit - max));
-            let sum: f32 = scores.iter().sum();
-            scores.iter_mut().for_each(|score| *score /= sum);
-        }
-    }
-}
-
-/// Leaves -∞ outside of the best groups. DeepSeek's own code masks with -∞ too; a mask of 0, as some versions of
-/// transformers have it, lets experts of a dropped group in where too few of the kept ones have positive scores.
-fn keep_best_groups(gate: &GateConfig, scores: &mut [f32], groups: &mut Vec<f32>, order: &mut Vec<u32>) {
-    let size = gate.experts / gate.groups;
-    groups.clear();
-    groups.extend(scores.chunks_exact(size).map(|group| group_score(gate.group_score, group))); // (groups)
-    top(gate.top_groups, groups, order); // (top_groups)
-    for (group, scores) in (0..).zip(scores.chunks_exact_mut(size)) {
-        if !order.contains(&group) {
-            scores.fill(f32::NEG_INFINITY);
-        }
-    }
-}
-
-fn group_score(kind: GroupScore, group: &[f32]) -> f32 {
-    let (mut best, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
-    for &score in group {
-        if score > best {
-            (best, second) = (score, best);
-        } else if score > second {
-            second = score;
-        }
-    }
-    match kind {
-        GroupScore::SumOfBestTwo if group.len() > 1 => best + second,
-        _ => best,
-    }
-}
-
-/// Leaves the places of the `count` greatest scores in `order`, in no order. Equal scores: the lower place.
-fn top(count: usize, scores: &[f32], order: &mut Vec<u32>) {
-    order.clear();
-    order.extend(0..scores.len() as u32);
-    let greatest_first = |&a: &u32, &b: &u32| -> Ordering {
-        scores[b as usize].total_cmp(&scores[a as usize]).then(a.cmp(&b))
-    };
-    if count < order.len() {
-        order.select_nth_unstable_by(count, greatest_first);
-        order.truncate(count);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use expertmesh_model::config::parts::{GroupScore, Scores};
+
     use super::*;
 
     const GATE: GateConfig = GateConfig {

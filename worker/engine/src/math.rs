@@ -20,10 +20,16 @@ pub(crate) fn round_bf16(value: f32) -> u16 {
     if value.abs() < LEAST { 0 } else { rounded }
 }
 
-/// bf16 to f32, exactly.
+/// The f32 that a bf16 is, exactly.
 #[inline(always)]
 pub(crate) fn widen(bits: u16) -> f32 {
     f32::from_bits((bits as u32) << 16)
+}
+
+/// a · b + c where the product is exact: both are bf16, so that fusing makes no difference but to speed.
+#[inline(always)]
+pub(crate) fn exact_product_plus<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
 /// To the nearest integer, ties to even, for magnitudes below 2²².
@@ -57,7 +63,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { e * power }
 }
 
-/// x · sigmoid(x)
+/// x · sigmoid(x), the activation of a SwiGLU.
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
@@ -68,7 +74,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::math::widen;
 
     #[test]
     fn bf16_rounds_to_even_and_flushes_what_is_tiny() {

@@ -45,7 +45,7 @@ pub enum ModelError {
 }
 
 impl ModelError {
-    /// Stable and machine-readable: a metric's label, an Event's and a condition's reason.
+    /// The error's kind, stable and machine-readable: a metric's label, an Event's and a condition's reason.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::ModelNotFound { .. } => "ModelNotFound",

@@ -1,4 +1,4 @@
-//! What a model is, for people and scripts.
+//! What a model is, told to people and scripts: `inspect` and `plan` print it.
 
 use serde::Serialize;
 
@@ -15,7 +15,7 @@ pub struct ModelFacts {
     pub moe_layers: usize,
     pub hidden: usize,
     pub vocabulary: usize,
-    /// Positions, prompt and answer together.
+    /// The longest context: positions of prompt and answer together.
     pub context: usize,
     pub experts_per_layer: usize,
     pub experts_per_token: usize,
@@ -23,13 +23,13 @@ pub struct ModelFacts {
     pub expert_inner: usize,
     pub shared_inner: usize,
     pub dense_inner: usize,
-    /// `sigmoid` or `softmax`.
+    /// What makes scores of the gate's logits: `sigmoid` or `softmax`.
     pub gate_scores: &'static str,
     pub attention: AttentionFacts,
-    /// Modules that the configuration speaks of; they are not counted below.
+    /// Multi-token-prediction modules that the configuration speaks of; they are not counted below.
     pub mtp_modules: usize,
     pub parameters: u64,
-    /// Those that a token is multiplied with.
+    /// The parameters that a token is multiplied with.
     pub active_parameters: u64,
     pub kv_bytes_per_token: u64,
     pub formats: Vec<FormatBytes>,
@@ -38,7 +38,7 @@ pub struct ModelFacts {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum AttentionFacts {
-    /// Widths of the latents and of a head's parts.
+    /// Multi-head latent attention: widths of the latents and of a head's parts.
     Latent {
         heads: usize,
         query_latent: Option<usize>,
@@ -47,6 +47,7 @@ pub enum AttentionFacts {
         rope: usize,
         value: usize,
     },
+    /// Grouped-query attention: several heads share a key and a value.
     Grouped {
         heads: usize,
         kv_heads: usize,
@@ -57,20 +58,22 @@ pub enum AttentionFacts {
     },
 }
 
-/// What a model takes in a format.
+/// What a model takes in a weight format.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FormatBytes {
     pub weights: &'static str,
-    /// What `native` leads to, else the format itself.
+    /// The format that the weights are held in: what `native` leads to, else the format itself.
     pub held_as: &'static str,
-    /// All but the routed experts.
+    /// Bytes of all but the routed experts.
     pub dense: u64,
+    /// Bytes of one routed expert.
     pub expert: u64,
-    /// The dense part and every expert.
+    /// Bytes of the dense part and of every expert.
     pub all: u64,
 }
 
 impl ModelConfig {
+    /// What follows from the configuration, in all weight formats.
     pub fn facts(&self) -> ModelFacts {
         ModelFacts {
             architecture: self.architecture.name(),

@@ -53,7 +53,7 @@ impl ModelFingerprint {
     }
 }
 
-/// The fingerprint's `architecture`, of a model's directory.
+/// The `architecture` of the fingerprint of a model's directory: SHA-256 of its config.json, in hex.
 pub fn architecture_of(model: &Path) -> Result<String, ModelError> {
     let config = read_json(model, CONFIG)?.unwrap_or_default();
     let config: Value = serde_json::from_str(&config)
@@ -61,7 +61,7 @@ pub fn architecture_of(model: &Path) -> Result<String, ModelError> {
     Ok(format!("{:x}", Sha256::digest(canonical(&config))))
 }
 
-/// JSON with sorted keys, and without those of the top level that do not matter.
+/// The text of a configuration with sorted keys, and without those of the top level that do not matter.
 fn canonical(config: &Value) -> String {
     match config {
         Value::Object(map) => {

@@ -2,24 +2,24 @@
 
 use crate::config::model::ModelConfig;
 
-/// The format of a deployment's weights, as its users name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum WeightFormat {
-    /// As the checkpoint has them: fp8 where it is fp8, else bf16.
-    #[default]
-    Native,
-    Bf16,
-    /// E4M3 with a scale per 128 × 128.
-    Fp8,
-    /// A scale per 64.
-    Int8,
-    /// The feed-forward parts with a scale per 32; the rest in int8.
-    Int4,
+listed! {
+    /// The format of a deployment's weights, as its users name it.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub enum WeightFormat {
+        /// As the checkpoint has them: fp8 where it is fp8, else bf16.
+        #[default]
+        Native,
+        Bf16,
+        /// E4M3 numbers with a scale per 128 × 128 weights.
+        Fp8,
+        /// Integers with a scale per 64 inputs of an output.
+        Int8,
+        /// Feed-forward parts in 4 bits with a scale per 32 inputs of an output; the rest in int8.
+        Int4,
+    }
 }
 
 impl WeightFormat {
-    pub const ALL: [Self; 5] = [Self::Native, Self::Bf16, Self::Fp8, Self::Int8, Self::Int4];
-
     /// As `--weights`, packed.json and fingerprints spell it.
     pub fn name(self) -> &'static str {
         match self {
@@ -31,12 +31,12 @@ impl WeightFormat {
         }
     }
 
-    /// Where `Native` leads for a model.
+    /// The format that a model is held in: where `Native` leads, else the format itself.
     pub fn resolved(self, config: &ModelConfig) -> Self {
         match self {
             Self::Native if config.fp8_blocks.is_some() => Self::Fp8,
             Self::Native => Self::Bf16,
-            other => other,
+            Self::Bf16 | Self::Fp8 | Self::Int8 | Self::Int4 => self,
         }
     }
 }
@@ -52,6 +52,6 @@ impl std::str::FromStr for WeightFormat {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|format| format.name() == name);
-        found.ok_or_else(|| format!("{name} is none of native, bf16, fp8, int8, int4"))
+        found.ok_or_else(|| format!("{name} is none of {}", Self::ALL.map(Self::name).join(", ")))
     }
 }

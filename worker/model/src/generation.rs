@@ -25,7 +25,7 @@ const UNHONOURED: [(&str, f64); 7] = [
 const UNHONOURED_LISTS: [&str; 5] =
     ["bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_decoder_ids"];
 
-/// The defaults of a model for whoever does not choose.
+/// How a model samples where a request does not choose.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
     params: SamplingParams,
@@ -36,10 +36,10 @@ pub struct GenerationConfig {
 /// What a request says about sampling; what it leaves out is the model's default.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SamplingOverrides {
-    /// 0 takes the most probable token.
+    /// What logits are divided by; 0 takes the most probable token.
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
-    /// 0 keeps all tokens.
+    /// Only so many of the most probable tokens are kept; 0 keeps all.
     pub top_k: Option<u32>,
     pub min_p: Option<f32>,
     pub seed: Option<u64>,
@@ -106,7 +106,7 @@ impl GenerationConfig {
         })
     }
 
-    /// Tokens that end an answer.
+    /// The tokens that end an answer, where the request names none.
     pub fn eos_tokens(&self) -> &[u32] {
         &self.eos
     }

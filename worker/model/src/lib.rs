@@ -4,6 +4,9 @@
 //! No tensors, and no IO but reading config.json, generation_config.json and packed.json. Operator, frontend and engine
 //! stand on it.
 
+#[macro_use]
+mod listed;
+
 pub mod config;
 pub mod error;
 pub mod expert;

@@ -11,31 +11,31 @@ pub struct Names {
     tied_embeddings: bool,
 }
 
-/// The three matrices of a feed-forward part.
+/// The three tensors of a feed-forward part.
 #[derive(Debug)]
 pub struct SwiGluNames {
-    /// (inner, hidden)
+    /// The tensor whose product goes through silu: (inner, hidden).
     pub gate: String,
-    /// (inner, hidden)
+    /// The tensor whose product is multiplied with that: (inner, hidden).
     pub up: String,
-    /// (hidden, inner)
+    /// The tensor that leads back to the residual stream: (hidden, inner).
     pub down: String,
 }
 
-/// Latent attention. The symbols are those of arXiv 2405.04434, section 2.1.
+/// The tensors of latent attention. The symbols are those of arXiv 2405.04434, section 2.1.
 #[derive(Debug)]
 pub struct LatentNames {
-    /// (heads · (nope + rope), hidden), where queries have no latent.
+    /// The tensor that makes queries where they have no latent: (heads · (nope + rope), hidden).
     pub q: String,
-    /// W_DQ: (query_latent, hidden)
+    /// W_DQ, which makes the queries' latent: (query_latent, hidden).
     pub q_down: String,
-    /// (query_latent)
+    /// The weights of the norm of the queries' latent: (query_latent).
     pub q_norm: String,
     /// W_UQ and W_QR: (heads · (nope + rope), query_latent)
     pub q_up: String,
     /// W_DKV and W_KR: (latent + rope, hidden)
     pub kv_down: String,
-    /// (latent)
+    /// The weights of the norm of the keys' and values' latent: (latent).
     pub kv_norm: String,
     /// W_UK and W_UV: (heads · (nope + value), latent)
     pub kv_up: String,
@@ -43,37 +43,37 @@ pub struct LatentNames {
     pub out: String,
 }
 
-/// Grouped-query attention.
+/// The tensors of grouped-query attention.
 #[derive(Debug)]
 pub struct GroupedNames {
-    /// (heads · head, hidden)
+    /// The tensor that makes queries: (heads · head, hidden).
     pub q: String,
-    /// (kv_heads · head, hidden)
+    /// The tensor that makes keys: (kv_heads · head, hidden).
     pub k: String,
-    /// (kv_heads · head, hidden)
+    /// The tensor that makes values: (kv_heads · head, hidden).
     pub v: String,
-    /// (hidden, heads · head)
+    /// The tensor that leads back to the residual stream: (hidden, heads · head).
     pub out: String,
-    /// (head) or (heads · head)
+    /// The weights of the queries' norm: (head) or (heads · head).
     pub q_norm: String,
-    /// (head) or (kv_heads · head)
+    /// The weights of the keys' norm: (head) or (kv_heads · head).
     pub k_norm: String,
 }
 
 /// What a multi-token-prediction module has beside its layer.
 #[derive(Debug)]
 pub struct MtpNames {
-    /// (vocabulary, hidden)
+    /// The embeddings of the token that is known: (vocabulary, hidden).
     pub embeddings: String,
-    /// (hidden)
+    /// The weights of the embedding's norm: (hidden).
     pub embedding_norm: String,
-    /// (hidden)
+    /// The weights of the norm of the trunk's state: (hidden).
     pub hidden_norm: String,
-    /// (hidden, 2 · hidden): the embedding's half comes first.
+    /// The tensor that joins both: (hidden, 2 · hidden); the embedding's half comes first.
     pub join: String,
-    /// (hidden)
+    /// The weights of the module's last norm: (hidden).
     pub norm: String,
-    /// (vocabulary, hidden)
+    /// The module's head: (vocabulary, hidden).
     pub head: String,
 }
 
@@ -82,31 +82,32 @@ impl Names {
         Self { architecture: config.architecture, tied_embeddings: config.tied_embeddings }
     }
 
-    /// (vocabulary, hidden)
+    /// The tensor of the embeddings: (vocabulary, hidden).
     pub fn embeddings(&self) -> &'static str {
         "model.embed_tokens.weight"
     }
 
-    /// (hidden)
+    /// The weights of the trunk's last norm: (hidden).
     pub fn norm(&self) -> &'static str {
         "model.norm.weight"
     }
 
-    /// (vocabulary, hidden)
+    /// The tensor that makes logits, which may be that of the embeddings: (vocabulary, hidden).
     pub fn head(&self) -> &'static str {
         if self.tied_embeddings { self.embeddings() } else { "lm_head.weight" }
     }
 
-    /// (hidden)
+    /// The weights of the norm before attention: (hidden).
     pub fn attention_norm(&self, layer: usize) -> String {
         format!("model.layers.{layer}.input_layernorm.weight")
     }
 
-    /// (hidden)
+    /// The weights of the norm before the feed-forward part: (hidden).
     pub fn feed_forward_norm(&self, layer: usize) -> String {
         format!("model.layers.{layer}.post_attention_layernorm.weight")
     }
 
+    /// The tensors of a layer's latent attention.
     pub fn latent(&self, layer: usize) -> LatentNames {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.weight");
         LatentNames {
@@ -121,6 +122,7 @@ impl Names {
         }
     }
 
+    /// The tensors of a layer's grouped-query attention.
     pub fn grouped(&self, layer: usize) -> GroupedNames {
         let name = |part: &str| format!("model.layers.{layer}.self_attn.{part}.weight");
         GroupedNames {
@@ -133,29 +135,32 @@ impl Names {
         }
     }
 
-    /// (experts, hidden)
+    /// The tensor that makes the gate's logits: (experts, hidden).
     pub fn gate(&self, layer: usize) -> String {
         format!("{}.gate.weight", self.feed_forward(layer))
     }
 
-    /// (experts): DeepSeek-V3's correction of the choice.
+    /// DeepSeek-V3's correction of the gate's choice: (experts).
     pub fn gate_bias(&self, layer: usize) -> String {
         format!("{}.gate.e_score_correction_bias", self.feed_forward(layer))
     }
 
-    /// A dense layer's feed-forward part.
+    /// The tensors of a dense layer's feed-forward part.
     pub fn dense(&self, layer: usize) -> SwiGluNames {
         self.swiglu(&self.feed_forward(layer))
     }
 
+    /// The tensors of a layer's shared experts, taken as one.
     pub fn shared(&self, layer: usize) -> SwiGluNames {
         self.swiglu(&format!("{}.shared_experts", self.feed_forward(layer)))
     }
 
+    /// The tensors of a routed expert.
     pub fn expert(&self, layer: usize, expert: u32) -> SwiGluNames {
         self.swiglu(&format!("{}.experts.{expert}", self.feed_forward(layer)))
     }
 
+    /// The tensors that a multi-token-prediction module has beside its layer.
     pub fn mtp(&self, layer: usize) -> MtpNames {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         MtpNames {
@@ -171,26 +176,32 @@ impl Names {
     fn feed_forward(&self, layer: usize) -> String {
         match self.architecture {
             Architecture::Mixtral => format!("model.layers.{layer}.block_sparse_moe"),
-            _ => format!("model.layers.{layer}.mlp"),
+            Architecture::DeepseekV2
+            | Architecture::DeepseekV3
+            | Architecture::Qwen3Moe
+            | Architecture::Olmoe => format!("model.layers.{layer}.mlp"),
         }
     }
 
     fn swiglu(&self, prefix: &str) -> SwiGluNames {
         let [gate, up, down] = match self.architecture {
             Architecture::Mixtral => ["w1", "w3", "w2"],
-            _ => ["gate_proj", "up_proj", "down_proj"],
+            Architecture::DeepseekV2
+            | Architecture::DeepseekV3
+            | Architecture::Qwen3Moe
+            | Architecture::Olmoe => ["gate_proj", "up_proj", "down_proj"],
         };
         let name = |part: &str| format!("{prefix}.{part}.weight");
         SwiGluNames { gate: name(gate), up: name(up), down: name(down) }
     }
 }
 
-/// The bias that belongs to a matrix.
+/// The name of the bias that belongs to a matrix.
 pub fn bias_of(weight: &str) -> String {
     format!("{}.bias", weight.strip_suffix(".weight").unwrap_or(weight))
 }
 
-/// The scales that belong to an fp8 matrix.
+/// The name of the scales that belong to an fp8 matrix.
 pub fn scales_of(weight: &str) -> String {
     format!("{weight}_scale_inv")
 }

@@ -3,19 +3,20 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// How sums of bf16 products are ordered. Every instruction set computes both, bit for bit; some are slower at one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Numerics {
-    /// One accumulator, pairs of K: the order of AVX-512's VDPBF16PS, which plain FMA reproduces.
-    #[default]
-    Pair,
-    /// Two chains per 32 K, added to the accumulator: the order of AMX's TDPBF16PS.
-    Tile,
+listed! {
+    /// How sums of bf16 products are ordered. Every instruction set computes both, bit for bit; some are slower at one.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub enum Numerics {
+        /// One accumulator, pairs of K: the order of AVX-512's VDPBF16PS, which plain FMA reproduces.
+        #[default]
+        Pair,
+        /// Two chains per 32 K, added to the accumulator: the order of AMX's TDPBF16PS.
+        Tile,
+    }
 }
 
 impl Numerics {
-    pub const ALL: [Self; 2] = [Self::Pair, Self::Tile];
-
+    /// The name, as `--numerics` and `serving.numerics` spell it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Pair => "pair",
@@ -44,6 +45,6 @@ impl FromStr for Numerics {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|numerics| numerics.name() == name);
-        found.ok_or_else(|| format!("{name} is none of pair, tile"))
+        found.ok_or_else(|| format!("{name} is none of {}", Self::ALL.map(Self::name).join(", ")))
     }
 }

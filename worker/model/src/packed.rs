@@ -14,9 +14,9 @@ use crate::format::WeightFormat;
 use crate::layout::budget::Layout;
 use crate::layout::plan::{Place, Plan};
 
-/// The index: its presence makes a directory a packed model's.
+/// The name of the index: its presence makes a directory a packed model's.
 pub const INDEX: &str = "packed.json";
-/// What `prepare` has written and the index does not name yet.
+/// The name of the list of what `prepare` has written and the index does not name yet.
 pub const JOURNAL: &str = "packed.journal";
 
 const DENSE: &str = "dense.bin";
@@ -24,7 +24,7 @@ const DENSE: &str = "dense.bin";
 /// The one layout of packed models.
 pub const LAYOUT: Layout = Layout::Cpu1;
 
-/// Blobs begin on pages.
+/// What a blob's offset in its file is a multiple of.
 const PAGE: u64 = 4096;
 
 /// What is packed, and how. Two runs of `prepare` that agree in it write the same bytes.
@@ -58,7 +58,7 @@ impl Identity {
     }
 }
 
-/// Where a blob is.
+/// Which bytes of which file a blob is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
     pub file: String,
@@ -68,18 +68,19 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Where in the file the blob ends.
     pub fn end(&self) -> u64 {
         self.offset.saturating_add(self.bytes)
     }
 }
 
-/// A blob that is there.
+/// A blob that is there, as packed.json lists it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Entry {
-    /// Absent: embeddings and head.
+    /// Absent in the blob of embeddings and head.
     #[serde(skip_serializing_if = "Option::is_none")]
     layer: Option<usize>,
-    /// Absent: all of the layer but its experts.
+    /// Absent in the blob of all of a layer but its experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     expert: Option<u32>,
     #[serde(flatten)]
@@ -87,12 +88,12 @@ struct Entry {
     crc32c: u32,
 }
 
-/// The file.
+/// packed.json as it is written.
 #[derive(Debug, Serialize, Deserialize)]
 struct File {
     #[serde(flatten)]
     identity: Identity,
-    /// Of all blobs.
+    /// Bytes of all blobs together.
     bytes: u64,
     blobs: Vec<Entry>,
 }
@@ -102,6 +103,7 @@ struct File {
 pub struct Index {
     path: PathBuf,
     pub identity: Identity,
+    /// Where each blob is, and its CRC-32C.
     pub blobs: BTreeMap<Place, (Extent, u32)>,
 }
 
@@ -110,6 +112,7 @@ pub fn is_packed(directory: &Path) -> bool {
     directory.join(INDEX).exists() || directory.join(JOURNAL).exists()
 }
 
+/// The error of a packed directory, or of one of its files.
 pub fn invalid(file: &Path, problem: impl Into<String>) -> ModelError {
     ModelError::InvalidPacked { file: file.to_owned(), problem: problem.into() }
 }
@@ -169,7 +172,7 @@ impl Index {
         Self { path: directory.join(INDEX), identity, blobs: BTreeMap::new() }
     }
 
-    /// The text of the file.
+    /// The text of packed.json, which names the blobs that are there.
     pub fn to_json(&self) -> Result<Vec<u8>, serde_json::Error> {
         let entry = |(place, (extent, crc32c)): (&Place, &(Extent, u32))| {
             let (layer, expert) = match *place {
@@ -192,11 +195,13 @@ impl Index {
         let weights = self.identity.weights.parse().map_err(|problem: String| self.invalid(problem))?;
         match weights {
             WeightFormat::Native => Err(self.invalid("weights: native is not a packed format".to_owned())),
-            weights => Ok(weights),
+            weights @ (WeightFormat::Bf16 | WeightFormat::Fp8 | WeightFormat::Int8 | WeightFormat::Int4) => {
+                Ok(weights)
+            }
         }
     }
 
-    /// The same, where it is the one that was asked for, or `native` was.
+    /// The format that the blobs have, where it is the one that was asked for, or `native` was; else an error.
     pub fn weights_as(&self, asked: WeightFormat) -> Result<WeightFormat, ModelError> {
         let weights = self.weights()?;
         match asked == weights || asked == WeightFormat::Native {
@@ -207,7 +212,7 @@ impl Index {
         }
     }
 
-    /// Of all blobs.
+    /// Bytes of all blobs together.
     pub fn bytes(&self) -> u64 {
         self.blobs.values().map(|(extent, _)| extent.bytes).sum()
     }
@@ -216,7 +221,7 @@ impl Index {
         invalid(&self.path, problem)
     }
 
-    /// Every blob is one of the model's, of the size that the plan gives it, in a file beside the index.
+    /// Checks that every blob is one of the model's, of the size that the plan gives it, in a file beside the index.
     pub fn check(&self, config: &ModelConfig) -> Result<(), ModelError> {
         let plan = Plan::new(config, self.weights()?);
         let expert_bytes = LAYOUT.expert_bytes(config, self.weights()?);

@@ -1,21 +1,21 @@
 //! How tokens are chosen: the parameters, and their ranges.
 
-/// Tokens that one request may bias.
+/// Tokens that one request may bias, at most.
 pub const MAX_LOGIT_BIAS: usize = 300;
 
-/// Alternatives that may be asked for.
+/// Alternatives to a token whose log-probabilities may be asked for, at most.
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
 /// How tokens are chosen, unchecked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
-    /// 0 takes the most probable token.
+    /// What logits are divided by; 0 takes the most probable token.
     pub temperature: f32,
-    /// Above 0, at most 1; 1 keeps all tokens.
+    /// The most probable tokens are kept until their share is this; above 0, and 1 keeps all.
     pub top_p: f32,
-    /// 0 keeps all tokens.
+    /// Only so many of the most probable tokens are kept; 0 keeps all.
     pub top_k: u32,
-    /// 0 to 1, relative to the most probable token; 0 keeps all tokens.
+    /// Tokens less probable than this share of the most probable one's are dropped; 0 to 1, and 0 keeps all.
     pub min_p: f32,
     pub seed: u64,
     /// Above 0; divides what speaks for a token that prompt or answer hold, and multiplies what speaks against it.
@@ -30,7 +30,7 @@ pub struct SamplingParams {
 }
 
 impl Default for SamplingParams {
-    /// As the model says: temperature 1, all tokens, no penalty, no bias, seed 0.
+    /// The model's own distribution: temperature 1, all tokens, no penalty, no bias, seed 0.
     fn default() -> Self {
         Self {
             temperature: 1.0,
@@ -87,12 +87,12 @@ impl Sampling {
         Ok(Self { params, stop_tokens: Vec::new(), min_tokens: 0 })
     }
 
-    /// The same, and these tokens end a sequence; none of them can be chosen before `min_tokens` were generated.
+    /// The same parameters, and these tokens end a sequence; none of them can be chosen before `min_tokens` were generated.
     pub fn ending(self, stop_tokens: Vec<u32>, min_tokens: usize) -> Self {
         Self { stop_tokens, min_tokens, ..self }
     }
 
-    /// The numbers, in range.
+    /// The parameters, all of them in range.
     pub fn params(&self) -> &SamplingParams {
         &self.params
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::{fs, thread};
 
-/// The least of the cgroup's CPU quota (v1 or v2), the affinity mask and the physical cores within that mask. At
+/// How many threads should compute: the least of the cgroup's CPU quota (v1 or v2), the affinity mask and the physical cores within that mask. At
 /// least 1.
 pub fn compute_threads() -> usize {
     // The standard library takes quota and mask into account.
@@ -25,7 +25,7 @@ fn physical_cores() -> Option<usize> {
     Some(first_siblings.len()).filter(|&count| count > 0)
 }
 
-/// The kernel's list format: `0-3,8,10-11`.
+/// The processors of a list as the Linux kernel writes it: `0-3,8,10-11`.
 fn cpus(list: &str) -> Option<BTreeSet<usize>> {
     let mut cpus = BTreeSet::new();
     for range in list.trim().split(',').filter(|range| !range.is_empty()) {

@@ -15,10 +15,10 @@ use expertmesh_scheduler::{BLOCK_TOKENS, Step};
 use super::attention::places::{Surroundings, places};
 use super::compute::Compute;
 use super::isa::Isa;
-use super::kernel;
+use super::kernel::for_each_isa::for_each_isa;
 use super::norm::norm_rows;
 use super::pool::{Pool, Shares};
-use super::products::{Columns, Input, Product, multiply};
+use super::products::{Input, Product, Region, multiply};
 use super::rows::{CpuActivations, CpuRows};
 use super::swiglu::{SwiGlu, gate_up};
 use super::weights::{Ends, FeedForward, Layer};
@@ -75,14 +75,12 @@ pub struct CpuKv {
 
 impl CpuBackend {
     /// Reads all but the routed experts, of a checkpoint, which is packed now, or of a packed model, which is mapped;
-    /// `progress` gets (done, total) in bytes. Panics where this machine does not have the instruction set.
+    /// `progress` gets (done, total) in bytes.
     pub fn load(
         model: &Path,
         options: &LoadOptions,
         mut progress: impl FnMut(u64, u64),
     ) -> Result<Self, ModelError> {
-        // Kernels take it on trust; and asking is what makes the system hand out the tiles.
-        assert!(options.isa.is_available(), "this machine has no {}", options.isa);
         let config = ModelConfig::read(model)?;
         let (source, format) = Source::open(model, &config, options.weights)?;
         let plan = Plan::new(&config, format);
@@ -179,7 +177,7 @@ impl CpuBackend {
         let inner = gate_up(&self.compute, &[(part, 0..x.rows())], x); // (rows, inner)
         let mut out = CpuRows::dirty(x.rows(), self.config.hidden);
         let input = Input::new(&self.compute, &inner, part.down.shape.format);
-        multiply(&self.compute, &[Product::to_f32(&part.down, &input, 0..x.rows(), &mut out)]);
+        multiply(&self.compute, &mut [Product::to_f32(&part.down, &input, 0..x.rows(), &mut out)]);
         out
     }
 
@@ -207,7 +205,7 @@ fn add(to: &mut [f32], what: &[f32]) {
     to.iter_mut().zip(what).for_each(|(to, what)| *to += what);
 }
 
-kernel::for_each_isa! {
+for_each_isa! {
     /// sum += weight · answer
     fn add_weighted(sum: &mut [f32], weight: f32, answer: &[u16]) {
         for (sum, &answer) in sum.iter_mut().zip(answer) {
@@ -262,7 +260,7 @@ impl Backend for CpuBackend {
             FeedForward::Moe { gate, bias, .. } => {
                 let mut logits = CpuRows::dirty(normed.rows(), self.config.experts()); // (rows, experts)
                 let input = Input::new(compute, &normed, gate.shape.format);
-                multiply(compute, &[Product::to_f32(gate, &input, 0..normed.rows(), &mut logits)]);
+                multiply(compute, &mut [Product::to_f32(gate, &input, 0..normed.rows(), &mut logits)]);
                 let routes = self.route(&logits, bias); // (rows, top_k)
                 Attended::Moe { normed, routes }
             }
@@ -303,15 +301,14 @@ impl Backend for CpuBackend {
         let mut out = CpuActivations::dirty(which.len(), self.config.hidden);
         let Some((first, _)) = parts.first() else { return Ok(out) };
         let input = Input::new(&self.compute, &inner, first.down.shape.format);
-        let mut columns = Columns::new(&mut out);
-        let products: Vec<Product> = parts
+        let mut region = Region::new(&mut out);
+        let mut products: Vec<Product> = parts
             .iter()
             .map(|(expert, rows)| {
-                Product::to_bf16(&expert.down, &input, rows.clone(), &mut columns, (rows.start, 0))
+                Product::to_bf16(&expert.down, &input, rows.clone(), region.take_rows(rows.len()))
             })
             .collect();
-        multiply(&self.compute, &products);
-        drop(products);
+        multiply(&self.compute, &mut products);
         Ok(out)
     }
 
@@ -346,7 +343,10 @@ impl Backend for CpuBackend {
         let normed = self.norm(&CpuRows { width: hidden.width, data: data.into() }, &self.ends.norm); // (spans, hidden)
         let mut logits = CpuRows::dirty(normed.rows(), self.config.vocabulary); // (spans, vocabulary)
         let input = Input::new(&self.compute, &normed, self.ends.head.shape.format);
-        multiply(&self.compute, &[Product::to_f32(&self.ends.head, &input, 0..normed.rows(), &mut logits)]);
+        multiply(
+            &self.compute,
+            &mut [Product::to_f32(&self.ends.head, &input, 0..normed.rows(), &mut logits)],
+        );
         logits
     }
 

@@ -5,7 +5,7 @@ use expertmesh_model::numerics::Numerics;
 use super::isa::Isa;
 use super::pool::Pool;
 
-/// What computes: threads, instructions, the order of sums.
+/// What a backend computes with: threads, instructions, the order of sums.
 pub(crate) struct Compute {
     pub(crate) pool: Pool,
     pub(crate) isa: Isa,
@@ -14,7 +14,7 @@ pub(crate) struct Compute {
 
 #[cfg(test)]
 impl Compute {
-    /// One thread, `pair`.
+    /// What one thread computes with, in the order `pair`.
     pub(crate) fn alone(isa: Isa) -> Self {
         Self { pool: Pool::new(1), isa, numerics: Numerics::Pair }
     }

@@ -3,13 +3,14 @@
 use std::ops::Range;
 
 use expertmesh_model::config::parts::FP8_BLOCK;
+use expertmesh_model::layout::cpu1::{LANES, PAIR};
 use expertmesh_model::layout::shape::{Format, Shape};
 
 use super::blob::Blob;
-use super::kernel::{LANES, PAIR, bf16, fp8, int4, int8};
+use super::kernel::{bf16, fp8, int4, int8};
 use crate::math::{round_bf16, round_even, widen};
 
-/// Packed weights.
+/// A packed matrix: a view of its bytes in their blob.
 #[derive(Clone)]
 pub(crate) struct Matrix {
     pub(crate) shape: Shape,
@@ -32,7 +33,7 @@ impl Matrix {
 
 /// Rows of a matrix that is about to be packed.
 pub(crate) trait Source {
-    /// Row `row` in f32: (inputs).
+    /// Writes a row in f32: `out` is (inputs).
     fn row(&self, row: usize, out: &mut [f32]);
 
     /// Codes (inputs) and scales (inputs / 128, rounded up) of a row that is stored in fp8.
@@ -43,7 +44,7 @@ pub(crate) trait Source {
 pub(crate) struct Packing<'a> {
     shape: Shape,
     sources: Vec<Box<dyn Source + 'a>>,
-    /// Of each source that is to become fp8.
+    /// The scales of each source that is to become fp8; `None` where it is stored so.
     scales: Vec<Option<Vec<f32>>>,
 }
 
@@ -51,34 +52,38 @@ impl<'a> Packing<'a> {
     pub(crate) fn new(shape: Shape, sources: Vec<Box<dyn Source + 'a>>) -> Self {
         let scales = match shape.format {
             Format::Fp8 => sources.iter().map(|source| fp8_scales(&shape, &**source)).collect(),
-            _ => Vec::new(),
+            Format::Bf16 | Format::Int8 | Format::Int4 => Vec::new(),
         };
         Self { shape, sources, scales }
     }
 
     /// Packs the pairs from `first` on into `out`, which is zeroed and a whole number of them.
     pub(crate) fn fill(&self, first: usize, out: &mut [u8]) {
-        let Self { shape, sources, scales } = self;
+        let shape = &self.shape;
         let mut row = vec![0.0; shape.inputs];
         for (pair, out) in (first..).zip(out.chunks_exact_mut(shape.pair_bytes())) {
             for lane in 0..PAIR {
-                let found = shape.row(pair, lane);
-                match found {
-                    Some((matrix, at)) if shape.format != Format::Fp8 => sources[matrix].row(at, &mut row),
-                    _ => row.fill(0.0),
-                }
-                match (shape.format, found) {
-                    (Format::Bf16, _) => pack_bf16(lane, &row, out),
-                    (Format::Int8, _) => pack_int8(lane, &row, out),
-                    (Format::Int4, _) => pack_int4(lane, &row, out),
-                    (Format::Fp8, Some((matrix, at))) => {
-                        let scales = scales[matrix].as_deref();
-                        pack_fp8(lane, at, &*sources[matrix], scales, (out, &mut row));
+                match shape.format {
+                    Format::Bf16 => pack_bf16(lane, self.widened(pair, lane, &mut row), out),
+                    Format::Int8 => pack_int8(lane, self.widened(pair, lane, &mut row), out),
+                    Format::Int4 => pack_int4(lane, self.widened(pair, lane, &mut row), out),
+                    Format::Fp8 => {
+                        let Some((matrix, at)) = shape.row(pair, lane) else { continue };
+                        let (source, scales) = (&*self.sources[matrix], self.scales[matrix].as_deref());
+                        pack_fp8(lane, at, source, scales, &mut row, out);
                     }
-                    (Format::Fp8, None) => {}
                 }
             }
         }
+    }
+
+    /// The row of a lane in f32, in the memory of `row`: (inputs). Zeros where the lane is padding.
+    fn widened<'b>(&self, pair: usize, lane: usize, row: &'b mut [f32]) -> &'b [f32] {
+        match self.shape.row(pair, lane) {
+            Some((matrix, at)) => self.sources[matrix].row(at, row),
+            None => row.fill(0.0),
+        }
+        row
     }
 }
 
@@ -157,7 +162,7 @@ fn int4_scale(values: &[f32]) -> u16 {
     best.0
 }
 
-/// The least bf16 that is not below.
+/// The least bf16 that is not below `value`.
 fn round_up_bf16(value: f32) -> u16 {
     let rounded = round_bf16(value);
     if widen(rounded) < value && rounded != 0 { rounded + 1 } else { rounded }
@@ -182,12 +187,14 @@ fn fp8_scales(shape: &Shape, source: &dyn Source) -> Option<Vec<f32>> {
     Some(scales)
 }
 
+/// Packs row `at` into a lane: its codes where it is stored in fp8, else codes by `scales`. `row` is memory for (inputs).
 fn pack_fp8(
     lane: usize,
     at: usize,
     source: &dyn Source,
     scales: Option<&[f32]>,
-    (out, row): (&mut [u8], &mut Vec<f32>),
+    row: &mut [f32],
+    out: &mut [u8],
 ) {
     let columns = row.len().div_ceil(FP8_BLOCK);
     let stored = source.fp8_row(at);

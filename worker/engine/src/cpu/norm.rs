@@ -1,13 +1,13 @@
 //! Root mean square normalisation of rows that become bf16.
 
 use super::compute::Compute;
-use super::kernel;
+use super::kernel::for_each_isa::for_each_isa;
 use super::pool::Shares;
 use super::rows::{CpuActivations, CpuRows};
 use crate::math::round_bf16;
 use crate::norm::mean_square;
 
-kernel::for_each_isa! {
+for_each_isa! {
     /// A row divided by its root mean square, times `weight`, rounded.
     pub(crate) fn norm_row(row: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
         let scale = 1.0 / (mean_square(row) + eps).sqrt();

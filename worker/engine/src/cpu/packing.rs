@@ -133,7 +133,7 @@ impl Source for Rows<'_> {
                 let blocks = columns.div_ceil(FP8_BLOCK);
                 Some((&codes[row * columns..][..columns], &scales[row / FP8_BLOCK * blocks..][..blocks]))
             }
-            _ => None,
+            Tensor::Bf16(_) | Tensor::F16(_) | Tensor::F32(_) => None,
         }
     }
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(60);
 
 /// Callers whose work is under way at the same time: the thread that runs sequences, and the one that serves peers.
-const SLOTS: usize = 2;
+const CALLERS: usize = 2;
 
 /// Units of one call at most; `state` counts them in 32 bits.
 const MAX_UNITS: usize = u32::MAX as usize / 2;
@@ -55,16 +55,16 @@ pub(crate) struct Pool {
 }
 
 struct Shared {
-    slots: [Slot; SLOTS],
+    calls: [Call; CALLERS],
     sleepers: AtomicUsize,
     sleep: Mutex<()>,
     wake: Condvar,
     stop: AtomicBool,
 }
 
-/// One caller's work.
+/// One caller's work while it is under way, and what its units are counted with.
 #[derive(Default)]
-struct Slot {
+struct Call {
     /// Held by the caller for as long as its work lasts.
     caller: Mutex<()>,
     /// Units in the upper half, the next unclaimed one in the lower: one addition claims a unit of the work that is
@@ -80,17 +80,17 @@ struct Slot {
     finish: Condvar,
 }
 
-// SAFETY: `work` is written by the caller that holds the slot, before `state` says that there are units, and after all
+// SAFETY: `work` is written by the caller that holds the call, before `state` says that there are units, and after all
 // of those before are `done`; it is read in between only. What it points to is Sync.
-unsafe impl Sync for Slot {}
+unsafe impl Sync for Call {}
 // SAFETY: as above.
-unsafe impl Send for Slot {}
+unsafe impl Send for Call {}
 
 impl Pool {
-    /// So many threads in all; 1 computes on the caller alone.
+    /// A pool of so many threads in all; 1 computes on the caller alone.
     pub(crate) fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            slots: std::array::from_fn(|_| Slot::default()),
+            calls: std::array::from_fn(|_| Call::default()),
             sleepers: AtomicUsize::new(0),
             sleep: Mutex::new(()),
             wake: Condvar::new(),
@@ -124,12 +124,12 @@ impl Pool {
             return (0..units).for_each(work);
         }
         assert!(units <= MAX_UNITS, "{units} units are too many");
-        let (slot, _held) = self.shared.slot();
-        slot.publish(units, work);
+        let (call, _held) = self.shared.call();
+        call.publish(units, work);
         self.shared.wake_sleepers();
-        while slot.work_on_one() {}
-        slot.wait(units);
-        assert!(!slot.panicked.swap(false, Ordering::SeqCst), "a computing thread panicked");
+        while call.work_on_one() {}
+        call.wait(units);
+        assert!(!call.panicked.swap(false, Ordering::SeqCst), "a computing thread panicked");
     }
 }
 
@@ -144,17 +144,17 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// A slot that no other caller uses, for as long as the guard lives.
-    fn slot(&self) -> (&Slot, MutexGuard<'_, ()>) {
-        for slot in &self.slots {
-            match slot.caller.try_lock() {
-                Ok(guard) => return (slot, guard),
-                Err(TryLockError::Poisoned(poison)) => return (slot, poison.into_inner()),
+    /// A call that no other caller uses, for as long as the guard lives.
+    fn call(&self) -> (&Call, MutexGuard<'_, ()>) {
+        for call in &self.calls {
+            match call.caller.try_lock() {
+                Ok(guard) => return (call, guard),
+                Err(TryLockError::Poisoned(poison)) => return (call, poison.into_inner()),
                 Err(TryLockError::WouldBlock) => {}
             }
         }
-        let slot = &self.slots[0];
-        (slot, slot.caller.lock().unwrap_or_else(PoisonError::into_inner))
+        let call = &self.calls[0];
+        (call, call.caller.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn wake_sleepers(&self) {
@@ -164,13 +164,13 @@ impl Shared {
         }
     }
 
-    /// A worker's life.
+    /// What a thread of the pool does until the pool is dropped: it looks for units, and sleeps where there are none for long.
     fn serve(&self) {
         let mut idle_since = Instant::now();
         while !self.stop.load(Ordering::SeqCst) {
             let mut worked = false;
-            for slot in &self.slots {
-                worked |= slot.work_on_one();
+            for call in &self.calls {
+                worked |= call.work_on_one();
             }
             if worked {
                 idle_since = Instant::now();
@@ -186,14 +186,14 @@ impl Shared {
     fn sleep_until_work(&self) {
         let mut guard = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while !self.stop.load(Ordering::SeqCst) && !self.slots.iter().any(Slot::has_work) {
+        while !self.stop.load(Ordering::SeqCst) && !self.calls.iter().any(Call::has_work) {
             guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-impl Slot {
+impl Call {
     fn publish(&self, units: usize, work: &Work) {
         self.done.store(0, Ordering::SeqCst);
         // SAFETY: the same pointer, whose lifetime is forgotten. It is followed only between the claim of a unit and its

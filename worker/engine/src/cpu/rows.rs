@@ -3,15 +3,15 @@
 
 use super::buffer::Buffer;
 use super::compute::Compute;
-use super::kernel;
+use super::kernel::for_each_isa::for_each_isa;
 use super::pool::Shares;
 use crate::math::{round_even, widen};
 
-/// Rows of f32.
+/// A matrix of f32 rows, one after another.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CpuRows {
     pub(crate) width: usize,
-    /// (rows, width)
+    /// The elements, row by row: (rows, width).
     pub(crate) data: Buffer<f32>,
 }
 
@@ -20,7 +20,7 @@ impl CpuRows {
         Self { width, data: Buffer::zeros(rows * width) }
     }
 
-    /// For whoever writes every element before it is read.
+    /// Rows of anything, for whoever writes every element before it is read.
     pub(crate) fn dirty(rows: usize, width: usize) -> Self {
         Self { width, data: Buffer::dirty(rows * width) }
     }
@@ -42,7 +42,7 @@ pub(crate) const K_PADDING: usize = 64;
 pub struct CpuActivations {
     pub(crate) width: usize,
     pub(crate) stride: usize,
-    /// (rows, stride)
+    /// The elements, each row with its padding: (rows, stride).
     pub(crate) data: Buffer<u16>,
 }
 
@@ -52,7 +52,7 @@ impl CpuActivations {
         Self { width, stride, data: Buffer::zeros(rows * stride) }
     }
 
-    /// For whoever writes every element but the padding before it is read.
+    /// Rows of anything, for whoever writes every element but the padding before it is read. The padding is zero.
     pub(crate) fn dirty(rows: usize, width: usize) -> Self {
         let stride = width.next_multiple_of(K_PADDING);
         let mut data = Buffer::dirty(rows * stride);
@@ -76,7 +76,7 @@ impl CpuActivations {
         self.data.len() / self.stride
     }
 
-    /// Without the padding.
+    /// The elements of a row, without its padding.
     pub(crate) fn row(&self, row: usize) -> &[u16] {
         &self.data[row * self.stride..][..self.width]
     }
@@ -85,6 +85,7 @@ impl CpuActivations {
         &mut self.data[row * self.stride..][..self.width]
     }
 
+    /// The elements of a row and the zeros that it goes on with.
     pub(crate) fn padded(&self, row: usize) -> &[u16] {
         &self.data[row * self.stride..][..self.stride]
     }
@@ -92,10 +93,10 @@ impl CpuActivations {
 
 /// Rows of int8 with a scale per row and block of K.
 pub(crate) struct Quantised {
-    /// Elements per block.
+    /// Elements of a row that share a scale.
     pub(crate) block: usize,
     pub(crate) stride: usize,
-    /// (rows, stride)
+    /// The integers, each row with its padding: (rows, stride).
     pub(crate) data: Vec<i8>,
     /// (rows, stride / block): a value is data · scale.
     pub(crate) scales: Vec<f32>,
@@ -104,7 +105,7 @@ pub(crate) struct Quantised {
 }
 
 impl Quantised {
-    /// Symmetric: a block's greatest magnitude becomes 127; a block of zeros has the scale 0.
+    /// Quantises rows symmetrically: a block's greatest magnitude becomes 127; a block of zeros has the scale 0.
     pub(crate) fn new(compute: &Compute, rows: &CpuActivations, block: usize) -> Self {
         let (stride, blocks) = (rows.stride, rows.stride / block);
         let mut quantised = Self {
@@ -139,8 +140,8 @@ impl Quantised {
     }
 }
 
-kernel::for_each_isa! {
-    /// The scale, and the sum of what was written.
+for_each_isa! {
+    /// Quantises one block: its scale, and the sum of the integers that were written.
     fn quantise_block(from: &[u16], to: &mut [i8]) -> (f32, i32) {
         // Magnitudes of bf16 order as integers do.
         let greatest = widen(from.iter().fold(0, |greatest, bits| greatest.max(bits & 0x7fff)));
@@ -172,7 +173,7 @@ mod tests {
             values in prop::collection::vec(-100.0f32..100.0, 1..200), block in prop_oneof![Just(32usize), Just(64)],
         ) {
             let rows = CpuActivations::from_f32(&values, values.len());
-            let quantised = Quantised::new(&Compute::alone(Isa::Portable), &rows, block);
+            let quantised = Quantised::new(&Compute::alone(Isa::detect()), &rows, block);
             for (at, &bits) in rows.data.iter().enumerate() {
                 let scale = quantised.scales[at / block];
                 let error = (widen(bits) - f32::from(quantised.data[at]) * scale).abs();

@@ -4,17 +4,17 @@ use expertmesh_model::layout::shape::Format;
 
 use super::compute::Compute;
 use super::matrix::Matrix;
-use super::products::{Columns, Input, Product, multiply};
+use super::products::{Input, Product, Region, multiply};
 use super::rows::CpuActivations;
 
-/// Gate and up as one matrix, then down.
+/// A feed-forward part's weights: gate and up as one matrix, then down.
 pub(crate) struct SwiGlu {
     pub(crate) gate_up: Matrix,
     pub(crate) down: Matrix,
 }
 
 impl SwiGlu {
-    /// Width of what is between.
+    /// Width of the rows between gate and up and down.
     pub(crate) fn inner(&self) -> usize {
         self.gate_up.shape.outputs
     }
@@ -24,7 +24,8 @@ impl SwiGlu {
     }
 }
 
-/// silu(gate·x) · (up·x) of consecutive rows of `x`, of each feed-forward part so many: (rows, inner), rounded.
+/// silu(gate·x) · (up·x): (rows, inner), rounded. Each feed-forward part has some rows of `x`, and all together all of
+/// them, ascending.
 pub(crate) fn gate_up(
     compute: &Compute,
     parts: &[(&SwiGlu, std::ops::Range<usize>)],
@@ -33,14 +34,11 @@ pub(crate) fn gate_up(
     let Some((first, _)) = parts.first() else { return CpuActivations::zeros(0, 1) };
     let mut inner = CpuActivations::dirty(x.rows(), first.inner());
     let input = Input::new(compute, x, first.format());
-    let mut columns = Columns::new(&mut inner);
-    let products: Vec<Product> = parts
+    let mut out = Region::new(&mut inner);
+    let mut products: Vec<Product> = parts
         .iter()
-        .map(|(part, rows)| {
-            Product::to_bf16(&part.gate_up, &input, rows.clone(), &mut columns, (rows.start, 0))
-        })
+        .map(|(part, rows)| Product::to_bf16(&part.gate_up, &input, rows.clone(), out.take_rows(rows.len())))
         .collect();
-    multiply(compute, &products);
-    drop(products);
+    multiply(compute, &mut products);
     inner
 }

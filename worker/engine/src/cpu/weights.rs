@@ -4,14 +4,16 @@ use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::config::parts::{AttentionConfig, GroupedConfig, LatentConfig, QkNorm};
 use expertmesh_model::layout::plan::{Kind, Part, PartId, Parts, Plan};
 
-use super::attention::{Attention, Grouped, Latent};
+use super::attention::Attention;
+use super::attention::grouped::Grouped;
+use super::attention::latent::Latent;
 use super::blob::Blob;
 use super::matrix::Matrix;
 use super::swiglu::SwiGlu;
 
-/// What no layer has.
+/// The weights that no layer has: embeddings, last norm, head.
 pub(crate) struct Ends {
-    /// (vocabulary, hidden), bf16
+    /// A row of bf16 per token: (vocabulary, hidden).
     pub(crate) embeddings: Blob,
     pub(crate) norm: Vec<f32>,
     pub(crate) head: Matrix,
@@ -29,13 +31,13 @@ pub(crate) enum FeedForward {
     Dense(SwiGlu),
     Moe {
         gate: Matrix,
-        /// (experts), or empty.
+        /// The correction of the gate's choice: (experts), or empty.
         bias: Vec<f32>,
         shared: Option<SwiGlu>,
     },
 }
 
-/// A blob and its plan: what a part is, its id says, not its place.
+/// A blob beside its plan: a part is found by its id, wherever it lies.
 struct View<'a> {
     blob: &'a Blob,
     parts: Parts,
@@ -58,7 +60,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// f32, (width)
+    /// A vector of the blob, copied: (width).
     fn vector(&self, id: PartId) -> Vec<f32> {
         let part = self.part(id);
         assert!(matches!(part.kind, Kind::Vector { .. }), "{part:?} is not a vector");

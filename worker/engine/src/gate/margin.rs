@@ -1,8 +1,8 @@
-//! How sure a choice is.
+//! How sure a gate's choice is: how far its logits may be off before it chooses other experts.
 
 use expertmesh_model::config::parts::{GateConfig, Scores};
 
-use super::{group_score, keep_best_groups, score, sigmoid, top};
+use super::score::{group_score, keep_best_groups, score, sigmoid, top};
 
 /// Margins beyond this are not told apart.
 const MOST: f32 = 64.0;

@@ -1,4 +1,4 @@
-//! A packed directory, mapped.
+//! A packed model, its files mapped into memory.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub struct PackedModel {
     directory: PathBuf,
     index: Index,
     weights: WeightFormat,
-    /// By their names.
+    /// The mapped files, by their names in the directory.
     files: HashMap<String, Arc<Mmap>>,
 }
 
@@ -53,7 +53,7 @@ impl PackedModel {
         self.weights
     }
 
-    /// Of all blobs that are there.
+    /// Bytes of all blobs that are there.
     pub fn bytes(&self) -> u64 {
         self.index.bytes()
     }

@@ -12,11 +12,11 @@ use crate::checkpoint::Checkpoint;
 use crate::cpu::blob::Blob;
 use crate::cpu::packing::pack_blob;
 
-/// The model's directory, opened.
+/// A model's directory that was opened to load blobs from.
 pub(crate) enum Source {
-    /// Packed while they are loaded.
+    /// A checkpoint, whose blobs are packed while they are loaded.
     Checkpoint(Checkpoint),
-    /// Mapped.
+    /// A packed model, whose blobs are mapped.
     Packed(PackedModel),
 }
 
@@ -44,7 +44,7 @@ impl Source {
         }
     }
 
-    /// The blob is not needed soon.
+    /// Gives a blob's pages back, since it is not needed soon.
     pub(crate) fn release(&self, place: Place) {
         if let Self::Packed(packed) = self {
             packed.release(place);

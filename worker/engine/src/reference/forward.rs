@@ -48,7 +48,7 @@ pub struct LayerTrace {
 /// What a gate saw and chose.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gated {
-    /// Its input: (T, hidden).
+    /// What the gate took in: (T, hidden).
     pub normed: Vec<f32>,
     pub routes: Routes,
     /// Of each row the greatest relative error of its input that certainly leaves the choice as it is, if the error
@@ -126,7 +126,7 @@ impl Reference {
             return Ok(None);
         }
         let routes = choose(&self.weights, &self.config, layer, &normed)?; // (T, top_k)
-        add(x, &mixture(&self.weights, &self.config, layer, (&normed, &routes))?);
+        add(x, &mixture(&self.weights, &self.config, layer, &normed, &routes)?);
         Ok(Some((normed, routes)))
     }
 

@@ -4,10 +4,8 @@
 //! It reads every matrix from the mapped checkpoint when it is needed, a row at a time, and only those of the experts that
 //! were chosen, so that it runs models far larger than the memory.
 
-mod forward;
+pub(crate) mod forward;
 mod grouped;
 mod latent;
 mod moe;
 mod weights;
-
-pub use forward::{Gated, LayerTrace, Reference, Trace};

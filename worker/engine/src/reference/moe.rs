@@ -6,7 +6,9 @@ use expertmesh_model::error::ModelError;
 use expertmesh_model::names::{Names, SwiGluNames};
 
 use super::weights::{Weights, add, dot};
-use crate::gate::{self, sigmoid};
+use crate::gate::margin::margins as margins_of;
+use crate::gate::route;
+use crate::gate::score::sigmoid;
 use crate::routes::{Routes, group};
 
 /// down(silu(gate(x)) · up(x)): (rows, hidden) → (rows, hidden).
@@ -30,10 +32,10 @@ pub(super) fn choose(
     x: &[f32],
 ) -> Result<Routes, ModelError> {
     let (logits, bias) = gate_logits(weights, config, layer, x)?;
-    Ok(gate::route(&config.gate, &logits, &bias)) // (rows, top_k)
+    Ok(route(&config.gate, &logits, &bias)) // (rows, top_k)
 }
 
-/// Of each row how sure that choice is: (rows), as [`Gated::margins`](super::Gated) has it.
+/// Of each row how sure that choice is: (rows), as [`Gated::margins`](super::forward::Gated) has it.
 pub(super) fn margins(
     weights: &Weights,
     config: &ModelConfig,
@@ -46,12 +48,12 @@ pub(super) fn margins(
     let of_row = |(x, logits): (&[f32], &[f32])| {
         let typical = (dot(x, x) / hidden as f32).sqrt();
         let sizes: Vec<f32> = sizes.iter().map(|size| size * typical).collect(); // (experts)
-        gate::margins(&config.gate, logits, &bias, &sizes)[0]
+        margins_of(&config.gate, logits, &bias, &sizes)[0]
     };
     Ok(x.chunks_exact(hidden).zip(logits.chunks_exact(experts)).map(of_row).collect())
 }
 
-/// (rows, experts), and the bias: (experts), or empty.
+/// The gate's logits of rows (rows, hidden): (rows, experts); and its bias: (experts), or empty.
 fn gate_logits(
     weights: &Weights,
     config: &ModelConfig,
@@ -72,7 +74,8 @@ pub(super) fn mixture(
     weights: &Weights,
     config: &ModelConfig,
     layer: usize,
-    (x, routes): (&[f32], &Routes),
+    x: &[f32],
+    routes: &Routes,
 ) -> Result<Vec<f32>, ModelError> {
     let (names, hidden) = (Names::new(config), config.hidden);
     let mut out = match config.shared_inner {
@@ -80,7 +83,7 @@ pub(super) fn mixture(
         inner => swiglu(weights, &names.shared(layer), x, [inner, hidden])?, // (rows, hidden)
     };
     let grouped = group(routes, 0..routes.experts.len() as u32);
-    let mut places = grouped.at.iter(); // row · top_k + slot
+    let mut places = grouped.at.iter(); // row · top_k + choice
     for group in &grouped.groups {
         let rows = group.rows.iter().flat_map(|&row| &x[row as usize * hidden..][..hidden]);
         let rows: Vec<f32> = rows.copied().collect(); // (rows of the expert, hidden)

@@ -2,7 +2,7 @@
 
 use expertmesh_model::sampling::{Sampling, SamplingParams};
 
-use super::History;
+use super::history::History;
 use super::weights::{greatest, relative, sum};
 
 /// Chooses tokens. What it keeps is scratch memory: one serves any number of sequences.
@@ -12,7 +12,7 @@ pub struct Sampler {
     adjusted: Vec<f32>,
     /// Of every token, relative to the most probable one's 1.
     weights: Vec<f32>,
-    /// Tokens and their weights.
+    /// The tokens that the filters keep, and their weights.
     candidates: Vec<(u32, f32)>,
 }
 

@@ -14,7 +14,7 @@ pub struct History {
 }
 
 impl History {
-    /// Of a sequence that `sampling` is for: its first `prompt` tokens are the prompt, the rest was generated.
+    /// The history of a sequence that `sampling` is for: its first `prompt` tokens are the prompt, the rest was generated.
     pub fn new(sampling: &Sampling, tokens: &[u32], prompt: usize) -> Self {
         let (prompt, generated) = tokens.split_at(prompt.min(tokens.len()));
         let counts = sampling.penalizes().then(|| prompt.iter().map(|&token| (token, 0)).collect());
@@ -23,7 +23,7 @@ impl History {
         history
     }
 
-    /// A token was generated.
+    /// Takes note of a token that was generated.
     pub fn push(&mut self, token: u32) {
         self.generated += 1;
         if let Some(counts) = &mut self.counts {
@@ -41,7 +41,7 @@ impl History {
         self.len() == 0
     }
 
-    /// Tokens of the answer.
+    /// How many tokens were generated so far.
     pub fn generated(&self) -> usize {
         self.generated
     }

@@ -8,13 +8,13 @@ use super::weights::{greatest, relative, sum};
 /// temperature and filters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logprobs {
-    /// Of the token that was chosen.
+    /// The logarithm of the chosen token's probability.
     pub logprob: f32,
     /// The most probable tokens, the best first; of equals the lower id first.
     pub top: Vec<(u32, f32)>,
 }
 
-/// Of `token` and the `top` most probable ones, [`MAX_TOP_LOGPROBS`] at most, from raw logits (vocabulary). A NaN, and
+/// The log-probabilities of `token` and of the `top` most probable ones, [`MAX_TOP_LOGPROBS`] at most, from raw logits (vocabulary). A NaN, and
 /// an id outside of the vocabulary, has no probability.
 pub fn logprobs(logits: &[f32], token: u32, top: usize) -> Logprobs {
     let best = greatest(logits);
@@ -32,7 +32,7 @@ pub fn logprobs(logits: &[f32], token: u32, top: usize) -> Logprobs {
     }
 }
 
-/// The `count` greatest, the greatest first.
+/// The `count` greatest logits with their tokens, the greatest first.
 fn first(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let mut kept: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
     for (token, &logit) in (0..).zip(logits) {

@@ -1,7 +1,9 @@
 use expertmesh_model::sampling::{MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, Sampling, SamplingParams};
 use proptest::prelude::*;
 
-use super::*;
+use super::choose::{self, Sampler};
+use super::history::History;
+use super::logprobs::{Logprobs, logprobs};
 
 fn params(temperature: f32, top_p: f32, top_k: u32, min_p: f32) -> SamplingParams {
     SamplingParams { temperature, top_p, top_k, min_p, seed: 7, ..Default::default() }

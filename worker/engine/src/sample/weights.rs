@@ -4,7 +4,7 @@ use crate::math::exp;
 
 const LANES: usize = 16;
 
-/// The greatest of them; NaN is passed over, and of nothing else it is -inf.
+/// The greatest logit; NaN is passed over, and where there is nothing else, it is -inf.
 pub(super) fn greatest(logits: &[f32]) -> f32 {
     let greater = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -18,7 +18,7 @@ pub(super) fn greatest(logits: &[f32]) -> f32 {
     lanes.into_iter().chain(rest).fold(f32::NEG_INFINITY, greater)
 }
 
-/// e^((logit - greatest) / temperature) of each; 0 for NaN, and for what is below e^-87. `greatest` is none below any
+/// Makes each logit's weight, e^((logit - greatest) / temperature); 0 for NaN, and for what is below e^-87. `greatest` is none below any
 /// of them, and `temperature` above 0.
 pub(super) fn relative(logits: &[f32], greatest: f32, temperature: f32, weights: &mut Vec<f32>) {
     weights.clear();
@@ -29,7 +29,7 @@ pub(super) fn relative(logits: &[f32], greatest: f32, temperature: f32, weights:
     weights.extend(logits.iter().map(weight));
 }
 
-/// In one order: lane by lane, then the lanes.
+/// The sum of all weights, in one order: lane by lane, then the lanes.
 pub(super) fn sum(weights: &[f32]) -> f64 {
     let mut lanes = [0.0f64; LANES];
     let chunks = weights.chunks_exact(LANES);

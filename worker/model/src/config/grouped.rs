@@ -6,7 +6,7 @@ use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, GroupedConfig,
 use super::rope;
 use crate::error::ModelError;
 
-/// Qwen3 (arXiv 2505.09388).
+/// What Qwen3's configurations say (arXiv 2505.09388).
 pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.only("model_type", "qwen3_moe")?;
     // `sliding_window` says nothing without it.
@@ -38,7 +38,7 @@ pub(super) fn mixtral(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     })
 }
 
-/// OLMoE (arXiv 2409.02060).
+/// What OLMoE's configurations say (arXiv 2409.02060).
 pub(super) fn olmoe(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
     keys.only("model_type", "olmoe")?;
     keys.only("clip_qkv", serde_json::Value::Null)?;

@@ -1,4 +1,4 @@
-//! The configuration as a whole: read, checked, and asked for its shape.
+//! A model's configuration as a whole: read from config.json, checked, and asked for its shape.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,7 +17,7 @@ const MAX_HEAD: usize = 1 << 16;
 /// No model is nearly as large; byte counts still fit a u64.
 const MAX_PARAMETERS: u128 = 1 << 50;
 
-/// The shape of a model.
+/// The shape of a model, as its config.json has it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     pub architecture: Architecture,
@@ -36,9 +36,11 @@ pub struct ModelConfig {
     pub attention: AttentionConfig,
     pub rope: RopeConfig,
     pub gate: GateConfig,
+    /// What is added to a mean square before its root is taken.
     pub norm_eps: f32,
     /// The longest context: positions of prompt and answer together.
     pub max_positions: usize,
+    /// Whether the head is the matrix of the embeddings.
     pub tied_embeddings: bool,
     /// Tokens that end a sequence, where generation_config.json names none.
     pub eos: Vec<u32>,
@@ -148,6 +150,7 @@ impl ModelConfig {
         self.gate.experts
     }
 
+    /// Routed experts that each row goes to.
     pub fn experts_per_token(&self) -> usize {
         self.gate.top_k
     }

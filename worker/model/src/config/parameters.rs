@@ -1,4 +1,4 @@
-//! How many parameters there are.
+//! How many parameters a model has, and how many of them a token uses.
 
 use super::model::ModelConfig;
 use super::parts::AttentionConfig;
@@ -9,13 +9,13 @@ impl ModelConfig {
         self.elements(self.gate.experts) as u64
     }
 
-    /// Those of them that a token is multiplied with: of the experts only the chosen ones, and no row of the embeddings.
+    /// The parameters that a token is multiplied with: of the experts only the chosen ones, and no row of the embeddings.
     pub fn active_parameters(&self) -> u64 {
         let embeddings = if self.tied_embeddings { 0 } else { self.vocabulary * self.hidden };
         self.elements(self.gate.top_k) as u64 - embeddings as u64
     }
 
-    /// Elements of all matrices, so many experts of each layer counted.
+    /// Elements of all matrices of the trunk, so many experts of each layer counted.
     pub(super) fn elements(&self, experts: usize) -> u128 {
         let product = |a: usize, b: usize| a as u128 * b as u128;
         let attention: u128 =
@@ -31,7 +31,7 @@ impl ModelConfig {
             + if self.tied_embeddings { 1 } else { 2 } * product(self.vocabulary, self.hidden)
     }
 
-    /// One layer's: (how many, outputs, inputs).
+    /// The matrices of one layer's attention: (how many, outputs, inputs) each.
     fn attention_matrices(&self) -> Vec<(usize, usize, usize)> {
         let hidden = self.hidden;
         match &self.attention {

@@ -3,25 +3,24 @@
 /// The side of the square blocks in which fp8 weights share a scale.
 pub const FP8_BLOCK: usize = 128;
 
-/// Whose forward pass it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Architecture {
-    /// DeepSeek-V2 and V2-Lite (arXiv 2405.04434).
-    DeepseekV2,
-    /// DeepSeek-V3, R1, V3.1, Kimi-K2, Moonlight (arXiv 2412.19437).
-    DeepseekV3,
-    /// Qwen3-30B-A3B, Qwen3-235B-A22B and their like (arXiv 2505.09388).
-    Qwen3Moe,
-    /// Mixtral 8x7B and 8x22B (arXiv 2401.04088).
-    Mixtral,
-    /// OLMoE (arXiv 2409.02060).
-    Olmoe,
+listed! {
+    /// The family of a model: whose keys its config.json has, whose names its tensors.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Architecture {
+        /// DeepSeek-V2 and V2-Lite (arXiv 2405.04434).
+        DeepseekV2,
+        /// DeepSeek-V3, R1, V3.1, Kimi-K2, Moonlight (arXiv 2412.19437).
+        DeepseekV3,
+        /// Qwen3-30B-A3B, Qwen3-235B-A22B and their like (arXiv 2505.09388).
+        Qwen3Moe,
+        /// Mixtral 8x7B and 8x22B (arXiv 2401.04088).
+        Mixtral,
+        /// OLMoE-1B-7B and its like (arXiv 2409.02060).
+        Olmoe,
+    }
 }
 
 impl Architecture {
-    pub const ALL: [Self; 5] =
-        [Self::DeepseekV2, Self::DeepseekV3, Self::Qwen3Moe, Self::Mixtral, Self::Olmoe];
-
     /// The name under `architectures` in config.json.
     pub fn name(self) -> &'static str {
         match self {
@@ -34,13 +33,14 @@ impl Architecture {
     }
 }
 
+/// Which attention a model has, and its shape.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AttentionConfig {
     Latent(LatentConfig),
     Grouped(GroupedConfig),
 }
 
-/// Multi-head latent attention (arXiv 2405.04434, section 2.1).
+/// The shape of multi-head latent attention (arXiv 2405.04434, section 2.1).
 #[derive(Debug, Clone, PartialEq)]
 pub struct LatentConfig {
     pub heads: usize,
@@ -68,7 +68,7 @@ impl LatentConfig {
     }
 }
 
-/// Grouped-query attention (arXiv 2305.13245).
+/// The shape of grouped-query attention (arXiv 2305.13245): several heads share a key and a value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GroupedConfig {
     pub heads: usize,
@@ -84,6 +84,7 @@ pub struct GroupedConfig {
 /// Which queries and keys are normed before they are rotated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QkNorm {
+    /// Neither queries nor keys are normed.
     None,
     /// Every head by itself, all with the same weights (head).
     PerHead,
@@ -91,11 +92,12 @@ pub enum QkNorm {
     Whole,
 }
 
-/// Rotary positions (arXiv 2104.09864).
+/// How queries and keys are rotated by their positions (arXiv 2104.09864).
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     /// Width of what is rotated of a head; even.
     pub width: usize,
+    /// The base of the geometric series of the pairs' frequencies.
     pub theta: f64,
     pub yarn: Option<Yarn>,
     /// The pairs are (0, 1), (2, 3), …; otherwise (i, i + width / 2).
@@ -105,48 +107,60 @@ pub struct RopeConfig {
 /// YaRN (arXiv 2309.00071) as transformers computes it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Yarn {
+    /// How many times longer the context is than the original one.
     pub factor: f64,
+    /// The context that the model was trained with at first.
     pub original_positions: f64,
+    /// Pairs that turn at least this often within the original context keep their frequency.
     pub beta_fast: f64,
+    /// Pairs that turn at most this often have their frequency divided by the factor.
     pub beta_slow: f64,
     /// What rotated queries and keys are multiplied with, where it does not follow from the factor and mscale.
     pub attention_factor: Option<f64>,
+    /// DeepSeek's multipliers of the logarithm of the factor, from which the rotated numbers' and the scores' scale follow.
     pub mscale: Option<f64>,
     pub mscale_all_dim: Option<f64>,
 }
 
-/// The gate.
+/// How a layer's gate chooses the experts of a row, and weights them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GateConfig {
+    /// Routed experts of a layer.
     pub experts: usize,
+    /// Experts that a row goes to.
     pub top_k: usize,
     pub scores: Scores,
     /// Whether there is a correction bias, which counts in the choice and not in the weights.
     pub bias: bool,
+    /// Groups of neighbouring experts of equal size, and how many of them a row may choose from.
     pub groups: usize,
     pub top_groups: usize,
     pub group_score: GroupScore,
     /// Whether a row's weights are divided by their sum.
     pub normalised: bool,
+    /// What the weights are multiplied with in the end.
     pub scale: f32,
 }
 
 /// What makes scores of the gate's logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scores {
+    /// The sigmoid of each logit by itself.
     Sigmoid,
-    /// Over all experts.
+    /// The softmax over all experts of a layer.
     Softmax,
 }
 
 /// What of its experts' scores makes a group's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GroupScore {
+    /// The score of its best expert.
     Best,
+    /// The sum of its two best experts' scores.
     SumOfBestTwo,
 }
 
-/// What the architectures spell differently.
+/// What the architectures spell differently in config.json.
 pub(super) struct Body {
     pub(super) moe_layers: Vec<bool>,
     pub(super) dense_inner: usize,

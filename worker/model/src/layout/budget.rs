@@ -6,18 +6,18 @@ use crate::config::model::ModelConfig;
 use crate::config::parts::AttentionConfig;
 use crate::format::WeightFormat;
 
-/// A layout of weights and cache in a backend's memory. A packed model has the layout of its packed.json; a device may
-/// arrange the same bytes otherwise in its own memory, and is then budgeted by a layout of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Layout {
-    /// Panels of 16 outputs for the processor's kernels; see [`cpu1`](super::cpu1).
-    #[default]
-    Cpu1,
+listed! {
+    /// A layout of weights and cache in a backend's memory. A packed model has the layout of its packed.json; a device may
+    /// arrange the same bytes otherwise in its own memory, and is then budgeted by a layout of its own.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub enum Layout {
+        /// Panels of 16 outputs for the processor's kernels; see [`cpu1`](super::cpu1).
+        #[default]
+        Cpu1,
+    }
 }
 
 impl Layout {
-    pub const ALL: [Self; 1] = [Self::Cpu1];
-
     /// The id in packed.json. It changes whenever a packed model's bytes would: one that was packed before cannot be
     /// mapped any more.
     pub fn id(self) -> &'static str {

@@ -11,7 +11,7 @@ pub const PAIR: usize = 2 * LANES;
 /// Elements to which keys and values of the cache are padded.
 pub const KV_WIDTH: usize = 32;
 
-/// bf16: K is padded to steps.
+/// The format bf16: K is padded to steps.
 pub mod bf16 {
     use super::PAIR;
 
@@ -24,11 +24,11 @@ pub mod bf16 {
     }
 }
 
-/// fp8 (E4M3): blocks of K with a scale per panel. The last block may be shorter.
+/// The format fp8 (E4M3): blocks of K with a scale per panel. The last block may be shorter.
 pub mod fp8 {
     use super::{PAIR, bf16};
 
-    /// K per scale.
+    /// How many K of a panel share a scale.
     pub const BLOCK: usize = 128;
 
     /// Bytes of the scales after each block.
@@ -41,14 +41,14 @@ pub mod fp8 {
     }
 }
 
-/// int8: blocks of K with a bf16 scale per output.
+/// The format int8: blocks of K with a bf16 scale per output.
 pub mod int8 {
     use super::PAIR;
 
-    /// K per scale, and what K is padded to.
+    /// How many K of an output share a scale, and what K is padded to.
     pub const BLOCK: usize = 64;
 
-    /// Bytes of a block: weights, then scales.
+    /// Bytes of a block of two panels: weights, then scales.
     pub const BLOCK_BYTES: usize = BLOCK * PAIR + PAIR * 2;
 
     /// Bytes of two panels of so many inputs.
@@ -57,14 +57,14 @@ pub mod int8 {
     }
 }
 
-/// int4: blocks of K with a bf16 scale per output.
+/// The format int4: blocks of K with a bf16 scale per output.
 pub mod int4 {
     use super::PAIR;
 
-    /// K per scale, and what K is padded to.
+    /// How many K of an output share a scale, and what K is padded to.
     pub const BLOCK: usize = 32;
 
-    /// Bytes of a block: weights, then scales.
+    /// Bytes of a block of two panels: weights, then scales.
     pub const BLOCK_BYTES: usize = BLOCK * PAIR / 2 + PAIR * 2;
 
     /// Bytes of two panels of so many inputs.

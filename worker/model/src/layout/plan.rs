@@ -9,13 +9,14 @@ use crate::config::parts::{AttentionConfig, GroupedConfig, LatentConfig, QkNorm}
 use crate::format::WeightFormat;
 use crate::names::{Names, SwiGluNames, bias_of};
 
-/// Which blob of a model.
+/// Which blob of a model: the unit of packing, mapping and loading.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Place {
-    /// What no layer has: embeddings, last norm, head.
+    /// The blob of what no layer has: embeddings, last norm, head.
     Ends,
-    /// All of a layer but its routed experts.
+    /// The blob of all of a layer but its routed experts.
     Layer(usize),
+    /// The blob of one routed expert of a layer.
     Expert(usize, u32),
 }
 
@@ -45,9 +46,9 @@ pub enum PartId {
     QUp,
     KvDown,
     KvNorm,
-    /// W_UK of a head, transposed.
+    /// W_UK of a head, transposed: absorbed into the queries.
     KAbsorb(usize),
-    /// W_UV of a head.
+    /// W_UV of a head: values from the latent.
     VUp(usize),
     Q,
     K,
@@ -66,7 +67,7 @@ pub enum PartId {
     Down,
 }
 
-/// One thing in a blob.
+/// One matrix, vector or table of a blob.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Part {
     pub id: PartId,
@@ -75,46 +76,36 @@ pub struct Part {
     pub range: Range<usize>,
 }
 
+/// How a part lies in its blob, and the tensor that it comes from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Kind {
+    /// A packed matrix, and the tensors that it is made of.
     Matrix(Shape, Origin),
-    /// f32: (width)
-    Vector {
-        name: String,
-        width: usize,
-    },
-    /// bf16, row-major: (rows, width)
-    Table {
-        name: String,
-        rows: usize,
-        width: usize,
-    },
+    /// Numbers of f32, little-endian: (width).
+    Vector { name: String, width: usize },
+    /// Rows of bf16, one after another: (rows, width).
+    Table { name: String, rows: usize, width: usize },
 }
 
 /// The tensors that a matrix is made of.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Origin {
+    /// A tensor as it is: (outputs, inputs).
     Tensor(String),
+    /// Two tensors, gate and up, each (inner, hidden).
     GateUp(String, String),
     /// W_UK of a head, transposed: rows of `kv_up` (rows, latent) from `first` on are inputs.
-    KeyAbsorb {
-        kv_up: String,
-        rows: usize,
-        first: usize,
-    },
+    KeyAbsorb { kv_up: String, rows: usize, first: usize },
     /// W_UV of a head: rows of `kv_up` (rows, latent) from `first` on.
-    ValueUp {
-        kv_up: String,
-        rows: usize,
-        first: usize,
-    },
+    ValueUp { kv_up: String, rows: usize, first: usize },
 }
 
-/// A blob's parts, in order.
+/// A blob's parts, in the order of their bytes.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Parts(pub Vec<Part>);
 
 impl Parts {
+    /// Bytes of the whole blob, padded to a cache line.
     pub fn bytes(&self) -> usize {
         self.0.last().map_or(0, |part| part.range.end.next_multiple_of(64))
     }
@@ -174,6 +165,7 @@ impl<'a> Plan<'a> {
         Self { config, names: Names::new(config), weights: weights.resolved(config) }
     }
 
+    /// The parts of a blob.
     pub fn parts(&self, place: Place) -> Parts {
         match place {
             Place::Ends => self.ends(),
@@ -182,7 +174,7 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Embeddings, last norm, head.
+    /// The parts that no layer has: embeddings, last norm, head.
     pub fn ends(&self) -> Parts {
         let (vocabulary, hidden) = (self.config.vocabulary, self.config.hidden);
         let mut parts = Parts::default();
@@ -195,7 +187,7 @@ impl<'a> Plan<'a> {
         parts
     }
 
-    /// All of a layer but its routed experts: norms, attention, then the dense part, or gate and shared expert.
+    /// The parts of a layer but its routed experts: norms, attention, then the dense part, or gate and shared expert.
     pub fn layer(&self, layer: usize) -> Parts {
         let (config, names) = (self.config, &self.names);
         let mut parts = Parts::default();
@@ -225,6 +217,7 @@ impl<'a> Plan<'a> {
         parts
     }
 
+    /// The parts of a routed expert: gate and up, then down.
     pub fn expert(&self, layer: usize, expert: u32) -> Parts {
         let mut parts = Parts::default();
         self.swiglu(&mut parts, self.names.expert(layer, expert), self.config.expert_inner);

@@ -2,18 +2,18 @@
 
 use super::cpu1::{LANES, PAIR, bf16, fp8, int4, int8};
 
-/// How a matrix's weights are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    Bf16,
-    Fp8,
-    Int8,
-    Int4,
+listed! {
+    /// How a packed matrix stores its weights.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Format {
+        Bf16,
+        Fp8,
+        Int8,
+        Int4,
+    }
 }
 
 impl Format {
-    pub const ALL: [Self; 4] = [Self::Bf16, Self::Fp8, Self::Int8, Self::Int4];
-
     /// Bytes of 32 outputs of so many inputs.
     pub fn pair_bytes(self, inputs: usize) -> usize {
         match self {
@@ -29,8 +29,9 @@ impl Format {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     pub format: Format,
-    /// Of `gate_up`, those of each.
+    /// Rows of the matrix; of gate and up, those of each.
     pub outputs: usize,
+    /// Columns of the matrix: K.
     pub inputs: usize,
     /// Two matrices in one: a pair is 16 outputs of the first and the same of the second.
     pub gate_up: bool,

@@ -11,7 +11,7 @@ use crate::cpu::pool::Shares;
 use crate::cpu::products::{Input, Product, multiply, round};
 use crate::cpu::rows::{CpuActivations, CpuRows};
 
-/// One layer's.
+/// The weights of one layer's grouped-query attention.
 pub(crate) struct Grouped {
     pub(crate) shape: GroupedConfig,
     /// hidden → heads · head
@@ -22,9 +22,9 @@ pub(crate) struct Grouped {
     pub(crate) v: Matrix,
     /// heads · head → hidden
     pub(crate) out: Matrix,
-    /// Of q, k, v and out.
+    /// What is added to queries, keys, values and the output, where the model has biases.
     pub(crate) biases: Option<[Vec<f32>; 4]>,
-    /// Of q and k: (head), or (heads · head) and (kv_heads · head).
+    /// The weights of the norms of queries and keys: (head), or (heads · head) and (kv_heads · head).
     pub(crate) norms: Option<[Vec<f32>; 2]>,
 }
 
@@ -41,7 +41,7 @@ impl Grouped {
         let mixed = self.mix(around, &queries, cache); // (rows, heads · head)
         let mut out = CpuRows::dirty(mixed.rows(), self.out.shape.outputs);
         let input = Input::new(around.compute, &mixed, self.out.shape.format);
-        multiply(around.compute, &[Product::to_f32(&self.out, &input, 0..mixed.rows(), &mut out)]);
+        multiply(around.compute, &mut [Product::to_f32(&self.out, &input, 0..mixed.rows(), &mut out)]);
         self.add_bias(3, &mut out);
         out // (rows, hidden)
     }
@@ -55,13 +55,12 @@ impl Grouped {
         let (rows, input) = (normed.rows(), Input::new(around.compute, normed, self.q.shape.format));
         let matrices = [&self.q, &self.k, &self.v];
         let mut out = matrices.map(|matrix| CpuRows::dirty(rows, matrix.shape.outputs));
-        let products: Vec<Product> = matrices
+        let mut products: Vec<Product> = matrices
             .iter()
             .zip(&mut out)
             .map(|(matrix, out)| Product::to_f32(matrix, &input, 0..rows, out))
             .collect();
-        multiply(around.compute, &products);
-        drop(products);
+        multiply(around.compute, &mut products);
         (0..3).for_each(|which| self.add_bias(which, &mut out[which]));
         out
     }
@@ -83,21 +82,21 @@ impl Grouped {
         row.chunks_exact_mut(head).for_each(|head| around.rope.rotate(head, place.angles));
     }
 
-    /// Into the cache, in bf16: all heads' keys, then all heads' values.
+    /// Writes a position's entry of the cache, in bf16: all heads' keys, then all heads' values.
     fn write(&self, around: &Surroundings, mut k: CpuRows, v: &CpuRows, cache: &mut [u16]) {
         let (head, width, kv_heads) = (self.shape.head, self.width(), self.shape.kv_heads);
         for (row, place) in around.places.iter().enumerate() {
-            let slot = &mut cache[place.slot(2 * kv_heads * width)];
+            let entry = &mut cache[place.entry(2 * kv_heads * width)];
             let keys = &mut k.data[row * kv_heads * head..][..kv_heads * head];
             self.turn(around, 1, keys, place);
             let heads = keys.chunks_exact(head).chain(v.row(row).chunks_exact(head));
-            for (values, slot) in heads.zip(slot.chunks_exact_mut(width)) {
-                round(around.compute.isa, values, &mut slot[..head]);
+            for (values, entry) in heads.zip(entry.chunks_exact_mut(width)) {
+                round(around.compute.isa, values, &mut entry[..head]);
             }
         }
     }
 
-    /// Normed and rotated: (rows · heads, head).
+    /// The queries, normed and rotated: (rows · heads, head).
     fn queries(&self, around: &Surroundings, mut q: CpuRows) -> CpuActivations {
         let (heads, head, rows) = (self.shape.heads, self.shape.head, q.rows());
         let mut queries = CpuActivations::dirty(rows * heads, head);

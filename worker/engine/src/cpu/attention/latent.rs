@@ -8,13 +8,13 @@ use crate::cpu::kernel::attention::{Context, HEADS, WIDTH, attend};
 use crate::cpu::matrix::Matrix;
 use crate::cpu::norm::{norm_row, norm_rows};
 use crate::cpu::pool::Shares;
-use crate::cpu::products::{Columns, Input, Product, multiply, round};
+use crate::cpu::products::{Input, Product, Region, multiply, round};
 use crate::cpu::rows::{CpuActivations, CpuRows};
 
 /// The latents' norms have this in DeepSeek's own code and in transformers, whatever `rms_norm_eps` says.
 const LATENT_NORM_EPS: f32 = 1e-6;
 
-/// The names are the paper's.
+/// The weights of one layer's latent attention. The names are the paper's.
 pub(crate) struct Latent {
     pub(crate) shape: LatentConfig,
     /// W_DQ: hidden → query_latent, and its norm; without it, queries come from the hidden row at once.
@@ -47,7 +47,7 @@ impl Latent {
         let values = self.values(around, &mixed); // (rows, heads · value)
         let mut out = CpuRows::dirty(values.rows(), self.out.shape.outputs);
         let input = Input::new(around.compute, &values, self.out.shape.format);
-        multiply(around.compute, &[Product::to_f32(&self.out, &input, 0..values.rows(), &mut out)]);
+        multiply(around.compute, &mut [Product::to_f32(&self.out, &input, 0..values.rows(), &mut out)]);
         out // (rows, hidden)
     }
 
@@ -64,14 +64,14 @@ impl Latent {
         let input = Input::new(around.compute, normed, self.kv_down.shape.format);
         let kv_product = Product::to_f32(&self.kv_down, &input, 0..rows, &mut kv);
         let Some(q_down) = &self.q_down else {
-            multiply(compute, &[kv_product, Product::to_f32(&self.q_up, &input, 0..rows, &mut q)]);
+            multiply(compute, &mut [kv_product, Product::to_f32(&self.q_up, &input, 0..rows, &mut q)]);
             return (q, kv);
         };
         let mut latent = CpuRows::dirty(rows, q_down.shape.outputs);
-        multiply(compute, &[Product::to_f32(q_down, &input, 0..rows, &mut latent), kv_product]);
+        multiply(compute, &mut [Product::to_f32(q_down, &input, 0..rows, &mut latent), kv_product]);
         let latent = norm_rows(compute, &latent, &self.q_norm, LATENT_NORM_EPS);
         let input = Input::new(compute, &latent, self.q_up.shape.format);
-        multiply(compute, &[Product::to_f32(&self.q_up, &input, 0..rows, &mut q)]);
+        multiply(compute, &mut [Product::to_f32(&self.q_up, &input, 0..rows, &mut q)]);
         (q, kv)
     }
 
@@ -82,12 +82,12 @@ impl Latent {
         around.compute.pool.run_rows(kv.rows(), &|row| {
             let place = &around.places[row];
             // SAFETY: `places` has seen that no two rows are at one place.
-            let slot = unsafe { shares.take(place.slot(stride)) };
+            let entry = unsafe { shares.take(place.entry(stride)) };
             let (latents, keys) = kv.row(row).split_at(latent);
-            norm_row(around.compute.isa, latents, &self.kv_norm, LATENT_NORM_EPS, &mut slot[..latent]);
+            norm_row(around.compute.isa, latents, &self.kv_norm, LATENT_NORM_EPS, &mut entry[..latent]);
             let mut rotated = keys.to_vec();
             around.rope.rotate(&mut rotated, place.angles);
-            round(around.compute.isa, &rotated, &mut slot[latent..cached]);
+            round(around.compute.isa, &rotated, &mut entry[latent..cached]);
         });
     }
 
@@ -118,16 +118,16 @@ impl Latent {
             }
         });
         let input = Input::new(compute, &plain, self.k_absorb[0].shape.format);
-        let mut columns = Columns::new(&mut queries);
-        let products: Vec<Product> = self
+        let mut out = Region::new(&mut queries);
+        let mut products: Vec<Product> = self
             .k_absorb
             .iter()
             .enumerate()
             .map(|(head, absorb)| {
-                Product::to_bf16(absorb, &input, 0..rows, &mut columns, (0, head * key)).every(heads, head)
+                Product::to_bf16(absorb, &input, 0..rows, out.take_columns(key)).every(heads, head)
             })
             .collect();
-        multiply(compute, &products);
+        multiply(compute, &mut products);
         queries
     }
 
@@ -174,16 +174,16 @@ impl Latent {
         let rows = mixed.rows() / heads;
         let mut values = CpuActivations::dirty(rows, heads * value);
         let input = Input::new(around.compute, mixed, self.v_up[0].shape.format);
-        let mut columns = Columns::new(&mut values);
-        let products: Vec<Product> = self
+        let mut out = Region::new(&mut values);
+        let mut products: Vec<Product> = self
             .v_up
             .iter()
             .enumerate()
             .map(|(head, up)| {
-                Product::to_bf16(up, &input, 0..rows, &mut columns, (0, head * value)).every(heads, head)
+                Product::to_bf16(up, &input, 0..rows, out.take_columns(value)).every(heads, head)
             })
             .collect();
-        multiply(around.compute, &products);
+        multiply(around.compute, &mut products);
         values
     }
 }

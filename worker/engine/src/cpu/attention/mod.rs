@@ -1,16 +1,15 @@
 //! Attention over the paged cache: latent (`latent.rs`) and grouped-query (`grouped.rs`).
 
-mod grouped;
-mod latent;
+pub(crate) mod grouped;
+pub(crate) mod latent;
 pub(crate) mod places;
 
-pub(crate) use grouped::Grouped;
-pub(crate) use latent::Latent;
-use places::Surroundings;
-
+use self::grouped::Grouped;
+use self::latent::Latent;
+use self::places::Surroundings;
 use super::rows::{CpuActivations, CpuRows};
 
-/// A layer's attention.
+/// A layer's attention with its weights.
 pub(crate) enum Attention {
     Latent(Latent),
     Grouped(Grouped),

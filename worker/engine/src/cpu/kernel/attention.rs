@@ -17,29 +17,33 @@
 pub(crate) use expertmesh_model::layout::cpu1::KV_WIDTH as WIDTH;
 use expertmesh_scheduler::BLOCK_TOKENS;
 
-use super::exact_product_plus;
-use crate::cpu::isa::Isa;
-use crate::math::{exp, round_bf16, widen};
+use super::for_each_isa::for_each_isa;
+use crate::cpu::isa::{Isa, Level};
+use crate::math::{exact_product_plus, exp, round_bf16, widen};
 
 /// Heads that one call computes at most.
 pub(crate) const HEADS: usize = 4;
 
 const LANES: usize = 16;
 
-/// Blocks per partial softmax.
+/// Blocks of 64 positions that make a partial softmax.
 const PARTIAL_BLOCKS: usize = 16;
 
 /// What a row sees of one layer's cache, and where in a position's row the heads' key and value are.
 #[derive(Clone, Copy)]
 pub(crate) struct Context<'a> {
-    /// (blocks, 64, stride), bf16
+    /// One layer's cache in bf16: (blocks, 64, stride).
     pub(crate) cache: &'a [u16],
+    /// Elements from one position's row to the next one's.
     pub(crate) stride: usize,
+    /// The blocks of the row's sequence, in the order of its positions.
     pub(crate) blocks: &'a [u32],
     /// Positions that are seen, the row's own included.
     pub(crate) positions: usize,
+    /// Where in a position's row the key begins, and how many elements it has.
     pub(crate) key: usize,
     pub(crate) key_width: usize,
+    /// Where in a position's row the value begins, and how many elements it has.
     pub(crate) value: usize,
     pub(crate) value_width: usize,
     pub(crate) softmax_scale: f32,
@@ -56,7 +60,7 @@ pub(crate) fn attend(isa: Isa, queries: &[&[u16]], context: Context, out: &mut [
     assert!(out.len() == heads * width && context.key + context.key_width <= context.stride, "odd shapes");
     assert!(context.value + width <= context.stride, "values outside of a row");
     let blocks = &context.blocks[..context.positions.div_ceil(BLOCK_TOKENS)];
-    let wide = widen_queries(isa, queries);
+    let queries = Queries { bits: queries, wide: widen_queries(isa, queries) };
     let (mut total, mut left) = (State::new(heads, width), context.positions);
     for (index, blocks) in blocks.chunks(PARTIAL_BLOCKS).enumerate() {
         let mut partial = State::new(heads, width);
@@ -66,7 +70,7 @@ pub(crate) fn attend(isa: Isa, queries: &[&[u16]], context: Context, out: &mut [
             let rows =
                 &context.cache[block as usize * BLOCK_TOKENS * context.stride..][..seen * context.stride];
             let mut weights = [[0.0; BLOCK_TOKENS]; HEADS];
-            scores(isa, (queries, &wide), context, rows, &mut weights);
+            scores(isa, &queries, context, rows, &mut weights);
             for (head, weights) in weights[..heads].iter_mut().enumerate() {
                 weights[seen..].fill(f32::NEG_INFINITY);
                 let shrink = partial.weigh(isa, head, context.softmax_scale, weights);
@@ -84,11 +88,19 @@ pub(crate) fn attend(isa: Isa, queries: &[&[u16]], context: Context, out: &mut [
     }
 }
 
-/// The heads' softmaxes under way.
+/// The queries of the heads of one call.
+struct Queries<'a> {
+    /// In bf16: (heads, key width).
+    bits: &'a [&'a [u16]],
+    /// In f32, as [`widen_queries`] has them.
+    wide: Vec<f32>,
+}
+
+/// The heads' softmaxes over the positions that were seen so far.
 struct State {
     width: usize,
     maxima: [f32; HEADS],
-    /// Σ exp(score − maximum)
+    /// Of each head Σ exp(score − maximum).
     sums: [f32; HEADS],
     /// (heads, value width), Σ exp(score − maximum) · value
     values: Vec<f32>,
@@ -128,7 +140,7 @@ impl State {
     }
 }
 
-super::for_each_isa! {
+for_each_isa! {
     /// Scores to weights: the new maximum and the weights' sum.
     fn weigh(max: f32, scale: f32, scores: &mut [f32; BLOCK_TOKENS]) -> (f32, f32) {
         let mut maxima = [max; LANES];
@@ -150,7 +162,7 @@ super::for_each_isa! {
     }
 }
 
-/// Halves onto halves.
+/// The sum of all lanes, halves added onto halves.
 #[inline(always)]
 fn tree(lanes: [f32; LANES]) -> f32 {
     let eight: [f32; 8] = std::array::from_fn(|lane| lanes[lane] + lanes[lane + 8]);
@@ -162,11 +174,11 @@ fn tree(lanes: [f32; LANES]) -> f32 {
 fn widen_queries(isa: Isa, queries: &[&[u16]]) -> Vec<f32> {
     let mut wide = Vec::new();
     #[cfg(target_arch = "x86_64")]
-    if isa >= Isa::Avx512 {
+    if isa.has_avx512() {
         wide.resize(queries.iter().map(|query| query.len()).sum(), 0.0);
         let queries = queries.iter().flat_map(|query| query.as_chunks::<WIDTH>().0);
         for (query, wide) in queries.zip(wide.as_chunks_mut::<WIDTH>().0) {
-            // SAFETY: `isa` says that the processor has the features.
+            // SAFETY: an `Isa` is there only where the processor has its features.
             unsafe { avx512::widen(query, wide) };
         }
     }
@@ -175,27 +187,31 @@ fn widen_queries(isa: Isa, queries: &[&[u16]]) -> Vec<f32> {
 
 /// `out[head][position]` = query · key, unscaled. `rows` are (seen, stride).
 #[inline]
-fn scores(isa: Isa, (queries, wide): (&[&[u16]], &[f32]), context: Context, rows: &[u16], out: &mut Block) {
-    match isa {
-        // SAFETY: `isa` says that the processor has the features; `attend` has asserted the shapes.
+fn scores(isa: Isa, queries: &Queries, context: Context, rows: &[u16], out: &mut Block) {
+    match isa.level() {
+        // SAFETY: an `Isa` is there only where the processor has its features; `attend` has asserted the shapes.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { avx512::scores(wide, context, rows, out) },
+        Level::Amx | Level::Avx512 => unsafe { avx512::scores(&queries.wide, context, rows, out) },
+        // SAFETY: as above; it reads by index, so that the features are all that it asks for.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { scores_avx2(queries, context, rows, out) },
-        _ => plain::scores::<{ cfg!(target_arch = "aarch64") }>(queries, context, rows, out),
+        Level::Avx2 => unsafe { scores_avx2(queries.bits, context, rows, out) },
+        Level::Portable => {
+            plain::scores::<{ cfg!(target_arch = "aarch64") }>(queries.bits, context, rows, out)
+        }
     }
 }
 
 /// `out[head] += Σ weight · value`, positions ascending. `rows` are (seen, stride).
 #[inline]
 fn values(isa: Isa, weights: &Block, context: Context, rows: &[u16], out: &mut [f32]) {
-    match isa {
-        // SAFETY: `isa` says that the processor has the features; `attend` has asserted the shapes.
+    match isa.level() {
+        // SAFETY: an `Isa` is there only where the processor has its features; `attend` has asserted the shapes.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { avx512::values(weights, context, rows, out) },
+        Level::Amx | Level::Avx512 => unsafe { avx512::values(weights, context, rows, out) },
+        // SAFETY: as above; it reads by index, so that the features are all that it asks for.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { values_avx2(weights, context, rows, out) },
-        _ => plain::values::<{ cfg!(target_arch = "aarch64") }>(weights, context, rows, out),
+        Level::Avx2 => unsafe { values_avx2(weights, context, rows, out) },
+        Level::Portable => plain::values::<{ cfg!(target_arch = "aarch64") }>(weights, context, rows, out),
     }
 }
 
@@ -278,7 +294,7 @@ mod avx512 {
     /// Positions whose scores are computed side by side: with 4 heads, as many as a register has lanes.
     const POSITIONS: usize = 4;
 
-    /// Even elements, then odd ones.
+    /// 32 elements in f32: the even ones, then the odd ones.
     #[target_feature(enable = "avx512f")]
     pub(super) fn widen(elements: &[u16; WIDTH], out: &mut [f32; WIDTH]) {
         // SAFETY: 32 elements, two registers of f32.
@@ -289,7 +305,7 @@ mod avx512 {
         }
     }
 
-    /// `queries` are widened, (heads, key width).
+    /// The scores of all positions in `rows`; `queries` are widened, (heads, key width).
     ///
     /// # Safety
     /// The processor has AVX-512 F; shapes are as `attend` has asserted.
@@ -318,7 +334,10 @@ mod avx512 {
         }
     }
 
-    /// The scores of some heads and [`POSITIONS`] positions.
+    /// The scores of `H` heads and [`POSITIONS`] positions: (heads, positions), the rest zero.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F; all keys have one width, a multiple of 32, and `queries` are `H` of that width.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn of_heads<const H: usize>(
@@ -354,7 +373,7 @@ mod avx512 {
     /// Even and odd elements of 32, widened.
     ///
     /// # Safety
-    /// There are 32 elements.
+    /// The processor has AVX-512 F, and 32 elements are there.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn halves(elements: *const u16) -> [__m512; 2] {
@@ -399,6 +418,8 @@ mod avx512 {
         _mm512_permutexvar_ps(indices(|lane| lane % 4 * 4 + lane / 4), one)
     }
 
+    /// `out[head] += Σ weight · value` of all heads, some of them at a time.
+    ///
     /// # Safety
     /// The processor has AVX-512 F; shapes are as `attend` has asserted.
     #[target_feature(enable = "avx512f")]
@@ -417,6 +438,10 @@ mod avx512 {
         }
     }
 
+    /// The values of `H` heads from `head` on, in tiles of 64 elements and then of 32. Returns `H`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F; shapes are as `attend` has asserted, and `out` has that many heads.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn of_tiles<const H: usize>(
@@ -427,20 +452,23 @@ mod avx512 {
         out: &mut [f32],
     ) -> usize {
         let mut at = 0;
-        // SAFETY: tiles within a value.
+        // SAFETY: the caller's promise; tiles end within a value, whose width is a multiple of 32.
         unsafe {
             while context.value_width - at >= 2 * WIDTH {
-                tile::<H, 2>(weights, head, context, rows, (at, out));
+                tile::<H, 2>(weights, head, context, rows, at, out);
                 at += 2 * WIDTH;
             }
             if at < context.value_width {
-                tile::<H, 1>(weights, head, context, rows, (at, out));
+                tile::<H, 1>(weights, head, context, rows, at, out);
             }
         }
         H
     }
 
-    /// H heads × 32 · T elements of their values.
+    /// `H` heads from `head` on × 32 · `T` elements of their values from `at` on.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F; shapes are as `attend` has asserted, `out` has those heads, and a value those elements.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn tile<const H: usize, const T: usize>(
@@ -448,7 +476,8 @@ mod avx512 {
         head: usize,
         context: Context,
         rows: &[u16],
-        (at, out): (usize, &mut [f32]),
+        at: usize,
+        out: &mut [f32],
     ) {
         let odd_bits = _mm512_set1_epi32(0xffff_0000u32 as i32);
         // SAFETY: 32 · T elements from `at` on are within a value, of a row and of each head's sums.
@@ -482,7 +511,10 @@ mod avx512 {
         }
     }
 
-    /// Even and odd elements of 32.
+    /// Even and odd elements of 32 in f32.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, and 32 elements are there.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn deinterleave(from: *const f32) -> [__m512; 2] {
@@ -491,6 +523,10 @@ mod avx512 {
         [0, 1].map(|odd| _mm512_permutex2var_ps(low, indices(|lane| 2 * lane + odd), high))
     }
 
+    /// Writes even and odd elements where they belong, which undoes [`deinterleave`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, and there is room for 32 elements.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn interleave([even, odd]: [__m512; 2], to: *mut f32) {
@@ -516,7 +552,7 @@ mod avx512 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::tests::noise;
+    use super::super::noise::noise;
     use super::*;
 
     struct Case {
@@ -552,8 +588,8 @@ mod tests {
         let mut cache = vec![round_bf16(1e6); 37 * BLOCK_TOKENS * stride];
         let row = |p: usize| -> Vec<u16> { (0..stride).map(|e| round_bf16(noise(p * stride + e))).collect() };
         for position in 0..case.positions {
-            let slot = table[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS;
-            cache[slot * stride..][..stride].copy_from_slice(&row(position));
+            let entry = table[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS;
+            cache[entry * stride..][..stride].copy_from_slice(&row(position));
         }
         let queries: Vec<Vec<u16>> = (0..case.heads)
             .map(|head| (0..case.keys).map(|e| round_bf16(noise(head * 7919 + e + 55_555))).collect())
@@ -575,14 +611,14 @@ mod tests {
             attend(isa, &queries, context, &mut out);
             out
         };
-        let portable = run(Isa::Portable);
+        let portable = run(Isa::available().next().unwrap());
         for (query, out) in queries.iter().zip(portable.chunks_exact(case.values)) {
             let naive = naive(case, query, row);
             for (a, b) in out.iter().zip(naive) {
                 assert!((f64::from(*a) - b).abs() < 0.01, "{a} {b}"); // weights have 8 bits
             }
         }
-        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for isa in Isa::available() {
             let same = run(isa).iter().zip(&portable).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{isa}");
         }

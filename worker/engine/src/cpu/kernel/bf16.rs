@@ -20,12 +20,13 @@
 //!    four times as long on Sapphire Rapids (one per two cycles; two FMA per cycle).
 //! 5. [`tiles`](super::tiles): `tile` by TDPBF16PS, 2 × 2 tiles of accumulators.
 
+use expertmesh_model::layout::cpu1::PAIR;
 pub(crate) use expertmesh_model::layout::cpu1::bf16::STEP;
 use expertmesh_model::numerics::Numerics;
 
-use super::{Bf16Rows, PAIR, Tile, exact_product_plus};
-use crate::cpu::isa::Isa;
-use crate::math::widen;
+use super::rows::{Bf16Rows, Tile};
+use crate::cpu::isa::{Isa, Level};
+use crate::math::{exact_product_plus, widen};
 
 /// Where the weight of (lane, k) lies in a pair, in elements.
 #[inline(always)]
@@ -41,23 +42,29 @@ pub(crate) fn multiply(isa: Isa, numerics: Numerics, weights: &[u8], rows: Bf16R
     assert!(k.is_multiple_of(STEP), "a ragged panel");
     assert!(k <= rows.width && rows.rows <= out.len(), "rows are too short or too many");
     assert!(rows.rows == 0 || rows.data.len() >= (rows.rows - 1) * rows.stride + k, "rows are missing");
-    match (isa, numerics) {
-        // SAFETY: `isa` says that the processor has the features; the asserts above say that all that is read is there.
+    match (isa.level(), numerics) {
+        // SAFETY: an `Isa` is there only where the processor has its features and this process the tiles; the asserts above
+        // say that rows and weights are there, and that they are whole steps.
         #[cfg(target_arch = "x86_64")]
-        (Isa::Amx, Numerics::Tile) => unsafe { super::tiles::bf16(weights, rows, out) },
+        (Level::Amx, Numerics::Tile) => unsafe { super::tiles::bf16(weights, rows, out) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        (Isa::Amx | Isa::Avx512, Numerics::Pair) => unsafe { avx512::multiply(weights, rows, out) },
+        (Level::Amx | Level::Avx512, Numerics::Pair) => unsafe { avx512::multiply(weights, rows, out) },
+        // SAFETY: as above; it reads by index, so that the features are all that it asks for.
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, Numerics::Tile) => unsafe { lanes_avx512(weights, rows, out) },
+        (Level::Avx512, Numerics::Tile) => unsafe { lanes_avx512(weights, rows, out) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2, _) => unsafe { lanes_avx2(numerics, weights, rows, out) },
-        _ => lanes::<{ cfg!(target_arch = "aarch64") }>(numerics, weights, rows, out),
+        (Level::Avx2, Numerics::Pair | Numerics::Tile) => unsafe { lanes_avx2(numerics, weights, rows, out) },
+        (Level::Portable, Numerics::Pair | Numerics::Tile) => {
+            lanes::<{ cfg!(target_arch = "aarch64") }>(numerics, weights, rows, out)
+        }
     }
 }
 
 /// Whether so many rows are faster in f32.
 pub(crate) fn wants_wide(isa: Isa, numerics: Numerics, rows: usize) -> bool {
-    isa >= Isa::Avx512 && numerics == Numerics::Pair && rows >= WIDE_ROWS
+    isa.has_avx512() && numerics == Numerics::Pair && rows >= WIDE_ROWS
 }
 
 /// Rows from which on it is the processor that takes the time, not the memory.
@@ -138,7 +145,8 @@ mod avx512 {
         _mm512_storeu_ps,
     };
 
-    use super::super::Wide;
+    use super::super::prefetch::prefetch;
+    use super::super::rows::Wide;
     use super::{Bf16Rows, PAIR, Step, Tile};
 
     /// Rows whose accumulators fit the registers, with two panels each.
@@ -154,7 +162,7 @@ mod avx512 {
         }
         let mut row = 0;
         while row < rows.rows {
-            // SAFETY: the caller's promise, for these rows.
+            // SAFETY: the caller's promise; each arm takes no more rows than are left.
             unsafe {
                 match rows.rows - row {
                     1 => block::<1>(weights, rows, row, out),
@@ -171,13 +179,16 @@ mod avx512 {
         }
     }
 
-    /// Rows in f32, by FMA.
+    /// The product with rows that were widened, by FMA.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F. That the rows are there is asserted.
     #[target_feature(enable = "avx512f")]
     unsafe fn wide(weights: &[Step], rows: Wide, count: usize, out: &mut Tile) {
         assert!(rows.data.len() >= (count - 1) * rows.stride + 2 * weights.len(), "rows are missing");
         let mut row = 0;
         while row < count {
-            // SAFETY: the rows are there.
+            // SAFETY: the rows are there, as asserted, and each arm takes no more of them than are left.
             row += unsafe {
                 match count - row {
                     12.. => wide_block::<12>(weights, rows, row, out),
@@ -189,6 +200,10 @@ mod avx512 {
         }
     }
 
+    /// `R` widened rows from `first` on, all K: their sums stay in registers. Returns `R`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F; `rows` has rows `first` to `first + R - 1`, each of 2 · `weights.len()` elements.
     #[target_feature(enable = "avx512f")]
     #[inline]
     unsafe fn wide_block<const R: usize>(
@@ -202,7 +217,7 @@ mod avx512 {
         // SAFETY: the first of `R` rows that the caller promises.
         let x = unsafe { rows.data.as_ptr().add(first * rows.stride) };
         for (k, step) in weights.iter().enumerate() {
-            super::super::prefetch(step.as_ptr(), step.len());
+            prefetch(step.as_ptr(), step.len());
             // SAFETY: a step is two registers long.
             let panels = unsafe {
                 [_mm512_loadu_si512(step.as_ptr().cast()), _mm512_loadu_si512(step.as_ptr().add(64).cast())]
@@ -239,6 +254,10 @@ mod avx512 {
         }
     }
 
+    /// `R` rows from `first` on, all K, by VDPBF16PS: their sums stay in registers.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F and BF16; `rows` has rows `first` to `first + R - 1`, each of 2 · `weights.len()` elements.
     #[target_feature(enable = "avx512f,avx512bf16")]
     #[inline]
     unsafe fn block<const R: usize>(weights: &[Step], rows: Bf16Rows, first: usize, out: &mut Tile) {
@@ -247,7 +266,7 @@ mod avx512 {
         let x = unsafe { rows.data.as_ptr().add(first * rows.stride) };
         for (k, step) in weights.iter().enumerate() {
             if R < BLOCK {
-                super::super::prefetch(step.as_ptr(), step.len());
+                prefetch(step.as_ptr(), step.len());
             }
             // SAFETY: a step is two registers long.
             let panels: [__m512bh; 2] = unsafe {
@@ -279,8 +298,10 @@ mod avx512 {
 pub(crate) mod tests {
     use proptest::prelude::*;
 
-    use super::super::tests::wide_noise;
-    use super::super::{LANES, ROWS, Wide};
+    use expertmesh_model::layout::cpu1::LANES;
+
+    use super::super::noise::wide_noise;
+    use super::super::rows::{ROWS, Wide};
     use super::*;
     use crate::math::round_bf16;
 
@@ -313,7 +334,7 @@ pub(crate) mod tests {
             }
         }
         for numerics in [Numerics::Pair, Numerics::Tile] {
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for isa in Isa::available() {
                 let wide: Vec<f32> = x.iter().map(|&bits| widen(bits)).collect();
                 let wide = wants_wide(isa, numerics, rows).then_some(Wide { data: &wide, stride });
                 let mut out = [[7.0; PAIR]; ROWS];

@@ -13,10 +13,12 @@
 //! 3. [`avx512`]: the table in registers, by VPERMI2B.
 
 pub(crate) use expertmesh_model::layout::cpu1::fp8::{BLOCK, SCALE_BYTES};
+use expertmesh_model::layout::cpu1::{LANES, PAIR};
 use expertmesh_model::numerics::Numerics;
 
-use super::{Bf16Rows, LANES, PAIR, ROWS, Tile, Wide, bf16};
-use crate::cpu::isa::Isa;
+use super::bf16;
+use super::rows::{Bf16Rows, ROWS, Tile, Wide};
+use crate::cpu::isa::{Isa, Level};
 use crate::fp8;
 
 const FULL_BLOCK_BYTES: usize = BLOCK * PAIR + SCALE_BYTES;
@@ -28,12 +30,12 @@ pub(crate) const fn element(lane: usize, k: usize) -> usize {
     (k / 4 * 2 + panel) * 64 + lane / 4 * 16 + k % 4 / 2 * 8 + lane % 4 * 2 + k % 2
 }
 
-/// E4M3 to bf16, exactly.
+/// The bf16 that is the number of an e4m3 code, exactly.
 pub(crate) const fn to_bf16(code: u8) -> u16 {
     (fp8::NUMBERS[code as usize].to_bits() >> 16) as u16
 }
 
-/// The bf16 of every code.
+/// What each of the 256 codes is in bf16.
 static TABLE: [u16; 256] = {
     let mut table = [0; 256];
     let mut code = 0;
@@ -76,11 +78,14 @@ struct Decoded([u8; BLOCK * PAIR * 2]);
 
 fn decode_block(isa: Isa, codes: &[u8], out: &mut [u8]) {
     assert!(codes.len().is_multiple_of(PAIR * 4) && out.len() == 2 * codes.len(), "a ragged block");
-    match isa {
-        // SAFETY: `isa` says that the processor has the features, the assert that all that is read and written is there.
+    match isa.level() {
+        // SAFETY: an `Isa` is there only where the processor has its features; the assert says that all that is read and
+        // written is there.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { avx512::decode(codes, out) },
-        _ => decode(codes, out),
+        Level::Amx | Level::Avx512 => unsafe { avx512::decode(codes, out) },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => decode(codes, out),
+        Level::Portable => decode(codes, out),
     }
 }
 
@@ -123,6 +128,8 @@ mod avx512 {
     static LOWER: Half = half(false);
     static UPPER: Half = half(true);
 
+    /// Two registers of codes at a time, as [`decode`](super::decode) has it.
+    ///
     /// # Safety
     /// The processor has AVX-512 BW and VBMI; `codes` is a multiple of 128 bytes, `out` twice as long.
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
@@ -159,7 +166,7 @@ mod avx512 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::tests::noise;
+    use super::super::noise::noise;
     use super::*;
     use crate::math::round_bf16;
     use crate::math::widen;
@@ -206,7 +213,7 @@ mod tests {
             .map(|at| if at % padded < k { round_bf16(noise(at * 3 + seed)) } else { 0 })
             .collect();
         for numerics in [Numerics::Pair, Numerics::Tile] {
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for isa in Isa::available() {
                 let mut out = [[7.0; PAIR]; ROWS];
                 multiply(
                     isa,

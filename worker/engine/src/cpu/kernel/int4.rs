@@ -10,10 +10,12 @@
 //! 2. [`lanes`]: 32 outputs side by side in plain Rust; compiled for any processor, and again for AVX2.
 //! 3. [`avx512`]: VPDPBUSD (VNNI), 4 rows × 2 panels of accumulators. Tiles would have to be unpacked to memory first.
 
-use super::int8::add_block;
-use super::{Int8Rows, PAIR, Tile};
-use crate::cpu::isa::Isa;
+use expertmesh_model::layout::cpu1::PAIR;
 pub(crate) use expertmesh_model::layout::cpu1::int4::{BLOCK, BLOCK_BYTES};
+
+use super::int8::add_block;
+use super::rows::{Int8Rows, Tile};
+use crate::cpu::isa::{Isa, Level};
 
 /// What is added to a weight to make it unsigned.
 pub(crate) const OFFSET: i32 = 8;
@@ -29,13 +31,15 @@ pub(crate) const fn element(lane: usize, k: usize) -> (usize, usize) {
 pub(crate) fn multiply(isa: Isa, weights: &[u8], rows: Int8Rows, out: &mut Tile) {
     let (blocks, []) = weights.as_chunks::<BLOCK_BYTES>() else { panic!("a ragged panel") };
     rows.check(blocks.len(), BLOCK);
-    match isa {
-        // SAFETY: `isa` says that the processor has the features; `check` that all that is read is there.
+    match isa.level() {
+        // SAFETY: an `Isa` is there only where the processor has its features; `check` says that all rows and their scales
+        // are there.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { avx512::multiply(blocks, rows, out) },
+        Level::Amx | Level::Avx512 => unsafe { avx512::multiply(blocks, rows, out) },
+        // SAFETY: as above; it reads by index, so that the features are all that it asks for.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { lanes_avx2(blocks, rows, out) },
-        _ => lanes(blocks, rows, out),
+        Level::Avx2 => unsafe { lanes_avx2(blocks, rows, out) },
+        Level::Portable => lanes(blocks, rows, out),
     }
 }
 
@@ -82,10 +86,14 @@ mod avx512 {
         _mm512_set1_epi32, _mm512_setzero_ps, _mm512_srli_epi16, _mm512_storeu_ps,
     };
 
-    use super::super::LANES;
+    use expertmesh_model::layout::cpu1::LANES;
+
     use super::super::int8::avx512::{add, scales};
+    use super::super::prefetch::prefetch;
     use super::{BLOCK, Block, Int8Rows, OFFSET, PAIR, Tile};
 
+    /// The product by VPDPBUSD, four rows at a time and then one.
+    ///
     /// # Safety
     /// The processor has AVX-512 F, BW and VNNI; `rows` are as [`super::multiply`] has asserted.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -103,6 +111,10 @@ mod avx512 {
         }
     }
 
+    /// `R` rows from `first` on, all K: their sums stay in registers.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F, BW and VNNI; `rows` has rows `first` to `first + R - 1`, each of `blocks.len()` blocks.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     #[inline]
     unsafe fn some_rows<const R: usize>(blocks: &[Block], rows: Int8Rows, first: usize, out: &mut Tile) {
@@ -114,7 +126,7 @@ mod avx512 {
             });
             for step in 0..BLOCK / 8 {
                 if R == 1 {
-                    super::super::prefetch(block.as_ptr().wrapping_add(step * PAIR * 4), PAIR * 4);
+                    prefetch(block.as_ptr().wrapping_add(step * PAIR * 4), PAIR * 4);
                 }
                 // SAFETY: a block has 4 steps of two registers; a row has the block's 32 bytes.
                 unsafe {
@@ -157,8 +169,8 @@ mod avx512 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::ROWS;
-    use super::super::tests::noise;
+    use super::super::noise::noise;
+    use super::super::rows::ROWS;
     use super::*;
     use crate::cpu::compute::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
@@ -183,7 +195,7 @@ mod tests {
             }
         }
         let values: Vec<f32> = (0..rows * k).map(|at| noise(at + seed * 7) * 3.0).collect();
-        let x = Quantised::new(&Compute::alone(Isa::Portable), &CpuActivations::from_f32(&values, k), BLOCK);
+        let x = Quantised::new(&Compute::alone(Isa::detect()), &CpuActivations::from_f32(&values, k), BLOCK);
         let int8 = Int8Rows {
             data: &x.data,
             stride: x.stride,
@@ -193,7 +205,7 @@ mod tests {
             blocks: x.stride / BLOCK,
             block_stride: x.stride / BLOCK,
         };
-        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for isa in Isa::available() {
             let mut out = [[7.0; PAIR]; ROWS];
             multiply(isa, &packed, int8, &mut out);
             for (row, out) in out[..rows].iter().enumerate() {

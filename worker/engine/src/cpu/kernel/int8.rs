@@ -13,10 +13,12 @@
 //! 3. [`avx512`]: VPDPBUSD (VNNI), 4 rows × 2 panels of accumulators.
 //! 4. [`tiled`]: TDPBSUD, 32 rows at a time, where there are enough rows to fill a tile.
 
-use super::{Int8Rows, LANES, PAIR, ROWS, Tile};
-use crate::cpu::isa::Isa;
-use crate::math::widen;
 pub(crate) use expertmesh_model::layout::cpu1::int8::{BLOCK, BLOCK_BYTES};
+use expertmesh_model::layout::cpu1::{LANES, PAIR};
+
+use super::rows::{Int8Rows, ROWS, Tile};
+use crate::cpu::isa::{Isa, Level};
+use crate::math::widen;
 
 /// What is added to a weight to make it unsigned.
 pub(crate) const OFFSET: i32 = 128;
@@ -36,21 +38,24 @@ pub(crate) const fn element(lane: usize, k: usize) -> usize {
 pub(crate) fn multiply(isa: Isa, weights: &[u8], rows: Int8Rows, out: &mut Tile) {
     let (blocks, []) = weights.as_chunks::<BLOCK_BYTES>() else { panic!("a ragged panel") };
     rows.check(blocks.len(), BLOCK);
-    match isa {
-        // SAFETY: `isa` says that the processor has the features; `check` that all that is read is there.
+    match isa.level() {
+        // SAFETY: an `Isa` is there only where the processor has its features and this process the tiles; `check` says that
+        // all rows and their scales are there.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx if rows.rows >= TILED_ROWS => unsafe { tiled(blocks, rows, out) },
+        Level::Amx if rows.rows >= TILED_ROWS => unsafe { tiled(blocks, rows, out) },
+        // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => unsafe { avx512::multiply(blocks, rows, out) },
+        Level::Amx | Level::Avx512 => unsafe { avx512::multiply(blocks, rows, out) },
+        // SAFETY: as above; it reads by index, so that the features are all that it asks for.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { lanes_avx2(blocks, rows, out) },
-        _ => lanes(blocks, rows, out),
+        Level::Avx2 => unsafe { lanes_avx2(blocks, rows, out) },
+        Level::Portable => lanes(blocks, rows, out),
     }
 }
 
 type Block = [u8; BLOCK_BYTES];
 
-/// A lane's scale.
+/// The scale of a lane, of those that a block ends with.
 #[inline(always)]
 pub(super) fn scale(scales: &[u8], lane: usize) -> f32 {
     widen(u16::from_le_bytes([scales[lane * 2], scales[lane * 2 + 1]]))
@@ -95,8 +100,11 @@ fn lanes_avx2(blocks: &[Block], rows: Int8Rows, out: &mut Tile) {
     lanes(blocks, rows, out);
 }
 
+/// Block by block, a tile's exact sums and then their scales.
+///
 /// # Safety
-/// As for [`super::tiles::int8`]: AMX, and rows of `blocks.len()` blocks.
+/// The processor has AMX-INT8 and AVX-512, and this process may use them; `rows` has 1 to 32 rows of `blocks.len()`
+/// blocks.
 #[cfg(target_arch = "x86_64")]
 unsafe fn tiled(blocks: &[Block], rows: Int8Rows, out: &mut Tile) {
     let mut exact = [[0i32; PAIR]; ROWS];
@@ -105,7 +113,7 @@ unsafe fn tiled(blocks: &[Block], rows: Int8Rows, out: &mut Tile) {
         // SAFETY: the caller's promise, for this block's columns.
         unsafe {
             let x = rows.data.as_ptr().add(at * BLOCK);
-            super::tiles::int8(block.as_ptr(), 1, (x, rows.stride), rows.rows, &mut exact);
+            super::tiles::int8(block, x, rows.stride, rows.rows, &mut exact);
         }
         // SAFETY: a processor with AMX has AVX-512 too.
         unsafe { avx512::add_tile(&exact, block, rows, at, out) };
@@ -121,8 +129,11 @@ pub(super) mod avx512 {
         _mm512_sub_epi32,
     };
 
+    use super::super::prefetch::prefetch;
     use super::{BLOCK, Block, Int8Rows, LANES, OFFSET, PAIR, ROWS, Tile};
 
+    /// The product by VPDPBUSD, four rows at a time and then one.
+    ///
     /// # Safety
     /// The processor has AVX-512 F and VNNI; `rows` are as [`super::multiply`] has asserted.
     #[target_feature(enable = "avx512f,avx512vnni")]
@@ -140,6 +151,10 @@ pub(super) mod avx512 {
         }
     }
 
+    /// `R` rows from `first` on, all K: their sums stay in registers.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F and VNNI; `rows` has rows `first` to `first + R - 1`, each of `blocks.len()` blocks.
     #[target_feature(enable = "avx512f,avx512vnni")]
     #[inline]
     unsafe fn some_rows<const R: usize>(blocks: &[Block], rows: Int8Rows, first: usize, out: &mut Tile) {
@@ -150,7 +165,7 @@ pub(super) mod avx512 {
             });
             for step in 0..BLOCK / 4 {
                 if R == 1 {
-                    super::super::prefetch(block.as_ptr().wrapping_add(step * PAIR * 4), PAIR * 4);
+                    prefetch(block.as_ptr().wrapping_add(step * PAIR * 4), PAIR * 4);
                 }
                 // SAFETY: a block has 16 steps of two registers; a row has the block's 64 bytes.
                 unsafe {
@@ -183,10 +198,10 @@ pub(super) mod avx512 {
         }
     }
 
-    /// 32 scales, widened.
+    /// The scales of 32 outputs, which a block ends with, in f32.
     ///
     /// # Safety
-    /// 64 bytes are there.
+    /// The processor has AVX-512 F, and 64 bytes are there.
     #[target_feature(enable = "avx512f")]
     #[inline]
     pub(in super::super) unsafe fn scales(at: *const u8) -> [__m512; 2] {
@@ -237,7 +252,7 @@ pub(super) mod avx512 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::tests::noise;
+    use super::super::noise::noise;
     use super::*;
     use crate::cpu::compute::Compute;
     use crate::cpu::rows::{CpuActivations, Quantised};
@@ -261,7 +276,7 @@ mod tests {
             }
         }
         let values: Vec<f32> = (0..rows * k).map(|at| noise(at + seed * 7) * 3.0).collect();
-        let x = Quantised::new(&Compute::alone(Isa::Portable), &CpuActivations::from_f32(&values, k), BLOCK);
+        let x = Quantised::new(&Compute::alone(Isa::detect()), &CpuActivations::from_f32(&values, k), BLOCK);
         let int8 = Int8Rows {
             data: &x.data,
             stride: x.stride,
@@ -271,7 +286,7 @@ mod tests {
             blocks: x.stride / BLOCK,
             block_stride: x.stride / BLOCK,
         };
-        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for isa in Isa::available() {
             let mut out = [[7.0; PAIR]; ROWS];
             multiply(isa, &packed, int8, &mut out);
             for (row, out) in out[..rows].iter().enumerate() {

@@ -6,7 +6,10 @@
 
 use std::arch::asm;
 
-use super::{Bf16Rows, PAIR, Tile};
+use expertmesh_model::layout::cpu1::PAIR;
+use expertmesh_model::layout::cpu1::int8::BLOCK_BYTES;
+
+use super::rows::{Bf16Rows, ROWS, Tile};
 
 /// The operand of LDTILECFG: palette 1, and of each tile its bytes per row and its rows.
 #[repr(C, align(64))]
@@ -102,7 +105,7 @@ macro_rules! multiply_tiles {
     }};
 }
 
-/// `tile` of bf16 by TDPBF16PS.
+/// The product of bf16 in the order `tile`, by TDPBF16PS.
 ///
 /// # Safety
 /// The processor has AMX-BF16 and this process may use it; every row has 2 · `weights.len()` elements, `weights` is a
@@ -117,20 +120,20 @@ pub(super) unsafe fn bf16(weights: &[[u8; PAIR * 4]], rows: Bf16Rows, out: &mut 
     unsafe { multiply_tiles!("tdpbf16ps", panels, steps, x, stride, count, out.as_mut_ptr().cast()) };
 }
 
-/// Exact i32 sums of signed rows times unsigned weights by TDPBSUD: `steps` steps of 64 K, each 16 · 128 bytes of
-/// weights; `out` is (32 rows, 32 lanes).
+/// Exact i32 sums of signed rows times the unsigned weights of one block, 64 K, by TDPBSUD: (rows, lanes).
 ///
 /// # Safety
-/// The processor has AMX-INT8 and this process may use it; `rows` are `count` (1 to 32) rows of 64 · `steps` bytes, a
-/// stride apart, and `weights` are 2048 · `steps` bytes.
+/// The processor has AMX-INT8 and this process may use it; at `rows` lie `count` (1 to 32) rows of 64 bytes, a stride
+/// apart.
 pub(super) unsafe fn int8(
-    weights: *const u8,
-    steps: usize,
-    rows: (*const i8, usize),
+    block: &[u8; BLOCK_BYTES],
+    rows: *const i8,
+    stride: usize,
     count: usize,
-    out: &mut [[i32; PAIR]; 32],
+    out: &mut [[i32; PAIR]; ROWS],
 ) {
-    let (x, stride): (*const u8, usize) = (rows.0.cast(), rows.1);
-    // SAFETY: the caller's promise.
-    unsafe { multiply_tiles!("tdpbsud", weights, steps, x, stride, count, out.as_mut_ptr().cast()) };
+    let (weights, x): (*const u8, *const u8) = (block.as_ptr(), rows.cast());
+    // SAFETY: the caller's promise; a block begins with the step's 16 · 128 bytes of weights, and two tiles of 16 rows a 128
+    // bytes fit into `out`.
+    unsafe { multiply_tiles!("tdpbsud", weights, 1usize, x, stride, count, out.as_mut_ptr().cast()) };
 }
