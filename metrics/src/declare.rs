@@ -21,7 +21,7 @@ impl Declare<'_> {
         self.registered(IntGaugeVec::new(Opts::new(name, help), labels))
     }
 
-    /// A gauge of a share, 0 to 1.
+    /// Declares a gauge of a share, 0 to 1.
     pub fn share(&self, name: &str, help: &str) -> Gauge {
         self.registered(Gauge::new(name, help))
     }

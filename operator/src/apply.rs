@@ -85,7 +85,7 @@ pub(crate) enum ApiReason {
 }
 
 impl ApiReason {
-    /// Stable: a metric's label and a condition's reason.
+    /// The reason's stable name: a metric's label and a condition's reason.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Conflict => "ApiConflict",
@@ -133,7 +133,7 @@ pub(crate) async fn apply<K: Object>(client: &Client, object: &K) -> Result<K, A
         .map_err(|error| ApiError::new::<K>("apply", &name, error))
 }
 
-/// All of what a deployment has once.
+/// Applies everything that a deployment has once, whatever its revisions.
 pub(crate) async fn shared(client: &Client, objects: &Shared) -> Result<(), ApiError> {
     apply(client, &objects.service_account).await?;
     for policy in &objects.network_policies {

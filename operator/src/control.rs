@@ -21,11 +21,11 @@ use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::transport::Channel;
 
-/// Without pings: whoever is gone sends no reports.
+/// No pings are needed: whoever is gone sends no reports.
 const CONNECT: Connect = Connect { timeout: Duration::from_secs(2), keepalive: None, bulk: false };
-/// For a call that answers at once.
+/// How long a call may take that a process answers at once.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Reports come at least every second.
+/// A process that sends no report for so long is silent: they come at least every second.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(4);
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
 /// More layers than any model has; bounds what a report can make us place.
@@ -44,7 +44,7 @@ struct Peer {
     listening: JoinHandle<()>,
 }
 
-/// What is known of one process.
+/// What one process said of itself and was told.
 struct Heard {
     channel: Option<Channel>,
     incarnation: u64,
@@ -110,7 +110,7 @@ impl Control {
         join_all(told).await;
     }
 
-    /// `Control.Drain`, without waiting for its end.
+    /// Calls `Control.Drain` without waiting for the drain's end.
     pub(crate) fn drain(&self, member: &Member) {
         if let Some(peer) = self.peers.get(member) {
             peer.drain(member.clone(), self.caller.clone());
@@ -178,7 +178,7 @@ impl Drop for Peer {
     }
 }
 
-/// Keeps one member's reports coming, for ever.
+/// Opens one member's stream of reports again whenever it breaks, for ever.
 async fn listen(addresses: Vec<String>, caller: v1::Caller, heard: Arc<Mutex<Heard>>, changed: Arc<Notify>) {
     let mut retry = RETRY;
     loop {

@@ -11,7 +11,7 @@ use tracing::warn;
 use crate::api::{ModelDeploymentStatus, ScaleDecision};
 use crate::status::condition::{self, Kind, Truth, condition, is_waiting, true_condition};
 
-/// The API takes a kilobyte.
+/// How many bytes of a note are sent: the API takes a kilobyte.
 const LONGEST_NOTE: usize = 1000;
 
 /// What an Event tells of. Stable, since users' tools read it.
@@ -168,13 +168,13 @@ fn ready(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Optio
     }
 }
 
-/// Posts notes; whoever cannot post them logs them.
+/// Posts notes as Events, and logs those that could not be posted.
 pub(crate) struct Events {
     recorder: Recorder,
 }
 
 impl Events {
-    /// `instance`: the pod's name.
+    /// Posts as the operator's pod of the name `instance`.
     pub(crate) fn new(client: Client, instance: &str) -> Self {
         let reporter =
             Reporter { controller: "expertmesh.dev/operator".into(), instance: Some(instance.into()) };

@@ -1,4 +1,4 @@
-//! Which deployment is spoken of.
+//! How one ModelDeployment is told from another.
 
 use kube::ResourceExt;
 use kube::core::DeserializeGuard;

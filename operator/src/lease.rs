@@ -27,16 +27,16 @@ pub(crate) struct Observed {
     pub(crate) since: Instant,
 }
 
-/// What to do about a lease.
+/// What a process is to do about the lease that it read.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Verdict {
-    /// There is none: create this one.
+    /// There is no lease: create this one.
     Create(LeaseSpec),
-    /// It is ours: write this.
+    /// The lease is ours: renew it by writing this.
     Renew(LeaseSpec),
-    /// It is nobody's, or its holder is silent: write this.
+    /// The lease is nobody's, or its holder is silent: take it by writing this.
     Take(LeaseSpec),
-    /// Another holds it.
+    /// Another process holds the lease.
     Wait { holder: String },
 }
 
@@ -92,7 +92,7 @@ pub(crate) enum LeaseError {
 }
 
 impl LeaseError {
-    /// Stable; a metric label and a log field.
+    /// The error's stable name, for the log.
     pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::Api { .. } | Self::Silent { .. } => "LeaseUnreachable",
@@ -164,7 +164,7 @@ impl Election {
         self.write(lease.metadata, spec).await
     }
 
-    /// One look and, where it is due, one write. `Some(holder)` where another leads.
+    /// Looks at the lease once, and writes it where that is due. `Some(holder)` where another leads.
     async fn step(&mut self) -> Result<Option<String>, LeaseError> {
         let began = Instant::now();
         let read = self.answered(self.api.get_opt(&self.name)).await?;

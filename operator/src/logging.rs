@@ -19,7 +19,7 @@ pub(crate) fn init(default: &str) {
     let _ = FILTER.set(handle);
 }
 
-/// The directives that hold now.
+/// The filter of log lines that holds now, as it was set.
 pub(crate) fn level() -> String {
     FILTER.get().and_then(|filter| filter.with_current(ToString::to_string).ok()).unwrap_or_default()
 }

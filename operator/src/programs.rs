@@ -10,7 +10,7 @@ pub(crate) struct Missing {
     folder: PathBuf,
 }
 
-/// Beside our own program, as they are built and packaged, or else in PATH.
+/// Finds a program of ours beside this one, as they are built and packaged, or else in PATH.
 pub(crate) fn find(name: &'static str) -> Result<PathBuf, Missing> {
     let own = env::current_exe().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("")).to_path_buf();

@@ -33,7 +33,7 @@ use scale::scale;
 use settle::settle;
 use tell::{Tale, tell};
 
-/// One deployment, once: bounded in time, and counted.
+/// Reconciles one deployment once: bounded in time, and counted.
 pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     let (key, began) = (Key::of(&object), Instant::now());
     context.metrics.reconciles.begun(&key);
@@ -67,11 +67,11 @@ async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
     }
 }
 
-/// A deployment whose status was written.
+/// What came of a deployment whose status was written.
 struct Deployed {
     /// Whether all could be done that was decided; the status tells of it already.
     result: Result<(), ReconcileError>,
-    /// When to look again.
+    /// How long to wait before the next look.
     again: Duration,
 }
 
@@ -112,7 +112,7 @@ fn validate(found: &Found, image: Option<&str>) -> Result<(ValidatedDeployment, 
     Ok((deployment, revision))
 }
 
-/// When to try again.
+/// When to try again after a reconcile that failed: after ever longer, or not before the object is another.
 pub(crate) fn after_error(object: Arc<Watched>, error: &ReconcileError, context: Arc<Context>) -> Action {
     let key = Key::of(&object);
     if matches!(error, ReconcileError::Invalid(_) | ReconcileError::Malformed(_)) {

@@ -40,7 +40,7 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
     }
 }
 
-/// What the metrics show of the same.
+/// What the metrics show of the same observation.
 pub(crate) fn figures(desired: &Desired, frontends: u32, seen: &Observation) -> Figures {
     Figures {
         frontends_desired: frontends,

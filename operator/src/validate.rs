@@ -1,4 +1,4 @@
-//! From what a user wrote to a deployment that is known to be right.
+//! Makes of what a user wrote a deployment that is known to be right.
 //!
 //! The rules are those of the CustomResourceDefinition, run here: `up`, `plan` and the operator refuse what the API
 //! server refuses, with its words.
@@ -28,7 +28,7 @@ pub(crate) struct ValidatedDeployment {
     pub(crate) numerics: Numerics,
     pub(crate) desired: Desired,
     pub(crate) autoscaling: Option<Policy>,
-    /// Of a worker, in bytes, where it is limited.
+    /// A worker's limit of memory in bytes, where it has one.
     pub(crate) memory: Option<u64>,
     pub(crate) frontends: u32,
     pub(crate) max_context_tokens: Option<u32>,
@@ -38,7 +38,7 @@ pub(crate) struct ValidatedDeployment {
     _checked: (),
 }
 
-/// What is wrong with a deployment, by field.
+/// What is wrong with a deployment, naming the field.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ValidationError {
     #[error("{0}")]
@@ -89,7 +89,7 @@ impl ValidatedDeployment {
         [("--weights", self.weights.name()), ("--numerics", self.numerics.name())]
     }
 
-    /// What workers and frontends are told of traces.
+    /// The options that tell workers and frontends where to send traces: flags with their values.
     pub(crate) fn traced(&self) -> Vec<(&'static str, String)> {
         let of = |tracing: &api::Tracing| {
             let sample = f64::from(tracing.sample_percent) / 100.0;
@@ -98,7 +98,7 @@ impl ValidatedDeployment {
         self.tracing.iter().flat_map(of).collect()
     }
 
-    /// Where the model is on a disk on which the image's root is `root`.
+    /// The model's directory on a disk on which the image's root is `root`.
     pub(crate) fn model_below(&self, root: &Path) -> PathBuf {
         root.join(self.model_path.strip_prefix("/").unwrap_or(&self.model_path))
     }
@@ -154,7 +154,7 @@ fn rules(given: Option<api::ScalingRules>, default: Rules) -> Rules {
     }
 }
 
-/// Of an amount of memory such as 1Gi, 512M or 1e9; none where it is none.
+/// The bytes of an amount of memory such as 1Gi, 512M or 1e9; none where the text is no such amount.
 fn bytes(Quantity(text): &Quantity) -> Option<u64> {
     const SUFFIXES: [(&str, f64); 12] = [
         ("Ki", 1024.0),

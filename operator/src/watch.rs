@@ -44,7 +44,7 @@ pub(crate) type Reference = ObjectRef<Watched>;
 pub(crate) struct Triggers(broadcast::Sender<Reference>);
 
 impl Triggers {
-    /// Where to send requests, and what comes of them.
+    /// The sender that takes requests, and the paced triggers that come of them.
     pub(crate) fn new() -> (mpsc::Sender<Reference>, Self) {
         let (sender, receiver) = mpsc::channel(WAITING);
         let (paced, _) = broadcast::channel(WAITING);
@@ -52,7 +52,7 @@ impl Triggers {
         (sender, Self(paced))
     }
 
-    /// Those of one namespace, or all.
+    /// The requests for deployments of one namespace, or of all.
     fn of(&self, namespace: Option<&str>) -> impl Stream<Item = Reference> + Send + use<> {
         let namespace = namespace.map(ToString::to_string);
         let wanted = move |reference: &Reference| namespace.is_none() || reference.namespace == namespace;

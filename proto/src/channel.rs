@@ -10,15 +10,16 @@ use tonic::transport::{Channel, Endpoint, Server};
 
 /// Keeps a fast network busy with rows; the protocol's default is 64 KiB.
 const STREAM_WINDOW: u32 = 4 << 20;
-/// For all streams of one connection.
+/// The window of all streams of one connection together.
 const CONNECTION_WINDOW: u32 = 16 << 20;
 /// A server asks a silent client so often whether it is still there.
 const SERVER_KEEPALIVE: Duration = Duration::from_secs(5);
 
-/// How a client connects.
+/// How a client connects, and what it keeps up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connect {
-    /// For the TCP connection to one address that a name has; twice that for all together, finding them included.
+    /// How long the TCP connection to one of a name's addresses may take; all together, finding them included, twice
+    /// that.
     pub timeout: Duration,
     /// Pings, also while nothing is asked: what does not answer them is found dead. None where the streams tell.
     pub keepalive: Option<Keepalive>,
@@ -30,7 +31,7 @@ pub struct Connect {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keepalive {
     pub interval: Duration,
-    /// Without an answer for so long, the connection is closed.
+    /// How long an answer may take before the connection is closed.
     pub timeout: Duration,
 }
 
@@ -43,7 +44,7 @@ pub enum ConnectError {
     Late { address: String },
 }
 
-/// Connects to `host:port`.
+/// Connects to the gRPC services at `host:port`.
 pub async fn connect(address: &str, how: &Connect) -> Result<Channel, ConnectError> {
     let failed = |source| ConnectError::Failed { address: address.into(), source };
     let mut endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(failed)?;

@@ -75,18 +75,18 @@ pub struct Rows {
     pub layer: u32,
     /// Load what is not resident, rather than say so.
     pub load: bool,
-    /// Per row, how many experts; at least 1.
+    /// How many experts each row is for; at least 1.
     pub row_experts: Vec<u32>,
-    /// Row after row, ascending within a row.
+    /// The experts, row after row, ascending within a row.
     pub experts: Vec<u32>,
-    /// (rows, hidden), bits of bf16
+    /// The rows, of shape (rows, hidden), as bits of bf16.
     pub values: Vec<u16>,
     /// The span that these rows belong to, as W3C writes it; empty: none.
     pub traceparent: String,
 }
 
 impl Rows {
-    /// Cuts into messages of whole rows.
+    /// Cuts the rows into messages of whole rows.
     pub fn to_parts(&self, ticket: Ticket, limits: &Limits) -> Vec<v1::Dispatch> {
         let per_part = limits.rows_per_part(limits.experts_per_token + 1);
         let count = self.row_experts.len().div_ceil(per_part) as u32;

@@ -20,12 +20,12 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// Counts one duration.
+    /// Counts one duration in its bucket.
     pub fn add(&mut self, duration: Duration) {
         self.0[bucket(duration)] += 1;
     }
 
-    /// Adds another's counts.
+    /// Adds the counts of another histogram.
     pub fn merge(&mut self, other: &Self) {
         for (count, more) in self.0.iter_mut().zip(other.0) {
             *count = count.saturating_add(more);
@@ -38,7 +38,7 @@ impl Histogram {
         Self(std::array::from_fn(|at| self.0[at].saturating_sub(earlier.0[at])))
     }
 
-    /// How many there are.
+    /// How many durations were counted.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.0.iter().fold(0, |sum, count| sum.saturating_add(*count))
@@ -86,7 +86,7 @@ impl Histogram {
         v1::Histogram { counts: self.0[..used].to_vec() }
     }
 
-    /// From the wire.
+    /// Makes a histogram of what came over the wire.
     ///
     /// # Errors
     ///
@@ -112,7 +112,7 @@ fn bucket(duration: Duration) -> usize {
     ((PER_DOUBLING * milliseconds.log2()).floor() as usize + 1).min(BUCKETS - 1)
 }
 
-/// From and to, in seconds. The last bucket's end is taken to be as far as its beginning would have it.
+/// A bucket's beginning and end, in seconds. The last one's end is taken to be as far as its beginning would have it.
 fn bounds(at: usize) -> (f64, f64) {
     let end = |at: usize| 1e-3 * (at as f64 / PER_DOUBLING).exp2();
     (if at == 0 { 0.0 } else { end(at - 1) }, end(at))

@@ -41,7 +41,7 @@ impl ExpertSet {
         self.0.entry(layer).or_default().insert(expert)
     }
 
-    /// Every (layer, expert), ascending.
+    /// Every (layer, expert) of the set, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
         self.0.iter().flat_map(|(&layer, experts)| experts.iter().map(move |&expert| (layer, expert)))
     }
@@ -132,13 +132,13 @@ impl<'de> Deserialize<'de> for ExpertSet {
 #[serde(deny_unknown_fields)]
 pub struct PlacedWorker {
     pub slot: u32,
-    /// Pod or process name.
+    /// The name of its pod or process.
     pub name: String,
-    /// `host:port`, in the order to try.
+    /// Its gRPC services as `host:port`, in the order to try.
     pub addresses: Vec<String>,
-    /// What should be resident there.
+    /// The experts that should be resident there.
     pub experts: ExpertSet,
-    /// Takes no new sequences; still serves experts.
+    /// Whether it takes no new sequences, and still serves experts.
     #[serde(default)]
     pub draining: bool,
 }
@@ -182,12 +182,12 @@ impl Placement {
         Ok(Self { epoch, workers, hash })
     }
 
-    /// 0 where no placement was made yet.
+    /// The placement's number, which only grows; 0 where none was made yet.
     pub fn epoch(&self) -> u64 {
         self.epoch
     }
 
-    /// Ascending by slot.
+    /// The placed workers, ascending by slot.
     pub fn workers(&self) -> &[PlacedWorker] {
         &self.workers
     }

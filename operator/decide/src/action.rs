@@ -43,7 +43,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// A stable name: a metric's label.
+    /// The kind's stable name: a metric's label.
     pub fn name(self) -> &'static str {
         match self {
             Self::Resize => "resize",
@@ -65,7 +65,7 @@ impl Action {
     }
 }
 
-/// One line for a log.
+/// What is done, as one line for a log.
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
@@ -80,8 +80,8 @@ impl fmt::Display for Action {
 /// What to do now, and what has to happen before there is more to do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// To be done in this order.
+    /// What is to be done, in this order.
     pub actions: Vec<Action>,
-    /// One line; empty where everything is as desired.
+    /// What has to happen first, in one line; empty where everything is as desired.
     pub waiting_for: String,
 }

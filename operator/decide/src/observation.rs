@@ -23,7 +23,7 @@ pub struct Observation {
 /// One worker or frontend, as far as it is known.
 #[derive(Debug, Clone, Default)]
 pub struct Seen {
-    /// Pod or process name.
+    /// The name of its pod or process.
     pub name: String,
     /// `host:port` of its gRPC services, in the order to try; empty while unknown.
     pub addresses: Vec<String>,
@@ -66,7 +66,7 @@ pub enum FailureReason {
 }
 
 impl FailureReason {
-    /// The reason of that name.
+    /// The reason that has this name.
     pub fn named(name: &str) -> Self {
         let known = [
             Self::ErrImageNeverPull,
@@ -81,7 +81,7 @@ impl FailureReason {
         found.unwrap_or_else(|| Self::Other(name.into()))
     }
 
-    /// The name, stable and machine-readable.
+    /// The reason's name, stable and machine-readable.
     pub fn name(&self) -> &str {
         match self {
             Self::ErrImageNeverPull => "ErrImageNeverPull",
@@ -100,12 +100,12 @@ impl FailureReason {
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Member {
     Worker(u32),
-    /// By its pod or process name.
+    /// A frontend, by the name of its pod or process.
     Frontend(String),
 }
 
 impl Observation {
-    /// Workers that can serve.
+    /// How many workers can serve.
     pub fn ready_workers(&self) -> usize {
         self.reports().filter(|(_, report)| report.state == State::Ready).count()
     }

@@ -9,7 +9,7 @@ pub struct Report {
     pub state: State,
     /// Why it is not ready, one line; empty where it is.
     pub reason: String,
-    /// Of the placement that it follows; 0 where it has none.
+    /// Epoch of the placement that it follows; 0 where it has none.
     pub epoch: u64,
     pub placement_hash: String,
     /// Workers know it once their dense weights are loaded; frontends never do.
@@ -26,11 +26,11 @@ pub struct Report {
     pub kv_usage: f32,
     pub bytes_loaded: u64,
     pub bytes_to_load: u64,
-    /// Of frontends.
+    /// What a frontend's clients waited for; none of a worker.
     pub latencies: Option<Box<Latencies>>,
-    /// Of frontends: workers that could take a sequence from it now.
+    /// Workers that could take a sequence from this frontend now; none of a worker.
     pub eligible_workers: Option<u32>,
-    /// When the process began, in nanoseconds since 1970.
+    /// The time at which the process began, in nanoseconds since 1970.
     pub incarnation: u64,
 }
 
@@ -42,7 +42,7 @@ pub struct Latencies {
     /// Now: the ages of the choices that have no token yet.
     pub awaiting: Histogram,
     pub choices: u64,
-    /// Of each choice, how many were open when it came, itself included: their sum.
+    /// The sum over all choices of how many were open when each came, itself included.
     pub together: u64,
 }
 
@@ -79,13 +79,13 @@ pub enum State {
 pub struct ModelShape {
     /// Layers from this one on hold experts.
     pub first_moe_layer: u32,
-    /// All layers.
+    /// How many layers the model has, with experts or without.
     pub layers: u32,
-    /// Routed experts per layer.
+    /// How many routed experts each of these layers has.
     pub experts: u32,
-    /// One expert of one layer, resident.
+    /// What one expert of one layer takes in memory.
     pub expert_bytes: u64,
-    /// Everything else, resident on every worker.
+    /// What everything else takes in the memory of every worker.
     pub dense_bytes: u64,
 }
 

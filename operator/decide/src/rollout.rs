@@ -3,11 +3,11 @@
 /// What is known of a deployment's revisions.
 #[derive(Debug, Clone, Copy)]
 pub struct Revisions<'a> {
-    /// The one that the spec asks for now.
+    /// The revision that the spec asks for now.
     pub wanted: &'a str,
-    /// The one that clients reach; none before the first.
+    /// The revision that clients reach; none before the first.
     pub serving: Option<&'a str>,
-    /// Those of which something runs, in any order.
+    /// The revisions of which something runs, in any order.
     pub running: &'a [String],
     /// Whether requests would be answered by the wanted one.
     pub wanted_serves: bool,
@@ -15,14 +15,14 @@ pub struct Revisions<'a> {
     pub just_promoted: bool,
 }
 
-/// What to make of them.
+/// What is to become of a deployment's revisions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rollout {
-    /// Clients are to reach this one.
+    /// The revision that clients are to reach.
     pub serving: String,
-    /// This one is to be made ready beside it.
+    /// The revision that is to be made ready beside it.
     pub next: Option<String>,
-    /// These are to end.
+    /// The revisions that are to end.
     pub retired: Vec<String>,
 }
 

@@ -42,7 +42,7 @@ struct Simulation {
     frontend: Process,
     in_flight: VecDeque<Action>,
     deaths: bool,
-    /// Of every (layer, expert), whether it was resident somewhere once.
+    /// Every (layer, expert) that was resident somewhere once.
     had: ExpertSet,
     random: u64,
 }
@@ -62,7 +62,7 @@ impl Simulation {
         }
     }
 
-    /// xorshift: the seed is proptest's.
+    /// A number below `bound`, by xorshift: the seed is proptest's.
     fn below(&mut self, bound: u32) -> u32 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;

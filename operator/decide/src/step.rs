@@ -107,7 +107,7 @@ struct Step<'a> {
 }
 
 struct Change {
-    /// To write, where the written one is not as it should be.
+    /// The placement to write, where the written one is not as it should be.
     placement: Option<Placement>,
     /// What is not resident yet where the target wants it, by slot.
     uncovered: BTreeMap<u32, ExpertSet>,
@@ -268,7 +268,7 @@ impl Step<'_> {
         ready.then_some(Action::Resize(self.keep))
     }
 
-    /// Those that stay, can be reached, and do not follow the written placement yet.
+    /// The processes that stay, can be reached, and do not follow the written placement yet.
     fn followers_behind(&self) -> impl Iterator<Item = &Seen> {
         let stays = |member: &Member| !matches!(member, Member::Worker(slot) if *slot >= self.keep);
         let behind =

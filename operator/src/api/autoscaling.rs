@@ -1,4 +1,4 @@
-//! `spec.autoscaling` and `status.autoscaling`.
+//! The fields of `spec.autoscaling` and of `status.autoscaling`, with their rules.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::KubeSchema;

@@ -1,4 +1,4 @@
-//! The subcommands of `expertmesh`.
+//! The subcommands of `expertmesh`, a file each.
 
 pub(crate) mod autoscaling;
 pub(crate) mod crd;

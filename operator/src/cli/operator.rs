@@ -97,7 +97,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     Ok(if let Ok(None) = lease.await { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Nanoseconds since 1970.
+/// Which start of the operator this is: its time in nanoseconds since 1970.
 fn incarnation() -> u64 {
     u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0)
 }
@@ -124,7 +124,7 @@ fn give_up(lost: Option<LeaseError>) -> ! {
     std::process::exit(1)
 }
 
-/// True once SIGTERM or SIGINT came.
+/// Tells true once SIGTERM or SIGINT came.
 fn asked_to_stop() -> anyhow::Result<watch::Receiver<bool>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let (tell, told) = watch::channel(false);

@@ -82,7 +82,7 @@ fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, Mode
     })
 }
 
-/// `disk` in bytes a second.
+/// The plan as text; `disk` is read at so many bytes a second.
 fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightFormat, disk: u64) -> String {
     let (workers, copies) = (deployment.desired.workers, deployment.desired.min_replicas);
     let slots: Vec<u32> = (0..workers).collect();

@@ -100,15 +100,15 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
 struct Serving {
     up: Up,
     deployment: ValidatedDeployment,
-    /// Of the file, as last read.
+    /// When the file was changed that was last read.
     modified: Option<SystemTime>,
     fleet: ProcessFleet,
     changed: Arc<Notify>,
     bars: Bars,
     autoscaler: Autoscaler,
-    /// Of size, that the autoscaler was not told of yet.
+    /// Changes of size that the autoscaler was not told of yet.
     changes: Vec<Change>,
-    /// So many workers hold every expert, as far as is known: at zero nobody says.
+    /// The fewest workers that hold every expert, as far as is known: at zero nobody says.
     at_least: u32,
     was_ready: bool,
     is_settled: bool,
@@ -131,7 +131,7 @@ impl Serving {
         }
     }
 
-    /// By `spec.autoscaling`, as on a cluster.
+    /// Changes the desired size by `spec.autoscaling`, as on a cluster.
     fn scale(&mut self, seen: &Observation) {
         let now = Timestamp::now();
         let desired = &self.deployment.desired;
@@ -232,7 +232,7 @@ impl Serving {
     }
 }
 
-/// "4 workers, 32/32 experts".
+/// What is there in a few words, such as "4 workers, 32/32 experts".
 fn state_of(seen: &Observation) -> String {
     let experts = seen.shape().map(|shape| seen.live_experts(&shape));
     let experts = experts.map_or(String::new(), |(live, all)| format!(", {live}/{all} experts"));
@@ -304,7 +304,7 @@ fn check_ports(first: u16, frontends: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Ctrl-C, SIGTERM, or the end of the terminal.
+/// What ends `up`: Ctrl-C, SIGTERM, or the end of the terminal.
 struct Stop([Signal; 3]);
 
 impl Stop {

@@ -34,7 +34,7 @@ pub(crate) struct KubernetesFleet {
     revision: String,
     streams: Streams,
     autoscaler: SharedAutoscaler,
-    /// Before the first observation.
+    /// Whether nothing was observed yet.
     fresh: bool,
     /// Pods that should have ended long ago, with their nodes, as of the last observation.
     overdue: Vec<Overdue>,
@@ -125,7 +125,8 @@ impl KubernetesFleet {
         self.api::<K>().get_opt(name).await.map_err(|error| ApiError::new::<K>("get", name, error))
     }
 
-    /// None where there is none, or none that can be read: whoever follows one reports its epoch.
+    /// The written placement; of epoch 0 where there is none, or none that can be read: whoever follows one reports its
+    /// epoch.
     async fn placement(&self) -> Result<Placement, ApiError> {
         let map: Option<ConfigMap> = self.get(&self.name()).await?;
         let text = map.and_then(|map| map.data?.remove(PLACEMENT_KEY)).unwrap_or_default();

@@ -42,7 +42,7 @@ pub(crate) struct ProcessFleet {
     program: PathBuf,
     model: PathBuf,
     deployment: ValidatedDeployment,
-    /// Of the first frontend; the others' follow.
+    /// The port of the first frontend; those of the others follow.
     port: u16,
     state: StateDirectory,
     lines: Lines,
@@ -111,7 +111,7 @@ impl ProcessFleet {
         }
     }
 
-    /// Kills whatever still runs.
+    /// Kills all processes that still run, and waits for their ends.
     pub(crate) async fn kill(&mut self) {
         let workers = std::mem::take(&mut self.workers).into_values();
         let mut children: Vec<Child> =
@@ -134,7 +134,7 @@ impl ProcessFleet {
         }
     }
 
-    /// One of `size` that share this machine. It keeps its threads at a later size: they change no token, and a start
+    /// Starts one of `size` workers that share this machine. It keeps its threads at a later size: they change no token, and a start
     /// costs the sequences that it runs.
     fn worker(&mut self, slot: u32, size: u32) -> Child {
         let name = format!("worker-{slot}");
@@ -279,7 +279,7 @@ impl StateDirectory {
         self.0.join("placement.json")
     }
 
-    /// Whole or not at all.
+    /// Writes the placement's file whole or not at all.
     fn write(&self, placement: &Placement) -> Result<(), ProcessError> {
         let path = self.placement();
         let write = || {

@@ -9,7 +9,7 @@ use super::labels::Scaling;
 use super::series::{DEPLOYMENT, by, of, remove_all};
 use crate::key::Key;
 
-/// Clones show the same metrics.
+/// The metrics of all autoscalers; clones show the same ones.
 #[derive(Clone)]
 pub(crate) struct Autoscaling {
     load: GaugeVec,

@@ -8,7 +8,7 @@ use super::series::{DEPLOYMENT, by, of, remove, remove_all};
 use crate::key::Key;
 use crate::status::condition::Truth;
 
-/// Clones show the same metrics.
+/// The metrics of all deployments; clones show the same ones.
 #[derive(Clone)]
 pub(crate) struct Deployments {
     conditions: IntGaugeVec,

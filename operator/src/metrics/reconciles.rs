@@ -11,7 +11,7 @@ use prometheus::{HistogramVec, IntCounterVec, IntGauge};
 use super::labels::WatchFailure;
 use crate::key::Key;
 
-/// Clones count on the same metrics.
+/// The metrics of reconciles; clones count on the same ones.
 #[derive(Clone)]
 pub(crate) struct Reconciles {
     by_result: IntCounterVec,
@@ -66,7 +66,7 @@ impl Reconciles {
         }
     }
 
-    /// A reconcile ended; `Err` has the reason's name.
+    /// Counts a reconcile that ended; `Err` has the reason's name.
     pub(crate) fn ended(&self, result: Result<(), &str>, took: Duration) {
         let label = if result.is_ok() { "ok" } else { "error" };
         self.by_result.with_label_values(&[label]).inc();
@@ -88,14 +88,14 @@ impl Reconciles {
         self.leader.set(i64::from(leading));
     }
 
-    /// A report asks for a reconcile.
+    /// Counts the deployment as waiting: a report asks for a reconcile.
     pub(crate) fn asked(&self, key: &Key) {
         let mut waiting = self.waiting();
         waiting.insert(key.clone());
         self.queue_depth.set(waiting.len() as i64);
     }
 
-    /// A reconcile of the deployment begins, or will never.
+    /// Counts the deployment as waiting no more: its reconcile begins, or never will.
     pub(crate) fn begun(&self, key: &Key) {
         let mut waiting = self.waiting();
         waiting.remove(key);

@@ -1,4 +1,4 @@
-//! Series of a deployment, and their end.
+//! The labels of a deployment's series, and how its series end.
 
 use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 
@@ -12,7 +12,7 @@ pub(super) fn by<'a>(more: &[&'a str]) -> Vec<&'a str> {
     [&DEPLOYMENT[..], more].concat()
 }
 
-/// The values of those labels.
+/// The values of the labels [`DEPLOYMENT`].
 pub(super) fn of(key: &Key) -> [&str; 2] {
     [&key.namespace, &key.name]
 }

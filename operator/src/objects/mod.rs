@@ -19,7 +19,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use names::Owner;
 use revision::Revision;
 
-/// What a deployment has once, whatever its revisions.
+/// The objects that a deployment has once, whatever its revisions.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Shared {
     pub(crate) service_account: ServiceAccount,
@@ -29,7 +29,7 @@ pub(crate) struct Shared {
     pub(crate) network_policies: [NetworkPolicy; 2],
 }
 
-/// What every revision has for itself.
+/// The objects that every revision has for itself.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct OfRevision {
     pub(crate) record: ControllerRevision,

@@ -19,7 +19,7 @@ pub(crate) const PLACEMENT_KEY: &str = "placement.json";
 
 pub(crate) type Labels = BTreeMap<String, String>;
 
-/// Which process of a deployment.
+/// What a process of a deployment is: each kind has pods of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Component {
     Worker,
@@ -53,7 +53,7 @@ impl Owner {
         format!("{}-workers", self.name)
     }
 
-    /// `<name>-frontends`: the frontends' NetworkPolicy.
+    /// `<name>-frontends`: what the frontends' NetworkPolicy is called.
     pub(crate) fn frontends(&self) -> String {
         format!("{}-frontends", self.name)
     }
@@ -63,7 +63,7 @@ impl Owner {
         format!("{}-pods", self.name)
     }
 
-    /// `<name>-<rev8>`: everything of a revision.
+    /// `<name>-<rev8>`: what all objects of a revision are called.
     pub(crate) fn of_revision(&self, revision: &str) -> String {
         format!("{}-{revision}", self.name)
     }
@@ -73,7 +73,7 @@ impl Owner {
         format!("{}-{revision}-{slot}", self.name)
     }
 
-    /// Where a worker is found by name, ready or not.
+    /// The host name under which a worker is found, ready or not.
     pub(crate) fn worker_host(&self, pod: &str) -> String {
         format!("{pod}.{}.{}.svc", self.workers(), self.namespace)
     }
@@ -135,7 +135,7 @@ pub(crate) fn matching(labels: Labels) -> LabelSelector {
     }
 }
 
-/// As the API takes it in a query.
+/// The labels as a selector in a query to the API.
 pub(crate) fn query(labels: &Labels) -> String {
     labels.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
 }

@@ -15,13 +15,13 @@ use crate::validate::ValidatedDeployment;
 use super::names::{Component, Labels, Owner, PLACEMENT_KEY, matching};
 use super::ports;
 
-/// Beside the time to drain: for what is left to do before SIGKILL.
+/// Time that a pod has beside that to drain, for what is left to do before SIGKILL.
 const TERMINATION_MARGIN_SECONDS: u64 = 30;
 /// How long a pod stays on a node that nobody hears of.
 const UNREACHABLE_SECONDS: i64 = 30;
 const PLACEMENT_FOLDER: &str = "/etc/expertmesh";
 
-/// What both kinds of pods are made from.
+/// What a pod of workers or of frontends is made from.
 pub(crate) struct Process<'a> {
     pub(crate) component: Component,
     pub(crate) deployment: &'a ValidatedDeployment,
@@ -30,7 +30,7 @@ pub(crate) struct Process<'a> {
 }
 
 impl Process<'_> {
-    /// Whole seconds, rounded up.
+    /// The time to drain in whole seconds, rounded up.
     fn drain_seconds(&self) -> u64 {
         self.deployment.desired.drain_timeout.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)
     }
@@ -145,7 +145,7 @@ fn computed_as(process: &Process) -> Vec<String> {
     options.flat_map(|(flag, value)| [flag.to_string(), value.to_string()]).collect()
 }
 
-/// Of spec.serving: a frontend refuses what no worker would take.
+/// The limits of spec.serving as options, for both: a frontend refuses what no worker would take.
 fn limits(process: &Process) -> Vec<String> {
     let context = process.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.into()));
     let limits = context.into_iter().chain([("--drain-timeout", process.drain_seconds())]);

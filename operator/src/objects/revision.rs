@@ -20,13 +20,13 @@ use crate::validate::ValidatedDeployment;
 /// How many ControllerRevisions are kept.
 pub(crate) const KEPT: usize = 5;
 
-/// As it is written into its ControllerRevision, but for the first two fields, which are that object's own.
+/// A revision as it is written into its ControllerRevision, but for the first two fields, which are that object's own.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Revision {
-    /// `<rev8>`.
+    /// The revision's name: eight hexadecimal digits.
     #[serde(skip)]
     pub(crate) hash: String,
-    /// Ascending in time.
+    /// The record's number: a later revision has a higher one.
     #[serde(skip)]
     pub(crate) number: i64,
     pub(crate) workers: PodTemplateSpec,
@@ -49,14 +49,14 @@ impl Revision {
         }
     }
 
-    /// One that was made before. None where the object does not hold one.
+    /// The revision that was recorded; none where the object does not hold one.
     pub(crate) fn recorded(record: &ControllerRevision) -> Option<Self> {
         let hash = record.metadata.labels.as_ref()?.get(REVISION)?.clone();
         let written = serde_json::from_value(record.data.as_ref()?.0.clone()).ok()?;
         Some(Self { hash, number: record.revision, ..written })
     }
 
-    /// After those that were made before.
+    /// The same, numbered after those that were made before.
     pub(crate) fn after(self, records: &[ControllerRevision]) -> Self {
         let last = records.iter().map(|record| record.revision).max().unwrap_or(0);
         Self { number: last.saturating_add(1), ..self }

@@ -34,7 +34,7 @@ impl Acted {
     }
 }
 
-/// Pure, but for the clock.
+/// Says what is to be done about a revision; reads nothing but the clock.
 pub(super) fn decide(observed: Observed, desired: &Desired) -> Decided {
     let decision = step::decide(desired, &observed.seen, Timestamp::now());
     Decided { observed, decision }

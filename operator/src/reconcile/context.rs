@@ -1,4 +1,4 @@
-//! What every reconcile needs.
+//! The clients, settings and memory that every reconcile needs.
 
 use expertmesh_decide::autoscale::autoscaler::Look;
 use kube::Client;
@@ -13,7 +13,7 @@ use crate::key::{Key, Watched};
 use crate::metrics::Metrics;
 use crate::objects::names::Owner;
 
-/// Clients, memory and settings that all reconciles share.
+/// What all reconciles of this process share.
 pub(crate) struct Context {
     pub(crate) client: Client,
     pub(crate) events: Events,
@@ -22,7 +22,7 @@ pub(crate) struct Context {
     pub(crate) caller: Caller,
     /// The image of pods whose spec names none.
     pub(crate) image: Option<String>,
-    /// Where the operator's pods are, if it runs in this cluster.
+    /// The namespace of the operator's pods, if it runs in this cluster.
     pub(crate) operator_namespace: Option<String>,
     /// Asks for a reconcile when a worker or frontend reports a change.
     pub(crate) trigger: mpsc::Sender<ObjectRef<Watched>>,
@@ -56,7 +56,7 @@ impl Context {
         self.metrics.forget(key);
     }
 
-    /// The same for all that are gone, however that was missed.
+    /// Ends what is remembered and shown of all deployments that are gone, however that was missed.
     pub(crate) fn forget_all_but(&self, living: impl Fn(&ObjectRef<Watched>) -> bool) {
         for key in self.memory.keys() {
             if !living(&key.reference()) {

@@ -1,4 +1,4 @@
-//! Why a reconcile fails.
+//! Why a reconcile fails, and what each failure is called.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub(crate) enum ErrorReason {
 }
 
 impl ErrorReason {
-    /// Stable, since alerts and users' tools read it.
+    /// The reason's name: stable, since alerts and users' tools read it.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::InvalidSpec => "InvalidSpec",

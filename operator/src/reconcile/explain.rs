@@ -1,4 +1,4 @@
-//! What a failure means for the status. Pure.
+//! What a failed reconcile means for the status. Pure.
 
 use jiff::Timestamp;
 

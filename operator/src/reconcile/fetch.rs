@@ -16,7 +16,7 @@ use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY, Owner, REVISION};
 use crate::objects::revision::{self, Revision};
 use crate::validate::ValidatedDeployment;
 
-/// A deployment and what runs of it.
+/// A deployment as the API server has it, and what runs of it.
 pub(super) struct Found {
     pub(super) object: ModelDeployment,
     pub(super) owner: Owner,
@@ -29,12 +29,12 @@ pub(super) struct Found {
     pub(super) name_is_taken: bool,
 }
 
-/// What there may be under a name.
+/// What the API server has under a deployment's name.
 pub(super) enum Fetched {
     Found(Box<Found>),
-    /// It is there, but it is no ModelDeployment that this version can read.
+    /// An object that is no ModelDeployment which this version can read.
     Malformed(Box<InvalidObject>),
-    /// It is gone, or about to be.
+    /// Nothing, or what is about to be gone.
     Gone,
 }
 
@@ -107,7 +107,7 @@ impl Found {
         Some(Revision::new(&self.owner, deployment, image).after(&self.records))
     }
 
-    /// One that was made before.
+    /// The revision of this hash, where it was recorded before.
     pub(super) fn recorded(&self, hash: &str) -> Option<Revision> {
         self.records.iter().filter_map(Revision::recorded).find(|revision| revision.hash == hash)
     }

@@ -10,9 +10,9 @@ use tokio::sync::Mutex as AsyncMutex;
 use crate::fleet::kubernetes::KubernetesFleet;
 use crate::key::Key;
 
-/// Before a reconcile that failed is tried again.
+/// The pauses before a reconcile that failed is tried again.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(60));
-/// Before the next look while something is under way.
+/// The pauses between looks while something is under way.
 const LOOK: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(16));
 
 pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
@@ -21,9 +21,9 @@ pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
 pub(crate) struct Memory(Mutex<HashMap<Key, Remembered>>);
 
 struct Remembered {
-    /// Of the object: another one of the same name is remembered afresh.
+    /// The object's uid: another object of the same name is remembered afresh.
     uid: String,
-    /// By revision.
+    /// The fleet of each revision, by its hash.
     fleets: HashMap<String, SharedFleet>,
     promoted: Option<Instant>,
     retry: Backoff,

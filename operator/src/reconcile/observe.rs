@@ -17,15 +17,15 @@ use crate::validate::ValidatedDeployment;
 /// How long after a promotion clients may still be sent to the old revision.
 const PROMOTION_SPREADS: Duration = Duration::from_secs(10);
 
-/// The same of both revisions that matter: of the one that the spec asks for, and, while that one is only made ready, of the
-/// one that serves.
+/// What there is of each revision that matters: of the one that the spec asks for, and, while that one is only made ready,
+/// of the one that serves.
 pub(super) struct Sides<T> {
     pub(super) wanted: T,
     pub(super) old: Option<T>,
 }
 
 impl<T> Sides<T> {
-    /// That of the revision which clients reach.
+    /// What belongs to the revision that clients reach.
     pub(super) fn serving(&self) -> &T {
         self.old.as_ref().unwrap_or(&self.wanted)
     }

@@ -27,11 +27,11 @@ use super::observe::Observed;
 const AUTOSCALER: &str = "expertmesh-autoscaler";
 const DECISIONS_KEPT: usize = 5;
 
-/// What came of the autoscaler.
+/// What came of the autoscaler's part of a reconcile.
 pub(super) struct Scaled {
     /// The size that is desired from now on.
     pub(super) workers: u32,
-    /// None without `spec.autoscaling`.
+    /// What the status says of it; none without `spec.autoscaling`.
     pub(super) scaling: Option<Scaling>,
     /// What could not be written keeps nothing else from being done.
     pub(super) result: Result<(), ApiError>,
@@ -117,13 +117,13 @@ async fn set(context: &Context, found: &Found, workers: u32) -> Result<(), ApiEr
     scaled.map(drop).map_err(|error| ApiError::new::<ModelDeployment>("scale", name, error))
 }
 
-/// What of the object matters here.
+/// What of the object matters to the autoscaler.
 struct Spec {
     at_least: i32,
     workers: i32,
     /// Whether our own write is the last one to the size.
     is_ours: bool,
-    /// Who else wrote it.
+    /// Who wrote the size, where it was not we.
     others: String,
     hash: String,
     may_write: bool,

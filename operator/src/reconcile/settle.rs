@@ -8,7 +8,7 @@ use crate::apply::{self, ApiError};
 use crate::objects;
 use crate::validate::ValidatedDeployment;
 
-/// Does nothing to a deployment that is paused.
+/// Settles a deployment, unless it is paused.
 pub(super) async fn settle(
     context: &Context,
     found: &Found,

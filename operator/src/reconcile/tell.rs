@@ -63,7 +63,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     Ok(if is_idle { LATER } else { context.memory.pause(&key, before != after) })
 }
 
-/// By server-side apply, so that a field that is left out goes away. Nothing where nothing changed.
+/// Writes a status where it changed, by server-side apply, so that a field that is left out goes away.
 pub(super) async fn write(
     context: &Context,
     found: &Found,

@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::api::ModelDeploymentStatus;
 
-/// What a condition is about.
+/// What a condition is about: its type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Ready,
@@ -14,13 +14,13 @@ pub(crate) enum Kind {
     ExpertsAvailable,
     Progressing,
     Degraded,
-    /// With `spec.autoscaling` alone, as the next one.
+    /// There only with `spec.autoscaling`, as is the next one.
     GoalUnattainable,
     ScalerConflict,
 }
 
 impl Kind {
-    /// The condition's `type`: stable.
+    /// What the API calls it: stable, since users' tools read it.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ready => "Ready",
@@ -35,7 +35,7 @@ impl Kind {
     }
 }
 
-/// A condition's `status`.
+/// Whether what a condition is about is so: its `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Truth {
     True,
@@ -81,12 +81,12 @@ pub(crate) enum Reason {
     Serving,
     UnderReplicated,
     Waiting,
-    /// From zero, for the first worker.
+    /// Requests wait for the first worker after a time at zero.
     Waking,
     WorkersScaling,
     WorkersStarting,
     WorkersUnreached,
-    /// As a process that failed, its pod, or an error of ours names it.
+    /// A reason as a process that failed, its pod, or an error of ours names it.
     Named(String),
 }
 

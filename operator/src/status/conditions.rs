@@ -220,7 +220,7 @@ fn changes(decision: &Decision) -> bool {
     decision.actions.iter().any(|action| !matches!(action, Action::Push { .. }))
 }
 
-/// Serving, but with less than was asked for.
+/// Whether it serves with less than was asked for.
 fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
     let frontends = situation.seen.frontends.iter();
     let failed_frontend = frontends

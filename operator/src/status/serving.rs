@@ -20,7 +20,7 @@ pub(super) fn all_workers_ready(desired: &Desired, seen: &Observation) -> bool {
     seen.size == desired.workers && those_that_stay_are_ready(desired, seen)
 }
 
-/// Of those that there are and that do not leave, however many there should be.
+/// Whether those workers are ready that there are and that do not leave, however many there should be.
 pub(super) fn those_that_stay_are_ready(desired: &Desired, seen: &Observation) -> bool {
     let staying = seen.size.min(desired.workers);
     if desired.workers == 0 {
@@ -53,9 +53,9 @@ pub(super) fn reaches_a_worker(report: &Report) -> bool {
 pub(super) struct Experts {
     /// Whether the model's shape is known: else all is 0.
     pub(super) known: bool,
-    /// Experts per layer.
+    /// Routed experts per layer, resident or not.
     pub(super) all: usize,
-    /// Those of which every layer is resident somewhere.
+    /// Experts of which every layer is resident somewhere.
     pub(super) resident: usize,
     /// (layer, expert) pairs with fewer copies than wanted.
     pub(super) missing: usize,

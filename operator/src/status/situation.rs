@@ -34,9 +34,9 @@ pub(crate) struct NextRevision<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Scaling {
     pub(crate) status: AutoscalingStatus,
-    /// Why its goals cannot be met.
+    /// Why the goals cannot be met, where that is known.
     pub(crate) unattainable: Option<String>,
-    /// Who else sets the size.
+    /// Who else sets the size, and what to do about it.
     pub(crate) conflict: Option<String>,
     /// Whether what it decides is done: no conflict, not only advice, not paused.
     pub(crate) acts: bool,

@@ -11,7 +11,7 @@ use super::scaler::Scaler;
 use super::verdict::{Count, Reason, Verdict};
 use crate::clock::elapsed;
 
-/// Of a limit.
+/// The longest period that a limit of `behavior` may have.
 const LONGEST_PERIOD: Duration = Duration::from_secs(1800);
 /// Changes of size that are remembered.
 const CHANGES: usize = 64;
@@ -26,7 +26,7 @@ pub struct Autoscaler {
     said: Option<(u32, Reason)>,
 }
 
-/// What a look showed.
+/// What a look at the load came to.
 #[derive(Debug, Clone)]
 pub struct Look {
     pub verdict: Verdict,
@@ -52,7 +52,7 @@ impl Autoscaler {
         self.changes.drain(..self.changes.len().saturating_sub(CHANGES));
     }
 
-    /// To be called with every report; none where it is too early for a look.
+    /// Takes a look at the load; none where it is too early for one. To be called with every report.
     pub fn look(&mut self, load: &Load, now: Timestamp) -> Option<Look> {
         let policy = self.policy.as_ref()?;
         if !self.scaler.observe(policy, &self.size, load, now) {
@@ -64,7 +64,7 @@ impl Autoscaler {
         Some(Look { verdict, counts: self.scaler.take_counts(), is_news })
     }
 
-    /// None without a policy.
+    /// The size that is right now; none without a policy.
     pub fn verdict(&self, now: Timestamp) -> Option<Verdict> {
         Some(self.scaler.decide(self.policy.as_ref()?, &self.size, &self.changes, now))
     }

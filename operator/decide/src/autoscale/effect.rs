@@ -33,14 +33,14 @@ pub(super) struct StepUp {
 /// The last step up, and what became of it.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Effect {
-    /// One whose workers were not at work for a whole window yet.
+    /// A step whose workers were not at work for a whole window yet.
     pending: Option<StepUp>,
-    /// One that did not help.
+    /// A step that did not help.
     pub(super) barren: Option<StepUp>,
 }
 
 impl Effect {
-    /// The size changed, with so many workers ready.
+    /// Notes that the size changed, while `ready` workers could serve.
     pub(super) fn resized(&mut self, from: u32, to: u32, ready: u32, summary: &Summary, at: Timestamp) {
         let Summary { ratio, in_flight, .. } = *summary;
         let per_worker = in_flight / f64::from(ready);

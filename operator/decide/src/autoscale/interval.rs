@@ -22,21 +22,21 @@ pub(super) const HIGH: f64 = 0.55;
 /// Two looks, one after the other.
 pub(super) struct Looks<'a> {
     pub(super) before: &'a Load,
-    /// When `before` was seen.
+    /// The time at which `before` was seen.
     pub(super) began: Timestamp,
     pub(super) after: &'a Load,
-    /// From the one to the other.
+    /// The time from the one to the other.
     pub(super) lasted: Duration,
 }
 
 /// What two looks say of the time between them.
 #[derive(Debug, Clone)]
 pub(super) struct Interval {
-    /// Its length in seconds.
+    /// The interval's length in seconds.
     pub(super) lasted: f64,
     /// 90th percentiles of what came to an end meanwhile, in seconds.
     pub(super) slowest: PerGoal<Option<f64>>,
-    /// 10th percentiles of the same.
+    /// 10th percentiles of what came to an end meanwhile, in seconds.
     pub(super) fastest: PerGoal<Option<f64>>,
     /// The worst latency over its goal, or what the queue makes of it; 0 without traffic.
     pub(super) ratio: f64,
@@ -47,14 +47,14 @@ pub(super) struct Interval {
     pub(super) in_flight: u32,
     /// How many were open when a choice came, in the mean, or at either end.
     pub(super) together: f64,
-    /// Whether nobody was silent.
+    /// Whether all processes spoke at both ends.
     pub(super) complete: bool,
-    /// No request came, was running, or ended.
+    /// Whether no request came, was running, or ended.
     pub(super) idle: bool,
     pub(super) counts: PerGoal<Count>,
     /// What came to an end, without those that missed the goal while they waited.
     ended: Latencies,
-    /// Those that were first seen to have missed the goal for the first token while they waited.
+    /// Requests that were first seen to have missed the goal for the first token while they waited.
     missed: Histogram,
 }
 

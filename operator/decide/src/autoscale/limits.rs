@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clock::elapsed;
 
-/// For one direction.
+/// How fast a size may change in one direction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rules {
     /// A change must have been called for so long; the least far-reaching one of that time is made.
@@ -25,7 +25,7 @@ pub enum Select {
     Disabled,
 }
 
-/// By so much in so long.
+/// How much a size may change in a period of time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
     pub by: By,
@@ -35,7 +35,7 @@ pub struct Limit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum By {
     Workers(u32),
-    /// Of those at the period's beginning.
+    /// A percentage of the workers that there were at the period's beginning.
     Percent(u32),
 }
 
@@ -48,13 +48,13 @@ pub struct Change {
 }
 
 impl Rules {
-    /// At most twice as many in a minute.
+    /// The default for growing: at most twice as many workers in a minute.
     pub fn up() -> Self {
         let limits = vec![Limit { by: By::Percent(100), period: Duration::from_secs(60) }];
         Self { stabilization: Duration::ZERO, select: Select::Most, limits }
     }
 
-    /// One in two minutes, after three in which fewer were enough.
+    /// The default for shrinking: one worker in two minutes, after three in which fewer were enough.
     pub fn down() -> Self {
         let limits = vec![Limit { by: By::Workers(1), period: Duration::from_secs(120) }];
         Self { stabilization: Duration::from_secs(180), select: Select::Most, limits }
@@ -95,7 +95,7 @@ impl Select {
     }
 }
 
-/// How many there were when the period began.
+/// How many workers there were when the period began.
 fn at_beginning(workers: u32, changes: &[Change], period: Duration, now: Timestamp) -> u32 {
     let within = changes.iter().filter(|change| elapsed(change.at, now) < period);
     within.min_by_key(|change| change.at).map_or(workers, |first| first.from)

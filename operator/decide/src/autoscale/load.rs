@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::observation::{Member, Seen};
 use crate::report::{Latencies, State};
 
-/// How often a look is taken.
+/// How often an autoscaler looks at the load.
 pub const PERIOD: Duration = Duration::from_secs(3);
 
 /// What a deployment's processes said at one moment.
@@ -15,7 +15,7 @@ pub struct Load {
     pub frontends: BTreeMap<String, FrontendLoad>,
     /// The slots of the workers that can serve.
     pub slots: BTreeSet<u32>,
-    /// How many those are.
+    /// How many workers can serve.
     pub ready: u32,
     /// Sequences that those compute, and that they have queued.
     pub running: u32,
@@ -26,10 +26,10 @@ pub struct Load {
     pub complete: bool,
 }
 
-/// One frontend's part.
+/// What one frontend said at that moment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct FrontendLoad {
-    /// When the process began, in nanoseconds since 1970.
+    /// The time at which the process began, in nanoseconds since 1970.
     pub incarnation: u64,
     pub latencies: Latencies,
     pub in_flight: u32,
@@ -72,7 +72,7 @@ impl Load {
         self.frontends.values().fold(0, |sum: u32, frontend| sum.saturating_add(frontend.in_flight))
     }
 
-    /// Sequences that nobody computes.
+    /// Sequences that wait in frontends or workers, and that nobody computes.
     pub fn queued(&self) -> u32 {
         self.frontends.values().fold(self.waiting, |sum, frontend| sum.saturating_add(frontend.queued))
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::limits::Rules;
 use super::schedule::Schedule;
 
-/// `spec.autoscaling`, checked.
+/// The rules of `spec.autoscaling`, checked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Policy {
     pub min: u32,
@@ -33,7 +33,7 @@ pub enum Goal {
 impl Goal {
     pub const ALL: [Self; 2] = [Self::Ttft, Self::Tpot];
 
-    /// A stable name: a metric's label, and the field of `spec.autoscaling`.
+    /// The goal's stable name: a metric's label, and the field of `spec.autoscaling`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ttft => "ttft",
@@ -84,19 +84,19 @@ impl Goals {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Autoscaled {
     pub policy: Policy,
-    /// `spec.workers.replicas`.
+    /// The size: `spec.workers.replicas`.
     pub workers: u32,
-    /// `spec.experts.minReplicas`.
+    /// Live copies of every expert: `spec.experts.minReplicas`.
     pub min_replicas: u32,
     pub frontends: u32,
 }
 
-/// What is to be scaled.
+/// The size of what is to be scaled, and what it may not be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Size {
-    /// `spec.workers.replicas`.
+    /// The size: `spec.workers.replicas`.
     pub workers: u32,
-    /// So many hold every expert as often as is asked, within the memory that each has.
+    /// The fewest workers that hold every expert as often as is asked, within the memory that each has.
     pub at_least: u32,
     /// A worker that cannot run, and why.
     pub failing: Option<String>,

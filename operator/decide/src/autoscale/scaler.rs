@@ -15,7 +15,7 @@ use super::window::Window;
 use super::wish::{Grounds, Wish};
 use crate::clock::elapsed;
 
-/// As many wishes as the longest stabilization window holds.
+/// How many wishes are remembered: as many as the longest stabilization window holds.
 const WISHES: usize = 1300;
 
 /// What is remembered from look to look, of one revision.
@@ -123,7 +123,7 @@ impl Scaler {
         (n > 0 && n < at_least).then(|| Target::exactly(at_least, Reason::Bounds, text()))
     }
 
-    /// Where nobody runs, the first request that waits wakes as many as hold every expert.
+    /// Wakes as many workers as hold every expert, where none runs and a request waits.
     fn at_zero(&self, Asked { policy, size, .. }: &Asked) -> Option<Target> {
         (size.workers == 0).then(|| match self.queued {
             0 => Target::exactly(0, Reason::Idle, "no request came"),
@@ -139,14 +139,14 @@ impl Scaler {
         is_stale.then(|| Target::exactly(size.workers, Reason::Unseen, "nothing was heard lately"))
     }
 
-    /// To zero, where that may be and nobody asked for long.
+    /// Scales to zero where that may be and nobody asked for long.
     fn idle(&self, Asked { policy, now, .. }: &Asked) -> Option<Target> {
         let idle = elapsed(self.window.idle_since()?, *now);
         let sleeps = policy.least(*now).workers == 0 && idle >= policy.idle_after;
         sleeps.then(|| Target::exactly(0, Reason::Idle, format!("no request came for {}", short(idle))))
     }
 
-    /// What the load calls for, within bounds and limits.
+    /// The size that the load calls for, within bounds and limits.
     fn by_load(&self, asked: &Asked) -> Target {
         let Asked { policy, size, now, .. } = *asked;
         let wish = self.grounds(policy.goals, size).wish();
@@ -189,7 +189,7 @@ impl Scaler {
         Allowed { workers, limit: (workers != wanted).then_some(limit) }
     }
 
-    /// Of the wishes of so long, this one included, the one nearest to the size `n`; the size itself where it was not watched
+    /// The wish nearest to the size `n`, of those of so long and this one; the size itself where it was not watched
     /// for so long.
     fn least_far_reaching(&self, time: Duration, n: u32, wanted: u32, now: Timestamp) -> u32 {
         if time.is_zero() {
@@ -249,7 +249,7 @@ impl Scaler {
         })
     }
 
-    /// One line with the inputs.
+    /// Why the size is right, in one line with the inputs.
     fn explained(&self, Asked { policy, size, .. }: &Asked, told: Wish, limit: Option<&str>) -> String {
         let summary = self.window.summary();
         let time = |time: Option<f64>| time.map_or("-".into(), |time| short(Duration::from_secs_f64(time)));

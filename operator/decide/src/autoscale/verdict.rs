@@ -5,34 +5,34 @@ use std::ops::Add;
 /// Why a size is right.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
-    /// More, since the latencies are too near to their goals.
+    /// More workers, since the latencies are too near to their goals.
     Goal,
-    /// More, since requests wait for a worker.
+    /// More workers, since requests wait for one.
     Queue,
-    /// The first, since a request waits and there is none.
+    /// The first worker, since a request waits and there is none.
     Wake,
-    /// As many as a schedule asks for.
+    /// As many workers as a schedule asks for.
     Schedule,
-    /// minWorkers or maxWorkers.
+    /// As many workers as minWorkers, maxWorkers or the experts' memory allow.
     Bounds,
-    /// Fewer, since they can carry the load.
+    /// Fewer workers, since they can carry the load.
     Spare,
-    /// None, since no request came for long.
+    /// No workers, since no request came for long.
     Idle,
-    /// The same: the load calls for no other.
+    /// The same size: the load calls for no other.
     Steady,
-    /// The same: not everything is seen, or not for long enough.
+    /// The same size: not everything is seen, or not for long enough.
     Unseen,
-    /// The same for now: `behavior` allows no change yet.
+    /// The same size for now: `behavior` allows no change yet.
     Limited,
-    /// The same: more would not bring the latencies to their goals.
+    /// The same size: more workers would not bring the latencies to their goals.
     Unattainable,
-    /// The same: workers that were asked for cannot run.
+    /// The same size: workers that were asked for cannot run.
     Failing,
 }
 
 impl Reason {
-    /// Stable: the metric's label and the Event's reason.
+    /// The reason's stable name, in metrics, Events and the status.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Goal => "Goal",
@@ -51,7 +51,7 @@ impl Reason {
     }
 }
 
-/// What to do about the size.
+/// What is to be done about the size, and why.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verdict {
     /// The size to be set now.
@@ -59,9 +59,9 @@ pub struct Verdict {
     /// The size that would be right were there no limits.
     pub wanted: u32,
     pub reason: Reason,
-    /// One line, with the inputs.
+    /// Why, in one line with the inputs.
     pub message: String,
-    /// The s of the rule.
+    /// The load of the last 45 s: the s of the rule.
     pub load: f64,
     /// Why the goals cannot be met, where that is known.
     pub unattainable: Option<String>,

@@ -18,7 +18,7 @@ const GAP: Duration = Duration::from_secs(15);
 /// However late an answer was, so much counts of it.
 const MOST: f64 = 2.0;
 
-/// What a window comes to.
+/// What a whole window of intervals comes to.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Summary {
     /// The s of the rule: the mean of min(2, ratio) over the window; what the window does not reach back to is 0.
@@ -55,7 +55,7 @@ pub(super) struct Window {
     counts: PerGoal<Count>,
 }
 
-/// So many times without load are remembered, and so many are needed to know what is possible.
+/// How many times without load are remembered, and how many are needed to know what is possible.
 const UNLOADED: usize = 20;
 const UNLOADED_KNOWN: usize = 3;
 
@@ -98,17 +98,17 @@ impl Window {
         true
     }
 
-    /// What ended since this was last called.
+    /// The latencies that ended since this was last called.
     pub(super) fn take_counts(&mut self) -> PerGoal<Count> {
         std::mem::take(&mut self.counts)
     }
 
-    /// Since when no request came, was running, or ended.
+    /// The time since when no request came, was running, or ended.
     pub(super) fn idle_since(&self) -> Option<Timestamp> {
         self.idle_since
     }
 
-    /// Idleness begins anew.
+    /// Lets the time without requests begin anew.
     pub(super) fn wake(&mut self) {
         self.idle_since = None;
     }
@@ -118,7 +118,7 @@ impl Window {
         self.last.as_ref().is_none_or(|(at, _)| elapsed(*at, now) > GAP)
     }
 
-    /// As last looked at.
+    /// The load as it was last looked at.
     pub(super) fn now(&self) -> Option<&Load> {
         self.last.as_ref().map(|(_, load)| load)
     }

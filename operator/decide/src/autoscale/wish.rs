@@ -24,7 +24,7 @@ pub(super) struct Wish {
 pub(super) struct Grounds<'a> {
     pub(super) summary: Summary,
     pub(super) size: &'a Size,
-    /// As last looked at.
+    /// The load as it was last looked at.
     pub(super) now: Option<&'a Load>,
     /// The load of one request alone; 0 while unknown.
     pub(super) alone: f64,
@@ -53,7 +53,7 @@ impl Grounds<'_> {
         })
     }
 
-    /// As many as bring the load to [`HIGH`], where that helps.
+    /// As many workers as bring the load to [`HIGH`], where more would help.
     fn more(&self) -> Wish {
         let (summary, n) = (&self.summary, self.size.workers);
         let workers = n.max((summary.demand / HIGH - 1e-9).ceil() as u32);

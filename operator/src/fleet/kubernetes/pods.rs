@@ -9,10 +9,10 @@ use crate::objects::ports;
 
 /// How long after its grace period a terminating pod may be taken for stuck.
 const STUCK_AFTER: SignedDuration = SignedDuration::from_secs(30);
-/// Of what a container logged at its end.
+/// How many characters are kept of what a container logged at its end.
 const LONGEST_MESSAGE: usize = 500;
 
-/// A worker's ordinal.
+/// The slot of a worker's pod: its ordinal in the StatefulSet.
 pub(super) fn slot(pod: &Pod) -> Option<u32> {
     pod.metadata.name.as_ref()?.rsplit_once('-')?.1.parse().ok()
 }
@@ -21,7 +21,7 @@ pub(super) fn is_terminating(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_some()
 }
 
-/// As its kubelet sees it.
+/// Whether the pod is ready as its kubelet sees it.
 pub(super) fn is_ready(pod: &Pod) -> bool {
     let mut conditions = status(pod).and_then(|status| status.conditions.as_ref()).into_iter().flatten();
     conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
@@ -42,7 +42,7 @@ pub(super) fn node(pod: &Pod) -> Option<&str> {
     pod.spec.as_ref()?.node_name.as_deref()
 }
 
-/// Where its gRPC services are: by address first, for that is known to be this very pod's.
+/// The addresses of a pod's gRPC services: its IP first, for that is known to be this very pod's.
 pub(super) fn addresses(owner: &Owner, component: Component, name: &str, pod: Option<&Pod>) -> Vec<String> {
     let ip = pod.and_then(status).and_then(|status| status.pod_ip.as_deref()).filter(|ip| !ip.is_empty());
     let ip = ip.map(|ip| if ip.contains(':') { format!("[{ip}]") } else { ip.to_string() });
@@ -68,12 +68,12 @@ pub(super) fn failure(pod: &Pod) -> Option<Failure> {
         .then(|| named(Some("ReplicasUnschedulable"), scheduled.message.as_deref(), 0))
 }
 
-/// Not one that was injected into the pod.
+/// Whether the container is ours, and none that was injected into the pod.
 fn is_ours(container: &&ContainerStatus) -> bool {
     [Component::Worker, Component::Frontend].iter().any(|component| component.as_str() == container.name)
 }
 
-/// Its last words, as long as it has not become ready since. They outweigh CrashLoopBackOff, which only says that it ended.
+/// A container's last words, as long as it has not become ready since. They outweigh CrashLoopBackOff, which only says that it ended.
 fn container_failure(container: &ContainerStatus) -> Option<Failure> {
     if container.ready {
         return None;

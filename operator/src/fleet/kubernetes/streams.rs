@@ -28,7 +28,7 @@ const FIRST_REPORTS: Duration = Duration::from_secs(3);
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     pub(crate) name: String,
-    /// Nanoseconds since 1970 at its start.
+    /// The time of its start in nanoseconds since 1970.
     pub(crate) incarnation: u64,
 }
 

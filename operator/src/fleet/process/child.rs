@@ -18,14 +18,14 @@ use tokio::time::{Instant, interval, sleep_until, timeout};
 
 use super::lines::Lines;
 
-/// Before a process that ended starts again.
+/// The pauses before a process that ended starts again.
 const RESTART: Backoff = Backoff::new(Duration::from_millis(250), Duration::from_secs(30));
 /// A process that ran for longer starts again after the first pause.
 const STEADY: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(50);
-/// For the last lines of a process that ended.
+/// How long the last lines of a process that ended may take.
 const FLUSH: Duration = Duration::from_millis(500);
-/// Of what a process wrote as its last words.
+/// How many bytes of a process's last words are read.
 const LAST_WORDS: usize = 4096;
 
 /// How to start a process, again and again.
@@ -33,9 +33,9 @@ pub(super) struct Launch {
     pub(super) name: String,
     pub(super) program: PathBuf,
     pub(super) arguments: Vec<OsString>,
-    /// Where it writes its addresses once it listens.
+    /// The file into which it writes its addresses once it listens.
     pub(super) announce: PathBuf,
-    /// Where it writes why it fails, as `Reason: message`.
+    /// The file into which it writes why it fails, as `Reason: message`.
     pub(super) last_words: PathBuf,
     /// What it may start with, where that file is there.
     pub(super) placement: PathBuf,
@@ -50,7 +50,7 @@ pub(super) struct Child {
     name: String,
     state: Arc<Mutex<State>>,
     order: watch::Sender<Order>,
-    /// Its other end is dropped when the process has ended for good.
+    /// Closed when the process has ended for good.
     running: watch::Receiver<()>,
 }
 
@@ -91,7 +91,7 @@ impl Child {
         &self.name
     }
 
-    /// Of its gRPC services, once it listens.
+    /// The address of its gRPC services, once it listens.
     pub(super) fn address(&self) -> Option<String> {
         lock(&self.state).address.clone()
     }
@@ -118,7 +118,7 @@ impl Child {
         self.running.has_changed().is_err()
     }
 
-    /// Waits for the end that was asked for.
+    /// Waits until the process has ended for good, as it was asked to.
     pub(super) async fn ended(&mut self) {
         while self.running.changed().await.is_ok() {}
     }
@@ -151,7 +151,7 @@ async fn keep_running(launch: Launch, state: Arc<Mutex<State>>, mut orders: watc
     }
 }
 
-/// Runs it once, to its end.
+/// Runs the process once, to its end.
 async fn run(
     launch: &Launch,
     state: &Mutex<State>,

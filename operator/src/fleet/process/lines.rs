@@ -4,14 +4,14 @@ use std::io::{self, IsTerminal, Write};
 
 use indicatif::MultiProgress;
 
-/// As wide as most names.
+/// The width of the column of names: most fit.
 const NAME: usize = 10;
 /// ANSI colours that are readable on light and dark.
 const COLOURS: [u8; 6] = [36, 33, 32, 35, 34, 31];
 
 #[derive(Clone)]
 pub(crate) struct Lines {
-    /// Draws on a terminal only.
+    /// The progress bars, which draw on a terminal only.
     pub(crate) bars: MultiProgress,
     coloured: bool,
 }
@@ -21,7 +21,7 @@ impl Lines {
         Self { bars: MultiProgress::new(), coloured: io::stderr().is_terminal() }
     }
 
-    /// A line that a process wrote.
+    /// Prints a line that a process wrote.
     pub(crate) fn of(&self, name: &str, line: &str) {
         let colour = COLOURS[name.bytes().map(usize::from).sum::<usize>() % COLOURS.len()];
         let (on, off) =
@@ -29,18 +29,18 @@ impl Lines {
         self.say(&format!("{on}{name:<NAME$} │{off} {line}"));
     }
 
-    /// To stdout: what was asked for.
+    /// Prints to stdout: what the user asked for.
     pub(crate) fn answer(&self, text: &str) {
         self.bars.suspend(|| write(io::stdout(), text));
     }
 
-    /// A line of our own.
+    /// Prints a line of our own to stderr.
     pub(crate) fn say(&self, line: &str) {
         self.bars.suspend(|| write(io::stderr(), line));
     }
 }
 
-/// Where nobody reads any more, since the terminal was closed, there is still much to drain: no panic.
+/// Writes a line. Where nobody reads any more, since the terminal was closed, there is still much to drain: no panic.
 fn write(mut to: impl Write, line: &str) {
     let _ = writeln!(to, "{line}");
 }
