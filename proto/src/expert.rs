@@ -2,7 +2,8 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::{Invalid, v1};
+use crate::invalid::Invalid;
+use crate::v1;
 
 /// What one message may hold, payload and lists together.
 pub const MAX_PART_BYTES: usize = 1 << 20;

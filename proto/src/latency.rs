@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::Invalid;
+use crate::invalid::Invalid;
 use crate::v1;
 
 /// Buckets of a histogram; their bounds grow by 2^(1/4), from 1 ms to a quarter of an hour.

@@ -11,7 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Invalid, v1};
+use crate::invalid::Invalid;
+use crate::v1;
 
 /// Experts by layer; each set ascending. A layer without experts is the same as none, and is none in JSON and on the wire.
 #[derive(Debug, Clone, Default, Eq)]

@@ -4,12 +4,13 @@
 //! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
 //! ever after: an upgrade of the operator restarts nothing.
 
+use expertmesh_model::canonical::{Commas, canonical};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::names::{Component, Owner, REVISION};
@@ -83,33 +84,9 @@ pub(crate) fn hash(deployment: &ValidatedDeployment) -> String {
     if let Some(tracing) = &deployment.tracing {
         parts["tracing"] = json!(tracing);
     }
-    let mut text = String::new();
-    canonical(&parts, &mut text);
-    Sha256::digest(text.as_bytes()).iter().take(4).map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// JSON with its keys in order, whatever the order in which fields are declared.
-fn canonical(value: &Value, text: &mut String) {
-    match value {
-        Value::Object(fields) => {
-            let mut fields: Vec<_> = fields.iter().collect();
-            fields.sort_by_key(|(key, _)| key.as_str());
-            text.push('{');
-            for (key, value) in fields {
-                text.push_str(&format!("{key:?}:"));
-                canonical(value, text);
-                text.push(',');
-            }
-            text.push('}');
-        }
-        Value::Array(items) => {
-            text.push('[');
-            for item in items {
-                canonical(item, text);
-                text.push(',');
-            }
-            text.push(']');
-        }
-        scalar => text.push_str(&scalar.to_string()),
-    }
+    Sha256::digest(canonical(&parts, Commas::After))
+        .iter()
+        .take(4)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::canonical::{Commas, canonical};
 use crate::config::keys::{CONFIG, read_json};
 use crate::error::ModelError;
 
@@ -58,31 +59,13 @@ pub fn architecture_of(model: &Path) -> Result<String, ModelError> {
     let config = read_json(model, CONFIG)?.unwrap_or_default();
     let config: Value = serde_json::from_str(&config)
         .map_err(|error| ModelError::InvalidConfig { file: CONFIG, problem: error.to_string() })?;
-    Ok(format!("{:x}", Sha256::digest(canonical(&config))))
+    Ok(format!("{:x}", Sha256::digest(canonical(&relevant(config), Commas::Between))))
 }
 
-/// The text of a configuration with sorted keys, and without those of the top level that do not matter.
-fn canonical(config: &Value) -> String {
-    match config {
-        Value::Object(map) => {
-            let mut map = map.clone();
-            map.retain(|key, _| !IRRELEVANT.contains(&key.as_str()));
-            sorted(&Value::Object(map))
-        }
-        other => sorted(other),
+/// Takes away the keys of the top level that do not matter.
+fn relevant(mut config: Value) -> Value {
+    if let Value::Object(fields) = &mut config {
+        fields.retain(|key, _| !IRRELEVANT.contains(&key.as_str()));
     }
-}
-
-fn sorted(value: &Value) -> String {
-    match value {
-        // serde_json's own order is the file's where another crate switches `preserve_order` on.
-        Value::Object(map) => {
-            let mut entries: Vec<_> = map.iter().collect();
-            entries.sort_unstable_by_key(|(key, _)| *key);
-            let entries = entries.iter().map(|(key, value)| format!("{key:?}:{}", sorted(value)));
-            format!("{{{}}}", entries.collect::<Vec<_>>().join(","))
-        }
-        Value::Array(list) => format!("[{}]", list.iter().map(sorted).collect::<Vec<_>>().join(",")),
-        scalar => scalar.to_string(),
-    }
+    config
 }

@@ -7,6 +7,7 @@
 #[macro_use]
 mod listed;
 
+pub mod canonical;
 pub mod config;
 pub mod error;
 pub mod expert;

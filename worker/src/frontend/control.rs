@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};
 use expertmesh_proto::v1::report_response::State;
-use expertmesh_proto::{Invalid, channel, v1};
+use expertmesh_proto::{channel, v1};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};

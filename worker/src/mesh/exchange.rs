@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use expertmesh_engine::{Backend, ExpertGroup};
 use expertmesh_proto::expert::{Answers, DispatchParts, MAX_PART_BYTES, MAX_TICKETS, Rows, Ticket};
+use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::placement::MAX_WORKERS;
+use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_server::{ExpertExchange, ExpertExchangeServer};
-use expertmesh_proto::{Invalid, v1};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};

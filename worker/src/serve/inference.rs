@@ -6,8 +6,9 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 
 use expertmesh_engine::History;
 use expertmesh_model::sampling::{MAX_TOP_LOGPROBS, Sampling};
+use expertmesh_proto::invalid::Invalid;
+use expertmesh_proto::v1;
 use expertmesh_proto::v1::inference_server::Inference;
-use expertmesh_proto::{Invalid, v1};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
