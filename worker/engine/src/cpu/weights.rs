@@ -146,3 +146,6 @@ impl SwiGlu {
         View::new(blob, parts).swiglu()
     }
 }
+
+#[cfg(test)]
+mod tests;
