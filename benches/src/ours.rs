@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use expertmesh_engine::{Backend, CpuBackend, LoadOptions, LocalExchange, NotResident, forward};
+use expertmesh_engine::{Backend, CpuBackend, LoadOptions, LocalExchange, Observer, Seen, forward};
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::threads::compute_threads;
@@ -58,26 +59,25 @@ impl Engine {
             LoadOptions { weights: row.weights, numerics: row.numerics, threads, ..LoadOptions::default() };
         let backend = CpuBackend::load(model, &options, |_, _| ())?;
         let config = backend.config();
-        let of_layer = |layer| (0..config.experts() as u32).map(move |expert| (layer, expert));
-        let experts: Vec<(usize, u32)> = config.moe_layers().flat_map(of_layer).collect();
+        let of_layer = |layer| (0..config.experts() as u32).map(move |expert| ExpertId::new(layer, expert));
+        let experts: Vec<ExpertId> = config.moe_layers().flat_map(|layer| of_layer(layer as u32)).collect();
         backend.load_experts(&experts, |_| ())?;
         Ok(Self { backend })
     }
 
     /// Tokens per second of one sample.
     pub(crate) fn sample(&mut self, row: &Row) -> anyhow::Result<f64> {
-        measure(&self.backend, row.work.warm_up(), &mut |_, _| ())?;
+        measure(&self.backend, row.work.warm_up(), None)?;
         let _busy = row.busy.then(Busy::start).transpose()?;
-        Ok(measure(&self.backend, row.work, &mut |_, _| ())?)
+        measure(&self.backend, row.work, None)
     }
 
     /// Bytes of weights that a step of a decode reads, on average; a prefill has no such bound.
     pub(crate) fn bytes_per_step(&self, row: &Row) -> anyhow::Result<Option<f64>> {
         let Work::Decode { steps, .. } = row.work else { return Ok(None) };
         let mut experts = 0;
-        measure(&self.backend, row.work, &mut |_, chosen| {
-            experts += chosen.iter().collect::<BTreeSet<_>>().len();
-        })?;
+        let mut count = |chosen: &[u32]| experts += chosen.iter().collect::<BTreeSet<_>>().len();
+        measure(&self.backend, row.work, Some(&mut count))?;
         Ok(Some(bytes(self.backend.config(), row.weights, experts as f64 / steps as f64)))
     }
 }
@@ -90,27 +90,35 @@ fn bytes(config: &ModelConfig, weights: WeightFormat, experts: f64) -> f64 {
         + experts * Layout::Cpu1.expert_bytes(config, weights) as f64
 }
 
-/// Tokens per second of one sample; `observe` gets the experts that the rows of each layer and step chose.
+/// Gets the experts that the rows of one layer and step chose.
+type Count<'a> = &'a mut dyn FnMut(&[u32]);
+
+/// Tokens per second of one sample; `count` gets the experts that the rows of each layer and step chose.
 pub(crate) fn measure<B: Backend>(
     backend: &B,
     work: Work,
-    observe: &mut impl FnMut(usize, &[u32]),
-) -> Result<f64, NotResident> {
+    mut count: Option<Count<'_>>,
+) -> anyhow::Result<f64> {
     let (sequences, positions) = match work {
         Work::Decode { sequences, steps } => (sequences, steps),
         Work::Prefill { tokens } => (1, tokens),
     };
     let blocks = BlockAllocator::needed(positions);
-    let mut kv = backend.allocate_kv(sequences * blocks);
+    let (mut queue, mut exchange) = (backend.queue()?, LocalExchange::new(backend)?);
+    let mut kv = backend.allocate_kv(sequences * blocks)?;
     let steps = steps(work, blocks, backend.config().vocabulary);
     let start = Instant::now();
     for step in &steps {
-        let logits = forward(backend, step, &mut kv, &mut LocalExchange, &mut |seen| {
-            if let Some(routes) = seen.routes {
-                observe(seen.layer, &routes.experts);
+        let mut watch = count.as_mut().map(|count| {
+            |queue: &mut B::Queue, seen: Seen<'_, B>| {
+                if let Some(routes) = seen.routes {
+                    count(&backend.routes(queue, routes).wait().experts);
+                }
             }
-        })?;
-        backend.download(&logits);
+        });
+        let observer = watch.as_mut().map(|watch| watch as Observer<'_, B>);
+        let logits = forward(backend, &mut queue, step, &mut kv, &mut exchange, observer)?;
+        backend.download(&mut queue, &logits).wait();
     }
     Ok(work.tokens() as f64 / start.elapsed().as_secs_f64())
 }

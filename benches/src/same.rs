@@ -70,9 +70,10 @@ fn ours(args: &Args, tokens: &[u32]) -> anyhow::Result<Vec<f32>> {
         logits: true,
     };
     let step = Step { spans: tokens.iter().enumerate().map(span).collect() };
-    let mut kv = backend.allocate_kv(blocks);
-    let logits = forward(&backend, &step, &mut kv, &mut LocalExchange, &mut |_| {})?;
-    Ok(backend.download(&logits))
+    let (mut queue, mut exchange) = (backend.queue()?, LocalExchange::new(&backend)?);
+    let mut kv = backend.allocate_kv(blocks)?;
+    let logits = forward(&backend, &mut queue, &step, &mut kv, &mut exchange, None)?;
+    Ok(backend.download(&mut queue, &logits).wait())
 }
 
 /// llama.cpp's logits: (tokens, vocabulary).

@@ -59,8 +59,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// No honest ticket needs more parts: a part holds at least one row or one answer.
-    fn max_parts(&self) -> usize {
+    /// Parts of a ticket or of its answer: no honest one needs more, since a part holds at least one row or one answer.
+    pub fn max_parts(&self) -> usize {
         MAX_TICKET_ROWS * self.experts_per_token
     }
 
@@ -127,33 +127,36 @@ pub struct Answers {
     pub values: Vec<u16>,
 }
 
-impl Answers {
-    pub fn to_parts(&self, ticket: Ticket, limits: &Limits) -> Vec<v1::Answer> {
-        let per_part = limits
-            .rows_per_part(0)
-            .saturating_sub(self.not_resident.len() * 5 / (limits.hidden * 2) + 1)
-            .max(1);
-        let mut chunks: Vec<&[u16]> = self.values.chunks(per_part * limits.hidden).collect();
-        if chunks.is_empty() {
-            chunks.push(&[]);
-        }
-        let parts = chunks.len() as u32;
-        let part = |(part, values): (usize, &[u16])| {
-            let mut message = v1::Answer {
-                session: ticket.session,
-                ticket: ticket.ticket,
-                attempt: ticket.attempt,
-                part: part as u32,
-                parts,
-                crc32c: 0,
-                not_resident: if part == 0 { self.not_resident.clone() } else { Vec::new() },
-                rows: to_bytes(values),
-            };
-            message.crc32c = answer_crc(&message);
-            message
-        };
-        chunks.into_iter().enumerate().map(part).collect()
+/// Cuts the answer to a ticket into messages of whole rows: `values` are those of all pairs whose expert is not among
+/// `not_resident`, (pairs, hidden).
+pub fn answer_parts(
+    ticket: Ticket,
+    not_resident: &[u32],
+    values: &[u16],
+    limits: &Limits,
+) -> Vec<v1::Answer> {
+    let per_part =
+        limits.rows_per_part(0).saturating_sub(not_resident.len() * 5 / (limits.hidden * 2) + 1).max(1);
+    let mut chunks: Vec<&[u16]> = values.chunks(per_part * limits.hidden).collect();
+    if chunks.is_empty() {
+        chunks.push(&[]);
     }
+    let parts = chunks.len() as u32;
+    let part = |(part, values): (usize, &[u16])| {
+        let mut message = v1::Answer {
+            session: ticket.session,
+            ticket: ticket.ticket,
+            attempt: ticket.attempt,
+            part: part as u32,
+            parts,
+            crc32c: 0,
+            not_resident: if part == 0 { not_resident.to_vec() } else { Vec::new() },
+            rows: to_bytes(values),
+        };
+        message.crc32c = answer_crc(&message);
+        message
+    };
+    chunks.into_iter().enumerate().map(part).collect()
 }
 
 /// Joins the parts of one ticket, which arrive in order.
@@ -406,7 +409,7 @@ mod tests {
             let values = (0..here * LIMITS.hidden).map(|at| at as u16 % 0x7f80).collect();
             let answers = Answers { not_resident: absent.into_iter().collect(), values };
             let mut joined = AnswerParts::new(asked);
-            let parts = answers.to_parts(TICKET, &LIMITS);
+            let parts = answer_parts(TICKET, &answers.not_resident, &answers.values, &LIMITS);
             let last = parts.len() - 1;
             for (at, part) in parts.into_iter().enumerate() {
                 prop_assert!(prost::Message::encoded_len(&part) <= MAX_PART_BYTES);
@@ -450,7 +453,7 @@ mod tests {
     fn an_answer_that_names_what_no_layer_has_is_refused() {
         for not_resident in [vec![32], vec![5, 5], vec![5, 4]] {
             let answers = Answers { not_resident, values: vec![0; LIMITS.hidden] };
-            let part = answers.to_parts(TICKET, &LIMITS).remove(0);
+            let part = answer_parts(TICKET, &answers.not_resident, &answers.values, &LIMITS).remove(0);
             let error = AnswerParts::new(vec![3]).push(part, &LIMITS).unwrap_err();
             assert!(matches!(error, PartError::Invalid(invalid) if invalid.field == "answer.not_resident"));
         }

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 
 use expertmesh_engine::{Backend, CpuBackend, Isa, LoadOptions};
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
@@ -61,8 +62,10 @@ pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fa
     })?;
     let (config, weights) = (backend.config(), backend.options().weights);
     let experts = config.experts() as u32;
-    let all: Vec<_> =
-        config.moe_layers().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    let all: Vec<_> = config
+        .moe_layers()
+        .flat_map(|layer| (0..experts).map(move |expert| ExpertId::new(layer as u32, expert)))
+        .collect();
     bar.set_length(
         Layout::Cpu1.dense_bytes(config, weights)
             + all.len() as u64 * Layout::Cpu1.expert_bytes(config, weights),

@@ -12,7 +12,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use expertmesh_engine::{Attended, Backend, CpuBackend, ExpertGroup, Isa, LoadOptions};
+use expertmesh_engine::{Attended, Backend, CpuBackend, ExpertStore, Isa, LoadOptions, Pair};
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 use expertmesh_scheduler::{BLOCK_TOKENS, Span, Step};
@@ -60,7 +61,7 @@ impl Model {
 
     fn load(&self, options: &LoadOptions) -> CpuBackend {
         let backend = CpuBackend::load(&self.0, options, |_, _| ()).expect("the model loads");
-        backend.load(0, 0).expect("the expert loads");
+        backend.load(ExpertId::new(0, 0)).expect("the expert loads");
         backend
     }
 }
@@ -138,12 +139,14 @@ fn experts(criterion: &mut Criterion) {
         for rows in [1, 16, 128] {
             let values: Vec<u16> =
                 (0..rows * HIDDEN).map(|i| 0x3f00 | (i * 37 % 128) as u16 | (i as u16 & 1) << 15).collect();
-            let (inputs, groups) =
-                (backend.upload(&values), [ExpertGroup { expert: 0, rows: (0..rows as u32).collect() }]);
+            let pairs: Vec<Pair> = (0..rows as u32).map(|row| Pair { row, expert: 0 }).collect();
+            let (mut queue, here) = (backend.queue().expect("a queue"), backend.pin(0, &[0]));
+            let (inputs, routes) = (backend.upload(&mut queue, &values), backend.pairs(&mut queue, &pairs));
+            let mut answers = backend.answers(&mut queue, &routes);
             // Multiplications and additions.
             group.throughput(Throughput::Elements(2 * 3 * (HIDDEN * INNER * rows) as u64));
             group.bench_with_input(BenchmarkId::new(&name, rows), &rows, |bencher, _| {
-                bencher.iter(|| backend.experts(0, &inputs, &groups));
+                bencher.iter(|| backend.experts(&mut queue, &here, &inputs, &routes, &mut answers));
             });
         }
     }
@@ -156,15 +159,19 @@ fn attend(criterion: &mut Criterion) {
     let blocks: Vec<u32> = (0..(CONTEXT / BLOCK_TOKENS) as u32).collect();
     for (name, options) in ways() {
         let backend = model.load(&options);
-        let mut kv = backend.allocate_kv(blocks.len());
+        let mut kv = backend.allocate_kv(blocks.len()).expect("room for the cache");
+        let (mut queue, mut other) = (backend.queue().expect("a queue"), backend.queue().expect("a queue"));
         for (rows, start) in [(256, 0), (1, CONTEXT - 1)] {
             let tokens = (0..rows).map(|i| i * 31 % 256).collect();
             let step = Step { spans: vec![Span { tokens, start, blocks: blocks.clone(), logits: false }] };
             group.throughput(Throughput::Elements(u64::from(rows)));
             group.bench_with_input(BenchmarkId::new(&name, rows), &rows, |bencher, _| {
                 bencher.iter_batched(
-                    || backend.embed(&step),
-                    |mut hidden| matches!(backend.attend(0, &step, &mut hidden, &mut kv), Attended::Dense),
+                    || backend.embed(&mut other, &step),
+                    |mut hidden| {
+                        let attended = backend.attend(&mut queue, 0, &step, &mut hidden, &mut kv);
+                        matches!(attended, Attended::Dense)
+                    },
                     criterion::BatchSize::SmallInput,
                 );
             });

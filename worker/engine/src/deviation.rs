@@ -2,12 +2,16 @@
 
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::backend::Backend;
-use crate::routes::{NotResident, Routes, group};
-use crate::{Exchange, LocalExchange, Reference, Seen, Trace, forward};
+use crate::forward::{Exchange, Seen, forward};
+use crate::math::widen;
+use crate::reference::forward::{Reference, Trace};
+use crate::routes::Routes;
+use crate::store::Pinned;
 
 /// What is within a format's rounding.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -157,17 +161,20 @@ fn pass<B: Backend>(backend: &B, tokens: &[u32]) -> Result<(Vec<Passed>, Vec<f32
     let table: Vec<u32> = (0..blocks as u32).collect();
     let span = |(start, &token)| Span { tokens: vec![token], start, blocks: table.clone(), logits: true };
     let step = Step { spans: tokens.iter().enumerate().map(span).collect() };
+    let (mut queue, mut kv) = (backend.queue()?, backend.allocate_kv(blocks)?);
     let (mut watched, mut passed) = (Watched::default(), Vec::new());
-    let mut observe = |seen: Seen<'_, B>| {
-        passed.push((backend.download(seen.hidden), seen.routes.cloned()));
+    let mut observe = |queue: &mut B::Queue, seen: Seen<'_, B>| {
+        let routes = seen.routes.map(|routes| backend.routes(queue, routes).wait());
+        passed.push((backend.download(queue, seen.hidden).wait(), routes));
     };
-    let logits = forward(backend, &step, &mut backend.allocate_kv(blocks), &mut watched, &mut observe)?;
+    let logits = forward(backend, &mut queue, &step, &mut kv, &mut watched, Some(&mut observe))?;
+    let logits = backend.download(&mut queue, &logits).wait();
     let mut inputs = watched.0.into_iter();
     let layer = |(hidden, routes): (Vec<f32>, Option<Routes>)| {
         let gate = routes.and_then(|routes| Some((inputs.next()?, routes)));
         Passed { hidden, gate }
     };
-    Ok((passed.into_iter().map(layer).collect(), backend.download(&logits)))
+    Ok((passed.into_iter().map(layer).collect(), logits))
 }
 
 /// Keeps what every gate saw: (T, hidden) each.
@@ -175,32 +182,41 @@ fn pass<B: Backend>(backend: &B, tokens: &[u32]) -> Result<(Vec<Passed>, Vec<f32
 struct Watched(Vec<Vec<f32>>);
 
 impl<B: Backend> Exchange<B> for Watched {
+    /// The experts that were chosen.
+    type InFlight = Pinned;
     type Error = ModelError;
 
     fn dispatch(
         &mut self,
         backend: &B,
+        queue: &mut B::Queue,
         layer: usize,
         normed: &B::Activations,
-        routes: &Routes,
-    ) -> Result<(), ModelError> {
-        for group in group(routes, 0..routes.experts.len() as u32).groups {
-            backend.load(layer, group.expert)?;
+        routes: &B::Routes,
+    ) -> Result<Pinned, ModelError> {
+        let Routes { top_k, mut experts, .. } = backend.routes(queue, routes).wait();
+        let rows: Vec<u32> = (0..(experts.len() / top_k) as u32).collect();
+        let widened = backend.gather(queue, normed, &rows).wait().iter().copied().map(widen).collect();
+        self.0.push(widened);
+        experts.sort_unstable();
+        experts.dedup();
+        for &expert in &experts {
+            backend.load(ExpertId::new(layer as u32, expert))?;
         }
-        let widened = backend.download_activations(normed).into_iter().map(crate::math::widen);
-        self.0.push(widened.collect());
-        Ok(())
+        Ok(backend.pin(layer, &experts))
     }
 
     fn collect(
         &mut self,
         backend: &B,
-        layer: usize,
+        queue: &mut B::Queue,
         normed: &B::Activations,
-        routes: &Routes,
+        routes: &B::Routes,
+        chosen: Pinned,
     ) -> Result<B::Activations, ModelError> {
-        let lost = |NotResident { layer, expert }| ModelError::UnknownExpert { layer, expert };
-        LocalExchange.collect(backend, layer, normed, routes).map_err(lost)
+        let mut answers = backend.answers(queue, routes);
+        backend.experts(queue, &chosen, normed, routes, &mut answers);
+        Ok(answers)
     }
 }
 

@@ -1,13 +1,29 @@
 //! Routes: which experts each row of a step goes to, and the rows of each expert.
 
-/// The gate's choice for every row of a step.
+/// The gate's choice for every row of a step, in host memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Routes {
+    /// Experts that each row goes to.
     pub top_k: usize,
     /// (rows, top_k), ascending within a row.
     pub experts: Vec<u32>,
     /// (rows, top_k), normalised and scaled.
     pub weights: Vec<f32>,
+}
+
+impl Routes {
+    /// The pairs in the order of their answers: row by row, experts ascending.
+    pub fn pairs(&self) -> impl Iterator<Item = Pair> + '_ {
+        let row = |place: usize| (place / self.top_k) as u32;
+        self.experts.iter().enumerate().map(move |(place, &expert)| Pair { row: row(place), expert })
+    }
+}
+
+/// A row of a matrix and one of the experts that it goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair {
+    pub row: u32,
+    pub expert: u32,
 }
 
 /// Rows of one matrix that go through one expert.
@@ -18,32 +34,23 @@ pub struct ExpertGroup {
     pub rows: Vec<u32>,
 }
 
-/// Routes turned around: the rows of each expert.
+/// Pairs turned around: the rows of each expert.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Grouped {
-    /// Ascending by expert, rows ascending within an expert.
+    /// Ascending by expert; within an expert, rows in the order of their pairs.
     pub groups: Vec<ExpertGroup>,
-    /// For every row of every group, in their order: its place among the answers, row · top_k + slot.
+    /// The place of every row of every group among all pairs, group by group.
     pub at: Vec<u32>,
 }
 
-/// The rows of each expert, of some pairs of row and expert: row · top_k + slot.
-pub fn group(routes: &Routes, pairs: impl IntoIterator<Item = u32>) -> Grouped {
-    let of_pair = |pair: u32| (routes.experts[pair as usize], pair);
-    let mut places: Vec<(u32, u32)> = pairs.into_iter().map(of_pair).collect(); // (expert, place among the answers)
+/// The rows of each expert that is `wanted`.
+pub fn group(pairs: impl IntoIterator<Item = Pair>, wanted: impl Fn(u32) -> bool) -> Grouped {
+    let places = pairs.into_iter().zip(0u32..).filter(|(pair, _)| wanted(pair.expert));
+    let mut places: Vec<(u32, u32, u32)> =
+        places.map(|(Pair { row, expert }, place)| (expert, place, row)).collect();
     places.sort_unstable();
-    let top_k = routes.top_k as u32;
-    let groups = places.chunk_by(|a, b| a.0 == b.0).map(|chunk| ExpertGroup {
-        expert: chunk[0].0,
-        rows: chunk.iter().map(|&(_, place)| place / top_k).collect(),
-    });
-    Grouped { groups: groups.collect(), at: places.iter().map(|&(_, place)| place).collect() }
-}
-
-/// An expert that was asked to compute and is not resident.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expert {expert} of layer {layer} is not resident")]
-pub struct NotResident {
-    pub layer: usize,
-    pub expert: u32,
+    let groups = places
+        .chunk_by(|a, b| a.0 == b.0)
+        .map(|chunk| ExpertGroup { expert: chunk[0].0, rows: chunk.iter().map(|&(.., row)| row).collect() });
+    Grouped { groups: groups.collect(), at: places.iter().map(|&(_, place, _)| place).collect() }
 }

@@ -34,8 +34,8 @@ pub enum ModelError {
     #[error("{}: {problem}", path.display())]
     PrepareFailed { path: PathBuf, problem: String },
 
-    #[error("no memory for {bytes} bytes of weights: {problem}")]
-    OutOfMemory { bytes: usize, problem: String },
+    #[error("no memory for {bytes} bytes of {what}: {problem}")]
+    OutOfMemory { what: &'static str, bytes: usize, problem: String },
 
     #[error("{}: {problem}", file.display())]
     InvalidCheckpoint { file: PathBuf, problem: String },

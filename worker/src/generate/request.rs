@@ -4,17 +4,14 @@ use std::io;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, History, LocalExchange, Logprobs, Sampler, forward, logprobs};
+use expertmesh_engine::{Backend, Draw, History, LocalExchange, Logprobs, Sampled, forward};
 use expertmesh_model::sampling::Sampling;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 use crate::end::End;
 use crate::process::Fatal;
 
-/// Rows of the prompt that are computed at a time.
-const CHUNK: usize = 256;
-
-/// A prompt, and how to continue it.
+/// A prompt to continue.
 #[derive(Clone, Copy)]
 pub(super) struct Request<'a> {
     pub(super) prompt: &'a [u32],
@@ -41,24 +38,21 @@ impl Request<'_> {
         backend: &B,
         mut emit: impl FnMut(u32, bool) -> io::Result<ControlFlow<()>>,
     ) -> Result<Generated, Fatal> {
-        let blocks = BlockAllocator::needed(self.prompt.len() + self.limit);
-        let mut kv = backend.allocate_kv(blocks);
-        let blocks: Vec<u32> = (0..blocks as u32).collect();
+        let mut sequence = Sequence::new(backend, self)?;
         let start = Instant::now();
-        let mut logits = Vec::new();
-        for (index, chunk) in self.prompt.chunks(CHUNK).enumerate() {
-            let span =
-                Span { tokens: chunk.to_vec(), start: index * CHUNK, blocks: blocks.clone(), logits: true };
-            logits = compute(backend, span, &mut kv)?; // (vocabulary)
+        let mut history = History::new(self.sampling, self.prompt, self.prompt.len());
+        let chunk = backend.step_rows();
+        let mut drawn = None;
+        for (index, tokens) in self.prompt.chunks(chunk).enumerate() {
+            drawn = sequence.compute(index * chunk, tokens, &history)?;
         }
         let prefilled = Instant::now();
-        let (mut sampler, mut history) =
-            (Sampler::default(), History::new(self.sampling, self.prompt, self.prompt.len()));
         let (mut tokens, mut logged, mut end) = (Vec::new(), Vec::new(), End::Length);
-        while tokens.len() < self.limit {
-            let (position, token) = (history.len(), sampler.choose(&logits, self.sampling, &history));
-            let ends = self.sampling.ends(token, history.generated());
-            logged.extend(self.logprobs.map(|top| logprobs(&logits, token, top)));
+        while tokens.len() < self.limit
+            && let Some(Sampled { token, logprobs }) = drawn.take()
+        {
+            let (position, ends) = (history.len(), self.sampling.ends(token, history.generated()));
+            logged.extend(logprobs);
             tokens.push(token);
             history.push(token);
             if emit(token, ends).map_err(output_failed)?.is_break() || ends {
@@ -66,13 +60,49 @@ impl Request<'_> {
                 break;
             }
             if tokens.len() < self.limit {
-                let span =
-                    Span { tokens: vec![token], start: position, blocks: blocks.clone(), logits: true };
-                logits = compute(backend, span, &mut kv)?; // (vocabulary)
+                drawn = sequence.compute(position, &[token], &history)?;
             }
         }
         let (prefill, decode) = (prefilled - start, prefilled.elapsed());
         Ok(Generated { tokens, logprobs: logged, end, prefill, decode })
+    }
+}
+
+/// The only sequence of a backend.
+struct Sequence<'a, B: Backend> {
+    backend: &'a B,
+    request: &'a Request<'a>,
+    queue: B::Queue,
+    kv: B::Kv,
+    exchange: LocalExchange,
+    blocks: Vec<u32>,
+}
+
+impl<'a, B: Backend> Sequence<'a, B> {
+    fn new(backend: &'a B, request: &'a Request<'a>) -> Result<Self, Fatal> {
+        let blocks = BlockAllocator::needed(request.prompt.len() + request.limit);
+        let exchange = LocalExchange::new(backend);
+        let exchange = exchange.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
+        let (queue, kv) = (backend.queue()?, backend.allocate_kv(blocks)?);
+        Ok(Self { backend, request, queue, kv, exchange, blocks: (0..blocks as u32).collect() })
+    }
+
+    /// Computes rows from position `start` on. After the sequence's last one, the token that comes next.
+    fn compute(&mut self, start: usize, tokens: &[u32], history: &History) -> Result<Option<Sampled>, Fatal> {
+        let Self { backend, queue, kv, exchange, .. } = self;
+        let last = start + tokens.len() == history.len();
+        let span = Span { tokens: tokens.to_vec(), start, blocks: self.blocks.clone(), logits: last };
+        let step = Step { spans: vec![span] };
+        let Ok(logits) = forward(*backend, queue, &step, kv, exchange, None); // (1 or 0, vocabulary)
+        if !last {
+            return Ok(None);
+        }
+        let Request { sampling, logprobs, .. } = *self.request;
+        let draw = Draw { row: 0, sampling, history, logprobs };
+        match backend.sample(queue, &logits, &[draw]).wait().pop().flatten() {
+            Some(sampled) => Ok(Some(sampled)),
+            None => Err(Fatal::new("NotFinite", "the logits are not finite")),
+        }
     }
 }
 
@@ -92,13 +122,6 @@ impl Generated {
 /// The failure of a write to stdout.
 pub(super) fn output_failed(error: io::Error) -> Fatal {
     Fatal::new("OutputFailed", format!("stdout: {error}"))
-}
-
-fn compute<B: Backend>(backend: &B, span: Span, kv: &mut B::Kv) -> Result<Vec<f32>, Fatal> {
-    let step = Step { spans: vec![span] };
-    let logits = forward(backend, &step, kv, &mut LocalExchange, &mut |_| {});
-    let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
-    Ok(backend.download(&logits))
 }
 
 #[cfg(test)]

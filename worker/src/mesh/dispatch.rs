@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, Exchange, Grouped, NotResident, Routes, group};
+use expertmesh_engine::{Backend, Exchange, Pinned, Routes};
+use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::expert::{Answers, Rows};
 use expertmesh_proto::placement::Placement;
 use tokio::sync::watch;
 
-use super::peers::{Outcome, Outgoing, Peers, Reply};
+use super::peers::Peers;
 use super::residency::{LoadFailed, Residency};
 use super::route::{Holders, Known, Target, route};
+use super::ticket::{Outcome, Outgoing, Reply, describe};
 use crate::metrics::labels::Reroute;
 use crate::traces::{self, Span, SpanKind};
 
@@ -19,30 +21,43 @@ use crate::traces::{self, Span, SpanKind};
 const COLD: Duration = Duration::from_secs(1);
 
 /// Dispatches to peers and collects from them; one per engine thread.
-pub(crate) struct MeshExchange<B: Backend> {
+pub(crate) struct MeshExchange {
     peers: Arc<Peers>,
-    residency: Arc<Residency<B>>,
+    residency: Arc<Residency>,
     placement: watch::Receiver<Arc<Placement>>,
+    /// Experts of a layer.
+    experts: usize,
     holders: Holders,
+    /// Layers whose experts all belong here: where they are resident too, nothing leaves.
+    whole: BTreeSet<u32>,
     outcomes: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
     next_ticket: u64,
-    /// Until when an expert counts as not resident in a slot: (layer, expert, slot).
-    cold: BTreeMap<(u32, u32, u32), Instant>,
-    layer: LayerState<B>,
+    /// Until when an expert counts as not resident in a slot.
+    cold: BTreeMap<(ExpertId, u32), Instant>,
 }
 
-/// One layer of one step on its way. A pair is (row, slot among its top k): row · top_k + slot.
-struct LayerState<B: Backend> {
-    /// (rows, hidden), once a row has to travel.
-    host: Option<Vec<u16>>,
+/// One layer of one step on its way. A pair is (row, choice among its top k): row · top_k + choice.
+pub(crate) struct InFlight<B: Backend> {
+    layer: u32,
     /// (pairs, hidden)
-    answers: Option<B::Activations>,
-    local: Vec<u32>,
-    flights: BTreeMap<u64, Flight>,
-    /// Per expert, the peers that failed it in this layer.
+    answers: B::Activations,
+    /// The gate's choice, once rows may leave.
+    routes: Option<Routes>,
+    here: Here,
+    tickets: BTreeMap<u64, Flight>,
+    /// Per expert, the slots that failed it in this layer.
     tried: BTreeMap<u32, Vec<u32>>,
 }
 
+/// What is to be computed by this worker.
+#[derive(Default)]
+struct Here {
+    resident: Pinned,
+    /// To be loaded first, ascending.
+    absent: Vec<u32>,
+}
+
+/// A ticket that a peer has.
 struct Flight {
     slot: u32,
     attempt: u32,
@@ -53,77 +68,112 @@ struct Flight {
     span: Span,
 }
 
-impl<B: Backend> LayerState<B> {
-    fn new(answers: Option<B::Activations>) -> Self {
-        Self { host: None, answers, local: Vec::new(), flights: BTreeMap::new(), tried: BTreeMap::new() }
-    }
+/// Pairs that go to a peer, or go there again.
+struct Leaving {
+    /// Ascending.
+    pairs: Vec<u32>,
+    attempt: u32,
 }
 
-impl<B: Backend> MeshExchange<B> {
+impl MeshExchange {
+    /// For a model with so many `experts` in a layer.
     pub(crate) fn new(
         peers: Arc<Peers>,
-        residency: Arc<Residency<B>>,
+        residency: Arc<Residency>,
         placement: watch::Receiver<Arc<Placement>>,
+        experts: usize,
     ) -> Self {
-        let holders = Holders::of(&placement.borrow());
-        let (cold, layer) = (BTreeMap::new(), LayerState::new(None));
-        Self { peers, residency, placement, holders, outcomes: mpsc::channel(), next_ticket: 0, cold, layer }
+        let (holders, whole, cold) = (Holders::default(), BTreeSet::new(), BTreeMap::new());
+        let outcomes = mpsc::channel();
+        let mut new =
+            Self { peers, residency, placement, experts, holders, whole, outcomes, next_ticket: 0, cold };
+        new.follow();
+        new
     }
 
     fn me(&self) -> u32 {
         self.peers.shared.identity.slot
     }
 
+    /// Takes the current placement.
+    fn follow(&mut self) {
+        self.holders = Holders::of(&self.placement.borrow_and_update());
+        self.whole = self.holders.whole_layers(self.me(), self.experts);
+        self.cold.clear();
+    }
+
+    /// All experts of a layer, where they belong here and are resident.
+    fn all_here<B: Backend>(&self, backend: &B, layer: usize) -> Option<Pinned> {
+        if !self.whole.contains(&(layer as u32)) {
+            return None;
+        }
+        let all: Vec<u32> = (0..self.experts as u32).collect();
+        Some(backend.pin(layer, &all)).filter(|pinned| pinned.missing().is_empty())
+    }
+
     /// Sends pairs where their experts are; keeps those that are computed here.
-    fn send(
+    fn send<B: Backend>(
         &mut self,
         backend: &B,
-        layer: usize,
+        queue: &mut B::Queue,
         normed: &B::Activations,
-        routes: &Routes,
-        (pairs, attempt): (&[u32], u32),
+        flight: &mut InFlight<B>,
+        leaving: &Leaving,
     ) {
-        let alive = self.peers.alive();
-        let mut targets: BTreeMap<u32, Target> = BTreeMap::new();
+        let Some(routes) = &flight.routes else { return };
+        let expert_of = |pair: u32| routes.experts[pair as usize];
+        let experts = distinct(leaving.pairs.iter().map(|&pair| expert_of(pair)));
+        let resident = backend.pin(flight.layer as usize, &experts);
+        let alive = self.peers.shared.alive();
+        let target = |&expert: &u32| (expert, self.target(flight, &resident, &alive, expert));
+        let targets: BTreeMap<u32, Target> = experts.iter().map(target).collect();
         let mut tickets: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
-        for &pair in pairs {
-            let expert = routes.experts[pair as usize];
-            let target =
-                *targets.entry(expert).or_insert_with(|| self.target(backend, &alive, layer, expert));
-            match target {
-                Target::Local => self.layer.local.push(pair),
+        for &pair in &leaving.pairs {
+            match targets[&expert_of(pair)] {
+                Target::Local => {}
                 peer => tickets.entry(peer).or_default().push(pair),
             }
         }
-        for (target, pairs) in tickets {
-            let (slot, load) = match target {
-                Target::Holder(slot) => (slot, false),
-                Target::Elected(slot) => (slot, true),
-                Target::Local => continue,
-            };
-            let host = self.layer.host.get_or_insert_with(|| backend.download_activations(normed));
-            let rows = rows_of(host, layer as u32, load, routes, &pairs);
-            let span = traces::current().child("dispatch", SpanKind::Client);
-            self.launch(Flight { slot, attempt, load, sent: Instant::now(), pairs, span }, rows);
+        let stays = |expert: u32| targets[&expert] == Target::Local;
+        let absent = resident.missing().iter().copied().filter(|&expert| stays(expert)).collect();
+        let here = Here { resident: resident.only(stays), absent };
+        if !tickets.is_empty() {
+            let top_k = routes.top_k as u32;
+            let rows = distinct(tickets.values().flatten().map(|pair| pair / top_k));
+            let values = backend.gather(queue, normed, &rows).wait(); // (rows, hidden)
+            let gathered = Gathered { rows, values: &values, hidden: backend.config().hidden };
+            for (target, pairs) in tickets {
+                let Some((slot, load)) = peer_of(target) else { continue };
+                let rows = gathered.for_peer(flight.layer, load, routes, &pairs);
+                let span = traces::current().child("dispatch", SpanKind::Client);
+                let attempt = leaving.attempt;
+                let ticket = Flight { slot, attempt, load, sent: Instant::now(), pairs, span };
+                self.launch(&mut flight.tickets, ticket, rows);
+            }
         }
+        flight.here = here;
     }
 
-    fn target(&self, backend: &B, alive: &BTreeSet<u32>, layer: usize, expert: u32) -> Target {
-        let me = self.me();
-        let tried = self.layer.tried.get(&expert).map_or(&[][..], Vec::as_slice);
-        let layer = layer as u32;
-        let cold = self.cold.range((layer, expert, 0)..=(layer, expert, u32::MAX));
-        let mut cold: Vec<u32> = cold.map(|(&(.., slot), _)| slot).collect();
-        if !backend.is_resident(layer as usize, expert) {
+    fn target<B: Backend>(
+        &self,
+        flight: &InFlight<B>,
+        resident: &Pinned,
+        alive: &BTreeSet<u32>,
+        expert: u32,
+    ) -> Target {
+        let (me, id) = (self.me(), ExpertId::new(flight.layer, expert));
+        let tried = flight.tried.get(&expert).map_or(&[][..], Vec::as_slice);
+        let mut cold: Vec<u32> =
+            self.cold.range((id, 0)..=(id, u32::MAX)).map(|(&(_, slot), _)| slot).collect();
+        if !resident.holds(expert) {
             cold.push(me);
         }
-        route(&self.holders, me, (layer, expert), &Known { alive, tried, cold: &cold })
+        route(&self.holders, me, id, &Known { alive, tried, cold: &cold })
     }
 
-    fn launch(&mut self, flight: Flight, mut rows: Rows) {
+    fn launch(&mut self, tickets: &mut BTreeMap<u64, Flight>, flight: Flight, mut rows: Rows) {
         self.next_ticket += 1;
-        let ticket = self.next_ticket;
-        let (slot, pairs) = (flight.slot, flight.pairs.len() as u64);
+        let (ticket, slot, pairs) = (self.next_ticket, flight.slot, flight.pairs.len() as u64);
         if !flight.span.is_none() {
             describe(&flight.span, slot, &rows);
             flight.span.set("expertmesh.attempt", i64::from(flight.attempt));
@@ -131,176 +181,214 @@ impl<B: Backend> MeshExchange<B> {
         }
         let reply = Reply::new(ticket, self.outcomes.0.clone());
         let outgoing = Outgoing { ticket, attempt: flight.attempt, rows, reply };
-        self.layer.flights.insert(ticket, flight);
+        tickets.insert(ticket, flight);
         if self.peers.send(slot, outgoing) {
             self.peers.shared.metrics.mesh.dispatched(slot, pairs);
         }
     }
 
-    /// Computes the pairs that stayed here. Gives back those whose expert cannot be loaded, once; then it is an error.
-    fn compute(
+    /// Computes what stayed here. Gives back the pairs whose expert cannot be loaded, once; then it is an error.
+    fn compute<B: Backend>(
         &mut self,
         backend: &B,
-        layer: usize,
+        queue: &mut B::Queue,
         normed: &B::Activations,
-        routes: &Routes,
-    ) -> Result<Vec<u32>, LoadFailed> {
-        let again = self.load(layer, routes)?;
-        let Grouped { groups, at } = group(routes, std::mem::take(&mut self.layer.local));
-        if groups.is_empty() {
-            return Ok(again);
+        routes: &B::Routes,
+        flight: &mut InFlight<B>,
+    ) -> Result<Option<Leaving>, LoadFailed> {
+        let Here { resident, absent } = std::mem::take(&mut flight.here);
+        let used: Vec<u32> = resident.held().collect();
+        if used.is_empty() && absent.is_empty() {
+            return Ok(None);
         }
-        let outputs = loop {
-            match backend.experts(layer, normed, &groups) {
-                Ok(outputs) => break outputs,
-                // Evicted since we asked.
-                Err(NotResident { expert, .. }) => self.residency.ensure(layer as u32, expert)?,
+        self.residency.used(flight.layer, &used);
+        backend.experts(queue, &resident, normed, routes, &mut flight.answers);
+        let (mut wanted, failed) = self.load(flight, absent)?;
+        while !wanted.is_empty() {
+            let loaded = backend.pin(flight.layer as usize, &wanted);
+            backend.experts(queue, &loaded, normed, routes, &mut flight.answers);
+            // Evicted since it was loaded.
+            wanted = loaded.missing().to_vec();
+            for &expert in &wanted {
+                self.residency.ensure(ExpertId::new(flight.layer, expert))?;
             }
-        };
-        if let Some(answers) = &mut self.layer.answers {
-            backend.scatter(&outputs, &at, answers);
         }
-        Ok(again)
+        let Some(routes) = flight.routes.as_ref().filter(|_| !failed.is_empty()) else { return Ok(None) };
+        let pairs = (0..).zip(&routes.experts).filter(|(_, expert)| failed.contains(expert));
+        let pairs: Vec<u32> = pairs.map(|(pair, _)| pair).collect();
+        self.peers.shared.metrics.mesh.rerouted(Reroute::LoadFailed, pairs.len() as u64);
+        Ok(Some(Leaving { pairs, attempt: 1 }))
     }
 
-    /// Loads the experts of the pairs that stayed here. Those that fail leave, to be tried elsewhere.
-    fn load(&mut self, layer: usize, routes: &Routes) -> Result<Vec<u32>, LoadFailed> {
-        let (me, mut again) = (self.me(), Vec::new());
-        let expert_of = |pair: &u32| routes.experts[*pair as usize];
-        let experts: BTreeSet<u32> = self.layer.local.iter().map(expert_of).collect();
-        for expert in experts {
-            let Err(failure) = self.residency.ensure(layer as u32, expert) else { continue };
-            let tried = self.layer.tried.entry(expert).or_default();
+    /// Loads experts; those that were, and those that are to be tried elsewhere.
+    fn load<B: Backend>(
+        &self,
+        flight: &mut InFlight<B>,
+        absent: Vec<u32>,
+    ) -> Result<(Vec<u32>, Vec<u32>), LoadFailed> {
+        let (me, mut loaded, mut failed) = (self.me(), Vec::new(), Vec::new());
+        for expert in absent {
+            let Err(failure) = self.residency.ensure(ExpertId::new(flight.layer, expert)) else {
+                loaded.push(expert);
+                continue;
+            };
+            let tried = flight.tried.entry(expert).or_default();
             if tried.contains(&me) {
                 return Err(failure);
             }
             tried.push(me);
             tracing::warn!("{failure}; asking the others");
-            again.extend(self.layer.local.extract_if(.., |pair| routes.experts[*pair as usize] == expert));
+            failed.push(expert);
         }
-        if !again.is_empty() {
-            again.sort_unstable();
-            self.peers.shared.metrics.mesh.rerouted(Reroute::LoadFailed, again.len() as u64);
-        }
-        Ok(again)
+        Ok((loaded, failed))
     }
 
-    /// Takes one outcome: answers into their places; what has none becomes pairs to send again.
-    fn take(
+    /// Takes one outcome: answers into their places; what has none is to be sent again.
+    fn take<B: Backend>(
         &mut self,
         backend: &B,
-        layer: usize,
-        routes: &Routes,
+        queue: &mut B::Queue,
+        flight: &mut InFlight<B>,
         outcome: Outcome,
-    ) -> Option<(Vec<u32>, u32)> {
-        let mut flight = self.layer.flights.remove(&outcome.ticket)?;
+    ) -> Option<Leaving> {
+        let mut ticket = flight.tickets.remove(&outcome.ticket)?;
+        let routes = flight.routes.as_ref()?;
+        let expert_of = |pair: &u32| routes.experts[*pair as usize];
         let metrics = &self.peers.shared.metrics.mesh;
-        let answers = match outcome.result {
+        let attempt = ticket.attempt + 1;
+        let Answers { not_resident, values } = match outcome.result {
             Ok(answers) => answers,
-            Err(failure) => {
-                flight.span.fail(failure.name());
-                metrics.rerouted(Reroute::Peer(failure), flight.pairs.len() as u64);
-                self.give_up(routes, &flight, |_| true);
-                return Some((flight.pairs, flight.attempt + 1));
+            Err(reason) => {
+                ticket.span.fail(reason.name());
+                metrics.rerouted(Reroute::Peer(reason), ticket.pairs.len() as u64);
+                give_up(&mut flight.tried, ticket.slot, ticket.pairs.iter().map(expert_of));
+                return Some(Leaving { pairs: ticket.pairs, attempt });
             }
         };
         // This thread may have computed meanwhile: what counts is when the answer came.
-        metrics.answered(flight.slot, outcome.at.duration_since(flight.sent));
-        flight.span.end_at(outcome.at);
-        let Answers { not_resident, values } = answers;
-        let absent = |pair: &u32| not_resident.contains(&routes.experts[*pair as usize]);
-        let (again, answered): (Vec<u32>, Vec<u32>) = flight.pairs.iter().partition(|pair| absent(pair));
-        if let Some(answers) = &mut self.layer.answers {
-            backend.scatter(&backend.upload(&values), &answered, answers);
-        }
+        metrics.answered(ticket.slot, outcome.at.duration_since(ticket.sent));
+        ticket.span.end_at(outcome.at);
+        let absent = |pair: &u32| not_resident.contains(&expert_of(pair));
+        let (again, answered): (Vec<u32>, Vec<u32>) = ticket.pairs.iter().partition(|pair| absent(pair));
+        backend.place(queue, &values, &answered, &mut flight.answers);
         if again.is_empty() {
             return None;
         }
         metrics.rerouted(Reroute::NotResident, again.len() as u64);
+        if ticket.load {
+            give_up(&mut flight.tried, ticket.slot, again.iter().map(expert_of));
+        }
         let until = Instant::now() + COLD;
-        self.cold.extend(not_resident.iter().map(|&expert| ((layer as u32, expert, flight.slot), until)));
-        if flight.load {
-            self.give_up(routes, &flight, |expert| not_resident.contains(&expert));
-        }
-        Some((again, flight.attempt + 1))
-    }
-
-    fn give_up(&mut self, routes: &Routes, flight: &Flight, which: impl Fn(u32) -> bool) {
-        let experts: BTreeSet<u32> = flight.pairs.iter().map(|&pair| routes.experts[pair as usize]).collect();
-        for expert in experts.into_iter().filter(|&expert| which(expert)) {
-            self.layer.tried.entry(expert).or_default().push(flight.slot);
-        }
+        let id = |expert| ExpertId::new(flight.layer, expert);
+        self.cold.extend(not_resident.iter().map(|&expert| ((id(expert), ticket.slot), until)));
+        Some(Leaving { pairs: again, attempt })
     }
 }
 
-impl<B: Backend> Exchange<B> for MeshExchange<B> {
+impl<B: Backend> Exchange<B> for MeshExchange {
+    type InFlight = InFlight<B>;
     type Error = LoadFailed;
 
     fn dispatch(
         &mut self,
         backend: &B,
+        queue: &mut B::Queue,
         layer: usize,
         normed: &B::Activations,
-        routes: &Routes,
-    ) -> Result<(), LoadFailed> {
+        routes: &B::Routes,
+    ) -> Result<InFlight<B>, LoadFailed> {
         if self.placement.has_changed().unwrap_or(false) {
-            self.holders = Holders::of(&self.placement.borrow_and_update());
-            self.cold.clear();
+            self.follow();
         }
         let now = Instant::now();
         self.cold.retain(|_, until| *until > now);
-        self.layer = LayerState::new(Some(backend.zeros(routes.experts.len())));
-        let pairs: Vec<u32> = (0..routes.experts.len() as u32).collect();
-        self.send(backend, layer, normed, routes, (&pairs, 0));
-        Ok(())
+        let answers = backend.answers(queue, routes);
+        let mut flight = InFlight::new(layer as u32, answers);
+        if let Some(resident) = self.all_here(backend, layer) {
+            flight.here = Here { resident, absent: Vec::new() };
+            return Ok(flight);
+        }
+        let routes = backend.routes(queue, routes).wait();
+        let all = Leaving { pairs: (0..routes.experts.len() as u32).collect(), attempt: 0 };
+        flight.routes = Some(routes);
+        self.send(backend, queue, normed, &mut flight, &all);
+        Ok(flight)
     }
 
     fn collect(
         &mut self,
         backend: &B,
-        layer: usize,
+        queue: &mut B::Queue,
         normed: &B::Activations,
-        routes: &Routes,
+        routes: &B::Routes,
+        mut flight: InFlight<B>,
     ) -> Result<B::Activations, LoadFailed> {
         loop {
-            let again = self.compute(backend, layer, normed, routes)?;
-            if !again.is_empty() {
-                self.send(backend, layer, normed, routes, (&again, 1));
+            if let Some(again) = self.compute(backend, queue, normed, routes, &mut flight)? {
+                self.send(backend, queue, normed, &mut flight, &again);
                 continue;
             }
-            if self.layer.flights.is_empty() && self.layer.local.is_empty() {
-                break;
+            if flight.tickets.is_empty() {
+                return Ok(flight.answers);
             }
-            // Every flight has its outcome: the link, or its teardown, sends one.
-            let Ok(outcome) = self.outcomes.1.recv() else { break };
-            if let Some((pairs, attempt)) = self.take(backend, layer, routes, outcome) {
-                self.send(backend, layer, normed, routes, (&pairs, attempt));
+            // Every ticket has its outcome: the link, or its teardown, sends one; and this end keeps a sender.
+            let Ok(outcome) = self.outcomes.1.recv() else { return Ok(flight.answers) };
+            if let Some(again) = self.take(backend, queue, &mut flight, outcome) {
+                self.send(backend, queue, normed, &mut flight, &again);
             }
         }
-        Ok(self.layer.answers.take().unwrap_or_else(|| backend.zeros(0)))
     }
 }
 
-/// Whose rows, or for whom, and how many.
-pub(crate) fn describe(span: &Span, slot: u32, rows: &Rows) {
-    span.set("expertmesh.peer", i64::from(slot));
-    span.set("expertmesh.layer", i64::from(rows.layer));
-    span.set("expertmesh.rows", rows.row_experts.len() as i64);
-    span.set("expertmesh.pairs", rows.experts.len() as i64);
+impl<B: Backend> InFlight<B> {
+    fn new(layer: u32, answers: B::Activations) -> Self {
+        let (here, tickets, tried) = (Here::default(), BTreeMap::new(), BTreeMap::new());
+        Self { layer, answers, routes: None, here, tickets, tried }
+    }
 }
 
-/// The rows of pairs, each once with its experts. `pairs` ascend, so the experts of a row do.
-fn rows_of(host: &[u16], layer: u32, load: bool, routes: &Routes, pairs: &[u32]) -> Rows {
-    let top_k = routes.top_k as u32;
-    let hidden = host.len() * routes.top_k / routes.experts.len();
-    let mut rows = Rows { layer, load, ..Rows::default() };
-    for chunk in pairs.chunk_by(|a, b| a / top_k == b / top_k) {
-        let row = (chunk[0] / top_k) as usize;
-        rows.row_experts.push(chunk.len() as u32);
-        rows.experts.extend(chunk.iter().map(|&pair| routes.experts[pair as usize]));
-        rows.values.extend_from_slice(&host[row * hidden..(row + 1) * hidden]);
+/// A slot has failed these experts in this layer.
+fn give_up(tried: &mut BTreeMap<u32, Vec<u32>>, slot: u32, experts: impl Iterator<Item = u32>) {
+    for expert in distinct(experts) {
+        tried.entry(expert).or_default().push(slot);
     }
-    rows
+}
+
+/// A peer, and whether it is to load what it lacks.
+fn peer_of(target: Target) -> Option<(u32, bool)> {
+    match target {
+        Target::Holder(slot) => Some((slot, false)),
+        Target::Elected(slot) => Some((slot, true)),
+        Target::Local => None,
+    }
+}
+
+fn distinct(numbers: impl Iterator<Item = u32>) -> Vec<u32> {
+    numbers.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Rows that travel, in host memory.
+struct Gathered<'a> {
+    /// Ascending.
+    rows: Vec<u32>,
+    /// (rows, hidden)
+    values: &'a [u16],
+    hidden: usize,
+}
+
+impl Gathered<'_> {
+    /// The rows of a peer's pairs, each once with its experts. `pairs` ascend, so the experts of a row do.
+    fn for_peer(&self, layer: u32, load: bool, routes: &Routes, pairs: &[u32]) -> Rows {
+        let top_k = routes.top_k as u32;
+        let mut rows = Rows { layer, load, ..Rows::default() };
+        for chunk in pairs.chunk_by(|a, b| a / top_k == b / top_k) {
+            let Ok(at) = self.rows.binary_search(&(chunk[0] / top_k)) else { continue };
+            rows.row_experts.push(chunk.len() as u32);
+            rows.experts.extend(chunk.iter().map(|&pair| routes.experts[pair as usize]));
+            rows.values.extend_from_slice(&self.values[at * self.hidden..][..self.hidden]);
+        }
+        rows
+    }
 }
 
 #[cfg(test)]
@@ -310,8 +398,8 @@ mod tests {
     #[test]
     fn a_row_travels_once_per_peer_with_its_experts() {
         let routes = Routes { top_k: 2, experts: vec![3, 9, 1, 9, 3, 4], weights: vec![0.5; 6] };
-        let host = [0, 0, 1, 1, 2, 2]; // (3 rows, 2)
-        let rows = rows_of(&host, 5, true, &routes, &[0, 1, 4]);
+        let gathered = Gathered { rows: vec![0, 2], values: &[0, 0, 2, 2], hidden: 2 };
+        let rows = gathered.for_peer(5, true, &routes, &[0, 1, 4]);
         let expected = Rows {
             layer: 5,
             load: true,

@@ -1,60 +1,82 @@
 //! The other end of a link: a peer's rows come in, the experts that are here compute them, the answers go back.
+//!
+//! A task reads what a peer sends and hands each complete ticket to the serving thread, which computes all tickets of a
+//! layer that wait together, and puts the answers onto their peers' streams itself. So a ticket wakes one of ours.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use expertmesh_engine::{Backend, ExpertGroup};
-use expertmesh_proto::expert::{Answers, DispatchParts, MAX_PART_BYTES, MAX_TICKETS, Rows, Ticket};
+use expertmesh_engine::{Backend, Pair};
+use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::expert::{
+    DispatchParts, MAX_PART_BYTES, MAX_TICKET_ROWS, MAX_TICKETS, Rows, Ticket, answer_parts,
+};
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::placement::MAX_WORKERS;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_server::{ExpertExchange, ExpertExchangeServer};
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request as Call, Response as Reply, Status, Streaming};
 
-use super::dispatch::describe;
-use super::peers::Shared;
-use super::residency::{Residency, distinct};
-use crate::traces::{self, SpanKind};
+use super::alive::Shared;
+use super::residency::Residency;
+use super::ticket::describe;
+use crate::traces::{self, Span, SpanKind};
 
 const HEARTBEAT: Duration = Duration::from_millis(200);
 /// How long a peer's rows wait for the loader.
 const LOAD: Duration = Duration::from_secs(10);
 const HELLO: Duration = Duration::from_secs(5);
+/// Tickets that wait for the serving thread: all that peers may have under way.
+const JOBS: usize = MAX_WORKERS as usize * MAX_TICKETS;
 
-/// A peer's rows on their way to the serving thread.
+/// What goes to a peer. It has room for the answers to all tickets that may be under way.
+type Responses = mpsc::Sender<Result<v1::ExchangeResponse, Status>>;
+
+/// A peer's rows on their way to the serving thread, and where the answers go.
 pub(crate) struct Job {
+    slot: u32,
+    ticket: Ticket,
     rows: Rows,
-    answer: oneshot::Sender<Answers>,
+    responses: Responses,
+    /// Lasts until the answers are on their way.
+    _span: Span,
+}
+
+/// The queue of the serving thread.
+pub(crate) fn jobs() -> (mpsc::Sender<Job>, mpsc::Receiver<Job>) {
+    mpsc::channel(JOBS)
 }
 
 /// The service that peers dispatch to.
-pub(crate) struct Exchange<B> {
+pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) residency: Arc<Residency<B>>,
+    pub(crate) residency: Arc<Residency>,
     pub(crate) jobs: mpsc::Sender<Job>,
     /// True once this worker leaves: streams end when what they hold is answered.
     pub(crate) leaving: watch::Receiver<bool>,
 }
 
-impl<B: Backend> Exchange<B> {
+impl Exchange {
     pub(crate) fn into_service(self) -> ExpertExchangeServer<impl ExpertExchange> {
         // Larger than a part, so that an oversized one is refused by us and by name.
         ExpertExchangeServer::new(Served(Arc::new(self))).max_decoding_message_size(4 * MAX_PART_BYTES)
     }
 }
 
-struct Served<B>(Arc<Exchange<B>>);
+struct Served(Arc<Exchange>);
 
 #[tonic::async_trait]
-impl<B: Backend> ExpertExchange for Served<B> {
-    type ExchangeStream = ReceiverStream<Result<v1::ExchangeResponse, Status>>;
+impl ExpertExchange for Served {
+    type ExchangeStream = std::pin::Pin<Box<dyn Stream<Item = Result<v1::ExchangeResponse, Status>> + Send>>;
 
     async fn exchange(
         &self,
@@ -62,34 +84,52 @@ impl<B: Backend> ExpertExchange for Served<B> {
     ) -> Result<Reply<Self::ExchangeStream>, Status> {
         let exchange = self.0.clone();
         let mut requests = call.into_inner();
-        let first = timeout(HELLO, requests.message()).await;
-        let first = first
-            .map_err(|_| Status::deadline_exceeded("hello: none came"))?
-            .map_err(invalid_if_oversized)?;
-        let Some(Request::Hello(hello)) = first.and_then(|request| request.message) else {
-            return Err(Invalid::new("hello", "must be the first message").into());
-        };
-        if hello.slot >= MAX_WORKERS {
-            return Err(
-                Invalid::new("hello.slot", format!("{} is not below {MAX_WORKERS}", hello.slot)).into()
-            );
-        }
-        exchange.shared.identity.admit_peer(hello.caller.as_ref())?;
+        let hello = hello(&mut requests).await?;
+        let identity = &exchange.shared.identity;
+        identity.admit_peer(hello.caller.as_ref())?;
         let incarnation = hello.caller.map_or(0, |caller| caller.incarnation);
         exchange.shared.fence.admit(hello.slot, incarnation)?;
-        let (responses, receiver) = mpsc::channel(4);
-        let identity = &exchange.shared.identity;
+        // Two more for the welcome and a heartbeat. It costs memory only where it is used.
+        let (responses, receiver) = mpsc::channel(MAX_TICKETS * exchange.shared.limits.max_parts() + 2);
         let welcome = v1::Welcome { callee: Some(identity.caller(0)), slot: identity.slot };
-        let mut pump = Pump::new(exchange, hello.slot, hello.session);
-        pump.unsent.push_back(Response::Welcome(welcome));
-        tokio::spawn(async move {
-            if let Err(status) = pump.run(requests, &responses).await {
-                tracing::debug!(slot = pump.slot, "stream of a peer ended: {status}");
-                let _ = responses.send(Err(status)).await;
+        let welcome = v1::ExchangeResponse { message: Some(Response::Welcome(welcome)) };
+        responses.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the peer left"))?;
+        let pump = Pump {
+            exchange,
+            slot: hello.slot,
+            session: hello.session,
+            partial: BTreeMap::new(),
+            under_way: Arc::default(),
+            responses,
+        };
+        let under_way = pump.under_way.clone();
+        tokio::spawn(pump.run(requests));
+        let taken = move |response: &Result<v1::ExchangeResponse, Status>| {
+            if is_last_part(response) {
+                under_way.fetch_sub(1, Ordering::SeqCst);
             }
+        };
+        let responses = ReceiverStream::new(receiver).map(move |response| {
+            taken(&response);
+            response
         });
-        Ok(Reply::new(ReceiverStream::new(receiver)))
+        Ok(Reply::new(Box::pin(responses)))
     }
+}
+
+/// The first message of a stream.
+async fn hello(requests: &mut Streaming<v1::ExchangeRequest>) -> Result<v1::Hello, Status> {
+    let first = timeout(HELLO, requests.message()).await;
+    let first =
+        first.map_err(|_| Status::deadline_exceeded("hello: none came"))?.map_err(invalid_if_oversized)?;
+    let Some(Request::Hello(hello)) = first.and_then(|request| request.message) else {
+        return Err(Invalid::new("hello", "must be the first message").into());
+    };
+    if hello.slot >= MAX_WORKERS {
+        let problem = format!("{} is not below {MAX_WORKERS}", hello.slot);
+        return Err(Invalid::new("hello.slot", problem).into());
+    }
+    Ok(hello)
 }
 
 fn invalid_if_oversized(status: Status) -> Status {
@@ -99,38 +139,40 @@ fn invalid_if_oversized(status: Status) -> Status {
     }
 }
 
-/// One peer's stream: it always reads, and sends as the peer takes it.
-struct Pump<B> {
-    exchange: Arc<Exchange<B>>,
+/// Whether the peer has taken a ticket's answer to its end.
+fn is_last_part(response: &Result<v1::ExchangeResponse, Status>) -> bool {
+    match response {
+        Ok(v1::ExchangeResponse { message: Some(Response::Answer(answer)) }) => {
+            answer.part + 1 == answer.parts
+        }
+        _ => false,
+    }
+}
+
+/// One peer's stream: it always reads, and the peer takes the answers as it can.
+struct Pump {
+    exchange: Arc<Exchange>,
     slot: u32,
     session: u64,
     partial: BTreeMap<u64, DispatchParts>,
-    work: JoinSet<(Ticket, Option<Answers>)>,
-    unsent: VecDeque<Response>,
+    /// Complete tickets whose answer the peer has not taken to its end.
+    under_way: Arc<AtomicUsize>,
+    responses: Responses,
 }
 
-impl<B: Backend> Pump<B> {
-    fn new(exchange: Arc<Exchange<B>>, slot: u32, session: u64) -> Self {
-        Self {
-            exchange,
-            slot,
-            session,
-            partial: BTreeMap::new(),
-            work: JoinSet::new(),
-            unsent: VecDeque::new(),
+impl Pump {
+    async fn run(mut self, requests: Streaming<v1::ExchangeRequest>) {
+        if let Err(status) = self.read(requests).await {
+            tracing::debug!(slot = self.slot, "stream of a peer ended: {status}");
+            let _ = self.responses.send(Err(status)).await;
         }
     }
 
-    async fn run(
-        &mut self,
-        mut requests: Streaming<v1::ExchangeRequest>,
-        responses: &mpsc::Sender<Result<v1::ExchangeResponse, Status>>,
-    ) -> Result<(), Status> {
+    async fn read(&mut self, mut requests: Streaming<v1::ExchangeRequest>) -> Result<(), Status> {
         let mut heartbeat = interval(HEARTBEAT);
         let mut leaving = self.exchange.leaving.clone();
         loop {
-            let idle = self.work.is_empty() && self.unsent.is_empty();
-            if *leaving.borrow() && idle {
+            if *leaving.borrow() && self.under_way.load(Ordering::SeqCst) == 0 {
                 return Ok(());
             }
             tokio::select! {
@@ -139,20 +181,22 @@ impl<B: Backend> Pump<B> {
                     Some(Request::Hello(_)) => return Err(Invalid::new("hello", "came twice").into()),
                     None => return Ok(()),
                 },
-                Some(done) = self.work.join_next() => self.answer(done),
-                permit = responses.reserve(), if !self.unsent.is_empty() => {
-                    let Ok(permit) = permit else { return Ok(()) };
-                    permit.send(Ok(v1::ExchangeResponse { message: self.unsent.pop_front() }));
-                }
-                _ = heartbeat.tick() => if self.unsent.is_empty() {
-                    self.unsent.push_back(Response::Heartbeat(v1::Heartbeat {}));
-                },
+                _ = heartbeat.tick() => self.beat(),
+                () = self.responses.closed() => return Ok(()),
                 _ = leaving.changed() => {}
             }
         }
     }
 
-    /// Takes a part of a ticket, and starts on the ticket once it is complete.
+    /// A sign of life, where the peer has taken all others.
+    fn beat(&self) {
+        if self.responses.capacity() == self.responses.max_capacity() {
+            let beat = v1::ExchangeResponse { message: Some(Response::Heartbeat(v1::Heartbeat {})) };
+            let _ = self.responses.try_send(Ok(beat));
+        }
+    }
+
+    /// Takes a part of a ticket, and hands the ticket on once it is complete.
     fn take(&mut self, part: v1::Dispatch) -> Result<(), Status> {
         if part.session != self.session {
             return Err(Invalid::new("dispatch.session", "is not this stream's").into());
@@ -160,7 +204,7 @@ impl<B: Backend> Pump<B> {
         let limits = &self.exchange.shared.limits;
         let id = part.ticket;
         if !self.partial.contains_key(&id) {
-            if self.partial.len() + self.work.len() + self.unread() >= MAX_TICKETS {
+            if self.partial.len() + self.under_way.load(Ordering::SeqCst) >= MAX_TICKETS {
                 return Err(Status::resource_exhausted(format!("more than {MAX_TICKETS} tickets under way")));
             }
             self.partial.insert(id, DispatchParts::start(&part, limits)?);
@@ -169,85 +213,143 @@ impl<B: Backend> Pump<B> {
         if parts.push(part, limits)?
             && let Some(parts) = self.partial.remove(&id)
         {
-            let (exchange, ticket, slot) = (self.exchange.clone(), parts.ticket(), self.slot);
-            self.work.spawn(async move { (ticket, exchange.serve(slot, parts.into_rows()).await) });
+            self.serve(parts)?;
         }
         Ok(())
     }
 
-    /// Tickets whose answer the peer has not taken to its end.
-    fn unread(&self) -> usize {
-        let last = |response: &&Response| matches!(response, Response::Answer(a) if a.part + 1 == a.parts);
-        self.unsent.iter().filter(last).count()
-    }
-
-    fn answer(&mut self, done: Result<(Ticket, Option<Answers>), tokio::task::JoinError>) {
-        if let Ok((ticket, Some(answers))) = done {
-            let parts = answers.to_parts(ticket, &self.exchange.shared.limits);
-            self.unsent.extend(parts.into_iter().map(Response::Answer));
+    /// Hands a complete ticket to the serving thread; where this worker was elected, once the loader is done.
+    fn serve(&self, parts: DispatchParts) -> Result<(), Status> {
+        self.under_way.fetch_add(1, Ordering::SeqCst);
+        let (ticket, rows) = (parts.ticket(), parts.into_rows());
+        let span = traces::dispatched(&rows.traceparent).child("experts", SpanKind::Server);
+        describe(&span, self.slot, &rows);
+        let job = Job { slot: self.slot, ticket, rows, responses: self.responses.clone(), _span: span };
+        if job.rows.load {
+            let exchange = self.exchange.clone();
+            tokio::spawn(async move {
+                exchange.load(&job.rows).await;
+                let _ = exchange.jobs.send(job).await;
+            });
+            return Ok(());
+        }
+        self.exchange.residency.used(job.rows.layer, &distinct(&job.rows));
+        match self.exchange.jobs.try_send(job) {
+            // The thread is gone, and this process soon.
+            Ok(()) | Err(TrySendError::Closed(_)) => Ok(()),
+            Err(TrySendError::Full(_)) => Err(Status::resource_exhausted("too many tickets of all peers")),
         }
     }
 }
 
-impl<B: Backend> Exchange<B> {
-    /// Waits for the loader where this worker was elected, then for the serving thread. `None` while shutting down.
-    async fn serve(&self, slot: u32, rows: Rows) -> Option<Answers> {
-        let span = traces::dispatched(&rows.traceparent).child("experts", SpanKind::Server);
-        describe(&span, slot, &rows);
-        let experts = distinct(&rows.experts);
-        if rows.load {
-            let loads = experts.into_iter().map(|expert| self.residency.ensured(rows.layer, expert));
-            // What cannot be loaded in time is answered as not resident.
-            let _ = timeout(LOAD, futures::future::join_all(loads)).await;
-        } else {
-            self.residency.used(rows.layer, &experts);
-        }
-        let (answer, answered) = oneshot::channel();
-        self.jobs.send(Job { rows, answer }).await.ok()?;
-        let answers = answered.await.ok()?;
-        let served = answers.values.len() / self.shared.limits.hidden;
-        self.shared.metrics.mesh.served(slot, served as u64);
-        Some(answers)
+impl Exchange {
+    /// Loads what a ticket needs; what cannot be loaded in time is answered as not resident.
+    async fn load(&self, rows: &Rows) {
+        let ids = distinct(rows).into_iter().map(|expert| ExpertId::new(rows.layer, expert));
+        let loads = ids.map(|expert| self.residency.ensured(expert));
+        let _ = timeout(LOAD, futures::future::join_all(loads)).await;
     }
+}
+
+/// The experts of a ticket, ascending.
+fn distinct(rows: &Rows) -> Vec<u32> {
+    let mut experts = rows.experts.clone();
+    experts.sort_unstable();
+    experts.dedup();
+    experts
 }
 
 /// The serving thread: leaf work, so that a peer never waits for this worker's own steps. Ends with the last sender.
-pub(crate) fn run<B: Backend>(backend: &B, hidden: usize, mut jobs: mpsc::Receiver<Job>) {
-    while let Some(Job { rows, answer }) = jobs.blocking_recv() {
-        // A peer that went away meanwhile does not want it.
-        if !answer.is_closed() {
-            let _ = answer.send(compute(backend, hidden, &rows));
+pub(crate) fn run<B: Backend>(
+    backend: &B,
+    mut queue: B::Queue,
+    shared: &Shared,
+    mut jobs: mpsc::Receiver<Job>,
+) {
+    let mut waiting = VecDeque::new();
+    loop {
+        if waiting.is_empty() {
+            let Some(job) = jobs.blocking_recv() else { return };
+            waiting.push_back(job);
         }
+        while waiting.len() < JOBS
+            && let Ok(job) = jobs.try_recv()
+        {
+            waiting.push_back(job);
+        }
+        let together = of_one_layer(&mut waiting);
+        serve(backend, &mut queue, shared, &together);
     }
 }
 
-/// The rows of every expert that is resident, and the names of the others.
-fn compute<B: Backend>(backend: &B, hidden: usize, rows: &Rows) -> Answers {
-    let layer = rows.layer as usize;
-    let inputs = backend.upload(&rows.values);
-    let mut pairs: BTreeMap<u32, Vec<(usize, u32)>> = BTreeMap::new(); // expert → (pair, row)
-    let row_of_pair =
-        rows.row_experts.iter().zip(0u32..).flat_map(|(&count, row)| (0..count).map(move |_| row));
-    for (pair, (&expert, row)) in rows.experts.iter().zip(row_of_pair).enumerate() {
-        pairs.entry(expert).or_default().push((pair, row));
-    }
-    let mut answers = Answers::default();
-    let mut computed: Vec<u16> = Vec::with_capacity(rows.experts.len() * hidden); // by expert
-    let mut starts: Vec<Option<usize>> = vec![None; rows.experts.len()]; // of a pair's row in it
-    // An expert may be evicted between a check and its use: each is computed or named, never assumed.
-    for (expert, pairs) in pairs {
-        let group = ExpertGroup { expert, rows: pairs.iter().map(|&(_, row)| row).collect() };
-        match backend.experts(layer, &inputs, &[group]) {
-            Ok(outputs) => {
-                for (row, &(pair, _)) in pairs.iter().enumerate() {
-                    starts[pair] = Some(computed.len() + row * hidden);
-                }
-                computed.extend(backend.download_activations(&outputs));
-            }
-            Err(_) => answers.not_resident.push(expert),
+/// Takes the oldest ticket and those of the same layer that are computed with it. A peer that went away meanwhile does
+/// not want its own.
+fn of_one_layer(waiting: &mut VecDeque<Job>) -> Vec<Job> {
+    waiting.retain(|job| !job.responses.is_closed());
+    let (mut together, mut rows): (Vec<Job>, usize) = (Vec::new(), 0);
+    let mut at = 0;
+    while at < waiting.len() {
+        let job = &waiting[at].rows;
+        let more = rows + job.row_experts.len();
+        let fits =
+            together.first().is_none_or(|first| first.rows.layer == job.layer && more <= MAX_TICKET_ROWS);
+        if fits {
+            rows = more;
+            together.extend(waiting.remove(at));
+        } else {
+            at += 1;
         }
     }
-    answers.values =
-        starts.into_iter().flatten().flat_map(|start| &computed[start..][..hidden]).copied().collect();
-    answers
+    together
+}
+
+/// Computes the rows of some tickets of one layer, and sends each its answers: those of every expert that is resident,
+/// and the names of the others.
+fn serve<B: Backend>(backend: &B, queue: &mut B::Queue, shared: &Shared, jobs: &[Job]) {
+    let Some(first) = jobs.first() else { return };
+    let mut pairs: Vec<Pair> = Vec::new(); // of all tickets
+    let mut before = 0;
+    for Job { rows, .. } in jobs {
+        let of_pair =
+            (before..).zip(&rows.row_experts).flat_map(|(row, &count)| (0..count).map(move |_| row));
+        pairs.extend(of_pair.zip(&rows.experts).map(|(row, &expert)| Pair { row, expert }));
+        before += rows.row_experts.len() as u32;
+    }
+    let mut experts: Vec<u32> = pairs.iter().map(|pair| pair.expert).collect();
+    experts.sort_unstable();
+    experts.dedup();
+    // An expert may be evicted at any moment: what is pinned stays, and what is not is named.
+    let here = backend.pin(first.rows.layer as usize, &experts);
+    pairs.retain(|pair| here.holds(pair.expert));
+    let inputs = match jobs {
+        [job] => backend.upload(queue, &job.rows.values),
+        _ => {
+            backend.upload(queue, &jobs.iter().flat_map(|job| &job.rows.values).copied().collect::<Vec<_>>())
+        }
+    }; // (rows of all tickets, hidden)
+    let routes = backend.pairs(queue, &pairs);
+    let mut answers = backend.answers(queue, &routes);
+    backend.experts(queue, &here, &inputs, &routes, &mut answers);
+    let all: Vec<u32> = (0..pairs.len() as u32).collect();
+    let values = backend.gather(queue, &answers, &all).wait(); // (pairs, hidden)
+    let mut rest = &values[..];
+    for job in jobs {
+        let computed = job.rows.experts.iter().filter(|&&expert| here.holds(expert)).count();
+        let (values, others) = rest.split_at(computed * shared.limits.hidden);
+        rest = others;
+        let asked = distinct(&job.rows);
+        let missing: Vec<u32> = asked.into_iter().filter(|&expert| !here.holds(expert)).collect();
+        job.answer(shared, &missing, values);
+    }
+}
+
+impl Job {
+    /// Puts the answer onto the peer's stream, which has room: a peer has few tickets under way.
+    fn answer(&self, shared: &Shared, missing: &[u32], values: &[u16]) {
+        for part in answer_parts(self.ticket, missing, values, &shared.limits) {
+            let part = v1::ExchangeResponse { message: Some(Response::Answer(part)) };
+            let _ = self.responses.try_send(Ok(part));
+        }
+        shared.metrics.mesh.served(self.slot, (values.len() / shared.limits.hidden) as u64);
+    }
 }

@@ -1,11 +1,15 @@
 //! One link: the stream on which a peer computes experts for us.
+//!
+//! The engine's thread puts a ticket's parts onto the stream itself; a task reads the answers and hands each ticket's
+//! outcome to that thread. So a ticket wakes one of ours on its way back, and none on its way out.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use expertmesh_proto::expert::{AnswerParts, Limits, MAX_TICKETS, Ticket};
+use expertmesh_proto::backoff::Backoff;
+use expertmesh_proto::channel::{self, Connect, ConnectError};
+use expertmesh_proto::expert::{AnswerParts, Limits, MAX_PART_BYTES, MAX_TICKETS, Ticket};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
@@ -13,44 +17,131 @@ use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status, Streaming};
 
-use super::peers::{Outgoing, Shared};
+use super::alive::Shared;
+use super::ticket::Outgoing;
 use crate::metrics::labels::PeerFailure;
 
 /// A peer that says nothing for so long is dead: it sends a heartbeat five times as often.
 pub(crate) const SILENCE: Duration = Duration::from_secs(1);
 /// A peer that lives but does not answer a ticket for so long is dead too.
 const STUCK: Duration = Duration::from_secs(20);
-const CONNECT: Duration = Duration::from_secs(1);
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// Flow-control windows that keep a fast network busy: 64 KiB is the protocol's default.
-const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
+/// Rows are many bytes, and heartbeats say that a peer lives.
+const CONNECT: Connect = Connect { timeout: Duration::from_secs(1), keepalive: None, bulk: true };
+/// For one address: connection, hello and welcome.
+const GREETING: Duration = Duration::from_secs(2);
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+
+/// The engine's side of a link.
+#[derive(Default)]
+pub(crate) struct Link(Mutex<Option<Up>>);
+
+/// A stream that is up.
+struct Up {
+    session: u64,
+    /// Has room for all parts of [`MAX_TICKETS`].
+    requests: mpsc::Sender<v1::ExchangeRequest>,
+    pending: BTreeMap<u64, Pending>,
+    /// Tickets for which the peer has no room yet, [`MAX_TICKETS`] at most.
+    waiting: VecDeque<Outgoing>,
+}
+
+/// A ticket on its way.
+struct Pending {
+    outgoing: Outgoing,
+    parts: AnswerParts,
+    since: Instant,
+}
+
+impl Link {
+    /// Whether the link took the rows. Where it is down or has its tickets under way, their reply says so.
+    pub(crate) fn send(&self, outgoing: Outgoing, limits: &Limits) -> bool {
+        let mut up = self.lock();
+        let Some(up) = &mut *up else { return false };
+        if up.pending.len() < MAX_TICKETS {
+            up.dispatch(outgoing, limits);
+        } else if up.waiting.len() < MAX_TICKETS {
+            up.waiting.push_back(outgoing);
+        } else {
+            return false;
+        }
+        true
+    }
+
+    fn open(&self, session: u64, requests: mpsc::Sender<v1::ExchangeRequest>) {
+        let (pending, waiting) = (BTreeMap::new(), VecDeque::new());
+        *self.lock() = Some(Up { session, requests, pending, waiting });
+    }
+
+    /// Gives every ticket its outcome: the verdict on the peer.
+    fn close(&self, failure: PeerFailure) {
+        let Some(Up { pending, waiting, .. }) = self.lock().take() else { return };
+        let tickets = pending.into_values().map(|pending| pending.outgoing).chain(waiting);
+        tickets.for_each(|outgoing| outgoing.reply.send(Err(failure)));
+    }
+
+    /// When the oldest ticket was sent.
+    fn oldest(&self) -> Option<Instant> {
+        self.lock().as_ref()?.pending.values().map(|pending| pending.since).min()
+    }
+
+    /// Takes a part of an answer. A ticket that is not pending, or of another try, is late: dropped.
+    fn take(&self, answer: v1::Answer, limits: &Limits) -> Result<(), Verdict> {
+        let mut up = self.lock();
+        let Some(up) = &mut *up else { return Ok(()) };
+        let Some(pending) = up.pending.get_mut(&answer.ticket) else { return Ok(()) };
+        if answer.session != up.session || answer.attempt != pending.outgoing.attempt {
+            return Ok(());
+        }
+        let ticket = answer.ticket;
+        if !pending.parts.push(answer, limits).map_err(Status::from)? {
+            return Ok(());
+        }
+        if let Some(Pending { outgoing, parts, .. }) = up.pending.remove(&ticket) {
+            outgoing.reply.send(Ok(parts.into_answers()));
+        }
+        if let Some(next) = up.waiting.pop_front() {
+            up.dispatch(next, limits);
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Up>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Up {
+    /// Puts a ticket's parts onto the stream. Where that ends now, its task gives the ticket its outcome.
+    fn dispatch(&mut self, outgoing: Outgoing, limits: &Limits) {
+        let ticket = Ticket { session: self.session, ticket: outgoing.ticket, attempt: outgoing.attempt };
+        for part in outgoing.rows.to_parts(ticket, limits) {
+            let part = v1::ExchangeRequest { message: Some(Request::Dispatch(part)) };
+            let _ = self.requests.try_send(part);
+        }
+        let parts = AnswerParts::new(outgoing.rows.experts.clone());
+        self.pending.insert(outgoing.ticket, Pending { outgoing, parts, since: Instant::now() });
+    }
+}
 
 /// Keeps the link up until the task is aborted. Every ticket handed in gets its outcome.
 pub(crate) async fn keep(
     shared: Arc<Shared>,
     slot: u32,
+    link: Arc<Link>,
     mut addresses: watch::Receiver<Vec<String>>,
-    mut outgoing: mpsc::Receiver<Outgoing>,
 ) {
-    let (mut backoff, mut told) = (BACKOFF.0, None);
+    let (mut backoff, mut told) = (BACKOFF, None);
     for session in 1.. {
         let current = addresses.borrow_and_update().clone();
-        match refusing(&mut outgoing, open(&shared, slot, session, &current)).await {
+        match open(&shared, slot, session, &current).await {
             Ok(stream) => {
                 tracing::info!(slot, "peer is up");
-                let alive = shared.alive(slot);
-                (backoff, told) = (BACKOFF.0, None);
-                let mut pump = Pump { session, pending: BTreeMap::new(), unsent: VecDeque::new() };
-                let verdict = pump.run(stream, &shared.limits, &mut outgoing).await;
-                drop(alive);
+                (backoff, told) = (BACKOFF, None);
+                let verdict = read(&shared, slot, session, &link, stream).await;
                 shared.metrics.mesh.failed(slot, verdict.failure);
                 tracing::warn!(slot, reason = verdict.failure.name(), "peer is down: {}", verdict.message);
-                pump.pending
-                    .into_values()
-                    .for_each(|pending| pending.outgoing.reply.send(Err(verdict.failure)));
             }
             // It is tried again and again, and told once for every reason.
             Err(verdict) if told != Some(verdict.failure) => {
@@ -59,24 +150,65 @@ pub(crate) async fn keep(
             }
             Err(_) => {}
         }
-        let pause = async {
-            tokio::select! {
-                () = sleep(backoff) => {}
-                _ = addresses.changed() => {}
-            }
-        };
-        refusing(&mut outgoing, pause).await;
-        backoff = (backoff * 2).min(BACKOFF.1);
+        tokio::select! {
+            () = sleep(backoff.pause()) => {}
+            _ = addresses.changed() => {}
+        }
     }
 }
 
-/// Waits for `work`; what is handed in meanwhile comes back at once.
-async fn refusing<T>(outgoing: &mut mpsc::Receiver<Outgoing>, work: impl Future<Output = T>) -> T {
-    let mut work = pin!(work);
+/// The peer is alive for the engine while its answers are read; afterwards its tickets have their outcome.
+async fn read(shared: &Arc<Shared>, slot: u32, session: u64, link: &Link, stream: Stream) -> Verdict {
+    let Stream { requests, mut responses } = stream;
+    link.open(session, requests);
+    let mut closing = Closing { link, failure: PeerFailure::Down };
+    let _alive = shared.is_up(slot);
+    let verdict = answers(&mut responses, link, &shared.limits).await;
+    closing.failure = verdict.failure;
+    verdict
+}
+
+/// The end of a link's stream, also where its task is aborted.
+struct Closing<'a> {
+    link: &'a Link,
+    failure: PeerFailure,
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.link.close(self.failure);
+    }
+}
+
+/// Reads until the peer's verdict.
+async fn answers(responses: &mut Streaming<v1::ExchangeResponse>, link: &Link, limits: &Limits) -> Verdict {
+    let mut heard = Instant::now();
     loop {
+        // Heartbeats come often enough to look for what is stuck.
+        if link.oldest().is_some_and(|oldest| oldest.elapsed() >= STUCK) {
+            return Verdict::new(PeerFailure::Stuck, format!("no word for {STUCK:?}"));
+        }
         tokio::select! {
-            done = &mut work => return done,
-            Some(late) = outgoing.recv() => late.reply.send(Err(PeerFailure::Down)),
+            biased;
+            response = responses.message() => {
+                heard = Instant::now();
+                let message = match response {
+                    Ok(Some(response)) => response.message,
+                    Ok(None) => return Verdict::new(PeerFailure::Left, "closed the stream"),
+                    Err(status) => return status.into(),
+                };
+                let taken = match message {
+                    Some(Response::Answer(answer)) => link.take(answer, limits),
+                    Some(Response::Heartbeat(_)) => Ok(()),
+                    _ => Err(Verdict::new(PeerFailure::Invalid, "an unknown message")),
+                };
+                if let Err(verdict) = taken {
+                    return verdict;
+                }
+            }
+            () = sleep_until(heard + SILENCE) => {
+                return Verdict::new(PeerFailure::Silent, format!("no word for {SILENCE:?}"));
+            }
         }
     }
 }
@@ -105,6 +237,17 @@ impl From<Status> for Verdict {
     }
 }
 
+impl From<ConnectError> for Verdict {
+    fn from(error: ConnectError) -> Self {
+        let failure = match error {
+            ConnectError::Failed { .. } => PeerFailure::Down,
+            ConnectError::Late { .. } => PeerFailure::Silent,
+        };
+        Self::new(failure, error.to_string())
+    }
+}
+
+/// A peer that said welcome.
 struct Stream {
     requests: mpsc::Sender<v1::ExchangeRequest>,
     responses: Streaming<v1::ExchangeResponse>,
@@ -114,10 +257,8 @@ struct Stream {
 async fn open(shared: &Shared, slot: u32, session: u64, addresses: &[String]) -> Result<Stream, Verdict> {
     let mut verdict = Verdict::new(PeerFailure::Down, "no address");
     for address in addresses {
-        let attempt = timeout(2 * CONNECT, greet(shared, slot, session, address)).await;
-        match attempt
-            .unwrap_or_else(|_| Err(Verdict::new(PeerFailure::Silent, format!("{address} does not answer"))))
-        {
+        let late = |_| Err(Verdict::new(PeerFailure::Silent, format!("{address} does not answer")));
+        match timeout(GREETING, greet(shared, slot, session, address)).await.unwrap_or_else(late) {
             Ok(stream) => return Ok(stream),
             Err(error) => verdict = error,
         }
@@ -126,10 +267,10 @@ async fn open(shared: &Shared, slot: u32, session: u64, addresses: &[String]) ->
 }
 
 async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Result<Stream, Verdict> {
-    let channel = connect(address).await?;
-    let limit = expertmesh_proto::expert::MAX_PART_BYTES * 2;
-    let mut client = ExpertExchangeClient::new(channel).max_decoding_message_size(limit);
-    let (requests, receiver) = mpsc::channel(4);
+    let channel = channel::connect(address, &CONNECT).await?;
+    let mut client = ExpertExchangeClient::new(channel).max_decoding_message_size(2 * MAX_PART_BYTES);
+    // One more for the hello. It costs memory only where it is used.
+    let (requests, receiver) = mpsc::channel(MAX_TICKETS * shared.limits.max_parts() + 1);
     let identity = &shared.identity;
     let hello = v1::Hello { caller: Some(identity.caller(0)), slot: identity.slot, session };
     let hello = v1::ExchangeRequest { message: Some(Request::Hello(hello)) };
@@ -140,101 +281,10 @@ async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Resul
         _ => return Err(Verdict::new(PeerFailure::Invalid, "the first message was no welcome")),
     };
     if welcome.slot != slot {
-        return Err(Verdict::new(
-            PeerFailure::Fenced,
-            format!("{address} is slot {}, not {slot}", welcome.slot),
-        ));
+        let message = format!("{address} is slot {}, not {slot}", welcome.slot);
+        return Err(Verdict::new(PeerFailure::Fenced, message));
     }
     identity.admit_peer(welcome.callee.as_ref())?;
     shared.fence.admit(slot, welcome.callee.map_or(0, |callee| callee.incarnation))?;
     Ok(Stream { requests, responses })
-}
-
-async fn connect(address: &str) -> Result<Channel, Verdict> {
-    let down =
-        |error: tonic::transport::Error| Verdict::new(PeerFailure::Down, format!("{address}: {error}"));
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(down)?;
-    let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true);
-    let endpoint = endpoint.initial_stream_window_size(WINDOWS.0).initial_connection_window_size(WINDOWS.1);
-    endpoint.connect().await.map_err(down)
-}
-
-/// The stream while it is up: it always reads, and sends as the peer takes it.
-struct Pump {
-    session: u64,
-    pending: BTreeMap<u64, Pending>,
-    unsent: VecDeque<v1::Dispatch>,
-}
-
-struct Pending {
-    outgoing: Outgoing,
-    parts: AnswerParts,
-    since: Instant,
-}
-
-impl Pump {
-    /// Runs until the peer's verdict.
-    async fn run(
-        &mut self,
-        stream: Stream,
-        limits: &Limits,
-        outgoing: &mut mpsc::Receiver<Outgoing>,
-    ) -> Verdict {
-        let Stream { requests, mut responses } = stream;
-        let mut heard = Instant::now();
-        loop {
-            let oldest = self.pending.values().map(|pending| pending.since + STUCK).min();
-            let deadline = oldest.map_or(heard + SILENCE, |oldest| oldest.min(heard + SILENCE));
-            tokio::select! {
-                biased;
-                response = responses.message() => match response {
-                    Ok(Some(response)) => {
-                        heard = Instant::now();
-                        if let Err(verdict) = self.take(response, limits) {
-                            return verdict;
-                        }
-                    }
-                    Ok(None) => return Verdict::new(PeerFailure::Left, "closed the stream"),
-                    Err(status) => return status.into(),
-                },
-                permit = requests.reserve(), if !self.unsent.is_empty() => match (permit, self.unsent.pop_front()) {
-                    (Ok(permit), Some(part)) => permit.send(v1::ExchangeRequest { message: Some(Request::Dispatch(part)) }),
-                    _ => return Verdict::new(PeerFailure::Left, "closed the stream"),
-                },
-                Some(next) = outgoing.recv(), if self.pending.len() < MAX_TICKETS => self.dispatch(next, limits),
-                () = sleep_until(deadline) => {
-                    let silent = heard.elapsed() >= SILENCE;
-                    let failure = if silent { PeerFailure::Silent } else { PeerFailure::Stuck };
-                    return Verdict::new(failure, format!("no word for {:?}", if silent { SILENCE } else { STUCK }));
-                }
-            }
-        }
-    }
-
-    fn dispatch(&mut self, outgoing: Outgoing, limits: &Limits) {
-        let ticket = Ticket { session: self.session, ticket: outgoing.ticket, attempt: outgoing.attempt };
-        self.unsent.extend(outgoing.rows.to_parts(ticket, limits));
-        let parts = AnswerParts::new(outgoing.rows.experts.clone());
-        self.pending.insert(outgoing.ticket, Pending { outgoing, parts, since: Instant::now() });
-    }
-
-    /// Takes a part of an answer. A ticket that is not pending, or of another try, is late: dropped.
-    fn take(&mut self, response: v1::ExchangeResponse, limits: &Limits) -> Result<(), Verdict> {
-        let answer = match response.message {
-            Some(Response::Answer(answer)) => answer,
-            Some(Response::Heartbeat(_)) => return Ok(()),
-            _ => return Err(Verdict::new(PeerFailure::Invalid, "an unknown message")),
-        };
-        let Some(pending) = self.pending.get_mut(&answer.ticket) else { return Ok(()) };
-        if answer.session != self.session || answer.attempt != pending.outgoing.attempt {
-            return Ok(());
-        }
-        let ticket = answer.ticket;
-        if pending.parts.push(answer, limits).map_err(Status::from)?
-            && let Some(Pending { outgoing, parts, .. }) = self.pending.remove(&ticket)
-        {
-            outgoing.reply.send(Ok(parts.into_answers()));
-        }
-        Ok(())
-    }
 }

@@ -1,5 +1,6 @@
-//! The mesh: who holds which experts, and how rows reach them.
+//! The mesh: how rows reach the experts that are elsewhere.
 
+pub(crate) mod alive;
 pub(crate) mod dispatch;
 pub(crate) mod exchange;
 mod fence;
@@ -7,3 +8,4 @@ mod link;
 pub(crate) mod peers;
 pub(crate) mod residency;
 mod route;
+mod ticket;

@@ -1,10 +1,11 @@
 //! Which experts are resident here. An expert is absent, loading or resident; one thread loads.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::Backend;
+use expertmesh_engine::ExpertStore;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::placement::ExpertSet;
 use tokio::sync::watch;
 
@@ -16,14 +17,11 @@ const EXTRA_IDLE: Duration = Duration::from_secs(10);
 /// How long after a failed load the placement's wish is tried again.
 const RETRY: Duration = Duration::from_secs(2);
 
-type Key = (u32, u32);
-
 /// An expert that could not be loaded.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("expert {expert} of layer {layer} cannot be loaded: {message}")]
+#[error("{expert} cannot be loaded: {message}")]
 pub(crate) struct LoadFailed {
-    layer: u32,
-    expert: u32,
+    expert: ExpertId,
     message: String,
 }
 
@@ -39,8 +37,9 @@ pub(crate) struct Snapshot {
     pub(crate) failure: Option<String>,
 }
 
-pub(crate) struct Residency<B> {
-    backend: Arc<B>,
+/// The experts that are resident here, or are to be.
+pub(crate) struct Residency {
+    store: Arc<dyn ExpertStore>,
     metrics: Arc<WorkerMetrics>,
     state: Mutex<State>,
     /// Wakes the loader thread, and those that wait for it.
@@ -52,20 +51,20 @@ pub(crate) struct Residency<B> {
 struct State {
     assigned: ExpertSet,
     /// Wanted by a row that waits.
-    urgent: VecDeque<Key>,
-    loading: Option<Key>,
-    resident: BTreeMap<Key, u64>,
+    urgent: VecDeque<ExpertId>,
+    loading: Option<ExpertId>,
+    resident: BTreeMap<ExpertId, u64>,
     /// Resident but not assigned, with the last use.
-    extras: BTreeMap<Key, Instant>,
-    failed: BTreeMap<Key, (Instant, LoadFailed)>,
+    extras: BTreeMap<ExpertId, Instant>,
+    failed: BTreeMap<ExpertId, (Instant, LoadFailed)>,
     bytes_loaded: u64,
     stop: bool,
 }
 
-impl<B: Backend> Residency<B> {
-    pub(crate) fn new(backend: Arc<B>, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
+impl Residency {
+    pub(crate) fn new(store: Arc<dyn ExpertStore>, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
         let (state, turn) = (Mutex::new(State::default()), Condvar::new());
-        Arc::new(Self { backend, metrics, state, turn, changed: watch::Sender::new(0) })
+        Arc::new(Self { store, metrics, state, turn, changed: watch::Sender::new(0) })
     }
 
     /// Counts changes of the state.
@@ -79,49 +78,49 @@ impl<B: Backend> Residency<B> {
         self.notify();
     }
 
-    /// A peer's rows are about to use these experts of a layer: those that are here are not idle.
-    pub(crate) fn used(&self, layer: u32, experts: &BTreeSet<u32>) {
+    /// Rows are about to use these experts of a layer: those that are here are not idle.
+    pub(crate) fn used(&self, layer: u32, experts: &[u32]) {
         let mut state = self.lock();
         for &expert in experts {
-            state.touch((layer, expert));
+            state.touch(ExpertId::new(layer, expert));
         }
     }
 
     /// Waits until the expert is resident. For the engine's own thread.
-    pub(crate) fn ensure(&self, layer: u32, expert: u32) -> Result<(), LoadFailed> {
+    pub(crate) fn ensure(&self, expert: ExpertId) -> Result<(), LoadFailed> {
         let mut state = self.lock();
-        if state.touch((layer, expert)) {
+        if state.touch(expert) {
             return Ok(());
         }
-        state.want((layer, expert));
+        state.want(expert);
         self.turn.notify_all();
         loop {
-            if let Some(result) = state.settled((layer, expert)) {
+            if let Some(result) = state.settled(expert) {
                 return result;
             }
-            state.keep_wanting((layer, expert));
+            state.keep_wanting(expert);
             state = self.turn.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Waits until the expert is resident. For tasks that serve a peer.
-    pub(crate) async fn ensured(&self, layer: u32, expert: u32) -> Result<(), LoadFailed> {
+    pub(crate) async fn ensured(&self, expert: ExpertId) -> Result<(), LoadFailed> {
         let mut changes = self.subscribe();
         {
             let mut state = self.lock();
-            if state.touch((layer, expert)) {
+            if state.touch(expert) {
                 return Ok(());
             }
-            state.want((layer, expert));
+            state.want(expert);
         }
         self.turn.notify_all();
         loop {
             {
                 let mut state = self.lock();
-                if let Some(result) = state.settled((layer, expert)) {
+                if let Some(result) = state.settled(expert) {
                     return result;
                 }
-                state.keep_wanting((layer, expert));
+                state.keep_wanting(expert);
             }
             // The sender lives in self: this cannot fail while we wait.
             let _ = changes.changed().await;
@@ -131,8 +130,8 @@ impl<B: Backend> Residency<B> {
     pub(crate) fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         let mut resident = ExpertSet::default();
-        for &(layer, expert) in state.resident.keys() {
-            resident.insert(layer, expert);
+        for expert in state.resident.keys() {
+            resident.insert(expert.layer, expert.expert);
         }
         Snapshot {
             resident,
@@ -147,20 +146,20 @@ impl<B: Backend> Residency<B> {
     pub(crate) fn run(&self) {
         let mut state = self.lock();
         while !state.stop {
-            if let Some(key) = state.next() {
-                state.loading = Some(key);
+            if let Some(expert) = state.next() {
+                state.loading = Some(expert);
                 drop(state);
-                let result = self.backend.load(key.0 as usize, key.1);
+                let result = self.store.load(expert);
                 state = self.lock();
                 state.loading = None;
                 if let Ok(bytes) = result {
-                    self.count(state.assigned.contains(key.0, key.1), bytes);
+                    self.count(state.is_assigned(expert), bytes);
                 }
-                state.record(key, result.map_err(|error| error.to_string()));
-            } else if let Some(key) = state.idle() {
-                self.backend.evict(key.0 as usize, key.1);
-                state.resident.remove(&key);
-                state.extras.remove(&key);
+                state.record(expert, result.map_err(|error| error.to_string()));
+            } else if let Some(expert) = state.idle() {
+                self.store.evict(expert);
+                state.resident.remove(&expert);
+                state.extras.remove(&expert);
             } else {
                 let timeout = Duration::from_millis(500);
                 state = self
@@ -199,83 +198,82 @@ impl<B: Backend> Residency<B> {
 impl State {
     /// What was superfluous before goes on being idle since then.
     fn assign(&mut self, experts: ExpertSet) {
-        let extras = self.resident.keys().filter(|key| !experts.contains(key.0, key.1));
-        let used = |key: &Key| self.extras.get(key).copied().unwrap_or_else(Instant::now);
-        self.extras = extras.map(|key| (*key, used(key))).collect();
+        let extras = self.resident.keys().filter(|id| !experts.contains(id.layer, id.expert));
+        let used = |expert: &ExpertId| self.extras.get(expert).copied().unwrap_or_else(Instant::now);
+        self.extras = extras.map(|expert| (*expert, used(expert))).collect();
         self.assigned = experts;
     }
 
-    fn missing(&self) -> impl Iterator<Item = Key> + '_ {
-        self.assigned.iter().filter(|key| !self.resident.contains_key(key))
+    fn missing(&self) -> impl Iterator<Item = ExpertId> + '_ {
+        let assigned = self.assigned.iter().map(|(layer, expert)| ExpertId::new(layer, expert));
+        assigned.filter(|expert| !self.resident.contains_key(expert))
+    }
+
+    fn is_assigned(&self, expert: ExpertId) -> bool {
+        self.assigned.contains(expert.layer, expert.expert)
     }
 
     /// Of what is missing; an expert that only a peer wanted says nothing about this worker.
     fn failure(&self) -> Option<String> {
-        self.missing().find_map(|key| Some(self.failed.get(&key)?.1.to_string()))
+        self.missing().find_map(|expert| Some(self.failed.get(&expert)?.1.to_string()))
     }
 
-    fn touch(&mut self, key: Key) -> bool {
-        if let Some(used) = self.extras.get_mut(&key) {
+    fn touch(&mut self, expert: ExpertId) -> bool {
+        if let Some(used) = self.extras.get_mut(&expert) {
             *used = Instant::now();
         }
-        self.resident.contains_key(&key)
+        self.resident.contains_key(&expert)
     }
 
-    fn want(&mut self, key: Key) {
-        self.failed.remove(&key);
-        if !self.urgent.contains(&key) {
-            self.urgent.push_back(key);
+    fn want(&mut self, expert: ExpertId) {
+        self.failed.remove(&expert);
+        if !self.urgent.contains(&expert) {
+            self.urgent.push_back(expert);
         }
     }
 
     /// An expert that came and was evicted before its waiter woke is wanted again.
-    fn keep_wanting(&mut self, key: Key) {
-        if self.loading != Some(key) {
-            self.want(key);
+    fn keep_wanting(&mut self, expert: ExpertId) {
+        if self.loading != Some(expert) {
+            self.want(expert);
         }
     }
 
-    fn settled(&self, key: Key) -> Option<Result<(), LoadFailed>> {
-        if self.resident.contains_key(&key) {
+    fn settled(&self, expert: ExpertId) -> Option<Result<(), LoadFailed>> {
+        if self.resident.contains_key(&expert) {
             return Some(Ok(()));
         }
-        self.failed.get(&key).map(|(_, failure)| Err(failure.clone()))
+        self.failed.get(&expert).map(|(_, failure)| Err(failure.clone()))
     }
 
-    fn next(&mut self) -> Option<Key> {
-        while let Some(key) = self.urgent.pop_front() {
-            if !self.resident.contains_key(&key) {
-                return Some(key);
+    fn next(&mut self) -> Option<ExpertId> {
+        while let Some(expert) = self.urgent.pop_front() {
+            if !self.resident.contains_key(&expert) {
+                return Some(expert);
             }
         }
-        self.missing().find(|key| self.failed.get(key).is_none_or(|(at, _)| at.elapsed() > RETRY))
+        self.missing().find(|expert| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY))
     }
 
-    fn idle(&self) -> Option<Key> {
-        self.extras.iter().find(|(_, used)| used.elapsed() > EXTRA_IDLE).map(|(&key, _)| key)
+    fn idle(&self) -> Option<ExpertId> {
+        self.extras.iter().find(|(_, used)| used.elapsed() > EXTRA_IDLE).map(|(&expert, _)| expert)
     }
 
-    fn record(&mut self, key: Key, result: Result<u64, String>) {
-        let (layer, expert) = key;
+    fn record(&mut self, expert: ExpertId, result: Result<u64, String>) {
         match result {
             Ok(bytes) => {
-                self.failed.remove(&key);
-                self.resident.insert(key, bytes);
+                self.failed.remove(&expert);
+                self.resident.insert(expert, bytes);
                 self.bytes_loaded += bytes;
-                if !self.assigned.contains(layer, expert) {
-                    self.extras.insert(key, Instant::now());
+                if !self.is_assigned(expert) {
+                    self.extras.insert(expert, Instant::now());
                 }
             }
             Err(message) => {
-                self.failed.insert(key, (Instant::now(), LoadFailed { layer, expert, message }));
+                self.failed.insert(expert, (Instant::now(), LoadFailed { expert, message }));
             }
         }
     }
-}
-
-/// The distinct experts of a list, ascending.
-pub(crate) fn distinct(experts: &[u32]) -> BTreeSet<u32> {
-    experts.iter().copied().collect()
 }
 
 #[cfg(test)]
@@ -286,15 +284,18 @@ mod tests {
     fn only_use_keeps_what_the_placement_does_not_name() {
         let mut assigned = ExpertSet::default();
         assigned.insert(1, 0);
-        let mut state = State { resident: [((1, 0), 10), ((1, 7), 10)].into(), ..State::default() };
+        let mut state = State {
+            resident: [(ExpertId::new(1, 0), 10), (ExpertId::new(1, 7), 10)].into(),
+            ..State::default()
+        };
         state.assign(assigned.clone());
-        let since = state.extras[&(1, 7)];
+        let since = state.extras[&ExpertId::new(1, 7)];
         assert_eq!(state.extras.len(), 1);
         std::thread::sleep(Duration::from_millis(1));
         state.assign(assigned.clone());
-        assert_eq!(state.extras[&(1, 7)], since, "the same placement once more is no use");
-        assert!(state.touch((1, 7)));
-        assert!(state.extras[&(1, 7)] > since);
+        assert_eq!(state.extras[&ExpertId::new(1, 7)], since, "the same placement once more is no use");
+        assert!(state.touch(ExpertId::new(1, 7)));
+        assert!(state.extras[&ExpertId::new(1, 7)] > since);
         assigned.insert(1, 7);
         state.assign(assigned);
         assert!(state.extras.is_empty());
@@ -304,9 +305,9 @@ mod tests {
     fn what_failed_is_told_while_it_is_missing_here() {
         let mut state = State::default();
         state.assigned.insert(1, 0);
-        state.record((1, 5), Err("elected and damaged".into()));
+        state.record(ExpertId::new(1, 5), Err("elected and damaged".into()));
         assert_eq!(state.failure(), None);
-        state.record((1, 0), Err("damaged".into()));
+        state.record(ExpertId::new(1, 0), Err("damaged".into()));
         assert_eq!(state.failure().unwrap(), "expert 0 of layer 1 cannot be loaded: damaged");
     }
 }

@@ -2,22 +2,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::placement::Placement;
 
-/// The slots that should hold each expert, by (layer, expert), and who may be elected.
+/// The slots that should hold each expert, and who may be elected.
 #[derive(Debug, Default)]
 pub(crate) struct Holders {
-    by_expert: BTreeMap<(u32, u32), Vec<u32>>,
+    by_expert: BTreeMap<ExpertId, Vec<u32>>,
     electorate: Vec<u32>,
 }
 
 impl Holders {
     /// Workers that drain still serve; they are elected only where nobody else is.
     pub(crate) fn of(placement: &Placement) -> Self {
-        let mut by_expert: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+        let mut by_expert: BTreeMap<ExpertId, Vec<u32>> = BTreeMap::new();
         for worker in placement.workers() {
-            for pair in worker.experts.iter() {
-                by_expert.entry(pair).or_default().push(worker.slot);
+            for (layer, expert) in worker.experts.iter() {
+                by_expert.entry(ExpertId::new(layer, expert)).or_default().push(worker.slot);
             }
         }
         let slots =
@@ -25,6 +26,15 @@ impl Holders {
         let staying: Vec<u32> = slots(false).collect();
         let electorate = if staying.is_empty() { slots(true).collect() } else { staying };
         Self { by_expert, electorate }
+    }
+
+    /// The layers of which a slot should hold all of so many experts.
+    pub(crate) fn whole_layers(&self, slot: u32, experts: usize) -> BTreeSet<u32> {
+        let mut held: BTreeMap<u32, usize> = BTreeMap::new();
+        for (expert, slots) in &self.by_expert {
+            *held.entry(expert.layer).or_default() += usize::from(slots.contains(&slot));
+        }
+        held.into_iter().filter(|&(_, count)| count == experts).map(|(layer, _)| layer).collect()
     }
 }
 
@@ -51,7 +61,7 @@ pub(crate) enum Target {
 
 /// Chooses among the live holders that were not `tried`, then by election among all live workers, `me` included;
 /// this worker where nothing else is left, so that every expert can always be computed.
-pub(crate) fn route(holders: &Holders, me: u32, expert: (u32, u32), known: &Known) -> Target {
+pub(crate) fn route(holders: &Holders, me: u32, expert: ExpertId, known: &Known) -> Target {
     let usable = |slot: &u32| (*slot == me || known.alive.contains(slot)) && !known.tried.contains(slot);
     let named = holders.by_expert.get(&expert).map_or(&[][..], Vec::as_slice);
     let live = named.iter().copied().filter(usable);
@@ -72,9 +82,9 @@ pub(crate) fn route(holders: &Holders, me: u32, expert: (u32, u32), known: &Know
 }
 
 /// Rendezvous hashing (Thaler and Ravishankar, 1998): the highest weight wins, and losing a slot moves only its own.
-fn weight(slot: u32, (layer, expert): (u32, u32), salt: u32) -> u64 {
-    let low = mix(u64::from(slot) << 32 | u64::from(layer));
-    mix(low ^ (u64::from(expert) << 32 | u64::from(salt)))
+fn weight(slot: u32, expert: ExpertId, salt: u32) -> u64 {
+    let low = mix(u64::from(slot) << 32 | u64::from(expert.layer));
+    mix(low ^ (u64::from(expert.expert) << 32 | u64::from(salt)))
 }
 
 /// SplitMix64's finaliser.
@@ -106,9 +116,9 @@ mod tests {
         Holders::of(&Placement::new(1, (0..slots).map(worker).collect()).unwrap())
     }
 
-    fn to(holders: &Holders, me: u32, alive: &[u32], expert: (u32, u32), tried: &[u32]) -> Target {
+    fn to(holders: &Holders, me: u32, alive: &[u32], (layer, expert): (u32, u32), tried: &[u32]) -> Target {
         let alive = alive.iter().copied().collect();
-        route(holders, me, expert, &Known { alive: &alive, tried, cold: &[] })
+        route(holders, me, ExpertId::new(layer, expert), &Known { alive: &alive, tried, cold: &[] })
     }
 
     #[test]
@@ -116,6 +126,13 @@ mod tests {
         let holders = holders(4, None);
         assert_eq!(to(&holders, 0, &[1, 2, 3], (1, 9), &[]), Target::Holder(1));
         assert_eq!(to(&holders, 1, &[0, 2, 3], (1, 9), &[]), Target::Local);
+    }
+
+    #[test]
+    fn a_layer_is_whole_where_one_worker_holds_all_its_experts() {
+        let (holders, alone) = (holders(2, None), holders(1, None));
+        assert_eq!(alone.whole_layers(0, 8), BTreeSet::from([1]));
+        assert!(alone.whole_layers(0, 9).is_empty() && holders.whole_layers(0, 16).is_empty());
     }
 
     #[test]
@@ -127,8 +144,9 @@ mod tests {
     #[test]
     fn a_copy_that_is_there_comes_before_one_that_still_loads() {
         let (holders, alive) = (holders(4, Some(3)), [0, 2, 3].into());
-        let to =
-            |tried: &[u32], cold: &[u32]| route(&holders, 1, (1, 0), &Known { alive: &alive, tried, cold });
+        let to = |tried: &[u32], cold: &[u32]| {
+            route(&holders, 1, ExpertId::new(1, 0), &Known { alive: &alive, tried, cold })
+        };
         assert_eq!(to(&[], &[0]), Target::Holder(3));
         assert_eq!(to(&[], &[3]), Target::Holder(0));
         assert!(matches!(to(&[], &[0, 3]), Target::Elected(0 | 3)));
@@ -160,10 +178,10 @@ mod tests {
     fn a_worker_that_still_loads_or_cannot_asks_a_copy_and_loads_where_there_is_none() {
         let (copied, single, alive) = (holders(4, Some(3)), holders(4, None), [1, 2, 3].into());
         let known = |tried, cold| Known { alive: &alive, tried, cold };
-        assert_eq!(route(&copied, 0, (1, 0), &known(&[], &[0])), Target::Holder(3));
-        assert_eq!(route(&single, 0, (1, 0), &known(&[], &[0])), Target::Local);
-        assert!(matches!(route(&single, 0, (1, 0), &known(&[0], &[0])), Target::Elected(1..=3)));
-        assert_eq!(route(&single, 0, (1, 0), &known(&[0, 1, 2, 3], &[0])), Target::Local);
+        assert_eq!(route(&copied, 0, ExpertId::new(1, 0), &known(&[], &[0])), Target::Holder(3));
+        assert_eq!(route(&single, 0, ExpertId::new(1, 0), &known(&[], &[0])), Target::Local);
+        assert!(matches!(route(&single, 0, ExpertId::new(1, 0), &known(&[0], &[0])), Target::Elected(1..=3)));
+        assert_eq!(route(&single, 0, ExpertId::new(1, 0), &known(&[0, 1, 2, 3], &[0])), Target::Local);
     }
 
     #[test]

@@ -5,7 +5,6 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use expertmesh_engine::Backend;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
@@ -30,11 +29,11 @@ const PERIOD: Duration = Duration::from_secs(1);
 const GATHER: Duration = Duration::from_millis(10);
 
 /// Everything that a report is made of.
-pub(crate) struct WorkerState<B> {
+pub(crate) struct WorkerState {
     pub(crate) identity: Identity,
     pub(crate) shape: v1::ModelShape,
     pub(crate) placement: CurrentPlacement,
-    pub(crate) residency: Arc<Residency<B>>,
+    pub(crate) residency: Arc<Residency>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) commands: SyncSender<Command>,
     /// The process ends: a later placement does not call it back.
@@ -46,24 +45,26 @@ pub(crate) struct WorkerState<B> {
     left: watch::Sender<bool>,
 }
 
-pub(crate) fn shape(config: &ModelConfig, weights: WeightFormat) -> v1::ModelShape {
+/// What the operator is told of the model, which places its experts and counts their bytes.
+pub(crate) fn shape(config: &ModelConfig, layout: Layout, weights: WeightFormat) -> v1::ModelShape {
     v1::ModelShape {
         first_moe_layer: config.first_moe_layer() as u32,
         layers: config.layers as u32,
         experts: config.experts() as u32,
         experts_per_token: config.experts_per_token() as u32,
-        expert_bytes: Layout::Cpu1.expert_bytes(config, weights),
-        dense_bytes: Layout::Cpu1.dense_bytes(config, weights),
+        expert_bytes: layout.expert_bytes(config, weights),
+        dense_bytes: layout.dense_bytes(config, weights),
     }
 }
 
-impl<B: Backend> WorkerState<B> {
+impl WorkerState {
     pub(crate) fn new(
         identity: Identity,
         shape: v1::ModelShape,
         placement: CurrentPlacement,
-        residency: Arc<Residency<B>>,
-        (shared, commands): (Arc<Shared>, SyncSender<Command>),
+        residency: Arc<Residency>,
+        shared: Arc<Shared>,
+        commands: SyncSender<Command>,
     ) -> Arc<Self> {
         let stopping = AtomicBool::new(false);
         let (drained, left, turn) = (watch::Sender::new(false), watch::Sender::new(false), Mutex::new(()));
@@ -234,10 +235,10 @@ fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), In
     }
 }
 
-pub(crate) struct ControlService<B>(pub(crate) Arc<WorkerState<B>>);
+pub(crate) struct ControlService(pub(crate) Arc<WorkerState>);
 
 #[tonic::async_trait]
-impl<B: Backend> Control for ControlService<B> {
+impl Control for ControlService {
     type ReportStream = ReceiverStream<Result<v1::ReportResponse, Status>>;
 
     async fn apply_placement(

@@ -6,12 +6,13 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use expertmesh_engine::{Backend, Exchange, History, Logprobs, Sampler, forward};
+use expertmesh_engine::{Backend, Draw, Exchange, History, Logprobs, Sampled, forward};
+use expertmesh_model::error::ModelError;
 use expertmesh_model::sampling::Sampling;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
-use expertmesh_scheduler::{Plan, Scheduler, Sequence};
+use expertmesh_scheduler::{Bounds, Plan, Scheduler, Sequence};
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tonic::Status;
 
@@ -85,12 +86,15 @@ pub(crate) struct Shared {
 
 /// The loop over one backend, one cache and one way to reach the experts.
 pub(crate) struct Loop<B: Backend, X> {
-    pub(crate) backend: Arc<B>,
-    pub(crate) kv: B::Kv,
-    pub(crate) exchange: X,
-    pub(crate) sampler: Sampler,
-    pub(crate) scheduler: Scheduler,
-    pub(crate) shared: Arc<Shared>,
+    backend: Arc<B>,
+    queue: B::Queue,
+    kv: B::Kv,
+    exchange: X,
+    scheduler: Scheduler,
+    shared: Arc<Shared>,
+    /// Sequences that run or wait, by the scheduler's ids.
+    live: BTreeMap<u64, Submission>,
+    next_id: u64,
 }
 
 impl<B, X> Loop<B, X>
@@ -99,111 +103,127 @@ where
     X: Exchange<B>,
     X::Error: std::fmt::Display,
 {
+    /// A loop with a cache of so many blocks. Errors: of the device's memory.
+    pub(crate) fn new(
+        backend: Arc<B>,
+        exchange: X,
+        bounds: Bounds,
+        blocks: usize,
+        shared: Arc<Shared>,
+    ) -> Result<Self, ModelError> {
+        let (queue, kv) = (backend.queue()?, backend.allocate_kv(blocks)?);
+        let (scheduler, live) = (Scheduler::new(bounds, blocks), BTreeMap::new());
+        Ok(Self { backend, queue, kv, exchange, scheduler, shared, live, next_id: 0 })
+    }
+
     /// Runs until [`Command::Stop`] or the last sender is gone.
     pub(crate) fn run(mut self, commands: &Receiver<Command>) {
-        let mut live: BTreeMap<u64, Submission> = BTreeMap::new();
-        let mut next_id = 0;
         let mut idle = true;
         loop {
-            match next_command(commands, idle, live.is_empty()) {
+            match next_command(commands, idle, self.live.is_empty()) {
                 Next::Command(Command::Submit(submission)) => {
-                    next_id += 1;
-                    self.submit(next_id, *submission, &mut live);
+                    self.submit(*submission);
                     idle = false;
                     continue;
                 }
-                Next::Command(Command::Drain) => self.drain(&mut live),
-                Next::Command(Command::Stop) | Next::Closed => return self.drain(&mut live),
+                Next::Command(Command::Drain) => self.drain(),
+                Next::Command(Command::Stop) | Next::Closed => return self.drain(),
                 Next::Nothing => {}
             }
-            self.drop_cancelled(&mut live);
-            let plan = self.scheduler.plan(|id| live.get(&id).is_some_and(|live| live.events.capacity() < 2));
+            self.drop_cancelled();
+            let full = |id| self.live.get(&id).is_some_and(|live| live.events.capacity() < 2);
+            let plan = self.scheduler.plan(full);
             idle = plan.ids.is_empty();
             if !idle {
-                self.step(&plan, &mut live);
+                self.step(&plan);
             }
             self.publish();
         }
     }
 
-    fn submit(&mut self, id: u64, submission: Submission, live: &mut BTreeMap<u64, Submission>) {
+    fn submit(&mut self, submission: Submission) {
+        self.next_id += 1;
         if self.shared.draining.load(Ordering::SeqCst) {
-            return refuse(
-                &submission.events,
-                Status::unavailable("this worker leaves"),
-                &self.shared.metrics,
-            );
+            return refuse(&submission.events, Status::unavailable("this worker leaves"), &self.shared);
         }
-        match self.scheduler.submit(Sequence::new(id, submission.tokens.clone())) {
-            Ok(()) => drop(live.insert(id, submission)),
-            Err(_) => refuse(
-                &submission.events,
-                Status::resource_exhausted("the queue is full"),
-                &self.shared.metrics,
-            ),
+        match self.scheduler.submit(Sequence::new(self.next_id, submission.tokens.clone())) {
+            Ok(()) => drop(self.live.insert(self.next_id, submission)),
+            Err(_) => {
+                refuse(&submission.events, Status::resource_exhausted("the queue is full"), &self.shared);
+            }
         }
         self.publish();
     }
 
     /// Computes a plan and hands its tokens out.
-    fn step(&mut self, plan: &Plan, live: &mut BTreeMap<u64, Submission>) {
+    fn step(&mut self, plan: &Plan) {
         let start = Instant::now();
-        let steps = trace(plan, live);
+        let steps = trace(plan, &mut self.live);
         // The experts' calls are told in the first one's trace.
         let entered = steps.first().and_then(Span::enter);
-        let logits = forward(&*self.backend, &plan.step, &mut self.kv, &mut self.exchange, &mut |_| {});
-        let logits = match logits {
-            Ok(rows) => self.backend.download(&rows), // (spans that want logits, vocabulary)
+        let computed = self.compute(plan);
+        drop((entered, steps));
+        let sampled = match computed {
+            Ok(sampled) => sampled,
             Err(error) => {
                 tracing::error!("a step failed: {error}");
-                plan.ids.iter().for_each(|&id| self.end(id, live, Err(Status::internal(error.to_string()))));
+                plan.ids.iter().for_each(|&id| self.end(id, Err(Status::internal(error.to_string()))));
                 return;
             }
         };
-        drop((entered, steps));
         self.scheduler.computed(plan);
-        let metrics = self.shared.metrics.clone();
-        metrics.engine.step_seconds.observe(start.elapsed().as_secs_f64());
-        let sampled = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
-        let prefilled = plan.step.rows() - sampled.clone().filter(|(_, span)| span.tokens.len() == 1).count();
-        metrics.engine.prompt_tokens.inc_by(prefilled as u64);
-        let vocabulary = self.backend.config().vocabulary;
-        for ((&id, _), logits) in sampled.zip(logits.chunks_exact(vocabulary)) {
-            if logits.iter().all(|logit| logit.is_finite()) {
-                self.sampled(id, logits, live);
-            } else {
-                // Its later rows would not be either, and peers end the streams that such rows come on.
-                tracing::error!("the logits of a sequence are not finite");
-                self.end(id, live, Err(Status::internal("the logits are not finite")));
+        let metrics = &self.shared.metrics.engine;
+        metrics.step_seconds.observe(start.elapsed().as_secs_f64());
+        let decoded = plan.step.spans.iter().filter(|span| span.logits && span.tokens.len() == 1).count();
+        metrics.prompt_tokens.inc_by((plan.step.rows() - decoded) as u64);
+        for (id, sampled) in sampled {
+            match sampled {
+                Some(sampled) => self.sampled(id, sampled),
+                None => {
+                    // Its later rows would not be either, and peers end the streams that such rows come on.
+                    tracing::error!("the logits of a sequence are not finite");
+                    self.end(id, Err(Status::internal("the logits are not finite")));
+                }
             }
         }
     }
 
-    fn sampled(&mut self, id: u64, logits: &[f32], live: &mut BTreeMap<u64, Submission>) {
-        let Some(Submission { history, sampling, logprobs, max_length, events, .. }) = live.get_mut(&id)
-        else {
+    /// The tokens that a plan's sequences get; none where the logits are not finite.
+    fn compute(&mut self, plan: &Plan) -> Result<Vec<(u64, Option<Sampled>)>, X::Error> {
+        let Self { backend, queue, kv, exchange, live, .. } = self;
+        let logits = forward(&**backend, queue, &plan.step, kv, exchange, None)?; // (spans that want logits, vocabulary)
+        let wanting = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
+        let (mut ids, mut draws) = (Vec::new(), Vec::new());
+        for (row, (&id, _)) in wanting.enumerate() {
+            let Some(Submission { sampling, history, logprobs, .. }) = live.get(&id) else { continue };
+            ids.push(id);
+            draws.push(Draw { row, sampling, history, logprobs: *logprobs });
+        }
+        Ok(ids.into_iter().zip(backend.sample(queue, &logits, &draws).wait()).collect())
+    }
+
+    fn sampled(&mut self, id: u64, Sampled { token, logprobs }: Sampled) {
+        let Some(Submission { history, sampling, max_length, events, .. }) = self.live.get_mut(&id) else {
             return;
         };
-        let token = self.sampler.choose(logits, sampling, history);
         let (position, stops) = (history.len() as u32, sampling.ends(token, history.generated()));
         history.push(token);
         self.shared.metrics.engine.generated_tokens.inc();
         self.scheduler.push(id, token);
-        let logprobs = logprobs.map(|top| message(expertmesh_engine::logprobs(logits, token, top)));
-        let event = Event::Token(v1::Token { id: token, position, logprobs });
+        let event = Event::Token(v1::Token { id: token, position, logprobs: logprobs.map(message) });
         // There is room: a sequence without is paused. A reader that left is noticed before the next step.
         let _ = events.try_send(Ok(v1::GenerateEvent { event: Some(event) }));
         let full = history.len() >= *max_length;
         if stops {
-            self.end(id, live, Ok(Reason::Stop));
+            self.end(id, Ok(Reason::Stop));
         } else if full {
-            self.end(id, live, Ok(Reason::Length));
+            self.end(id, Ok(Reason::Length));
         }
     }
 
-    fn end(&mut self, id: u64, live: &mut BTreeMap<u64, Submission>, how: Result<Reason, Status>) {
+    fn end(&mut self, id: u64, how: Result<Reason, Status>) {
         self.scheduler.remove(id);
-        let Some(live) = live.remove(&id) else { return };
+        let Some(live) = self.live.remove(&id) else { return };
         let outcome = match &how {
             Ok(Reason::Stop) => SequenceOutcome::Stop,
             Ok(Reason::Length) => SequenceOutcome::Length,
@@ -218,18 +238,19 @@ where
         let _ = live.events.try_send(event);
     }
 
-    fn drain(&mut self, live: &mut BTreeMap<u64, Submission>) {
-        let ids: Vec<u64> = live.keys().copied().collect();
-        ids.into_iter().for_each(|id| self.end(id, live, Ok(Reason::Move)));
+    fn drain(&mut self) {
+        let ids: Vec<u64> = self.live.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.end(id, Ok(Reason::Move)));
         self.publish();
     }
 
-    fn drop_cancelled(&mut self, live: &mut BTreeMap<u64, Submission>) {
+    fn drop_cancelled(&mut self) {
+        let Self { live, scheduler, shared, .. } = self;
         live.retain(|&id, live| {
             let stays = !live.events.is_closed();
             if !stays {
-                self.scheduler.remove(id);
-                self.shared.metrics.engine.ended(SequenceOutcome::Cancelled);
+                scheduler.remove(id);
+                shared.metrics.engine.ended(SequenceOutcome::Cancelled);
             }
             stays
         });
@@ -274,8 +295,8 @@ fn message(Logprobs { logprob, top }: Logprobs) -> v1::Logprobs {
     v1::Logprobs { logprob, top }
 }
 
-fn refuse(events: &Events, status: Status, metrics: &WorkerMetrics) {
-    metrics.engine.ended(SequenceOutcome::Refused);
+fn refuse(events: &Events, status: Status, shared: &Shared) {
+    shared.metrics.engine.ended(SequenceOutcome::Refused);
     let _ = events.try_send(Err(status));
 }
 
@@ -306,10 +327,10 @@ fn next_command(commands: &Receiver<Command>, idle: bool, empty: bool) -> Next {
 mod tests {
     use std::path::Path;
 
-    use expertmesh_engine::{CpuBackend, LoadOptions, LocalExchange};
+    use expertmesh_engine::{CpuBackend, ExpertStore, LoadOptions, LocalExchange};
     use expertmesh_metrics::Registry;
+    use expertmesh_model::expert::ExpertId;
     use expertmesh_model::sampling::SamplingParams;
-    use expertmesh_scheduler::Bounds;
 
     use super::*;
 
@@ -347,14 +368,9 @@ mod tests {
     ) -> (Vec<Vec<Result<v1::GenerateEvent, Status>>>, u64) {
         let metrics = Arc::new(WorkerMetrics::new(&Registry::new()));
         let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
-        let engine = Loop {
-            kv: backend.allocate_kv(blocks),
-            exchange: LocalExchange,
-            sampler: Sampler::default(),
-            scheduler: Scheduler::new(BOUNDS, blocks),
-            shared: Arc::new(Shared { load, draining, metrics: metrics.clone() }),
-            backend: backend.clone(),
-        };
+        let shared = Arc::new(Shared { load, draining, metrics: metrics.clone() });
+        let exchange = LocalExchange::new(&**backend).unwrap();
+        let engine = Loop::new(backend.clone(), exchange, BOUNDS, blocks, shared).unwrap();
         let (commands, receiver) = mpsc::sync_channel(8);
         let submit = |seed| {
             let (events, answer) = tokio_mpsc::channel(EVENTS);
@@ -379,7 +395,7 @@ mod tests {
         let config = backend.config();
         for layer in config.moe_layers() {
             for expert in 0..config.experts() as u32 {
-                backend.load(layer, expert).unwrap();
+                backend.load(ExpertId::new(layer as u32, expert)).unwrap();
             }
         }
         let (wanted, preemptions) = answers(&backend, 64);
@@ -407,7 +423,8 @@ mod tests {
         let backend = Arc::new(CpuBackend::load(&model, &LoadOptions::default(), |_, _| ()).unwrap());
         let config = backend.config();
         for layer in config.moe_layers() {
-            (0..config.experts() as u32).for_each(|expert| drop(backend.load(layer, expert)));
+            let ids = (0..config.experts() as u32).map(|expert| ExpertId::new(layer as u32, expert));
+            ids.for_each(|expert| drop(backend.load(expert)));
         }
         std::fs::remove_dir_all(&model).unwrap();
         for answer in events(&backend, 64).0 {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use expertmesh_engine::{Backend, CpuBackend, LocalExchange, Routes, Seen, Trace, forward};
+use expertmesh_engine::{Backend, CpuBackend, CpuQueue, LocalExchange, Routes, Seen, Trace, forward};
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_scheduler::{BlockAllocator, Step};
 use safetensors::{Dtype, View};
@@ -57,17 +57,20 @@ fn append_routes(tensors: &mut Tensors, layer: usize, routes: Option<&Routes>) {
 /// Everything that the steps, one after another, leave behind on the fast path.
 pub(super) fn record(backend: &CpuBackend, tokens: &[u32], steps: &[Step]) -> Result<Tensors, Fatal> {
     let config = backend.config();
-    let mut kv = backend.allocate_kv(BlockAllocator::needed(tokens.len()));
+    let (mut queue, mut kv) = (backend.queue()?, backend.allocate_kv(BlockAllocator::needed(tokens.len()))?);
+    let exchange = LocalExchange::new(backend);
+    let mut exchange = exchange.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
     let mut tensors = inputs(tokens);
     for step in steps {
-        let mut observe = |seen: Seen<CpuBackend>| {
-            let hidden = Values::F32(backend.download(seen.hidden));
+        let mut observe = |queue: &mut CpuQueue, seen: Seen<CpuBackend>| {
+            let hidden = Values::F32(backend.download(queue, seen.hidden).wait());
             append(&mut tensors, format!("hidden.{}", seen.layer), config.hidden, hidden);
-            append_routes(&mut tensors, seen.layer, seen.routes);
+            let routes = seen.routes.map(|routes| backend.routes(queue, routes).wait());
+            append_routes(&mut tensors, seen.layer, routes.as_ref());
         };
-        let logits = forward(backend, step, &mut kv, &mut LocalExchange, &mut observe);
-        let logits = logits.map_err(|error| Fatal::new("NotResident", error.to_string()))?;
-        append(&mut tensors, "logits".to_owned(), config.vocabulary, Values::F32(backend.download(&logits)));
+        let Ok(logits) = forward(backend, &mut queue, step, &mut kv, &mut exchange, Some(&mut observe));
+        let logits = Values::F32(backend.download(&mut queue, &logits).wait());
+        append(&mut tensors, "logits".to_owned(), config.vocabulary, logits);
     }
     Ok(tensors)
 }

@@ -1,10 +1,13 @@
 //! The processor as a backend: its weights, its experts, and how it computes each call of the seam.
 
+use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::layout::plan::{Place, Plan};
@@ -16,18 +19,25 @@ use super::attention::places::{Surroundings, places};
 use super::compute::Compute;
 use super::isa::Isa;
 use super::kernel::for_each_isa::for_each_isa;
+use super::kv::CpuKv;
 use super::norm::norm_rows;
 use super::pool::{Pool, Shares};
 use super::products::{Input, Product, Region, multiply};
 use super::rows::{CpuActivations, CpuRows};
 use super::swiglu::{SwiGlu, gate_up};
 use super::weights::{Ends, FeedForward, Layer};
-use crate::backend::{Attended, Backend};
+use crate::backend::{Answered, Attended, Backend, Draw, Sampled};
 use crate::gate;
 use crate::math::widen;
 use crate::pack::source::Source;
+use crate::pending::Pending;
 use crate::rope::Rope;
-use crate::routes::{ExpertGroup, NotResident, Routes};
+use crate::routes::{Grouped, Pair, Routes, group};
+use crate::sample::choose::Sampler;
+use crate::store::{ExpertStore, Pinned};
+
+/// Rows of a step: enough for a prompt's chunk to use the weights that it reads.
+const STEP_ROWS: usize = 256;
 
 /// Rows from which on the gate's choice is spread over threads.
 const ROUTED_ROWS: usize = 32;
@@ -64,13 +74,39 @@ pub struct CpuBackend {
     ends: Ends,
     layers: Vec<Layer>,
     /// (layers, experts); those of dense layers stay empty.
-    experts: Vec<RwLock<Option<Arc<SwiGlu>>>>,
+    experts: Vec<Held>,
+    resident_bytes: AtomicU64,
 }
 
-/// Keys and values in bf16, normed and rotated before they are stored.
-pub struct CpuKv {
-    /// Per layer (blocks, 64, stride).
-    layers: Vec<Vec<u16>>,
+/// An expert, while it is resident.
+type Held = RwLock<Option<Arc<SwiGlu>>>;
+
+/// The order of a thread's work: its calls. What it keeps is memory to sample in.
+#[derive(Debug, Default)]
+pub struct CpuQueue {
+    sampler: Sampler,
+}
+
+/// Pairs in the order of their answers, and their weights.
+#[derive(Debug)]
+pub struct CpuRoutes {
+    top_k: usize,
+    pairs: Vec<Pair>,
+    /// (pairs), or empty where no gate chose them.
+    weights: Vec<f32>,
+}
+
+impl CpuRoutes {
+    /// The pairs in the order of their answers.
+    pub fn pairs(&self) -> &[Pair] {
+        &self.pairs
+    }
+}
+
+impl From<Routes> for CpuRoutes {
+    fn from(routes: Routes) -> Self {
+        Self { top_k: routes.top_k, pairs: routes.pairs().collect(), weights: routes.weights }
+    }
 }
 
 impl CpuBackend {
@@ -106,7 +142,8 @@ impl CpuBackend {
                 isa: options.isa,
                 numerics: options.numerics,
             },
-            experts: (0..config.layers * config.experts()).map(|_| RwLock::new(None)).collect(),
+            experts: (0..config.layers * config.experts()).map(|_| Held::default()).collect(),
+            resident_bytes: AtomicU64::new(0),
             layers,
             source,
             config,
@@ -122,29 +159,28 @@ impl CpuBackend {
     /// Makes experts resident on all threads, while nothing is computed; `progress` gets each one's bytes.
     pub fn load_experts(
         &self,
-        experts: &[(usize, u32)],
+        experts: &[ExpertId],
         progress: impl Fn(u64) + Sync,
     ) -> Result<(), ModelError> {
         let failure = std::sync::Mutex::new(None);
-        self.compute.pool.run(experts.len(), &|unit| {
-            let (layer, expert) = experts[unit];
-            match self.load(layer, expert) {
-                Ok(bytes) => progress(bytes),
-                Err(error) => {
-                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                }
+        self.compute.pool.run(experts.len(), &|unit| match self.load(experts[unit]) {
+            Ok(bytes) => progress(bytes),
+            Err(error) => {
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
             }
         });
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    fn slot(&self, layer: usize, expert: u32) -> Option<&RwLock<Option<Arc<SwiGlu>>>> {
-        let known = self.config.is_moe(layer) && (expert as usize) < self.config.experts();
-        known.then(|| &self.experts[layer * self.config.experts() + expert as usize])
+    /// Where an expert's weights are while it is resident; `None` where the model has no such expert.
+    fn held(&self, ExpertId { layer, expert }: ExpertId) -> Option<&Held> {
+        let (layer, expert) = (layer as usize, expert as usize);
+        let known = self.config.is_moe(layer) && expert < self.config.experts();
+        known.then(|| &self.experts[layer * self.config.experts() + expert])
     }
 
-    fn resident(&self, layer: usize, expert: u32) -> Option<Arc<SwiGlu>> {
-        self.slot(layer, expert)?.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn resident(&self, expert: ExpertId) -> Option<Arc<SwiGlu>> {
+        self.held(expert)?.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn norm(&self, rows: &CpuRows, weight: &[f32]) -> CpuActivations {
@@ -161,6 +197,20 @@ impl CpuBackend {
             out.copy_from_slice(rows.padded(which[row] as usize));
         });
         selected
+    }
+
+    /// Has `fill` write row i of something to row `at[i]`, padding included, of `into`.
+    fn scatter(&self, at: &[u32], into: &mut CpuActivations, fill: impl Fn(usize, &mut [u16]) + Sync) {
+        let mut taken = vec![false; into.rows()];
+        at.iter().for_each(|&at| {
+            assert!(!std::mem::replace(&mut taken[at as usize], true), "two rows for one place")
+        });
+        let (stride, shares) = (into.stride, Shares::new(&mut into.data));
+        self.compute.pool.run_rows(at.len(), &|row| {
+            let start = at[row] as usize * stride;
+            // SAFETY: each row has a place of its own.
+            fill(row, unsafe { shares.take(start..start + stride) });
+        });
     }
 
     fn add(&self, to: &mut CpuRows, what: &CpuRows) {
@@ -214,22 +264,85 @@ for_each_isa! {
     }
 }
 
+impl ExpertStore for CpuBackend {
+    fn load(&self, expert: ExpertId) -> Result<u64, ModelError> {
+        let ExpertId { layer, expert: number } = expert;
+        let parts = Plan::new(&self.config, self.weights).expert(layer as usize, number);
+        let bytes = parts.bytes() as u64;
+        let Some(held) = self.held(expert) else {
+            return Err(ModelError::UnknownExpert { layer: layer as usize, expert: number });
+        };
+        if self.resident(expert).is_some() {
+            return Ok(bytes);
+        }
+        let blob = self.source.blob(Place::Expert(layer as usize, number), &parts)?;
+        let packed = Arc::new(SwiGlu::view(parts, &blob));
+        if held.write().unwrap_or_else(PoisonError::into_inner).replace(packed).is_none() {
+            self.resident_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Ok(bytes)
+    }
+
+    fn evict(&self, expert: ExpertId) {
+        let Some(held) = self.held(expert) else { return };
+        if held.write().unwrap_or_else(PoisonError::into_inner).take().is_some() {
+            let bytes = self.layout().expert_bytes(&self.config, self.weights);
+            self.resident_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        self.source.release(Place::Expert(expert.layer as usize, expert.expert));
+    }
+
+    fn pin(&self, layer: usize, experts: &[u32]) -> Pinned {
+        Pinned::new(layer, experts, |expert| {
+            let weights = self.resident(ExpertId::new(layer as u32, expert))?;
+            Some(weights)
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.resident_bytes.load(Ordering::Relaxed)
+    }
+}
+
 impl Backend for CpuBackend {
+    type Queue = CpuQueue;
     type Rows = CpuRows;
     type Activations = CpuActivations;
+    type Routes = CpuRoutes;
+    type Step = Step;
     type Kv = CpuKv;
+    type HostRows = Vec<u16>;
 
     fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    fn allocate_kv(&self, blocks: usize) -> CpuKv {
-        let elements = blocks * BLOCK_TOKENS * Layout::Cpu1.kv_stride(&self.config);
-        // Layer by layer: zeroed pages cost nothing until they are used, copies of them would.
-        CpuKv { layers: (0..self.config.layers).map(|_| vec![0; elements]).collect() }
+    fn layout(&self) -> Layout {
+        Layout::Cpu1
     }
 
-    fn embed(&self, step: &Step) -> CpuRows {
+    fn step_rows(&self) -> usize {
+        STEP_ROWS
+    }
+
+    fn failure(&self) -> Option<String> {
+        None
+    }
+
+    fn queue(&self) -> Result<CpuQueue, ModelError> {
+        Ok(CpuQueue::default())
+    }
+
+    fn allocate_kv(&self, blocks: usize) -> Result<CpuKv, ModelError> {
+        let elements = blocks.saturating_mul(BLOCK_TOKENS * self.layout().kv_stride(&self.config));
+        CpuKv::zeros(self.config.layers, elements)
+    }
+
+    fn begin(&self, _: &mut CpuQueue, step: &Step) -> Step {
+        step.clone()
+    }
+
+    fn embed(&self, _: &mut CpuQueue, step: &Step) -> CpuRows {
         let hidden = self.config.hidden;
         let table = self.ends.embeddings.bytes().as_chunks::<2>().0;
         let tokens = step.spans.iter().flat_map(|span| &span.tokens);
@@ -240,11 +353,12 @@ impl Backend for CpuBackend {
 
     fn attend(
         &self,
+        _: &mut CpuQueue,
         layer: usize,
         step: &Step,
         hidden: &mut CpuRows,
         kv: &mut CpuKv,
-    ) -> Attended<CpuActivations> {
+    ) -> Attended<CpuActivations, CpuRoutes> {
         let weights = &self.layers[layer];
         let normed = self.norm(hidden, &weights.attention_norm); // (rows, hidden)
         let (compute, rope, norm_eps) = (&self.compute, &self.rope, self.config.norm_eps);
@@ -261,13 +375,13 @@ impl Backend for CpuBackend {
                 let mut logits = CpuRows::dirty(normed.rows(), self.config.experts()); // (rows, experts)
                 let input = Input::new(compute, &normed, gate.shape.format);
                 multiply(compute, &mut [Product::to_f32(gate, &input, 0..normed.rows(), &mut logits)]);
-                let routes = self.route(&logits, bias); // (rows, top_k)
+                let routes = self.route(&logits, bias).into(); // (rows, top_k)
                 Attended::Moe { normed, routes }
             }
         }
     }
 
-    fn shared(&self, layer: usize, normed: &CpuActivations) -> CpuRows {
+    fn shared(&self, _: &mut CpuQueue, layer: usize, normed: &CpuActivations) -> CpuRows {
         match &self.layers[layer].feed_forward {
             FeedForward::Moe { shared: Some(shared), .. } => self.swiglu(shared, normed), // (rows, hidden)
             FeedForward::Moe { shared: None, .. } => CpuRows::zeros(normed.rows(), self.config.hidden),
@@ -275,31 +389,32 @@ impl Backend for CpuBackend {
         }
     }
 
+    fn answers(&self, _: &mut CpuQueue, routes: &CpuRoutes) -> CpuActivations {
+        CpuActivations::dirty(routes.pairs.len(), self.config.hidden)
+    }
+
     fn experts(
         &self,
-        layer: usize,
+        _: &mut CpuQueue,
+        here: &Pinned,
         inputs: &CpuActivations,
-        groups: &[ExpertGroup],
-    ) -> Result<CpuActivations, NotResident> {
-        let resident = |group: &ExpertGroup| {
-            let missing = NotResident { layer, expert: group.expert };
-            self.resident(layer, group.expert).ok_or(missing)
-        };
-        let experts = groups.iter().map(resident).collect::<Result<Vec<_>, _>>()?;
-        let which: Vec<u32> = groups.iter().flat_map(|group| &group.rows).copied().collect();
-        let gathered = self.select(inputs, &which); // (rows of all groups, hidden)
+        routes: &CpuRoutes,
+        into: &mut CpuActivations,
+    ) {
+        let Grouped { groups, at } = group(routes.pairs.iter().copied(), |expert| here.holds(expert));
+        let rows: Vec<u32> = groups.iter().flat_map(|group| &group.rows).copied().collect();
+        let gathered = self.select(inputs, &rows); // (rows of all groups, hidden)
         let mut end = 0;
-        let parts: Vec<_> = experts
+        let parts: Vec<(&SwiGlu, Range<usize>)> = groups
             .iter()
-            .zip(groups)
-            .map(|(expert, group)| {
+            .filter_map(|group| {
                 end += group.rows.len();
-                (&**expert, end - group.rows.len()..end)
+                Some((here.weights(group.expert)?, end - group.rows.len()..end))
             })
             .collect();
+        let Some((first, _)) = parts.first() else { return };
         let inner = gate_up(&self.compute, &parts, &gathered); // (rows of all groups, inner)
-        let mut out = CpuActivations::dirty(which.len(), self.config.hidden);
-        let Some((first, _)) = parts.first() else { return Ok(out) };
+        let mut out = CpuActivations::dirty(rows.len(), self.config.hidden);
         let input = Input::new(&self.compute, &inner, first.down.shape.format);
         let mut region = Region::new(&mut out);
         let mut products: Vec<Product> = parts
@@ -309,31 +424,25 @@ impl Backend for CpuBackend {
             })
             .collect();
         multiply(&self.compute, &mut products);
-        Ok(out)
+        self.scatter(&at, into, |row, into| into.copy_from_slice(out.padded(row)));
     }
 
-    fn combine(
-        &self,
-        _layer: usize,
-        hidden: &mut CpuRows,
-        shared: &CpuRows,
-        routes: &Routes,
-        answers: &CpuActivations,
-    ) {
+    fn combine(&self, _: &mut CpuQueue, _: usize, answered: &Answered<Self>, hidden: &mut CpuRows) {
+        let Answered { shared, routes, answers } = answered;
         let (width, top_k) = (hidden.width, routes.top_k);
         let rows = hidden.rows();
         let shares = Shares::new(&mut hidden.data);
         self.compute.pool.run_rows(rows, &|row| {
             let mut sum = shared.row(row).to_vec(); // (hidden)
-            for slot in row * top_k..(row + 1) * top_k {
-                add_weighted(self.compute.isa, &mut sum, routes.weights[slot], answers.row(slot));
+            for pair in row * top_k..(row + 1) * top_k {
+                add_weighted(self.compute.isa, &mut sum, routes.weights[pair], answers.row(pair));
             }
             // SAFETY: each row is one unit's.
             add(unsafe { shares.take(row * width..(row + 1) * width) }, &sum);
         });
     }
 
-    fn logits(&self, step: &Step, hidden: &CpuRows) -> CpuRows {
+    fn logits(&self, _: &mut CpuQueue, step: &Step, hidden: &CpuRows) -> CpuRows {
         let mut end = 0;
         let lasts = step.spans.iter().filter_map(|span| {
             end += span.tokens.len();
@@ -350,24 +459,35 @@ impl Backend for CpuBackend {
         logits
     }
 
-    fn zeros(&self, rows: usize) -> CpuActivations {
-        CpuActivations::zeros(rows, self.config.hidden)
+    fn sample(
+        &self,
+        queue: &mut CpuQueue,
+        logits: &CpuRows,
+        draws: &[Draw],
+    ) -> Pending<Vec<Option<Sampled>>> {
+        let sampled = draws.iter().map(|draw| queue.sampler.sample(logits.row(draw.row), draw));
+        Pending::ready(sampled.collect())
     }
 
-    fn scatter(&self, from: &CpuActivations, at: &[u32], into: &mut CpuActivations) {
-        let mut taken = vec![false; into.rows()];
-        at.iter().for_each(|&at| {
-            assert!(!std::mem::replace(&mut taken[at as usize], true), "two rows for one place")
-        });
-        let (stride, shares) = (into.stride, Shares::new(&mut into.data));
-        self.compute.pool.run_rows(at.len(), &|row| {
-            let start = at[row] as usize * stride;
-            // SAFETY: each row has a place of its own.
-            unsafe { shares.take(start..start + stride) }.copy_from_slice(from.padded(row));
-        });
+    fn routes(&self, _: &mut CpuQueue, routes: &CpuRoutes) -> Pending<Routes> {
+        Pending::ready(Routes {
+            top_k: routes.top_k,
+            experts: routes.pairs.iter().map(|pair| pair.expert).collect(),
+            weights: routes.weights.clone(),
+        })
     }
 
-    fn upload(&self, rows: &[u16]) -> CpuActivations {
+    fn pairs(&self, _: &mut CpuQueue, pairs: &[Pair]) -> CpuRoutes {
+        CpuRoutes { top_k: 0, pairs: pairs.to_vec(), weights: Vec::new() }
+    }
+
+    fn gather(&self, _: &mut CpuQueue, from: &CpuActivations, rows: &[u32]) -> Pending<Vec<u16>> {
+        let mut gathered = Vec::with_capacity(rows.len() * from.width);
+        rows.iter().for_each(|&row| gathered.extend_from_slice(from.row(row as usize)));
+        Pending::ready(gathered)
+    }
+
+    fn upload(&self, _: &mut CpuQueue, rows: &[u16]) -> CpuActivations {
         let hidden = self.config.hidden;
         let mut uploaded = CpuActivations::dirty(rows.len() / hidden, hidden);
         for (row, values) in rows.chunks_exact(hidden).enumerate() {
@@ -376,37 +496,15 @@ impl Backend for CpuBackend {
         uploaded
     }
 
-    fn download_activations(&self, rows: &CpuActivations) -> Vec<u16> {
-        (0..rows.rows()).flat_map(|row| rows.row(row)).copied().collect()
+    fn place(&self, _: &mut CpuQueue, rows: &[u16], at: &[u32], into: &mut CpuActivations) {
+        let hidden = self.config.hidden;
+        assert_eq!(rows.len(), at.len() * hidden, "a place for each row");
+        self.scatter(at, into, |row, into| {
+            into[..hidden].copy_from_slice(&rows[row * hidden..][..hidden]);
+        });
     }
 
-    fn download(&self, rows: &CpuRows) -> Vec<f32> {
-        rows.data.to_vec()
-    }
-
-    fn load(&self, layer: usize, expert: u32) -> Result<u64, ModelError> {
-        let parts = Plan::new(&self.config, self.weights).expert(layer, expert);
-        let bytes = parts.bytes() as u64;
-        if self.is_resident(layer, expert) {
-            return Ok(bytes);
-        }
-        let Some(slot) = self.slot(layer, expert) else {
-            return Err(ModelError::UnknownExpert { layer, expert });
-        };
-        let blob = self.source.blob(Place::Expert(layer, expert), &parts)?;
-        let packed = Arc::new(SwiGlu::view(parts, &blob));
-        *slot.write().unwrap_or_else(PoisonError::into_inner) = Some(packed);
-        Ok(bytes)
-    }
-
-    fn evict(&self, layer: usize, expert: u32) {
-        if let Some(slot) = self.slot(layer, expert) {
-            slot.write().unwrap_or_else(PoisonError::into_inner).take();
-            self.source.release(Place::Expert(layer, expert));
-        }
-    }
-
-    fn is_resident(&self, layer: usize, expert: u32) -> bool {
-        self.resident(layer, expert).is_some()
+    fn download(&self, _: &mut CpuQueue, rows: &CpuRows) -> Pending<Vec<f32>> {
+        Pending::ready(rows.data.to_vec())
     }
 }

@@ -13,6 +13,7 @@ mod buffer;
 mod compute;
 pub(crate) mod isa;
 mod kernel;
+pub(crate) mod kv;
 mod matrix;
 mod norm;
 pub(crate) mod packing;

@@ -31,7 +31,11 @@ pub(crate) fn pack_blob(checkpoint: &Checkpoint, parts: &Parts) -> Result<Blob, 
         });
     });
     result?;
-    blob.map_err(|error| ModelError::OutOfMemory { bytes: parts.bytes(), problem: error.to_string() })
+    blob.map_err(|error| ModelError::OutOfMemory {
+        what: "weights",
+        bytes: parts.bytes(),
+        problem: error.to_string(),
+    })
 }
 
 /// Packs a blob in pieces, ascending. What no piece has of it is zero.

@@ -82,7 +82,7 @@ pub(super) fn mixture(
         0 => vec![0.0; x.len()],
         inner => swiglu(weights, &names.shared(layer), x, [inner, hidden])?, // (rows, hidden)
     };
-    let grouped = group(routes, 0..routes.experts.len() as u32);
+    let grouped = group(routes.pairs(), |_| true);
     let mut places = grouped.at.iter(); // row · top_k + choice
     for group in &grouped.groups {
         let rows = group.rows.iter().flat_map(|&row| &x[row as usize * hidden..][..hidden]);

@@ -3,7 +3,9 @@
 use expertmesh_model::sampling::{Sampling, SamplingParams};
 
 use super::history::History;
+use super::logprobs::logprobs;
 use super::weights::{greatest, relative, sum};
+use crate::backend::{Draw, Sampled};
 
 /// Chooses tokens. What it keeps is scratch memory: one serves any number of sequences.
 #[derive(Debug, Default)]
@@ -17,6 +19,16 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// Draws a token of its row of logits; `None` where the row is not finite: what comes after it would not be either.
+    pub fn sample(&mut self, logits: &[f32], draw: &Draw) -> Option<Sampled> {
+        if !logits.iter().all(|logit| logit.is_finite()) {
+            return None;
+        }
+        let token = self.choose(logits, draw.sampling, draw.history);
+        let logprobs = draw.logprobs.map(|top| logprobs(logits, token, top));
+        Some(Sampled { token, logprobs })
+    }
+
     /// The token that comes after `history`, from its logits (vocabulary). In this order: bias; repetition, frequency
     /// and presence penalty; stop tokens become impossible where they come too early; temperature; `top_k`; `top_p` of
     /// what is left. `min_p` is relative to the best token. Equal logits: the lower id. A NaN is never chosen, unless

@@ -52,7 +52,8 @@ impl Text {
 /// Greedy, all questions in one batch.
 fn ask(backend: &CpuBackend, questions: &[Question]) -> Vec<Vec<u32>> {
     let mut allocator = BlockAllocator::new(questions.len() * BlockAllocator::needed(MOST + 64));
-    let mut kv = backend.allocate_kv(allocator.total());
+    let mut kv = backend.allocate_kv(allocator.total()).unwrap();
+    let (mut queue, mut exchange) = (backend.queue().unwrap(), LocalExchange::new(backend).unwrap());
     let (mut tables, mut answers) = (vec![Vec::new(); questions.len()], vec![Vec::new(); questions.len()]);
     let mut open: Vec<usize> = (0..questions.len()).collect();
     while !open.is_empty() {
@@ -66,8 +67,8 @@ fn ask(backend: &CpuBackend, questions: &[Question]) -> Vec<Vec<u32>> {
             Span { tokens, start, blocks: tables[at].clone(), logits: true }
         });
         let step = Step { spans: spans.collect() };
-        let logits = forward(backend, &step, &mut kv, &mut LocalExchange, &mut |_| {}).unwrap();
-        let logits = backend.download(&logits);
+        let logits = forward(backend, &mut queue, &step, &mut kv, &mut exchange, None).unwrap();
+        let logits = backend.download(&mut queue, &logits).wait();
         for (&at, logits) in open.iter().zip(logits.chunks_exact(backend.config().vocabulary)) {
             // Of equal ones the first, as everywhere.
             let best = (0..logits.len() as u32).zip(logits).rev().max_by(|a, b| a.1.total_cmp(b.1)).unwrap();

@@ -1,6 +1,7 @@
 //! A row's bits depend on its own sequence and on nothing else.
 
-use expertmesh_engine::{ExpertGroup, Isa, Level};
+use expertmesh_engine::{ExpertStore, Isa, Level, NotResident, Pair};
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::numerics::Numerics;
@@ -29,7 +30,7 @@ fn length(folder: &str, weights: WeightFormat) -> usize {
 
 /// Everything that is computed in chunks of these lengths, repeated; of the logits the last chunk's.
 fn in_chunks(backend: &CpuBackend, tokens: &[u32], lengths: &[usize], blocks: &[u32]) -> Record {
-    let mut kv = backend.allocate_kv(blocks.iter().max().map_or(0, |&last| last as usize + 1));
+    let mut kv = backend.allocate_kv(blocks.iter().max().map_or(0, |&last| last as usize + 1)).unwrap();
     let (mut start, mut record, mut lengths) = (0, Record::default(), lengths.iter().cycle());
     while start < tokens.len() {
         let end = tokens.len().min(start + lengths.next().unwrap());
@@ -82,7 +83,7 @@ fn chunks_block_tables_and_batches_change_no_bit_in_any_format_and_numerics() {
                 }
                 // The end of one sequence beside the beginning of another.
                 let alone = in_chunks(&backend, &second, &[90], &[0, 1]);
-                let (mut kv, table) = (backend.allocate_kv(6), vec![4, 1, 2]);
+                let (mut kv, table) = (backend.allocate_kv(6).unwrap(), vec![4, 1, 2]);
                 let span = |tokens: &[u32], start, blocks| Span {
                     tokens: tokens.to_vec(),
                     start,
@@ -137,7 +138,7 @@ fn a_sequence_in_a_batch_has_the_bits_that_it_has_alone() {
         blocks: tables[i].clone(),
         logits: true,
     };
-    let mut kv = backend.allocate_kv(10);
+    let mut kv = backend.allocate_kv(10).unwrap();
     let before = Step { spans: vec![span(1, 0, 40), span(2, 0, 65)] };
     compute(&backend, &before, &mut kv);
     let batch = Step { spans: (0..4).map(|i| span(i, starts[i], sequences[i].len())).collect() };
@@ -145,7 +146,7 @@ fn a_sequence_in_a_batch_has_the_bits_that_it_has_alone() {
 
     let vocabulary = backend.config().vocabulary;
     for (i, tokens) in sequences.iter().enumerate() {
-        let mut kv = backend.allocate_kv(3);
+        let mut kv = backend.allocate_kv(3).unwrap();
         let alone = compute(&backend, &whole(tokens), &mut kv);
         assert_eq!(together.logits[i * vocabulary..][..vocabulary], alone.logits, "sequence {i}");
     }
@@ -155,9 +156,9 @@ fn a_sequence_in_a_batch_has_the_bits_that_it_has_alone() {
 fn blocks_that_another_sequence_left_dirty_change_no_bit() {
     let backend = load("golden/v3");
     let (first, second) = (tokens(100, 7), tokens(80, 8));
-    let mut clean = backend.allocate_kv(2);
+    let mut clean = backend.allocate_kv(2).unwrap();
     let expected = compute(&backend, &whole(&second), &mut clean);
-    let mut dirty = backend.allocate_kv(2);
+    let mut dirty = backend.allocate_kv(2).unwrap();
     compute(&backend, &whole(&first), &mut dirty);
     assert_eq!(compute(&backend, &whole(&second), &mut dirty), expected);
 }
@@ -168,13 +169,22 @@ fn an_expert_gives_a_row_the_same_bits_in_every_group() {
     let hidden = backend.config().hidden;
     let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 25.0;
     let values: Vec<u16> = (0..9 * hidden).map(|i| (value(i).to_bits() >> 16) as u16).collect();
-    let inputs = backend.upload(&values);
-    let all = [ExpertGroup { expert: 5, rows: (0..9).collect() }];
-    let all = backend.download_activations(&backend.experts(1, &inputs, &all).unwrap()); // (9, hidden)
+    let mut queue = backend.queue().unwrap();
+    let inputs = backend.upload(&mut queue, &values);
+    let here = backend.pin(1, &[2, 5]);
+    let mut answers = |pairs: &[Pair]| {
+        let routes = backend.pairs(&mut queue, pairs);
+        let mut answers = backend.answers(&mut queue, &routes);
+        backend.experts(&mut queue, &here, &inputs, &routes, &mut answers);
+        let all: Vec<u32> = (0..pairs.len() as u32).collect();
+        backend.gather(&mut queue, &answers, &all).wait() // (pairs, hidden)
+    };
+    let all: Vec<Pair> = (0..9).map(|row| Pair { row, expert: 5 }).collect();
+    let all = answers(&all);
     for rows in [vec![8], vec![3, 0, 8], vec![7, 7]] {
-        let groups =
-            [ExpertGroup { expert: 2, rows: vec![1] }, ExpertGroup { expert: 5, rows: rows.clone() }];
-        let some = backend.download_activations(&backend.experts(1, &inputs, &groups).unwrap()); // (1 + rows, hidden)
+        let fives = rows.iter().map(|&row| Pair { row, expert: 5 });
+        let pairs: Vec<Pair> = [Pair { row: 1, expert: 2 }].into_iter().chain(fives).collect();
+        let some = answers(&pairs);
         for (at, &row) in rows.iter().enumerate() {
             assert_eq!(some[(1 + at) * hidden..][..hidden], all[row as usize * hidden..][..hidden]);
         }
@@ -185,15 +195,13 @@ fn an_expert_gives_a_row_the_same_bits_in_every_group() {
 fn an_expert_that_is_not_resident_is_named_and_computes_the_same_after_it_was_loaded_again() {
     let backend = load("golden/v3");
     let tokens = tokens(BLOCK_TOKENS, 9);
-    let before = compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1));
+    let before = compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1).unwrap());
     let expert = before.routes[1].experts[0];
-    backend.evict(2, expert);
-    assert!(!backend.is_resident(2, expert) && backend.is_resident(1, expert));
-    let missing =
-        forward(&backend, &whole(&tokens), &mut backend.allocate_kv(1), &mut LocalExchange, &mut |_| {});
-    let missing = missing.err().unwrap();
-    assert_eq!((missing.layer, missing.expert), (2, expert));
-    let bytes = backend.load(2, expert).unwrap();
+    let (evicted, kept) = (ExpertId::new(2, expert), ExpertId::new(1, expert));
+    backend.evict(evicted);
+    assert!(!backend.is_resident(evicted) && backend.is_resident(kept));
+    assert_eq!(LocalExchange::new(&backend).err(), Some(NotResident(evicted)));
+    let bytes = backend.load(evicted).unwrap();
     assert_eq!(bytes, Layout::Cpu1.expert_bytes(backend.config(), WeightFormat::Native));
-    assert_eq!(compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1)), before);
+    assert_eq!(compute(&backend, &whole(&tokens), &mut backend.allocate_kv(1).unwrap()), before);
 }

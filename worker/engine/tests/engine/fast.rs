@@ -82,7 +82,7 @@ fn predictions_are_within(folder: &Path, weights: WeightFormat, texts: &[(Vec<u3
         let (vocabulary, tolerance) = (backend.config().vocabulary, Tolerance::of(weights, backend.config()));
         let (mut sum, mut tokens) = (0.0, 0);
         for (ids, trace) in texts {
-            let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
+            let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len())).unwrap();
             let logits = compute(&backend, &every_row(ids, &blocks(ids.len())), &mut kv).logits;
             sum += mean_divergence(&trace.logits, &logits, vocabulary) * ids.len() as f64;
             tokens += ids.len();

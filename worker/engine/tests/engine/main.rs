@@ -8,14 +8,16 @@ mod fast;
 mod golden;
 mod malformed;
 mod packed;
+mod seam;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use expertmesh_engine::{
-    Backend, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile, Trace, forward,
-    relative,
+    Backend, CpuBackend, LoadOptions, LocalExchange, Reference, Routes, SafetensorsFile, Seen, Trace,
+    forward, relative,
 };
+use expertmesh_model::expert::ExpertId;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
 
 /// The trained model among those of the tests.
@@ -41,7 +43,7 @@ fn load_from(model: &Path, options: &LoadOptions) -> CpuBackend {
     let all: Vec<_> = backend
         .config()
         .moe_layers()
-        .flat_map(|layer| (0..experts).map(move |expert| (layer, expert)))
+        .flat_map(|layer| (0..experts).map(move |expert| ExpertId::new(layer as u32, expert)))
         .collect();
     backend.load_experts(&all, |_| ()).unwrap();
     backend
@@ -113,13 +115,15 @@ impl Record {
     }
 }
 
-fn compute(backend: &CpuBackend, step: &Step, kv: &mut <CpuBackend as Backend>::Kv) -> Record {
-    let mut record = Record::default();
-    let logits = forward(backend, step, kv, &mut LocalExchange, &mut |seen| {
-        record.hidden.push(backend.download(seen.hidden));
-        record.routes.extend(seen.routes.cloned());
-    });
-    record.logits = backend.download(&logits.unwrap());
+fn compute<B: Backend>(backend: &B, step: &Step, kv: &mut B::Kv) -> Record {
+    let (mut record, mut queue) = (Record::default(), backend.queue().unwrap());
+    let mut observe = |queue: &mut B::Queue, seen: Seen<'_, B>| {
+        record.hidden.push(backend.download(queue, seen.hidden).wait());
+        record.routes.extend(seen.routes.map(|routes| backend.routes(queue, routes).wait()));
+    };
+    let mut exchange = LocalExchange::new(backend).unwrap();
+    let logits = forward(backend, &mut queue, step, kv, &mut exchange, Some(&mut observe)).unwrap();
+    record.logits = backend.download(&mut queue, &logits).wait();
     record
 }
 

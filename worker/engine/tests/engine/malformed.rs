@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
+use expertmesh_engine::ExpertStore;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
@@ -320,13 +322,13 @@ fn a_broken_expert_is_named_when_it_is_loaded_and_stays_absent() {
     let copy = Copy::new("expert");
     copy.change(name, |tensor| tensor.2.reverse());
     let backend = copy.load().unwrap();
-    let error = backend.load(2, 11).unwrap_err();
+    let error = backend.load(ExpertId::new(2, 11)).unwrap_err();
     assert!(error.to_string().starts_with(&format!("tensor {name} in ")), "{error}");
-    assert!(!backend.is_resident(2, 11));
-    backend.load(2, 10).unwrap();
+    assert!(!backend.is_resident(ExpertId::new(2, 11)));
+    backend.load(ExpertId::new(2, 10)).unwrap();
     for (layer, expert) in [(0, 0), (2, 16), (3, 0)] {
-        assert_eq!(backend.load(layer, expert).unwrap_err().reason(), "UnknownExpert");
-        assert!(!backend.is_resident(layer, expert));
+        assert_eq!(backend.load(ExpertId::new(layer, expert)).unwrap_err().reason(), "UnknownExpert");
+        assert!(!backend.is_resident(ExpertId::new(layer, expert)));
     }
 }
 
@@ -364,12 +366,12 @@ fn shards_give_what_one_file_gives() {
     let sharded = copy.load().unwrap();
     for backend in [&whole, &sharded] {
         for (layer, expert) in (1..3).flat_map(|layer| (0..16).map(move |expert| (layer, expert))) {
-            backend.load(layer, expert).unwrap();
+            backend.load(ExpertId::new(layer, expert)).unwrap();
         }
     }
     let tokens: Vec<u32> = (2..60).collect();
     let compute =
-        |backend: &CpuBackend| compute(backend, &super::whole(&tokens), &mut backend.allocate_kv(1));
+        |backend: &CpuBackend| compute(backend, &super::whole(&tokens), &mut backend.allocate_kv(1).unwrap());
     assert_eq!(compute(&sharded), compute(&whole));
 
     index(&map.join(",").replacen("shard-1", "shard-0", 1));

@@ -6,9 +6,10 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 
-use expertmesh_engine::{PackedModel, PrepareOptions, Prepared, prepare};
+use expertmesh_engine::{ExpertStore, PackedModel, PrepareOptions, Prepared, prepare};
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::numerics::Numerics;
@@ -92,15 +93,17 @@ fn options(weights: WeightFormat) -> PrepareOptions {
 /// Everything that a model computes of a golden's tokens.
 fn computed(backend: &CpuBackend, golden: &str) -> Record {
     let (_, ids) = super::golden(&format!("golden/{golden}"));
-    let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len()));
+    let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len())).unwrap();
     compute(backend, &every_row(&ids, &blocks(ids.len())), &mut kv)
 }
 
 fn with_all_experts(backend: CpuBackend) -> CpuBackend {
     let experts = backend.config().experts() as u32;
     let layers: Vec<usize> = backend.config().moe_layers().collect();
-    let all: Vec<_> =
-        layers.into_iter().flat_map(|layer| (0..experts).map(move |expert| (layer, expert))).collect();
+    let all: Vec<_> = layers
+        .into_iter()
+        .flat_map(|layer| (0..experts).map(move |expert| ExpertId::new(layer as u32, expert)))
+        .collect();
     backend.load_experts(&all, |_| ()).unwrap();
     backend
 }
@@ -149,8 +152,8 @@ fn a_subset_has_its_experts_names_the_others_and_grows() {
     };
     let few = out.prepare("v3", &some(&[1, 2, 5])).unwrap();
     let packed = out.load(WeightFormat::Native).unwrap();
-    packed.load_experts(&[(1, 1), (1, 2), (2, 5)], |_| ()).unwrap();
-    let missing = packed.load(1, 3).unwrap_err();
+    packed.load_experts(&[ExpertId::new(1, 1), ExpertId::new(1, 2), ExpertId::new(2, 5)], |_| ()).unwrap();
+    let missing = packed.load(ExpertId::new(1, 3)).unwrap_err();
     let expected = "expert 3 of layer 1 is not among those that are packed in OUT";
     assert_eq!(out.reported(missing), ("ExpertNotPacked", expected.to_owned()));
     let config = ModelConfig::read(&out.0).unwrap();
@@ -163,7 +166,7 @@ fn a_subset_has_its_experts_names_the_others_and_grows() {
     assert_eq!((all.kept, all.bytes), (more.bytes, out.files_bytes()));
     assert_eq!(out.files(), Out::of("subset-whole", "v3", WeightFormat::Bf16).files());
     // The one that was mapped before it grew.
-    packed.load_experts(&[(1, 5)], |_| ()).unwrap();
+    packed.load_experts(&[ExpertId::new(1, 5)], |_| ()).unwrap();
     let whole = with_all_experts(out.load(WeightFormat::Native).unwrap());
     assert_eq!(computed(&whole, "v3"), computed(&load("golden/v3"), "v3"));
 
@@ -183,8 +186,8 @@ fn an_expert_that_was_evicted_comes_back_with_the_same_bits() {
     let out = Out::of("evicted", "v3", WeightFormat::Int4);
     let backend = with_all_experts(out.load(WeightFormat::Native).unwrap());
     let before = computed(&backend, "v3");
-    (0..backend.config().experts() as u32).for_each(|expert| backend.evict(1, expert));
-    assert!(!backend.is_resident(1, 0));
+    (0..backend.config().experts() as u32).for_each(|expert| backend.evict(ExpertId::new(1, expert)));
+    assert!(!backend.is_resident(ExpertId::new(1, 0)));
     assert_eq!(computed(&with_all_experts(backend), "v3"), before);
 }
 
@@ -350,11 +353,11 @@ fn broken_packed_models_name_the_file_and_the_blob() {
     out.change("layer-001.bin", |bytes| *bytes.last_mut().unwrap() ^= 1);
     let backend = out.load(WeightFormat::Native).unwrap();
     let last = backend.config().experts() as u32 - 1;
-    backend.load(1, 0).unwrap();
-    let (reason, problem) = out.reported(backend.load(1, last).unwrap_err());
+    backend.load(ExpertId::new(1, 0)).unwrap();
+    let (reason, problem) = out.reported(backend.load(ExpertId::new(1, last)).unwrap_err());
     assert_eq!(reason, "InvalidPacked");
     assert!(problem.starts_with(&format!("layer-001.bin: expert {last} of layer 1 at ")), "{problem}");
-    assert!(!backend.is_resident(1, last));
+    assert!(!backend.is_resident(ExpertId::new(1, last)));
     let config = ModelConfig::read(&out.0).unwrap();
     let errors = PackedModel::open(&out.0, &config).unwrap().unwrap().check(|_, _| ());
     assert_eq!(errors.len(), 1);

@@ -1,0 +1,50 @@
+//! What all links of a worker share, and which of its peers are alive.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use expertmesh_proto::expert::Limits;
+use tokio::sync::watch;
+
+use super::fence::Fence;
+use crate::identity::Identity;
+use crate::metrics::worker::WorkerMetrics;
+
+/// What every link and every stream of a peer needs.
+pub(crate) struct Shared {
+    pub(crate) identity: Identity,
+    pub(crate) limits: Limits,
+    pub(crate) fence: Fence,
+    pub(crate) metrics: Arc<WorkerMetrics>,
+    alive: watch::Sender<BTreeSet<u32>>,
+}
+
+impl Shared {
+    pub(crate) fn new(identity: Identity, limits: Limits, metrics: Arc<WorkerMetrics>) -> Self {
+        let (fence, alive) = (Fence::default(), watch::Sender::new(BTreeSet::new()));
+        Self { identity, limits, fence, metrics, alive }
+    }
+
+    /// The peer of this slot counts as alive until the result is dropped, also by a link that is torn down.
+    pub(crate) fn is_up(self: &Arc<Self>, slot: u32) -> Alive {
+        self.alive.send_if_modified(|alive| alive.insert(slot));
+        Alive { shared: self.clone(), slot }
+    }
+
+    /// The slots whose link is up.
+    pub(crate) fn alive(&self) -> BTreeSet<u32> {
+        self.alive.borrow().clone()
+    }
+}
+
+/// A peer's life, as long as its link is up.
+pub(crate) struct Alive {
+    shared: Arc<Shared>,
+    slot: u32,
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.shared.alive.send_if_modified(|alive| alive.remove(&self.slot));
+    }
+}

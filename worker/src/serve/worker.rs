@@ -1,0 +1,176 @@
+//! A worker: its threads, its state, its services.
+
+use std::pin::Pin;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use expertmesh_engine::Backend;
+use expertmesh_metrics::Registry;
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_proto::channel;
+use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
+use expertmesh_proto::v1::control_server::ControlServer;
+use expertmesh_proto::v1::inference_server::InferenceServer;
+use expertmesh_scheduler::{BLOCK_TOKENS, BlockAllocator, Bounds};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot, watch};
+use tonic::service::Routes;
+
+use super::control::{self, ControlService, WorkerState};
+use super::gauges::{keep_gauges, keep_health};
+use super::inference::InferenceService;
+use super::loading::Loaded;
+use super::run::{Command, Load, Loop, Shared};
+use super::threads;
+use crate::identity::Identity;
+use crate::mesh::dispatch::MeshExchange;
+use crate::mesh::exchange::{self, Exchange};
+use crate::mesh::peers::Peers;
+use crate::mesh::residency::Residency;
+use crate::metrics::worker::WorkerMetrics;
+use crate::placement::CurrentPlacement;
+use crate::process::Fatal;
+
+/// Commands that wait for the engine's thread.
+const COMMANDS: usize = 1024;
+/// How long streams may take to end once they are told to.
+const ENDING: Duration = Duration::from_secs(2);
+
+/// What bounds a worker's sequences and their cache.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Capacity {
+    /// Positions of a sequence, prompt and answer together.
+    pub(super) max_context: usize,
+    pub(super) kv_cache_mib: u64,
+    /// Sequences in the batch.
+    pub(super) running: usize,
+    /// Sequences that wait.
+    pub(super) waiting: usize,
+}
+
+/// The threads and the state of a worker.
+pub(super) struct Worker {
+    pub(super) state: Arc<WorkerState>,
+    exchange: Exchange,
+    inference: InferenceService,
+    /// The name of a thread that ended before it was told to.
+    ended: mpsc::Receiver<&'static str>,
+    /// What the device was lost by.
+    failure: Box<dyn Fn() -> Option<String> + Send + Sync>,
+}
+
+impl Worker {
+    pub(super) fn start<B: Backend>(
+        loaded: Loaded<B>,
+        identity: Identity,
+        capacity: Capacity,
+        placement: CurrentPlacement,
+        registry: &Registry,
+    ) -> Result<Self, Fatal> {
+        let Loaded { backend, weights, .. } = loaded;
+        let metrics = Arc::new(WorkerMetrics::new(registry));
+        let config = backend.config();
+        let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
+        let residency = Residency::new(backend.clone(), metrics.clone());
+        let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
+        let shared = Arc::new(Shared { load, draining, metrics });
+        let (commands, receiver) = sync_channel(COMMANDS);
+        let state = WorkerState::new(
+            identity.clone(),
+            control::shape(config, backend.layout(), weights),
+            placement.clone(),
+            residency.clone(),
+            shared.clone(),
+            commands.clone(),
+        );
+        state.follow();
+
+        let (jobs, queued) = exchange::jobs();
+        let (ends, ended) = mpsc::channel(1);
+        let mesh =
+            MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe(), config.experts());
+        let Capacity { max_context, kv_cache_mib, running, waiting } = capacity;
+        let bounds = Bounds { step_rows: backend.step_rows().min(MAX_TICKET_ROWS), running, waiting };
+        let blocks = blocks(&*backend, kv_cache_mib, max_context);
+        let engine = Loop::new(backend.clone(), mesh, bounds, blocks, shared.clone())?;
+        threads::start("engine", &ends, move || engine.run(&receiver))?;
+        let (serving, queue, links) = (backend.clone(), backend.queue()?, peers.shared.clone());
+        threads::start("experts", &ends, move || exchange::run(&*serving, queue, &links, queued))?;
+        let loader = residency.clone();
+        threads::start("loader", &ends, move || loader.run())?;
+
+        let links = peers.clone();
+        tokio::spawn(async move { links.follow(placement.subscribe()).await });
+        tokio::spawn(keep_gauges(state.clone(), peers.clone()));
+        let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, leaving: state.left() };
+        let vocabulary = config.vocabulary as u32;
+        let inference = InferenceService { identity, vocabulary, max_context, commands, shared };
+        Ok(Self { state, exchange, inference, ended, failure: Box::new(move || backend.failure()) })
+    }
+
+    /// Serves until `stop`, then leaves: hands its sequences back, answers what peers wait for, and ends. A thread that
+    /// ends by itself ends the worker, with the device's name where that was lost.
+    pub(super) async fn serve(
+        mut self,
+        grpc: TcpListener,
+        stop: Pin<&mut impl Future<Output = ()>>,
+        drain: Duration,
+    ) -> Result<ExitCode, Fatal> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        let state = self.state.clone();
+        tokio::spawn(keep_health(state.clone(), health));
+        let (finish, finished) = oneshot::channel::<()>();
+        let services = Routes::new(health_service)
+            .add_service(self.exchange.into_service())
+            .add_service(InferenceServer::new(self.inference).max_decoding_message_size(16 << 20))
+            .add_service(ControlServer::new(ControlService(state.clone())));
+        let mut server = tokio::spawn(channel::serve(grpc, services, async {
+            let _ = finished.await;
+        }));
+        tracing::info!(slot = state.identity.slot, "worker {} listens", state.identity.name);
+        tokio::select! {
+            () = stop => {}
+            Some(thread) = self.ended.recv() => return Err(stopped(thread, (self.failure)())),
+            ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
+        }
+        tracing::info!("leaving");
+        state.stopping.store(true, Ordering::SeqCst);
+        let _ = tokio::time::timeout(drain, state.drain()).await;
+        state.leave();
+        let _ = finish.send(());
+        // Open streams end by themselves now; one that does not is cut.
+        let _ = tokio::time::timeout(ENDING, server).await;
+        let _ = state.commands.try_send(Command::Stop);
+        state.residency.stop();
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Why a worker whose thread ended by itself cannot go on.
+fn stopped(thread: &str, failure: Option<String>) -> Fatal {
+    match failure {
+        Some(failure) => Fatal::new("DeviceLost", failure),
+        None => Fatal::new("ThreadStopped", format!("the thread {thread} ended; its panic is above")),
+    }
+}
+
+/// What peers may send.
+fn limits(config: &ModelConfig) -> Limits {
+    Limits {
+        hidden: config.hidden,
+        first_moe_layer: config.first_moe_layer() as u32,
+        layers: config.layers as u32,
+        experts: config.experts() as u32,
+        experts_per_token: config.experts_per_token(),
+    }
+}
+
+/// Blocks of the cache for the memory that was asked, and at least for one sequence that fills its context.
+fn blocks<B: Backend>(backend: &B, mib: u64, max_context: usize) -> usize {
+    let block = backend.layout().kv_bytes(backend.config(), BLOCK_TOKENS).max(1);
+    let wanted = (mib << 20) / block;
+    (wanted as usize).max(BlockAllocator::needed(max_context))
+}
