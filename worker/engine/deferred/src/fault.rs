@@ -1,7 +1,8 @@
 //! Failures on command.
 
-use std::sync::Mutex;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use expertmesh_model::error::ModelError;
 
@@ -22,10 +23,12 @@ impl Default for Faults {
 }
 
 impl Faults {
+    /// See [`DeferredCpu::lose_after`](crate::DeferredCpu::lose_after).
     pub(crate) fn lose_after(&self, calls: u64) {
         self.left.store(calls, Ordering::SeqCst);
     }
 
+    /// See [`DeferredCpu::refuse_above`](crate::DeferredCpu::refuse_above).
     pub(crate) fn refuse_above(&self, bytes: u64) {
         self.most.store(bytes, Ordering::SeqCst);
     }
@@ -57,11 +60,22 @@ impl Faults {
 
     /// The device is lost; what it was lost by first stays.
     pub(crate) fn fail(&self, problem: &str) {
-        let mut failure = self.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         failure.get_or_insert_with(|| format!("deferred-cpu: {problem}"));
     }
 
+    /// Does some work; a panic in it loses the device.
+    pub(crate) fn guard<T>(&self, work: impl FnOnce() -> T) -> T {
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+            let problem = panic.downcast_ref::<String>().map(String::as_str);
+            let problem = problem.or(panic.downcast_ref::<&str>().copied());
+            self.fail(problem.unwrap_or("a panic"));
+            resume_unwind(panic)
+        })
+    }
+
+    /// What the device was lost by.
     pub(crate) fn failure(&self) -> Option<String> {
-        self.failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

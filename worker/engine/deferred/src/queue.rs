@@ -80,8 +80,10 @@ impl DeferredQueue {
         work: impl FnOnce(&CpuBackend, &mut CpuQueue) -> T + Send + 'static,
     ) -> Pending<T> {
         let (copied, copy) = sync_channel(1);
+        let faults = self.faults.clone();
         self.enqueue(move |cpu, queue| {
-            let value = work(cpu, queue);
+            // The failure is told before the waiter hears that there is no value.
+            let value = faults.guard(|| work(cpu, queue));
             thread::sleep(COPY);
             let _ = copied.send(value);
         });
@@ -109,11 +111,8 @@ fn run(cpu: &CpuBackend, mut own: CpuQueue, queued: &Receiver<Work>, faults: &Fa
         if !faults.call() {
             return;
         }
-        let done = catch_unwind(AssertUnwindSafe(|| work(cpu, &mut own)));
-        if let Err(panic) = done {
-            let problem = panic.downcast_ref::<String>().map(String::as_str);
-            let problem = problem.or(panic.downcast_ref::<&str>().copied());
-            return faults.fail(problem.unwrap_or("a panic"));
+        if catch_unwind(AssertUnwindSafe(|| faults.guard(|| work(cpu, &mut own)))).is_err() {
+            return;
         }
     }
 }
