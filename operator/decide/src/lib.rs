@@ -6,6 +6,7 @@
 pub mod action;
 pub mod autoscale;
 mod clock;
+mod drain;
 pub mod observation;
 pub mod placement;
 pub mod report;
@@ -13,3 +14,4 @@ pub mod rollout;
 #[cfg(test)]
 mod simulation;
 pub mod step;
+mod view;

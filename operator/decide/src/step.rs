@@ -6,24 +6,21 @@
 //! function of the observation, so it goes on from any state: a change of mind, a restart, a worker that comes back.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
 use jiff::Timestamp;
 
 use crate::action::{Action, Decision, Desired};
-use crate::clock::elapsed;
+use crate::drain::keep;
 use crate::observation::{Member, Observation, Seen};
 use crate::placement::place;
 use crate::report::{ModelShape, Report, State};
-
-/// How long a silent worker may hold up a scale-in: longer than a restart, shorter than a night.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+use crate::view::View;
 
 /// The next step. Whoever is killed in the middle goes on from the same observation; where all is as desired there are
 /// no actions.
 pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision {
-    let step = Step { desired, seen, now, keep: keep(desired, seen, now) };
+    let view = View { desired, seen, now, keep: keep(desired, seen, now) };
     let told = || pushes(seen, &seen.placement);
     if desired.paused {
         return Decision { actions: told(), waiting_for: "spec.paused to become false".into() };
@@ -31,22 +28,22 @@ pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision
     if desired.workers == 0 {
         return to_zero(seen);
     }
-    if seen.size < step.keep {
-        let resize = vec![Action::Resize(step.keep)];
-        let waiting_for = match (seen.size, step.keep - 1) {
+    if seen.size < view.keep {
+        let resize = vec![Action::Resize(view.keep)];
+        let waiting_for = match (seen.size, view.keep - 1) {
             (first, last) if first == last => format!("worker {first} to start"),
             (first, last) => format!("workers {first} to {last} to start"),
         };
         return Decision { actions: resize.into_iter().chain(told()).collect(), waiting_for };
     }
     let Some(shape) = seen.shape().or_else(|| implied_shape(&seen.placement)) else {
-        let shrink = (seen.size > step.keep).then_some(Action::Resize(step.keep));
+        let shrink = (seen.size > view.keep).then_some(Action::Resize(view.keep));
         let waiting_for =
-            step.first_failure().unwrap_or_else(|| "a worker to load the model's dense weights".into());
+            view.first_failure().unwrap_or_else(|| "a worker to load the model's dense weights".into());
         return Decision { actions: shrink.into_iter().collect(), waiting_for };
     };
-    let target = place(&shape, &step.slots(), desired.min_replicas, &step.held());
-    let change = step.change(&target);
+    let target = place(&shape, &view.slots(), desired.min_replicas, &view.held());
+    let change = view.change(&target);
     match change.placement {
         Some(placement) => {
             let mut actions = vec![Action::Place(placement.clone())];
@@ -55,26 +52,11 @@ pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision
         }
         None => {
             let mut actions = told();
-            actions.extend(step.drains(&change.uncovered));
-            actions.extend(step.shrink());
-            Decision { actions, waiting_for: step.waiting_for(&change.uncovered) }
+            actions.extend(view.drains(&change.uncovered));
+            actions.extend(view.shrink());
+            Decision { actions, waiting_for: view.waiting_for(&change.uncovered) }
         }
     }
-}
-
-/// How many slots to keep: what is desired, unless a worker was already made to leave. It cannot take that back, so it
-/// leaves first and comes back as a new one.
-fn keep(desired: &Desired, seen: &Observation, now: Timestamp) -> u32 {
-    let leaving = |slot: u32, worker: &Seen| match (worker.draining_since, seen.placement.worker(slot)) {
-        (Some(_), None) => true,
-        (Some(_), Some(placed)) if placed.draining => true,
-        // One that drains though it is placed ends soon (a node is emptied), or was asked by an operator that died.
-        (Some(since), Some(_)) => elapsed(since, now) > desired.drain_timeout + PATIENCE,
-        (None, _) => false,
-    };
-    let first_leaving =
-        seen.workers.range(1..seen.size.max(1)).find(|(slot, worker)| leaving(**slot, worker));
-    first_leaving.map_or(desired.workers, |(&slot, _)| slot.min(desired.workers)).max(1)
 }
 
 /// All at once: each hands its sequences back, and they wait in the frontends. The placement stays as it is, so that whoever
@@ -99,13 +81,6 @@ fn to_zero(seen: &Observation) -> Decision {
     Decision { actions: pushes(seen, &seen.placement), waiting_for }
 }
 
-struct Step<'a> {
-    desired: &'a Desired,
-    seen: &'a Observation,
-    now: Timestamp,
-    keep: u32,
-}
-
 struct Change {
     /// The placement to write, where the written one is not as it should be.
     placement: Option<Placement>,
@@ -113,41 +88,7 @@ struct Change {
     uncovered: BTreeMap<u32, ExpertSet>,
 }
 
-impl Step<'_> {
-    fn slots(&self) -> Vec<u32> {
-        (0..self.keep).collect()
-    }
-
-    /// What the slots that stay were told to hold.
-    fn held(&self) -> BTreeMap<u32, ExpertSet> {
-        self.slots().into_iter().filter_map(|slot| Some((slot, self.placed(slot)?.experts))).collect()
-    }
-
-    /// A slot as the written placement has it. Where the written one was lost, since somebody follows a later one: with
-    /// what it reports resident.
-    fn placed(&self, slot: u32) -> Option<PlacedWorker> {
-        if !self.is_contradicted() {
-            return self.seen.placement.worker(slot).cloned();
-        }
-        let Seen { name, addresses, report, .. } = self.seen.workers.get(&slot)?;
-        let experts = report.as_ref()?.resident.clone();
-        Some(PlacedWorker {
-            slot,
-            name: name.clone(),
-            addresses: addresses.clone(),
-            experts,
-            draining: false,
-        })
-    }
-
-    /// Whether somebody follows what was not written: a later epoch, or another placement of the same epoch.
-    fn is_contradicted(&self) -> bool {
-        let written = &self.seen.placement;
-        self.all_reports().any(|report| {
-            report.epoch > written.epoch() || (report.epoch == written.epoch() && !report.follows(written))
-        })
-    }
-
+impl View<'_> {
     fn change(&self, target: &BTreeMap<u32, ExpertSet>) -> Change {
         let uncovered: BTreeMap<u32, ExpertSet> =
             target.iter().map(|(&slot, wanted)| (slot, self.uncovered(slot, wanted))).collect();
@@ -212,70 +153,6 @@ impl Step<'_> {
         pairs().any(other) || (!surplus && pairs().any(|(new, old)| new.experts != old.experts))
     }
 
-    /// Whether nobody counts on the workers that leave: their sequences are done, and their experts are elsewhere (or
-    /// were to be on a worker that is gone: the mesh then loads them on another).
-    fn leavers_may_go(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> bool {
-        self.leaving().all(|(slot, seen)| self.is_drained(slot, seen)) && self.leavers_are_replaced(uncovered)
-    }
-
-    fn leavers_are_replaced(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> bool {
-        let awaited =
-            uncovered.iter().filter(|(slot, _)| !self.is_gone(**slot)).flat_map(|(_, set)| set.iter());
-        let held = self.leaving().filter(|(_, seen)| seen.report.is_some());
-        let held: Vec<ExpertSet> = held.filter_map(|(slot, _)| Some(self.placed(slot)?.experts)).collect();
-        !awaited.into_iter().any(|(layer, expert)| held.iter().any(|set| set.contains(layer, expert)))
-    }
-
-    fn is_drained(&self, slot: u32, seen: &Seen) -> bool {
-        let Some(report) = &seen.report else { return self.is_gone(slot) };
-        let late = seen
-            .draining_since
-            .is_some_and(|since| elapsed(since, self.now) > self.desired.drain_timeout + PATIENCE);
-        let asked = report.state == State::Draining || self.seen.placement.worker(slot).is_none();
-        late || (asked && report.sequences() == 0)
-    }
-
-    /// The workers that run in slots which are not kept.
-    fn leaving(&self) -> impl Iterator<Item = (u32, &Seen)> {
-        let slots = self.keep..self.seen.size.max(self.keep);
-        slots.filter_map(|slot| Some((slot, self.seen.workers.get(&slot)?)))
-    }
-
-    /// Asks those that leave to hand back their sequences, once their experts are elsewhere.
-    fn drains(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> Vec<Action> {
-        if !self.leavers_are_replaced(uncovered) {
-            return vec![];
-        }
-        let running = |(slot, seen): &(u32, &Seen)| {
-            let placed = self.seen.placement.worker(*slot).is_some_and(|placed| placed.draining);
-            seen.report.as_ref().is_some_and(|report| {
-                report.state != State::Draining
-                    && (placed || report.sequences() > 0)
-                    && seen.draining_since.is_none()
-            })
-        };
-        self.leaving().filter(running).map(|(slot, _)| Action::Drain { slot }).collect()
-    }
-
-    /// Stops the slots that are not kept, when the written placement is without them, whoever can be reached follows it,
-    /// and they run nothing.
-    fn shrink(&self) -> Option<Action> {
-        let written = &self.seen.placement;
-        let without = written.workers().iter().all(|worker| worker.slot < self.keep);
-        let drained = self.leaving().all(|(slot, seen)| self.is_drained(slot, seen));
-        let ready =
-            self.seen.size > self.keep && without && drained && self.followers_behind().next().is_none();
-        ready.then_some(Action::Resize(self.keep))
-    }
-
-    /// The processes that stay, can be reached, and do not follow the written placement yet.
-    fn followers_behind(&self) -> impl Iterator<Item = &Seen> {
-        let stays = |member: &Member| !matches!(member, Member::Worker(slot) if *slot >= self.keep);
-        let behind =
-            |seen: &&Seen| seen.report.as_ref().is_some_and(|report| !report.follows(&self.seen.placement));
-        self.seen.members().filter(move |(member, _)| stays(member)).map(|(_, seen)| seen).filter(behind)
-    }
-
     fn waiting_for(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> String {
         let behind = || {
             self.followers_behind()
@@ -329,27 +206,10 @@ impl Step<'_> {
         self.seen.members().find_map(failed)
     }
 
-    fn report(&self, slot: u32) -> Option<&Report> {
-        self.seen.workers.get(&slot)?.report.as_ref()
-    }
-
-    fn all_reports(&self) -> impl Iterator<Item = &Report> {
-        self.seen.members().filter_map(|(_, seen)| seen.report.as_ref())
-    }
-
     /// Above the written one and whatever anybody follows, so that nobody refuses it.
     fn next_epoch(&self) -> u64 {
         let reported = self.all_reports().map(|report| report.epoch).max().unwrap_or(0);
         reported.max(self.seen.placement.epoch()).saturating_add(1)
-    }
-
-    /// Silent for longer than a restart takes, or not among what the fleet runs.
-    fn is_gone(&self, slot: u32) -> bool {
-        let silent = |seen: &Seen| {
-            seen.report.is_none()
-                && seen.silent_since.is_some_and(|since| elapsed(since, self.now) > PATIENCE)
-        };
-        self.seen.workers.get(&slot).is_none_or(silent)
     }
 }
 
