@@ -6,10 +6,13 @@ use std::fmt;
 pub const BLOCK_TOKENS: usize = 64;
 
 /// Blocks of [`BLOCK_TOKENS`] positions, handed out to sequences' block tables.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct BlockAllocator {
-    free: Vec<u32>,
-    total: usize,
+    /// Blocks that came back; the last to come is the first to go.
+    returned: Vec<u32>,
+    /// The first of the blocks that were never handed out.
+    fresh: u32,
+    total: u32,
 }
 
 /// Too few blocks are free for what a table is to cover.
@@ -30,8 +33,8 @@ impl std::error::Error for OutOfBlocks {}
 
 impl BlockAllocator {
     pub fn new(blocks: usize) -> Self {
-        let last = u32::try_from(blocks).expect("a block's id is a u32");
-        Self { free: (0..last).rev().collect(), total: blocks }
+        let total = u32::try_from(blocks).expect("a block's id is a u32");
+        Self { returned: Vec::new(), fresh: 0, total }
     }
 
     /// Blocks that a sequence of `positions` needs.
@@ -40,27 +43,40 @@ impl BlockAllocator {
     }
 
     /// Extends `table` until it covers `positions`: entirely or, where too few are free, not at all.
+    #[inline]
     pub fn grow(&mut self, table: &mut Vec<u32>, positions: usize) -> Result<(), OutOfBlocks> {
         let wanted = Self::needed(positions).saturating_sub(table.len());
-        if wanted > self.free.len() {
-            return Err(OutOfBlocks { wanted, free: self.free.len() });
+        // Most steps stay within the blocks that there are.
+        if wanted == 0 { Ok(()) } else { self.hand_out(table, wanted) }
+    }
+
+    fn hand_out(&mut self, table: &mut Vec<u32>, wanted: usize) -> Result<(), OutOfBlocks> {
+        self.check(wanted)?;
+        for _ in 0..wanted {
+            table.push(self.returned.pop().unwrap_or(self.fresh));
+            self.fresh += u32::from(table.last() == Some(&self.fresh));
         }
-        table.extend(self.free.drain(self.free.len() - wanted..).rev());
         Ok(())
+    }
+
+    /// Whether so many blocks are free.
+    pub fn check(&self, wanted: usize) -> Result<(), OutOfBlocks> {
+        let free = self.total() - self.used();
+        if wanted > free { Err(OutOfBlocks { wanted, free }) } else { Ok(()) }
     }
 
     /// Takes a table's blocks back and leaves it empty.
     pub fn release(&mut self, table: &mut Vec<u32>) {
-        self.free.extend(table.drain(..).rev());
-        debug_assert!(self.free.len() <= self.total, "a block came back twice");
+        self.returned.extend(table.drain(..).rev());
+        debug_assert!(self.returned.len() <= self.fresh as usize, "a block came back twice");
     }
 
     pub fn used(&self) -> usize {
-        self.total - self.free.len()
+        self.fresh as usize - self.returned.len()
     }
 
     pub fn total(&self) -> usize {
-        self.total
+        self.total as usize
     }
 }
 
@@ -69,6 +85,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_cache_without_end_costs_nothing_until_it_is_used() {
+        let mut allocator = BlockAllocator::new(u32::MAX as usize);
+        let mut table = Vec::new();
+        allocator.grow(&mut table, 3 * BLOCK_TOKENS).unwrap();
+        allocator.release(&mut table);
+        allocator.grow(&mut table, 4 * BLOCK_TOKENS).unwrap();
+        assert_eq!((table, allocator.returned.capacity()), (vec![0, 1, 2, 3], 4));
+    }
 
     #[test]
     fn a_table_grows_entirely_or_not_at_all() {

@@ -6,5 +6,5 @@ mod scheduler;
 mod step;
 
 pub use blocks::{BLOCK_TOKENS, BlockAllocator, OutOfBlocks};
-pub use scheduler::{Bounds, Plan, Scheduler, Sequence};
+pub use scheduler::{Bounds, Plan, Planned, Scheduler, Sequence};
 pub use step::{Span, Step};

@@ -12,7 +12,7 @@ use expertmesh_model::sampling::Sampling;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::generate_event::Event;
-use expertmesh_scheduler::{Bounds, Plan, Scheduler, Sequence};
+use expertmesh_scheduler::{self as scheduler, Bounds, Plan, Planned, Scheduler, Sequence, Step};
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tonic::Status;
 
@@ -37,8 +37,9 @@ pub(crate) enum Command {
 
 /// A checked sequence.
 pub(crate) struct Submission {
+    /// The prompt, then what was generated.
     pub(crate) tokens: Vec<u32>,
-    /// Of `tokens`.
+    /// What sampling looks at of `tokens`.
     pub(crate) history: History,
     pub(crate) sampling: Sampling,
     /// So many alternatives come with every token; `None`: no log-probabilities at all.
@@ -133,7 +134,7 @@ where
             self.drop_cancelled();
             let full = |id| self.live.get(&id).is_some_and(|live| live.events.capacity() < 2);
             let plan = self.scheduler.plan(full);
-            idle = plan.ids.is_empty();
+            idle = plan.rows.is_empty();
             if !idle {
                 self.step(&plan);
             }
@@ -146,7 +147,7 @@ where
         if self.shared.draining.load(Ordering::SeqCst) {
             return refuse(&submission.events, Status::unavailable("this worker leaves"), &self.shared);
         }
-        match self.scheduler.submit(Sequence::new(self.next_id, submission.tokens.clone())) {
+        match self.scheduler.submit(Sequence::new(self.next_id, submission.tokens.len())) {
             Ok(()) => drop(self.live.insert(self.next_id, submission)),
             Err(_) => {
                 refuse(&submission.events, Status::resource_exhausted("the queue is full"), &self.shared);
@@ -167,15 +168,16 @@ where
             Ok(sampled) => sampled,
             Err(error) => {
                 tracing::error!("a step failed: {error}");
-                plan.ids.iter().for_each(|&id| self.end(id, Err(Status::internal(error.to_string()))));
+                let failed = || Err(Status::internal(error.to_string()));
+                plan.rows.iter().for_each(|planned| self.end(planned.id, failed()));
                 return;
             }
         };
         self.scheduler.computed(plan);
         let metrics = &self.shared.metrics.engine;
         metrics.step_seconds.observe(start.elapsed().as_secs_f64());
-        let decoded = plan.step.spans.iter().filter(|span| span.logits && span.tokens.len() == 1).count();
-        metrics.prompt_tokens.inc_by((plan.step.rows() - decoded) as u64);
+        let decoded = plan.rows.iter().filter(|planned| planned.logits && planned.count == 1).count();
+        metrics.prompt_tokens.inc_by((plan.count() - decoded) as u64);
         for (id, sampled) in sampled {
             match sampled {
                 Some(sampled) => self.sampled(id, sampled),
@@ -190,11 +192,12 @@ where
 
     /// The tokens that a plan's sequences get; none where the logits are not finite.
     fn compute(&mut self, plan: &Plan) -> Result<Vec<(u64, Option<Sampled>)>, X::Error> {
+        let step = self.joined(plan);
         let Self { backend, queue, kv, exchange, live, .. } = self;
-        let logits = forward(&**backend, queue, &plan.step, kv, exchange, None)?; // (spans that want logits, vocabulary)
-        let wanting = plan.ids.iter().zip(&plan.step.spans).filter(|(_, span)| span.logits);
+        let logits = forward(&**backend, queue, &step, kv, exchange, None)?; // (spans that want logits, vocabulary)
+        let wanting = plan.rows.iter().filter(|planned| planned.logits);
         let (mut ids, mut draws) = (Vec::new(), Vec::new());
-        for (row, (&id, _)) in wanting.enumerate() {
+        for (row, &Planned { id, .. }) in wanting.enumerate() {
             let Some(Submission { sampling, history, logprobs, .. }) = live.get(&id) else { continue };
             ids.push(id);
             draws.push(Draw { row, sampling, history, logprobs: *logprobs });
@@ -202,14 +205,27 @@ where
         Ok(ids.into_iter().zip(backend.sample(queue, &logits, &draws).wait()).collect())
     }
 
+    /// The plan's rows with their tokens and blocks.
+    fn joined(&self, plan: &Plan) -> Step {
+        let span = |&Planned { id, start, count, logits, .. }: &Planned| scheduler::Span {
+            tokens: self.live[&id].tokens[start..start + count].to_vec(),
+            start,
+            blocks: self.scheduler.blocks(id).to_vec(),
+            logits,
+        };
+        Step { spans: plan.rows.iter().map(span).collect() }
+    }
+
     fn sampled(&mut self, id: u64, Sampled { token, logprobs }: Sampled) {
-        let Some(Submission { history, sampling, max_length, events, .. }) = self.live.get_mut(&id) else {
+        let Some(Submission { tokens, history, sampling, max_length, events, .. }) = self.live.get_mut(&id)
+        else {
             return;
         };
         let (position, stops) = (history.len() as u32, sampling.ends(token, history.generated()));
         history.push(token);
+        tokens.push(token);
         self.shared.metrics.engine.generated_tokens.inc();
-        self.scheduler.push(id, token);
+        self.scheduler.push(id);
         let event = Event::Token(v1::Token { id: token, position, logprobs: logprobs.map(message) });
         // There is room: a sequence without is paused. A reader that left is noticed before the next step.
         let _ = events.try_send(Ok(v1::GenerateEvent { event: Some(event) }));
@@ -271,17 +287,17 @@ fn trace(plan: &Plan, live: &mut BTreeMap<u64, Submission>) -> Vec<Span> {
     if !traces::on() {
         return steps;
     }
-    for (id, span) in plan.ids.iter().zip(&plan.step.spans) {
-        let Some(Submission { spans, .. }) = live.get_mut(id) else { continue };
+    for planned in &plan.rows {
+        let Some(Submission { spans, .. }) = live.get_mut(&planned.id) else { continue };
         spans.queue = Span::default();
         let step = spans.sequence.parent().child("step", SpanKind::Internal);
         if step.is_none() {
             continue;
         }
-        step.set("expertmesh.position", span.start as i64);
-        step.set("expertmesh.rows", span.tokens.len() as i64);
-        step.set("expertmesh.step.rows", plan.step.rows() as i64);
-        step.set("expertmesh.step.sequences", plan.ids.len() as i64);
+        step.set("expertmesh.position", planned.start as i64);
+        step.set("expertmesh.rows", planned.count as i64);
+        step.set("expertmesh.step.rows", plan.count() as i64);
+        step.set("expertmesh.step.sequences", plan.rows.len() as i64);
         if let Some(first) = steps.first() {
             step.link(first);
         }

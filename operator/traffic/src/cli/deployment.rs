@@ -11,7 +11,8 @@ pub(super) fn read(file: &Path) -> anyhow::Result<Autoscaled> {
     // The one that became this process, or else PATH's.
     let program = env::var_os("EXPERTMESH").unwrap_or("expertmesh".into());
     let output = Command::new(&program).args(["autoscaling", "--"]).arg(file).output();
-    let output = output.with_context(|| format!("{} says what a deployment is", program.display()))?;
+    let output =
+        output.with_context(|| format!("{}, which knows what a deployment is", program.display()))?;
     if !output.status.success() {
         let problem = String::from_utf8_lossy(&output.stderr);
         bail!("{}", problem.trim_start_matches("expertmesh: ").trim_end());

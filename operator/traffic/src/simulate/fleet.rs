@@ -9,7 +9,7 @@ use super::worker::Worker;
 /// Requests that frontends hold while no worker is ready; more are refused.
 const MAX_HELD: usize = 1024;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Fleet {
     /// By slot; the highest leave first.
     members: Vec<Member>,
@@ -61,10 +61,11 @@ pub(crate) struct Load {
 
 impl Fleet {
     /// `size` workers that are ready.
-    pub(crate) fn new(size: u32) -> Self {
-        let member = |_| Member { worker: Worker::default(), state: State::Ready };
+    pub(crate) fn new(size: u32, model: &ServiceModel) -> Self {
+        let member = |_| Member { worker: Worker::new(model), state: State::Ready };
         let history = History { sizes: vec![(0, size)], actions: 0 };
-        Self { members: (0..size).map(member).collect(), desired: size, history, ..Self::default() }
+        let members = (0..size).map(member).collect();
+        Self { members, desired: size, held: VecDeque::new(), next_change: None, history }
     }
 
     pub(crate) fn load(&self, model: &ServiceModel) -> Load {
@@ -133,7 +134,7 @@ impl Fleet {
         }
         while self.members.len() < desired as usize {
             let state = State::Starting { until: after(model.start_up()) };
-            self.members.push(Member { worker: Worker::default(), state });
+            self.members.push(Member { worker: Worker::new(model), state });
         }
         self.changed(now);
     }
@@ -141,11 +142,9 @@ impl Fleet {
     /// Lets those that are due become ready, or leave with their sequences moving to others.
     pub(crate) fn change(&mut self, now: Micros, model: &ServiceModel, requests: &mut Requests) {
         let mut moving = vec![];
-        while let Some(last) = self.members.last_mut()
-            && matches!(last.state, State::Leaving { until } if until <= now)
-        {
+        let leaves = |last: &mut Member| matches!(last.state, State::Leaving { until } if until <= now);
+        while let Some(last) = self.members.pop_if(leaves) {
             moving.extend(last.worker.drain(now, requests));
-            self.members.pop();
         }
         for member in &mut self.members {
             if matches!(member.state, State::Starting { until } if until <= now) {
@@ -234,7 +233,7 @@ mod tests {
     #[test]
     fn requests_go_to_the_least_loaded_of_those_that_are_ready() {
         let (model, mut requests) = world(4);
-        let mut fleet = Fleet::new(2);
+        let mut fleet = Fleet::new(2, &model);
         fleet.resize(3, 0, &model);
         (0..4).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
         let loads: Vec<u32> = fleet.members.iter().map(|one| one.worker.sequences()).collect();
@@ -244,7 +243,7 @@ mod tests {
     #[test]
     fn a_worker_is_ready_after_its_start_and_paid_from_the_decision_on() {
         let (model, mut requests) = world(1);
-        let mut fleet = Fleet::new(1);
+        let mut fleet = Fleet::new(1, &model);
         fleet.resize(3, 10 * SECOND, &model);
         assert_eq!((fleet.load(&model).desired, fleet.load(&model).ready), (3, 1));
         let ready = settle(&mut fleet, &model, &mut requests);
@@ -255,7 +254,7 @@ mod tests {
     #[test]
     fn one_that_leaves_moves_its_sequences_and_one_that_is_wanted_again_stays() {
         let (model, mut requests) = world(6);
-        let mut fleet = Fleet::new(3);
+        let mut fleet = Fleet::new(3, &model);
         (0..6).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
         fleet.resize(1, 0, &model);
         fleet.resize(2, SECOND, &model);
@@ -270,7 +269,7 @@ mod tests {
     #[test]
     fn one_that_has_not_started_goes_at_once() {
         let (model, _) = world(1);
-        let mut fleet = Fleet::new(1);
+        let mut fleet = Fleet::new(1, &model);
         fleet.resize(4, 0, &model);
         fleet.resize(2, SECOND, &model);
         assert_eq!((fleet.members.len(), fleet.next_change()), (2, Some(12 * SECOND)));
@@ -279,7 +278,7 @@ mod tests {
     #[test]
     fn requests_wait_for_the_first_worker() {
         let (model, mut requests) = world(2);
-        let mut fleet = Fleet::new(0);
+        let mut fleet = Fleet::new(0, &model);
         (0..2).for_each(|id| submit(&mut fleet, id, &model, &mut requests));
         assert_eq!(fleet.load(&model).held, 2);
         fleet.resize(1, 0, &model);

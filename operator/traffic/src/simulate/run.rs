@@ -58,7 +58,7 @@ pub(crate) struct Outcome {
 pub(crate) fn run(world: World<'_>, start: u32, scaler: &mut dyn Scaler, patience: usize) -> Option<Outcome> {
     let World { trace, model, goals, frontends } = world;
     let mut requests = Requests::new(trace, goals, frontends);
-    let mut fleet = Fleet::new(start);
+    let mut fleet = Fleet::new(start, model);
     let (mut arrived, mut look_at) = (0, scaler.period());
     loop {
         let arrival = requests.all.get(arrived).map(|request| request.arrival);

@@ -76,6 +76,7 @@ mod tests {
 
     use super::super::fleet::{Fleet, Load};
     use super::super::requests::Requests;
+    use super::super::service::{DEFAULT, ServiceModel};
     use super::*;
     use crate::load::trace::Trace;
 
@@ -83,7 +84,8 @@ mod tests {
     fn looks(target: f64, all: &[(u64, u32, u32)]) -> Vec<u32> {
         let goals = Goals { ttft: Duration::from_secs(1), tpot: Duration::from_secs(1) };
         let requests = Requests::new(&Trace::new(vec![], Duration::from_secs(1)), goals, 1);
-        let (fleet, mut scaler) = (Fleet::new(1), Threshold::new(target, (1, 20)));
+        let model = ServiceModel::parse(DEFAULT).unwrap();
+        let (fleet, mut scaler) = (Fleet::new(1, &model), Threshold::new(target, (1, 20)));
         let mut look = |&(second, sequences, desired): &(u64, u32, u32)| {
             let load = Load { desired, ready: desired, running: sequences, waiting: 0, held: 0 };
             scaler.look(&Seen { now: second * SECOND, load, fleet: &fleet, requests: &requests })

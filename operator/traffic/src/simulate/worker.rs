@@ -1,27 +1,27 @@
-//! A simulated worker: continuous batching as worker/scheduler has it, a step's time by the service model.
+//! A simulated worker: the scheduler of a real one, with a cache that is never full, and a step's time by the service model.
 //!
 //! Steps in which nothing but decoding happens are taken together, up to the next one at which a sequence ends or its time per
 //! token is noted: a day costs a few million of them.
 
-use std::collections::VecDeque;
+use expertmesh_scheduler::{Bounds, Plan, Scheduler, Sequence};
 
 use super::requests::{Id, Micros, NOTED, Requests};
 use super::service::ServiceModel;
 
 /// Every decoding sequence is looked at within [`NOTED`] steps.
 const RING: u64 = NOTED as u64 + 1;
+/// Blocks of the cache, more than any trace fills.
+const ENDLESS: usize = u32::MAX as usize;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Worker {
-    waiting: VecDeque<Id>,
-    /// Of the batch, those whose prompt is not all computed, oldest first, and how many rows of it are.
-    prefilling: Vec<(Id, u32)>,
+    scheduler: Scheduler,
     /// By the step at which they are looked at next, modulo [`RING`].
     decoding: [Vec<Id>; RING as usize],
     decoding_count: u32,
     /// Positions that a step of theirs attends to.
     context: u64,
-    /// Computed so far.
+    /// How many are computed so far.
     steps: u64,
     run: Option<Run>,
 }
@@ -35,8 +35,8 @@ struct Run {
     /// Seconds of the first, and how much longer than the one before each of the others is.
     first: f64,
     growth: f64,
-    /// Rows of each of the first of `prefilling`.
-    chunks: Vec<u32>,
+    /// Chunks of prompts in the first.
+    prompts: Plan,
 }
 
 impl Run {
@@ -55,35 +55,45 @@ impl Run {
 }
 
 impl Worker {
+    /// One that nothing was asked of.
+    pub(crate) fn new(model: &ServiceModel) -> Self {
+        let [step_rows, running, waiting] =
+            [model.batch.rows, model.batch.running, model.batch.waiting].map(|bound| bound as usize);
+        Self {
+            scheduler: Scheduler::new(Bounds { step_rows, running, waiting }, ENDLESS),
+            decoding: Default::default(),
+            decoding_count: 0,
+            context: 0,
+            steps: 0,
+            run: None,
+        }
+    }
+
     /// In the batch or to be taken into it by the next step, and waiting for a place in it.
     pub(crate) fn load(&self, model: &ServiceModel) -> (u32, u32) {
         let running = self.sequences().min(model.batch.running);
         (running, self.sequences() - running)
     }
 
-    /// All of them.
+    /// All sequences that were given to it and have not ended.
     pub(crate) fn sequences(&self) -> u32 {
-        self.batched() + self.waiting.len() as u32
-    }
-
-    fn batched(&self) -> u32 {
-        self.decoding_count + self.prefilling.len() as u32
+        (self.scheduler.running() + self.scheduler.waiting()) as u32
     }
 
     /// Those whose prompt is not all computed.
     pub(crate) fn before_prefill(&self) -> impl Iterator<Item = Id> {
-        self.prefilling.iter().map(|(id, _)| *id).chain(self.waiting.iter().copied())
+        self.scheduler.before_prefill().map(|id| id as Id)
     }
 
     /// Queues a sequence; false where the queue is full.
     pub(crate) fn submit(&mut self, id: Id, now: Micros, model: &ServiceModel, requests: &Requests) -> bool {
-        if self.waiting.len() >= model.batch.waiting as usize {
+        let sequence = Sequence::new(id.into(), requests.get(id).context() as usize);
+        if self.scheduler.submit(sequence).is_err() {
             return false;
         }
-        self.waiting.push_back(id);
         match &mut self.run {
             Some(run) => run.cut(now),
-            None => self.plan(now, model, requests),
+            None => self.plan(now, model),
         }
         true
     }
@@ -92,12 +102,12 @@ impl Worker {
     pub(crate) fn advance(&mut self, now: Micros, model: &ServiceModel, requests: &mut Requests) {
         while let Some(run) = self.run.take_if(|run| run.end <= now) {
             self.finish(&run, requests);
-            self.plan(run.end, model, requests);
+            self.plan(run.end, model);
         }
     }
 
     /// Gives every sequence back, in the order in which they would go on; the step in progress is lost.
-    pub(crate) fn drain(&mut self, now: Micros, requests: &mut Requests) -> Vec<Id> {
+    pub(crate) fn drain(mut self, now: Micros, requests: &mut Requests) -> Vec<Id> {
         let computed =
             self.run.take().map_or(0, |run| (1..run.count).filter(|&n| run.after(n) <= now).count());
         self.steps += computed as u64;
@@ -110,54 +120,55 @@ impl Worker {
             }
         }
         ids.extend(self.before_prefill());
-        *self = Self::default();
         ids
     }
 
     /// Begins the next steps, where there is something to compute.
-    fn plan(&mut self, now: Micros, model: &ServiceModel, requests: &Requests) {
-        while self.batched() < model.batch.running {
-            let Some(id) = self.waiting.pop_front() else { break };
-            self.prefilling.push((id, 0));
+    fn plan(&mut self, now: Micros, model: &ServiceModel) {
+        let mut prompts = Plan::default();
+        if !self.only_decodes(model) {
+            prompts = self.scheduler.plan(|_| false);
+            prompts.rows.retain(|planned| planned.prompt);
         }
-        if self.batched() == 0 {
+        if self.scheduler.running() == 0 {
             return;
         }
-        let (mut chunks, mut attended) = (vec![], self.context as f64);
-        let mut budget = model.batch.rows - self.decoding_count;
-        for &(id, computed) in &self.prefilling {
-            let rows = (requests.get(id).context() - computed).min(budget);
-            if rows == 0 {
-                break;
-            }
-            budget -= rows;
-            attended += f64::from(rows) * (f64::from(computed) + f64::from(rows) / 2.0);
-            chunks.push(rows);
+        let (prefill, mut attended) = (prompts.count() as f64, self.context as f64);
+        for planned in &prompts.rows {
+            let (start, count) = (planned.start as f64, planned.count as f64);
+            attended += count * (start + count / 2.0);
         }
-        let (count, prefill) = (self.alike(&chunks), f64::from(chunks.iter().sum::<u32>()));
-        let decode = f64::from(self.decoding_count);
-        let step = &model.step;
+        let count = if prompts.rows.is_empty() { self.alike() } else { 1 };
+        let (step, decode) = (&model.step, f64::from(self.decoding_count));
         let rows = step.decode_row * decode + step.prefill_row * prefill;
         let first = step.fixed + rows + step.context_token * attended;
-        let mut run = Run { begin: now, end: 0, count, first, growth: step.context_token * decode, chunks };
+        let mut run = Run { begin: now, end: 0, count, first, growth: step.context_token * decode, prompts };
         run.end = run.after(count);
         self.run = Some(run);
     }
 
+    /// Whether the next step computes no prompt: none is in the batch, and none can come into it.
+    fn only_decodes(&self, model: &ServiceModel) -> bool {
+        let all = self.scheduler.running() as u32 == self.decoding_count;
+        all && (self.scheduler.waiting() == 0 || self.decoding_count == model.batch.running)
+    }
+
     /// Steps until a sequence is to be looked at.
-    fn alike(&self, chunks: &[u32]) -> u32 {
+    fn alike(&self) -> u32 {
         let due = |after: &u32| !self.decoding[((self.steps + u64::from(*after)) % RING) as usize].is_empty();
-        if chunks.is_empty() { (1..=NOTED).find(due).unwrap_or(1) } else { 1 }
+        (1..=NOTED).find(due).unwrap_or(1)
     }
 
     fn finish(&mut self, run: &Run, requests: &mut Requests) {
         self.steps += u64::from(run.count);
         self.context += u64::from(run.count) * u64::from(self.decoding_count);
+        self.compute(run);
         let slot = (self.steps % RING) as usize;
         let mut looked_at = std::mem::take(&mut self.decoding[slot]);
         for id in looked_at.drain(..) {
             let due = requests.get(id).due();
             if requests.produce(id, due, run.end) {
+                self.scheduler.remove(id.into());
                 self.decoding_count -= 1;
                 self.context -= u64::from(requests.get(id).context());
             } else {
@@ -165,25 +176,27 @@ impl Worker {
             }
         }
         self.decoding[slot] = looked_at; // nothing comes into it meanwhile; its memory is kept
-        self.prefilled(run, requests);
+        for planned in run.prompts.rows.iter().filter(|planned| planned.logits) {
+            self.prefilled(planned.id as Id, run.end, requests);
+        }
     }
 
-    /// Takes those whose prompt is computed over into decoding, with their first token.
-    fn prefilled(&mut self, run: &Run, requests: &mut Requests) {
-        for (prefilling, rows) in self.prefilling.iter_mut().zip(&run.chunks) {
-            prefilling.1 += rows;
-        }
-        for _ in 0..run.chunks.len() {
-            let Some(&(id, computed)) = self.prefilling.first() else { return };
-            if computed < requests.get(id).context() {
-                return; // the oldest get their rows first
-            }
-            self.prefilling.remove(0);
-            if !requests.produce(id, 1, run.end) {
-                self.decoding_count += 1;
-                self.context += u64::from(requests.get(id).context());
-                self.decode(id, requests);
-            }
+    fn compute(&mut self, run: &Run) {
+        // The cache has no end.
+        let _ = self.scheduler.decode(run.count as usize);
+        self.scheduler.computed(&run.prompts);
+        let sampled = run.prompts.rows.iter().filter(|planned| planned.logits);
+        sampled.for_each(|planned| self.scheduler.push(planned.id));
+    }
+
+    /// Takes one whose prompt is computed over into decoding, with its first token.
+    fn prefilled(&mut self, id: Id, now: Micros, requests: &mut Requests) {
+        if requests.produce(id, 1, now) {
+            self.scheduler.remove(id.into());
+        } else {
+            self.decoding_count += 1;
+            self.context += u64::from(requests.get(id).context());
+            self.decode(id, requests);
         }
     }
 
@@ -227,7 +240,7 @@ mod tests {
     }
 
     fn run(all: &[(u64, u32, u32)], model: &ServiceModel) -> Requests {
-        let (mut worker, mut requests) = (Worker::default(), requests(all));
+        let (mut worker, mut requests) = (Worker::new(model), requests(all));
         for id in 0..all.len() as u32 {
             let now = requests.get(id).arrival;
             worker.advance(now, model, &mut requests);
@@ -267,23 +280,23 @@ mod tests {
     fn a_batch_has_its_bound_and_the_queue_too() {
         let mut model = model();
         (model.batch.running, model.batch.waiting) = (2, 1);
-        let (mut worker, requests) = (Worker::default(), requests(&[(0, 10, 10); 5]));
+        let (mut worker, requests) = (Worker::new(&model), requests(&[(0, 10, 10); 5]));
         assert!(worker.submit(0, 0, &model, &requests), "computed at once");
         assert!(worker.submit(1, 0, &model, &requests), "waits for the next step");
         assert!(!worker.submit(2, 0, &model, &requests));
-        assert_eq!((worker.batched(), worker.load(&model)), (1, (2, 0)));
+        assert_eq!((worker.scheduler.running(), worker.load(&model)), (1, (2, 0)));
     }
 
     #[test]
     fn what_a_worker_gives_back_goes_on_elsewhere() {
         let (model, mut requests) = (model(), requests(&[(0, 100, 30), (0, 400, 5)]));
-        let (mut leaving, mut other) = (Worker::default(), Worker::default());
+        let (mut leaving, mut other) = (Worker::new(&model), Worker::new(&model));
         requests.arrived(0);
         leaving.submit(0, 0, &model, &requests);
         leaving.advance(110_000 + 12_000 * 7 + 5, &model, &mut requests);
         leaving.submit(1, 194_005, &model, &requests);
         assert_eq!(leaving.drain(194_006, &mut requests), [0, 1]);
-        assert_eq!((requests.get(0).produced, leaving.sequences()), (8, 0));
+        assert_eq!(requests.get(0).produced, 8);
         assert!(other.submit(0, 200_000, &model, &requests));
         other.advance(u64::MAX, &model, &mut requests);
         assert_eq!(times_of(&requests, 0), (110, 200 + 10 + 108 + 21 * 12));
