@@ -72,6 +72,7 @@ mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
     use super::*;
+    use crate::reconcile::error::ErrorReason;
     use deployments::Figures;
     use labels::Scaling;
 
@@ -118,9 +119,7 @@ mod tests {
     #[test]
     fn an_error_is_counted_under_its_reason() {
         let metrics = Metrics::new();
-        metrics.reconciles.ended(Err("ApplyFailed"), Duration::from_millis(20));
-        assert!(
-            metrics.text().unwrap().contains(r#"expertmesh_reconcile_errors_total{reason="ApplyFailed"} 1"#)
-        );
+        metrics.reconciles.ended(Err(ErrorReason::NoImage), Duration::from_millis(20));
+        assert!(metrics.text().unwrap().contains(r#"expertmesh_reconcile_errors_total{reason="NoImage"} 1"#));
     }
 }

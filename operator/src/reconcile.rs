@@ -39,7 +39,7 @@ pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Re
     context.metrics.reconciles.begun(&key);
     let result = tokio::time::timeout(LONGEST, step(&context, &key)).await;
     let result = result.unwrap_or(Err(ReconcileError::TimedOut));
-    let label = result.as_ref().map(|_| ()).map_err(|error| error.reason().name());
+    let label = result.as_ref().map(|_| ()).map_err(ReconcileError::reason);
     context.metrics.reconciles.ended(label, began.elapsed());
     if result.is_ok() {
         context.memory.succeeded(&key);

@@ -10,6 +10,7 @@ use prometheus::{HistogramVec, IntCounterVec, IntGauge};
 
 use super::labels::WatchFailure;
 use crate::key::Key;
+use crate::reconcile::error::ErrorReason;
 
 /// The metrics of reconciles; clones count on the same ones.
 #[derive(Clone)]
@@ -66,13 +67,13 @@ impl Reconciles {
         }
     }
 
-    /// Counts a reconcile that ended; `Err` has the reason's name.
-    pub(crate) fn ended(&self, result: Result<(), &str>, took: Duration) {
+    /// Counts a reconcile that ended, and how long it took.
+    pub(crate) fn ended(&self, result: Result<(), ErrorReason>, took: Duration) {
         let label = if result.is_ok() { "ok" } else { "error" };
         self.by_result.with_label_values(&[label]).inc();
         self.seconds.with_label_values(&[label]).observe(took.as_secs_f64());
         if let Err(reason) = result {
-            self.errors.with_label_values(&[reason]).inc();
+            self.errors.with_label_values(&[reason.name()]).inc();
         }
     }
 
