@@ -9,7 +9,8 @@ use crate::config::model::ModelConfig;
 use crate::error::ModelError;
 use crate::sampling::{InvalidSampling, Sampling, SamplingParams};
 
-const FILE: &str = "generation_config.json";
+/// The file of a model's directory that says how to sample from it.
+pub const GENERATION: &str = "generation_config.json";
 
 /// Keys of transformers that would change the answer and are not honoured, with the value that changes nothing.
 const UNHONOURED: [(&str, f64); 7] = [
@@ -55,15 +56,15 @@ impl GenerationConfig {
     /// `top_p`, `top_k`, `min_p`, `repetition_penalty`, `eos_token_id` and `max_new_tokens`; an absent `top_k` keeps
     /// all tokens and an absent `do_sample` is true, as in vLLM (transformers: 50, and false).
     pub fn read(model: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
-        let text = read_json(model, FILE)?;
+        let text = read_json(model, GENERATION)?;
         Self::parse(text.as_deref().unwrap_or("{}"), config)
     }
 
     fn parse(json: &str, config: &ModelConfig) -> Result<Self, ModelError> {
-        let invalid = |problem: String| ModelError::InvalidConfig { file: FILE, problem };
+        let invalid = |problem: String| ModelError::InvalidConfig { file: GENERATION, problem };
         let map: Map<String, Value> =
             serde_json::from_str(json).map_err(|error| invalid(error.to_string()))?;
-        let keys = Keys { file: FILE, map: &map };
+        let keys = Keys { file: GENERATION, map: &map };
         reject_unhonoured(&keys)?;
         let number = |key, default: f32| match keys.get(key) {
             Some(_) => keys.number(key).map(|number| number as f32),

@@ -13,9 +13,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use expertmesh_model::config::keys::CONFIG;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
+use expertmesh_model::generation::GENERATION;
 use expertmesh_model::layout::plan::{Place, Plan};
 use expertmesh_model::numerics::Numerics;
 use expertmesh_model::packed::{
@@ -32,13 +34,8 @@ use crate::fingerprint::fingerprint;
 const LOCK: &str = "packed.lock";
 
 /// What a packed model has of its checkpoint as it is, where the checkpoint has it.
-const COPIED: [&str; 5] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-];
+const COPIED: [&str; 5] =
+    [CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
 
 /// Each has a piece of a blob in memory: 32 MiB, rarely more.
 const MAX_THREADS: usize = 16;

@@ -21,6 +21,12 @@ use super::*;
 const FORMATS: [WeightFormat; 4] =
     [WeightFormat::Bf16, WeightFormat::Fp8, WeightFormat::Int8, WeightFormat::Int4];
 
+#[test]
+fn every_weight_format_that_can_be_packed_is_compared() {
+    let packed = WeightFormat::ALL.into_iter().filter(|&weights| weights != WeightFormat::Native);
+    assert!(packed.eq(FORMATS));
+}
+
 /// A directory that is removed in the end.
 struct Out(PathBuf);
 
