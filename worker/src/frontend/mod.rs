@@ -14,19 +14,19 @@ mod logprobs;
 mod model;
 mod openai;
 mod reasoning;
-mod resume;
+pub(crate) mod resume;
 mod route;
 mod routes;
 #[cfg(test)]
 mod scripted;
-mod sequence;
+pub(crate) mod sequence;
 mod server;
 mod setback;
 mod sse;
 mod tracked;
 mod update;
 mod valid;
-mod workers;
+pub(crate) mod workers;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -6,6 +6,8 @@ mod gauges;
 mod inference;
 mod loading;
 mod run;
+#[cfg(test)]
+mod tests;
 mod threads;
 mod worker;
 
