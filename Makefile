@@ -29,10 +29,12 @@ setup: ## fetch what the tests need beside Rust, and say what cannot be had
 	@tests/setup.sh
 
 bench: ## our numbers beside llama.cpp's on this machine: a table, and target/bench/summary.json (see benches/README.md)
-	$(CARGO) build --release -p expertmesh-bench
+	$(CARGO) build --release -p expertmesh-bench -p expertmesh-worker
 	benches/llama.sh
 	target/release/expertmesh-bench same
 	target/release/expertmesh-bench compare
+	target/release/expertmesh-bench mesh
+	target/release/expertmesh-bench mesh --model target/bench/model --samples 3
 
 fmt: ## format all Rust
 	$(CARGO) fmt --all

@@ -6,6 +6,7 @@ mod compare;
 mod gguf;
 mod machine;
 mod median;
+mod mesh;
 mod model;
 mod ours;
 mod peer;
@@ -30,6 +31,8 @@ enum Command {
     Run(ours::Args),
     /// Compare logits of the engine and of llama.cpp on a small model, to see that both compute the same
     Same(same::Args),
+    /// Measure several workers of this machine beside one: what the mesh costs
+    Mesh(mesh::Args),
     /// Write a checkpoint with random weights
     Model(model::Args),
     /// Convert that checkpoint for llama.cpp
@@ -46,6 +49,7 @@ fn main() -> anyhow::Result<()> {
         Command::Compare(args) => compare::run(&args),
         Command::Run(args) => ours::run(&args),
         Command::Same(args) => same::run(&args),
+        Command::Mesh(args) => mesh::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Gguf(args) => gguf::run(&args),
         Command::Bandwidth(args) => bandwidth::run(&args),

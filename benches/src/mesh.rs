@@ -1,0 +1,254 @@
+//! What the mesh costs: tokens per second of several workers on this machine beside one, and the time of an exchange.
+//!
+//! Every sample starts workers, places the experts evenly and streams from all of them. Several binaries take turns, so
+//! that two versions are compared in one run.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::threads::compute_threads;
+use expertmesh_proto::channel::{Connect, connect};
+use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
+use expertmesh_proto::v1::generate_event::Event;
+use expertmesh_proto::v1::inference_client::InferenceClient;
+use expertmesh_proto::v1::report_response::State;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::median::median;
+
+/// How long a worker may take to become ready.
+const PATIENCE: Duration = Duration::from_secs(120);
+const CONNECT: Connect = Connect { timeout: Duration::from_secs(5), keepalive: None, bulk: false };
+/// Tokens of every prompt.
+const PROMPT: u32 = 8;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The model's directory
+    #[arg(long, default_value = "tests/models/tiny-r1")]
+    model: PathBuf,
+    /// The worker's binary; given several times, they take turns
+    #[arg(long, default_value = "target/release/expertmesh-worker")]
+    worker: Vec<PathBuf>,
+    /// Workers that share the experts
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
+    workers: Vec<u32>,
+    /// Sequences at the same time
+    #[arg(long, value_delimiter = ',', default_value = "1,16")]
+    streams: Vec<u32>,
+    /// Tokens of every sequence
+    #[arg(long, default_value_t = 64)]
+    tokens: u32,
+    #[arg(long, default_value_t = 5)]
+    samples: usize,
+}
+
+/// What one sample found.
+struct Sample {
+    /// Of all sequences together.
+    tokens_per_second: f64,
+    /// Microseconds from dispatching rows to their answer, on average; none where nothing was dispatched.
+    exchange: Option<f64>,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    println!("{:48} {:>7} {:>7} {:>10} {:>12}", "worker", "workers", "streams", "tokens/s", "µs/exchange");
+    for &workers in &args.workers {
+        for &streams in &args.streams {
+            let mut samples: Vec<Vec<Sample>> = args.worker.iter().map(|_| Vec::new()).collect();
+            for _ in 0..args.samples {
+                for (binary, samples) in args.worker.iter().zip(&mut samples) {
+                    samples.push(runtime.block_on(sample(args, binary, workers, streams))?);
+                }
+            }
+            for (binary, samples) in args.worker.iter().zip(&samples) {
+                let rates: Vec<f64> = samples.iter().map(|sample| sample.tokens_per_second).collect();
+                let exchanges: Vec<f64> = samples.iter().filter_map(|sample| sample.exchange).collect();
+                println!(
+                    "{:48} {workers:7} {streams:7} {:10.1} {:12.1}",
+                    binary.display(),
+                    median(&rates),
+                    median(&exchanges)
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn sample(args: &Args, binary: &Path, workers: u32, streams: u32) -> anyhow::Result<Sample> {
+    let mesh = Mesh::start(args, binary, workers).await?;
+    mesh.stream(streams, 4).await?; // whatever is done once
+    let before = mesh.exchanges()?;
+    let start = Instant::now();
+    mesh.stream(streams, args.tokens).await?;
+    let tokens_per_second = f64::from(streams * args.tokens) / start.elapsed().as_secs_f64();
+    let after = mesh.exchanges()?;
+    let count = after.count - before.count;
+    let exchange = (count > 0.0).then(|| (after.seconds - before.seconds) / count * 1e6);
+    Ok(Sample { tokens_per_second, exchange })
+}
+
+/// Workers of this machine that share a model's experts.
+struct Mesh {
+    workers: Vec<Started>,
+    /// Prompts are of tokens below it.
+    vocabulary: u32,
+}
+
+/// A worker's process. Dropping it ends the process.
+struct Started {
+    process: Child,
+    addresses: Addresses,
+}
+
+#[derive(serde::Deserialize)]
+struct Addresses {
+    grpc: String,
+    metrics: String,
+}
+
+/// Exchanges of all workers so far.
+struct Exchanges {
+    count: f64,
+    seconds: f64,
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Started {
+    /// A worker with its share of the machine's cores.
+    async fn new(args: &Args, binary: &Path, slot: u32, workers: u32) -> anyhow::Result<Self> {
+        let announced = std::env::temp_dir().join(format!("expertmesh-bench-{}-{slot}", std::process::id()));
+        let _ = fs::remove_file(&announced);
+        let threads = (compute_threads() / workers as usize).max(1);
+        let process = Command::new(binary)
+            .args(["serve", "--name", &format!("worker-{slot}"), "--listen", "127.0.0.1:0"])
+            .args(["--metrics", "127.0.0.1:0", "--threads", &threads.to_string(), "--model"])
+            .arg(&args.model)
+            .arg("--announce")
+            .arg(&announced)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("{}", binary.display()))?;
+        // Ends the process where it announces nothing.
+        let mut started =
+            Self { process, addresses: Addresses { grpc: String::new(), metrics: String::new() } };
+        let deadline = Instant::now() + PATIENCE;
+        while !announced.exists() {
+            ensure!(Instant::now() < deadline, "worker {slot} does not listen");
+            sleep(Duration::from_millis(10)).await;
+        }
+        started.addresses = serde_json::from_slice(&fs::read(&announced)?)?;
+        fs::remove_file(&announced)?;
+        Ok(started)
+    }
+}
+
+impl Mesh {
+    async fn start(args: &Args, binary: &Path, count: u32) -> anyhow::Result<Self> {
+        let config = ModelConfig::read(&args.model)?;
+        let mut workers = Vec::new();
+        for slot in 0..count {
+            workers.push(Started::new(args, binary, slot, count).await?);
+        }
+        let experts = config.experts() as u32;
+        let placed = |(slot, worker): (u32, &Started)| {
+            let mut held = ExpertSet::default();
+            for layer in config.moe_layers() {
+                (0..experts).filter(|expert| expert * count / experts == slot).for_each(|expert| {
+                    held.insert(layer as u32, expert);
+                });
+            }
+            let addresses = vec![worker.addresses.grpc.clone()];
+            PlacedWorker { slot, name: format!("worker-{slot}"), addresses, experts: held, draining: false }
+        };
+        let placement = Placement::new(1, (0..).zip(&workers).map(placed).collect())?.to_proto();
+        for worker in &workers {
+            let mut control = ControlClient::new(connect(&worker.addresses.grpc, &CONNECT).await?);
+            let placement = Some(placement.clone());
+            let request = v1::ApplyPlacementRequest { caller: Some(caller()), placement };
+            control.apply_placement(request).await?;
+            let request = v1::ReportRequest { caller: Some(caller()) };
+            let mut reports = control.report(request).await?.into_inner();
+            let ready = async {
+                while let Some(report) = reports.message().await? {
+                    if report.state() == State::Ready {
+                        return Ok(());
+                    }
+                }
+                bail!("a worker stopped reporting")
+            };
+            timeout(PATIENCE, ready).await??;
+        }
+        // Links come up by themselves, within their backoff.
+        sleep(Duration::from_millis(300)).await;
+        Ok(Self { workers, vocabulary: config.vocabulary as u32 })
+    }
+
+    /// Has sequences computed, one worker after another taking one, and waits for all their tokens.
+    async fn stream(&self, streams: u32, tokens: u32) -> anyhow::Result<()> {
+        let mut sequences = JoinSet::new();
+        for (stream, worker) in (0..streams).zip(self.workers.iter().cycle()) {
+            let (address, vocabulary) = (worker.addresses.grpc.clone(), self.vocabulary);
+            sequences.spawn(async move {
+                let mut client = InferenceClient::new(connect(&address, &CONNECT).await?);
+                let request = request(stream, tokens, vocabulary);
+                let mut events = client.generate(request).await?.into_inner();
+                let mut count = 0;
+                while let Some(event) = events.message().await? {
+                    count += u32::from(matches!(event.event, Some(Event::Token(_))));
+                }
+                ensure!(count == tokens, "{count} tokens of {tokens}");
+                Ok(())
+            });
+        }
+        sequences.join_all().await.into_iter().collect()
+    }
+
+    fn exchanges(&self) -> anyhow::Result<Exchanges> {
+        let mut all = Exchanges { count: 0.0, seconds: 0.0 };
+        for worker in &self.workers {
+            let url = format!("http://{}/metrics", worker.addresses.metrics);
+            let text = ureq::get(&url).call()?.into_body().read_to_string()?;
+            let sum = |name: &str| -> f64 {
+                let of_name = text.lines().filter(|line| line.starts_with(name));
+                of_name.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+            };
+            all.count += sum("expertmesh_worker_exchange_seconds_count");
+            all.seconds += sum("expertmesh_worker_exchange_seconds_sum");
+        }
+        Ok(all)
+    }
+}
+
+fn caller() -> v1::Caller {
+    v1::Caller { name: "bench".to_owned(), ..v1::Caller::default() }
+}
+
+/// The most probable tokens after a prompt of its own.
+fn request(stream: u32, tokens: u32, vocabulary: u32) -> v1::GenerateRequest {
+    v1::GenerateRequest {
+        caller: Some(caller()),
+        request_id: format!("bench-{stream}"),
+        tokens: (0..PROMPT).map(|at| (stream * 31 + at * 7 + 3) % vocabulary).collect(),
+        max_tokens: tokens,
+        prompt_tokens: PROMPT,
+        sampling: Some(v1::Sampling { top_p: 1.0, repetition_penalty: 1.0, ..v1::Sampling::default() }),
+        ..v1::GenerateRequest::default()
+    }
+}
