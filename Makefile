@@ -39,10 +39,11 @@ bench: ## our numbers beside llama.cpp's on this machine: a table, and target/be
 fmt: ## format all Rust
 	$(CARGO) fmt --all
 
-lint: ## formatting, clippy and rustdoc, warnings being errors
+lint: ## formatting, clippy, rustdoc and what doc comments say; warnings are errors
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps --quiet
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --workspace --no-deps --document-private-items --quiet
+	tests/words.sh
 
 generated: build ## write the generated files anew: the CRD, the page of metrics, the chart's copies of files of deploy/
 	target/release/expertmesh crd >$(CRD)

@@ -11,3 +11,4 @@ mod scalers;
 mod traces;
 mod traffic;
 mod up;
+mod walls;

@@ -12,11 +12,11 @@
 //! unfused additions, and instructions that flush, all give the same bits.
 //!
 //! Versions:
-//! 1. [`define`]: the definition, one output at a time; tests compare the others with it.
+//! 1. `define`: the definition, one output at a time; tests compare the others with it.
 //! 2. [`lanes`]: 32 outputs side by side in plain Rust; compiled for any processor, and again for AVX2 with FMA and for
 //!    AVX-512 (`tile` where there are no tiles).
 //! 3. [`avx512`]: `pair` by VDPBF16PS, up to 7 rows × 2 panels of accumulators, for as long as memory is slower.
-//! 4. [`avx512::wide`]: `pair` by FMA on widened rows, 12 rows × 2 panels. VDPBF16PS does twice the work of an FMA and takes
+//! 4. `avx512::wide`: `pair` by FMA on widened rows, 12 rows × 2 panels. VDPBF16PS does twice the work of an FMA and takes
 //!    four times as long on Sapphire Rapids (one per two cycles; two FMA per cycle).
 //! 5. [`tiles`](super::tiles): `tile` by TDPBF16PS, 2 × 2 tiles of accumulators.
 
