@@ -24,7 +24,7 @@ use crate::store::{ExpertStore, Pinned};
 
 /// What a layer's first half leaves to do.
 pub enum Attended<Activations, Routes> {
-    /// A dense layer: complete.
+    /// A dense layer, which is complete.
     Dense,
     /// A mixture-of-experts layer: its normed rows (rows, hidden) and where they go.
     Moe { normed: Activations, routes: Routes },
@@ -44,7 +44,7 @@ pub struct Draw<'a> {
     /// The row of the logits.
     pub row: usize,
     pub sampling: &'a Sampling,
-    /// The sequence so far.
+    /// The tokens of the sequence so far.
     pub history: &'a History,
     /// Alternatives to log beside the token; `None`: no log-probabilities at all.
     pub logprobs: Option<usize>,

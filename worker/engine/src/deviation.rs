@@ -62,7 +62,7 @@ pub struct Deviation {
     pub divergence: f64,
 }
 
-/// One layer's.
+/// How far one layer of the backend is from the reference's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerDeviation {
     /// ‖ours − theirs‖ / ‖theirs‖ of the residual stream after it, in rows whose experts are the reference's.

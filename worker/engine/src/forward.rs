@@ -107,7 +107,7 @@ impl LocalExchange {
 }
 
 impl<B: Backend> Exchange<B> for LocalExchange {
-    /// The layer.
+    /// The layer whose experts compute next.
     type InFlight = usize;
     type Error = Infallible;
 

@@ -11,7 +11,7 @@ use expertmesh_scheduler::{BlockAllocator, Span, Step};
 use crate::end::End;
 use crate::process::Fatal;
 
-/// A prompt to continue.
+/// A prompt, and how it is to be continued.
 #[derive(Clone, Copy)]
 pub(super) struct Request<'a> {
     pub(super) prompt: &'a [u32],

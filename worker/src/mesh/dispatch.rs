@@ -25,7 +25,7 @@ pub(crate) struct MeshExchange {
     peers: Arc<Peers>,
     residency: Arc<Residency>,
     placement: watch::Receiver<Arc<Placement>>,
-    /// Experts of a layer.
+    /// How many experts a layer has.
     experts: usize,
     holders: Holders,
     /// Layers whose experts all belong here: where they are resident too, nothing leaves.
@@ -39,7 +39,7 @@ pub(crate) struct MeshExchange {
 /// One layer of one step on its way. A pair is (row, choice among its top k): row · top_k + choice.
 pub(crate) struct InFlight<B: Backend> {
     layer: u32,
-    /// (pairs, hidden)
+    /// The experts' outputs so far: (pairs, hidden).
     answers: B::Activations,
     /// The gate's choice, once rows may leave.
     routes: Option<Routes>,
@@ -63,14 +63,14 @@ struct Flight {
     attempt: u32,
     load: bool,
     sent: Instant,
-    /// Ascending.
+    /// The pairs that the peer computes, ascending.
     pairs: Vec<u32>,
     span: Span,
 }
 
 /// Pairs that go to a peer, or go there again.
 struct Leaving {
-    /// Ascending.
+    /// The pairs' places among the answers, ascending.
     pairs: Vec<u32>,
     attempt: u32,
 }
@@ -95,7 +95,7 @@ impl MeshExchange {
         self.peers.shared.identity.slot
     }
 
-    /// Takes the current placement.
+    /// Takes the current placement as the one to go by.
     fn follow(&mut self) {
         self.holders = Holders::of(&self.placement.borrow_and_update());
         self.whole = self.holders.whole_layers(self.me(), self.experts);
@@ -369,9 +369,9 @@ fn distinct(numbers: impl Iterator<Item = u32>) -> Vec<u32> {
 
 /// Rows that travel, in host memory.
 struct Gathered<'a> {
-    /// Ascending.
+    /// The rows' numbers in the step, ascending.
     rows: Vec<u32>,
-    /// (rows, hidden)
+    /// Their bits of bf16: (rows, hidden).
     values: &'a [u16],
     hidden: usize,
 }

@@ -87,7 +87,7 @@ fn weight(slot: u32, expert: ExpertId, salt: u32) -> u64 {
     mix(low ^ (u64::from(expert.expert) << 32 | u64::from(salt)))
 }
 
-/// SplitMix64's finaliser.
+/// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
 fn mix(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -35,7 +35,7 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// A checked sequence.
+/// A checked sequence, and where its tokens go.
 pub(crate) struct Submission {
     /// The prompt, then what was generated.
     pub(crate) tokens: Vec<u32>,
@@ -73,14 +73,14 @@ impl Spans {
 pub(crate) struct Load {
     pub(crate) running: u32,
     pub(crate) waiting: u32,
-    /// 0 to 1
+    /// Share of the cache's blocks in use, 0 to 1.
     pub(crate) kv_usage: f64,
 }
 
 /// What the thread shares with the services.
 pub(crate) struct Shared {
     pub(crate) load: watch::Sender<Load>,
-    /// No new sequences.
+    /// Whether new sequences are refused, since this worker leaves.
     pub(crate) draining: AtomicBool,
     pub(crate) metrics: Arc<WorkerMetrics>,
 }

@@ -45,9 +45,9 @@ pub(super) struct Capacity {
     /// Positions of a sequence, prompt and answer together.
     pub(super) max_context: usize,
     pub(super) kv_cache_mib: u64,
-    /// Sequences in the batch.
+    /// Sequences in the batch at most.
     pub(super) running: usize,
-    /// Sequences that wait.
+    /// Sequences that wait at most.
     pub(super) waiting: usize,
 }
 
@@ -157,7 +157,7 @@ fn stopped(thread: &str, failure: Option<String>) -> Fatal {
     }
 }
 
-/// What peers may send.
+/// What the rows of peers are checked with.
 fn limits(config: &ModelConfig) -> Limits {
     Limits {
         hidden: config.hidden,

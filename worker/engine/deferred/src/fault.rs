@@ -1,4 +1,4 @@
-//! Failures on command.
+//! Failures of the device and of allocations, on command.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,12 +23,12 @@ impl Default for Faults {
 }
 
 impl Faults {
-    /// See [`DeferredCpu::lose_after`](crate::DeferredCpu::lose_after).
+    /// Loses the device after so many more calls.
     pub(crate) fn lose_after(&self, calls: u64) {
         self.left.store(calls, Ordering::SeqCst);
     }
 
-    /// See [`DeferredCpu::refuse_above`](crate::DeferredCpu::refuse_above).
+    /// Refuses allocations of more than so many bytes.
     pub(crate) fn refuse_above(&self, bytes: u64) {
         self.most.store(bytes, Ordering::SeqCst);
     }

@@ -48,7 +48,7 @@ pub struct LoadOptions {
     pub weights: WeightFormat,
     pub numerics: Numerics,
     pub isa: Isa,
-    /// The calling thread included.
+    /// Threads that compute, the calling one included.
     pub threads: usize,
 }
 
@@ -64,7 +64,7 @@ impl Default for LoadOptions {
     }
 }
 
-/// The processor.
+/// A model on the processor.
 pub struct CpuBackend {
     config: ModelConfig,
     weights: WeightFormat,
