@@ -163,7 +163,7 @@ fn json(setting: &Setting<'_>, comparison: &Comparison, took: Duration) -> serde
     })
 }
 
-/// "24.0 h", "58 min"
+/// A time as a table tells it: "24.0 h", "58 min".
 fn hours(time: Duration) -> String {
     match time.as_secs_f64() {
         seconds if seconds < 2.0 * 3600.0 => format!("{:.0} min", seconds / 60.0),

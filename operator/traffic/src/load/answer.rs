@@ -113,7 +113,7 @@ impl Answer {
         self.usage.map_or(self.tokens, |usage| usage.completion_tokens)
     }
 
-    /// Whether everything came.
+    /// Whether the answer came to its end, and the stream too.
     pub(crate) fn is_whole(&self) -> bool {
         self.done && self.finished
     }

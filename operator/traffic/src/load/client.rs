@@ -50,7 +50,7 @@ pub(crate) struct Client {
     base: Arc<str>,
 }
 
-/// How one request went.
+/// What a client waited for in one request, and what it got.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Timing {
     /// How long after it was due it was sent.

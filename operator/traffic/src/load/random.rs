@@ -28,7 +28,7 @@ impl Random {
         low.saturating_add((self.unit() * width) as u32).min(high)
     }
 
-    /// Exponential with mean 1.
+    /// A number of the exponential distribution with mean 1.
     pub(crate) fn exponential(&mut self) -> f64 {
         -libm::log(1.0 - self.unit())
     }

@@ -61,7 +61,7 @@ fn parse(mut file: impl BufRead, path: &Path) -> Result<Trace, TraceError> {
     from_rows(&rows).ok_or_else(|| TraceError::Empty { path: path.into() })
 }
 
-/// False at the end.
+/// Reads the next line; false at the end of the file.
 fn next_line(file: &mut impl BufRead, line: &mut String) -> io::Result<bool> {
     line.clear();
     let read = file.by_ref().take(MAX_LINE).read_line(line)?;
@@ -107,7 +107,7 @@ impl Format {
 
 #[derive(Deserialize)]
 struct Mooncake {
-    /// Milliseconds.
+    /// Milliseconds since the trace began.
     timestamp: f64,
     input_length: u64,
     output_length: u64,

@@ -16,7 +16,7 @@ const LATE: Duration = Duration::from_millis(20);
 /// Characters of a server's message that are shown.
 const MESSAGE: usize = 200;
 
-/// What clients are promised.
+/// The latencies that clients are promised.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Goals {
     pub(crate) ttft: Duration,
@@ -29,7 +29,7 @@ pub(crate) struct Report {
     requests: Requests,
     /// By kind: how many, and what the server said of the first.
     errors: BTreeMap<String, Kind>,
-    /// Of answered requests.
+    /// Seconds to the first token of answered requests.
     ttft: Percentiles,
     tpot: Percentiles,
     end_to_end: Percentiles,
@@ -205,7 +205,7 @@ impl Report {
     }
 }
 
-/// "1.24 s", "61.3 ms"
+/// A time as a report tells it: "1.24 s", "61.3 ms".
 fn time(seconds: f64) -> String {
     match seconds {
         0.0 => "-".into(),

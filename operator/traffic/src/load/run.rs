@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use super::client::{Client, Target, Timing};
 use super::trace::{Request, Trace};
 
-/// What happened.
+/// What became of the requests of a trace.
 #[derive(Debug, Default)]
 pub(crate) struct Record {
     /// In the order of their ends.

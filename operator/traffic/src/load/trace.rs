@@ -27,7 +27,7 @@ pub(crate) struct Request {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Trace {
     pub(crate) requests: Vec<Request>,
-    /// No request comes later.
+    /// How long the trace is: no request comes later.
     pub(crate) length: Duration,
 }
 
@@ -101,7 +101,7 @@ impl Trace {
     }
 }
 
-/// Whole ones.
+/// A duration of so many milliseconds, rounded to whole ones.
 pub(super) fn milliseconds(milliseconds: f64) -> Duration {
     Duration::from_millis(milliseconds.max(0.0).round() as u64)
 }

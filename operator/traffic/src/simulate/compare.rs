@@ -17,7 +17,7 @@ use crate::load::trace::Trace;
 /// What the others have to reach too, beside what ours reached.
 const EXPECTED: f64 = 0.99;
 
-/// What is compared.
+/// The trace, the workers and the policy that are compared.
 pub(crate) struct Setting<'a> {
     pub(crate) trace: &'a Trace,
     pub(crate) model: &'a ServiceModel,
@@ -29,7 +29,7 @@ pub(crate) struct Setting<'a> {
     pub(crate) at_least: u32,
 }
 
-/// How one policy did.
+/// How one policy did over the trace.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Row {
     pub(crate) policy: Kind,
@@ -42,7 +42,7 @@ pub(crate) struct Row {
     pub(crate) mean_workers: f64,
     pub(crate) most_workers: u32,
     pub(crate) changes: u32,
-    /// Seconds.
+    /// Seconds to the first token of all requests that ended.
     pub(crate) ttft: Percentiles,
     pub(crate) tpot: Percentiles,
     #[serde(skip)]
@@ -58,7 +58,7 @@ pub(crate) enum Kind {
 }
 
 pub(crate) struct Comparison {
-    /// Ours first.
+    /// A row for each policy, ours first.
     pub(crate) rows: Vec<Row>,
     /// Of ours: s at each look.
     pub(crate) loads: Vec<(Micros, f64)>,
@@ -171,7 +171,7 @@ fn percent(share: f64) -> String {
     format!("{:.2} %", 1e2 * share)
 }
 
-/// "1.24s", "61ms"
+/// A time as the table tells it: "1.24s", "61ms".
 fn time(seconds: f64) -> String {
     if seconds < 0.9995 { format!("{:.0}ms", seconds * 1e3) } else { format!("{seconds:.2}s") }
 }

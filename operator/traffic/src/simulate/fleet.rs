@@ -52,7 +52,7 @@ pub(crate) struct History {
 pub(crate) struct Load {
     pub(crate) desired: u32,
     pub(crate) ready: u32,
-    /// Sequences on workers.
+    /// Sequences in the batches of all workers.
     pub(crate) running: u32,
     pub(crate) waiting: u32,
     /// Requests that no worker could take.

@@ -66,7 +66,7 @@ fn time(at: Micros) -> Timestamp {
     Timestamp::from_second(BEGIN).unwrap_or_default().saturating_add(since).unwrap_or(Timestamp::MAX)
 }
 
-/// What the processes report.
+/// The load as workers and frontends report it.
 fn load(seen: &Seen<'_>) -> Load {
     let mut frontends = seen.requests.frontends.clone();
     for id in seen.fleet.before_prefill() {

@@ -1,6 +1,6 @@
 //! A picture of panels below each other over the same time, as lines and words: svg.rs writes them, png.rs paints them.
 
-/// In pixels.
+/// The width of a picture, in pixels.
 pub(super) const WIDTH: f64 = 1200.0;
 const PANEL: f64 = 200.0;
 const GAP: f64 = 46.0;

@@ -38,7 +38,7 @@ pub(crate) struct Seen<'a> {
     pub(crate) requests: &'a Requests,
 }
 
-/// What came of it.
+/// What came of a simulated trace.
 #[derive(Debug, Clone)]
 pub(crate) struct Outcome {
     /// The share of requests that met both goals.

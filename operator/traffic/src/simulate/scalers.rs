@@ -13,7 +13,7 @@ const STABILIZATION: Micros = 300 * SECOND;
 /// Upwards in each sync's time: twice as many or four more, whichever is more. Downwards all may go.
 const PODS: u32 = 4;
 
-/// Always the same.
+/// A size that is always the same.
 pub(crate) struct Fixed(pub(crate) u32);
 
 impl Scaler for Fixed {

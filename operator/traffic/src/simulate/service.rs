@@ -12,7 +12,7 @@ pub(crate) const DEFAULT: &str = include_str!("bench.yaml");
 /// A file of a few numbers, or of a bench's samples.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// Times in seconds.
+/// How long steps and workers take, in seconds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct ServiceModel {
@@ -37,7 +37,7 @@ pub(crate) struct StepTime {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Batch {
-    /// Rows of a step.
+    /// The most rows of a step.
     pub(crate) rows: u32,
     /// Sequences in the batch, and waiting on a worker.
     pub(crate) running: u32,

@@ -1,4 +1,4 @@
-//! A picture as SVG.
+//! A picture as SVG: lines and words.
 
 use std::fmt::Write as _;
 

@@ -26,7 +26,7 @@ pub(crate) fn patience(world: World<'_>, attainment: f64) -> usize {
     ((1.0 - attainment) * count + 1e-6).floor() as usize
 }
 
-/// The smallest fixed size.
+/// The smallest fixed size with which as many requests are within their goals.
 pub(crate) fn fixed(world: World<'_>, attainment: f64) -> Option<Tuned> {
     let patience = patience(world, attainment);
     let with = |workers: u32| run(world, workers, &mut Fixed(workers), patience);
