@@ -353,3 +353,101 @@ impl Job {
         shared.metrics.mesh.served(self.slot, (values.len() / shared.limits.hidden) as u64);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use expertmesh_engine::{CpuBackend, ExpertStore, LoadOptions};
+    use expertmesh_metrics::Registry;
+    use expertmesh_model::fingerprint::ModelFingerprint;
+    use expertmesh_proto::expert::{AnswerParts, Answers, Limits};
+
+    use super::*;
+    use crate::identity::Identity;
+    use crate::metrics::worker::WorkerMetrics;
+
+    type Answered = mpsc::Receiver<Result<v1::ExchangeResponse, Status>>;
+
+    const LAYER: u32 = 1;
+
+    fn backend() -> CpuBackend {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
+        let backend = CpuBackend::load(&model, &LoadOptions::default(), |_, _| ()).unwrap();
+        // Experts 0 to 5 are here.
+        for expert in 0..6 {
+            backend.load(ExpertId::new(LAYER, expert)).unwrap();
+        }
+        backend
+    }
+
+    fn shared(backend: &CpuBackend) -> Shared {
+        let config = backend.config();
+        let limits = Limits {
+            hidden: config.hidden,
+            first_moe_layer: config.first_moe_layer() as u32,
+            layers: config.layers as u32,
+            experts: config.experts() as u32,
+            experts_per_token: config.experts_per_token(),
+        };
+        let [architecture, weights, format, numerics] = ["a", "w", "bf16", "pair-1"].map(str::to_owned);
+        let fingerprint = ModelFingerprint { architecture, weights, format, numerics };
+        let identity = Identity { name: "w-0".to_owned(), slot: 0, incarnation: 1, fingerprint };
+        Shared::new(identity, limits, Arc::new(WorkerMetrics::new(&Registry::new())))
+    }
+
+    /// A peer's ticket: rows of its own, each with some experts.
+    fn job(slot: u32, layer: u32, hidden: usize, rows: &[&[u32]]) -> (Job, Answered) {
+        let value = |at: usize| 0x3f00 | ((at * 37 + slot as usize * 11) % 128) as u16;
+        let rows = Rows {
+            layer,
+            row_experts: rows.iter().map(|experts| experts.len() as u32).collect(),
+            experts: rows.concat(),
+            values: (0..rows.len() * hidden).map(value).collect(),
+            ..Rows::default()
+        };
+        let (responses, answered) = mpsc::channel(64);
+        let ticket = Ticket { session: 1, ticket: u64::from(slot), attempt: 0 };
+        (Job { slot, ticket, rows, responses, _span: Span::default() }, answered)
+    }
+
+    fn answers(job: &Job, mut answered: Answered, limits: &Limits) -> Answers {
+        let mut parts = AnswerParts::new(job.rows.experts.clone());
+        while let Ok(Ok(v1::ExchangeResponse { message: Some(Response::Answer(part)) })) = answered.try_recv()
+        {
+            if parts.push(part, limits).unwrap() {
+                return parts.into_answers();
+            }
+        }
+        panic!("no whole answer")
+    }
+
+    #[test]
+    fn tickets_that_are_computed_together_get_the_answers_that_each_alone_would() {
+        let backend = backend();
+        let (shared, mut queue) = (shared(&backend), backend.queue().unwrap());
+        // The second lacks an expert that is not here, the third has one row less.
+        let asked: [&[&[u32]]; 3] = [&[&[0, 3], &[5]], &[&[1, 3, 9], &[3]], &[&[2, 5]]];
+        let jobs = || (1..).zip(asked).map(|(slot, rows)| job(slot, LAYER, shared.limits.hidden, rows));
+        let (together, streams): (Vec<Job>, Vec<Answered>) = jobs().unzip();
+        serve(&backend, &mut queue, &shared, &together);
+        for ((alone, stream), (job, together)) in jobs().zip(together.iter().zip(streams)) {
+            let alone = [alone];
+            serve(&backend, &mut queue, &shared, &alone);
+            let expected = answers(&alone[0], stream, &shared.limits);
+            assert_eq!(expected.not_resident.as_slice(), if job.slot == 2 { &[9][..] } else { &[] });
+            assert_eq!(answers(job, together, &shared.limits), expected, "peer {}", job.slot);
+        }
+    }
+
+    #[test]
+    fn only_tickets_of_the_oldest_ones_layer_are_computed_with_it_and_not_those_of_a_peer_that_left() {
+        let made = [(1, 1), (2, 2), (3, 1), (4, 1)].map(|(slot, layer)| job(slot, layer, 2, &[&[0]]));
+        let (jobs, mut streams): (Vec<Job>, Vec<Answered>) = made.into_iter().unzip();
+        drop(streams.remove(2));
+        let mut waiting = VecDeque::from(jobs);
+        let slots = |jobs: Vec<Job>| jobs.iter().map(|job| job.slot).collect::<Vec<_>>();
+        assert_eq!(slots(of_one_layer(&mut waiting)), [1, 4]);
+        assert_eq!(slots(of_one_layer(&mut waiting)), [2]);
+    }
+}
