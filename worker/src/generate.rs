@@ -117,7 +117,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
-    let mut text = Text::new(&tokenizer, args.stop.clone(), args.min_tokens);
+    let mut text = Text::new(&tokenizer, &prompt, args.stop.clone(), args.min_tokens);
     let mut whole = String::new();
     let mut print = |text: &str| {
         whole.push_str(text);

@@ -18,21 +18,16 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    pub(crate) fn new(
-        tokenizer: &Tokenizer,
-        stops: Vec<String>,
-        min_tokens: u32,
-        reasoning: Option<Reasoning>,
-    ) -> Self {
-        let text = Text::new(tokenizer, stops, min_tokens as usize);
+    /// A choice whose text begins.
+    pub(crate) fn new(tokenizer: &Tokenizer, text: Text, reasoning: Option<Reasoning>) -> Self {
         Self { tokenizer: tokenizer.clone(), text, reasoning }
     }
 
     /// What a token adds; the piece has an end where the token completes a stop string.
     pub(crate) fn token(&mut self, Generated { id, ends, logprobs }: Generated) -> Piece {
-        let offset = self.text.characters();
-        let logged = logprobs.map(|logprobs| Logged::new(&self.tokenizer, id, &logprobs, offset));
         let checked = self.text.push(id, ends);
+        let offset = self.text.offset();
+        let logged = logprobs.map(|logprobs| Logged::new(&self.tokenizer, id, &logprobs, offset));
         let mut piece = self.piece(checked);
         piece.tokens = vec![id];
         piece.logprobs.extend(logged);
@@ -82,9 +77,11 @@ mod tests {
     fn answer(stops: &[&str], min_tokens: u32, text: &str) -> (Split, Option<End>, usize) {
         let tokenizer = Tokenizer::load(&tiny_r1()).unwrap();
         let stops = stops.iter().map(|stop| stop.to_string()).collect();
-        let mut answer = Answer::new(&tokenizer, stops, min_tokens, Some(Reasoning::after("<think>\n")));
+        let ids = tokenizer.encode(text).unwrap();
+        let text = Text::new(&tokenizer, &[], stops, min_tokens as usize);
+        let mut answer = Answer::new(&tokenizer, text, Some(Reasoning::after("<think>\n")));
         let (mut split, mut tokens) = (Split::default(), 0);
-        for id in tokenizer.encode(text).unwrap() {
+        for id in ids {
             tokens += 1;
             let piece = answer.token(Generated { id, ends: id == 1, logprobs: None });
             split.append(piece.split);

@@ -18,6 +18,7 @@ use super::server::Server;
 use super::setback::SequenceError;
 use super::update::Update;
 use super::valid::{ValidChoice, ValidRequest};
+use crate::text::Text;
 use crate::traces::Parent;
 
 /// The most tokens of a choice that wait for its client; then its sequence pauses.
@@ -45,7 +46,8 @@ pub(crate) struct Start {
 pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, begun: &Start) -> Updates {
     let choice = |(index, choice): (usize, ValidChoice)| {
         let ValidChoice { sequence, stops, reasoning } = choice;
-        let answer = Answer::new(&server.model.tokenizer, stops, sequence.min_tokens, reasoning);
+        let text = Text::new(&server.model.tokenizer, &sequence.prompt, stops, sequence.min_tokens as usize);
+        let answer = Answer::new(&server.model.tokenizer, text, reasoning);
         let (workers, metrics) = (server.workers.clone(), server.metrics.clone());
         let sequence = Sequence::new(sequence, workers, metrics, server.patience, begun.parent.clone());
         let clock = server.latencies.accept(begun.arrived, server.metrics.clone());
