@@ -71,6 +71,34 @@ def chats(client, model):
     expect(several[1] == chat(client, model, seed=8)[0], "choice 1 is not what seed + 1 gives")
 
 
+def told(create, **wishes):
+    """An answer's token ids and the seed that it tells, by header and in its body; the same for a stream's last chunk."""
+    answer = create(**wishes, extra_body={"return_token_ids": True})
+    header = int(answer.headers["x-seed"])
+    answer = answer.parse()
+    if wishes.get("stream"):
+        chunks = list(answer)
+        ids = [token for chunk in chunks for choice in chunk.choices for token in getattr(choice, "token_ids", None) or []]
+        answer = chunks[-1]
+    else:
+        ids = answer.choices[0].token_ids
+    expect(answer.seed == header < 2**53, f"the header tells the seed {header}, the body {answer.seed}")
+    return ids, header
+
+
+def seeds(client, model):
+    """Without a seed every answer is another one, and the told seed gives it again."""
+    chat, complete = client.chat.completions.with_raw_response.create, client.completions.with_raw_response.create
+    for create, wishes in ((chat, dict(messages=QUESTION)), (complete, dict(prompt="The capital of"))):
+        wishes = dict(model=model, temperature=3, max_tokens=24, **wishes)
+        for stream in (False, True):
+            (first, seed), (second, other) = (told(create, stream=stream, **wishes) for _ in range(2))
+            expect(first != second and seed != other, f"{seed} gave {first}, {other} gave {second}")
+            for again in (False, True):
+                expect(told(create, stream=again, seed=seed, **wishes) == (first, seed), f"the seed {seed} gave another answer again")
+        expect(told(create, **{**wishes, "temperature": 0})[0] == told(create, **{**wishes, "temperature": 0})[0], "greedy answers differ")
+
+
 def sampled(client, model):
     """What changes which tokens come: each field by an effect that only it has."""
     create = client.chat.completions.create
@@ -150,7 +178,7 @@ def errors(client, model):
 def main():
     base_url, model = sys.argv[1:]
     client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60)
-    for check in (models, chats, sampled, logprobs, completions, errors):
+    for check in (models, chats, seeds, sampled, logprobs, completions, errors):
         try:
             check(client, model)
         except Exception as error:

@@ -75,7 +75,7 @@ pub(crate) struct Args {
     /// Do not end before so many tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_tokens: usize,
-    /// The same seed and prompt give the same tokens
+    /// The same seed and prompt give the same tokens; the one that counted is printed at the end
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Print one JSON object at the end instead of text as it comes
@@ -140,7 +140,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
             .map_err(|error| output_failed(error.into()))?;
     }
     writeln!(out).map_err(output_failed)?;
-    generated.report(prompt.len());
+    generated.report(prompt.len(), args.seed);
     Ok(ExitCode::SUCCESS)
 }
 

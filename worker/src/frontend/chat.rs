@@ -19,8 +19,8 @@ impl Format for Chat {
     const CHUNK: &'static str = "chat.completion.chunk";
     const PROMPT_IDS_IN_CHOICE: bool = false;
 
-    fn validate(model: &Model, body: &[u8]) -> Result<ValidRequest, ApiError> {
-        ValidRequest::chat(model, body)
+    fn validate(model: &Model, body: &[u8], drawn: u64) -> Result<ValidRequest, ApiError> {
+        ValidRequest::chat(model, body, drawn)
     }
 
     fn choice(whole: &Whole) -> Map<String, Value> {

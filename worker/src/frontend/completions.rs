@@ -19,8 +19,8 @@ impl Format for Completions {
     const CHUNK: &'static str = "text_completion";
     const PROMPT_IDS_IN_CHOICE: bool = true;
 
-    fn validate(model: &Model, body: &[u8]) -> Result<ValidRequest, ApiError> {
-        ValidRequest::completion(model, body)
+    fn validate(model: &Model, body: &[u8], drawn: u64) -> Result<ValidRequest, ApiError> {
+        ValidRequest::completion(model, body, drawn)
     }
 
     fn choice(whole: &Whole) -> Map<String, Value> {

@@ -50,7 +50,8 @@ pub(crate) trait Format: Send + Sync + 'static {
     /// Whether a choice carries its prompt's token ids, or the whole answer does.
     const PROMPT_IDS_IN_CHOICE: bool;
 
-    fn validate(model: &Model, body: &[u8]) -> Result<ValidRequest, ApiError>;
+    /// Reads and checks a body; `drawn` is the seed of one that names none.
+    fn validate(model: &Model, body: &[u8], drawn: u64) -> Result<ValidRequest, ApiError>;
 
     /// The entry of `choices` of a whole answer, without index, logprobs, finish_reason and token_ids.
     fn choice(whole: &Whole) -> Map<String, Value>;
@@ -86,6 +87,7 @@ impl Writer {
             Value::Object(choice)
         };
         object.insert("choices".into(), wholes.iter().enumerate().map(choice).collect());
+        self.seed(&mut object);
         object.insert("usage".into(), json!(self.usage(wholes.iter().map(|whole| whole.tokens.len()).sum())));
         self.prompt_ids::<F>(&mut object, 0, !F::PROMPT_IDS_IN_CHOICE);
         Value::Object(object)
@@ -94,7 +96,7 @@ impl Writer {
     /// The chunk that opens a choice in a stream, where the endpoint has one.
     pub(crate) fn opening<F: Format>(&self, index: usize) -> Option<Value> {
         let choice = self.numbered(F::opening()?, index, None);
-        Some(self.chunk::<F>(choice, index, true))
+        Some(Value::Object(self.chunk::<F>(choice, index, true)))
     }
 
     /// The chunk of a piece, if it is worth one; `first` where nothing was sent of its choice before.
@@ -109,7 +111,11 @@ impl Writer {
         if self.reply.return_token_ids {
             choice.insert("token_ids".into(), json!(piece.tokens));
         }
-        Some(self.chunk::<F>(choice, *index, first))
+        let mut chunk = self.chunk::<F>(choice, *index, first);
+        if piece.end.is_some() {
+            self.seed(&mut chunk);
+        }
+        Some(Value::Object(chunk))
     }
 
     /// The chunk of the usage, after the last choice's end, where the client asked for it.
@@ -117,10 +123,16 @@ impl Writer {
         let mut object = self.object(F::CHUNK);
         object.insert("choices".into(), json!([]));
         object.insert("usage".into(), json!(self.usage(completion_tokens)));
+        self.seed(&mut object);
         self.reply.include_usage.then_some(Value::Object(object))
     }
 
-    fn chunk<F: Format>(&self, mut choice: Map<String, Value>, index: usize, first: bool) -> Value {
+    fn chunk<F: Format>(
+        &self,
+        mut choice: Map<String, Value>,
+        index: usize,
+        first: bool,
+    ) -> Map<String, Value> {
         let mut object = self.object(F::CHUNK);
         self.prompt_ids::<F>(&mut choice, index, first && F::PROMPT_IDS_IN_CHOICE);
         self.prompt_ids::<F>(&mut object, index, first && !F::PROMPT_IDS_IN_CHOICE);
@@ -128,7 +140,12 @@ impl Writer {
         if self.reply.include_usage {
             object.insert("usage".into(), Value::Null);
         }
-        Value::Object(object)
+        object
+    }
+
+    /// Tells the seed: in a whole answer, and in a stream's last chunk, which is that of a choice's end or of the usage.
+    fn seed(&self, object: &mut Map<String, Value>) {
+        object.insert("seed".into(), json!(self.request.seed()));
     }
 
     fn prompt_ids<F: Format>(&self, object: &mut Map<String, Value>, index: usize, here: bool) {

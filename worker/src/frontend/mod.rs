@@ -14,11 +14,13 @@ mod logprobs;
 mod model;
 mod openai;
 mod reasoning;
+mod request_id;
 pub(crate) mod resume;
 mod route;
 mod routes;
 #[cfg(test)]
 mod scripted;
+mod seed;
 pub(crate) mod sequence;
 mod server;
 mod setback;

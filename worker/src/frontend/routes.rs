@@ -20,6 +20,7 @@ use super::choices::{self, Start, Updates};
 use super::completions::Completions;
 use super::format::{Format, Whole, Writer};
 use super::openai::{self, ApiError, BODY_LIMIT};
+use super::seed::{self, SEED};
 use super::server::Server;
 use super::sse;
 use super::tracked::Tracked;
@@ -50,13 +51,23 @@ async fn generate<F: Format>(State(server): State<Arc<Server>>, request: Request
     let span = traces::request(request.headers(), || format!("POST {}", request.uri().path()));
     let mut tracked = server.track(F::ENDPOINT).traced(span);
     match answer::<F>(&server, request, &mut tracked).await {
-        Ok(Answer::Whole(response)) => answered(tracked, response),
-        Ok(Answer::Stream(writer, first, updates)) => sse::respond::<F>(*writer, first, updates, tracked),
+        Ok(Answer { seed, body }) => {
+            let response = match body {
+                Body::Whole(response) => answered(tracked, response),
+                Body::Stream(writer, first, updates) => sse::respond::<F>(*writer, first, updates, tracked),
+            };
+            ([(SEED, seed.to_string())], response).into_response()
+        }
         Err(error) => refused(tracked, error),
     }
 }
 
-enum Answer {
+struct Answer {
+    seed: u64,
+    body: Body,
+}
+
+enum Body {
     Whole(Response),
     /// With its first piece, so that what goes wrong before it has a status of its own.
     Stream(Box<Writer>, Update, Updates),
@@ -69,21 +80,23 @@ async fn answer<F: Format>(
     tracked: &mut Tracked,
 ) -> Result<Answer, ApiError> {
     tracked.keep(server.admit()?);
+    let drawn = seed::drawn(request.headers())?;
     let body = receive(request, BODY_TIMEOUT).await?;
-    let request = validate::<F>(server.clone(), body).await?;
+    let request = validate::<F>(server.clone(), body, drawn).await?;
     server.metrics.prompt_tokens(request.prompt_tokens());
     let header = server.header(F::ID);
     tracked.describe(&header.id, &header.model, request.prompt_tokens());
     let start = Start { arrived: tracked.arrived, parent: tracked.parent() };
     let mut updates = choices::start(server, &request, &header.id, &start);
-    let reply = request.reply();
+    let (reply, seed) = (request.reply(), request.seed());
     let writer = Writer { header, reply, request };
     if reply.stream {
         let first = updates.next().await;
         let first = first.ok_or_else(|| ApiError::Internal("nothing was generated".to_string()))??;
-        return Ok(Answer::Stream(Box::new(writer), first, updates));
+        return Ok(Answer { seed, body: Body::Stream(Box::new(writer), first, updates) });
     }
-    whole::<F>(&writer, updates).await.map(Answer::Whole)
+    let body = whole::<F>(&writer, updates).await.map(Body::Whole)?;
+    Ok(Answer { seed, body })
 }
 
 /// Waits until every choice is complete.
@@ -102,12 +115,12 @@ async fn receive(request: Request, patience: Duration) -> Result<Bytes, ApiError
 }
 
 /// Parsing, the template and the tokenizer take as long as the prompt is: not on a thread that moves messages.
-async fn validate<F: Format>(server: Arc<Server>, body: Bytes) -> Result<ValidRequest, ApiError> {
+async fn validate<F: Format>(server: Arc<Server>, body: Bytes, drawn: u64) -> Result<ValidRequest, ApiError> {
     let share = server.share(body.len()).await?;
     let valid = tokio::task::spawn_blocking(move || {
         // Kept to the end, also where the client has left.
         let _share = share;
-        F::validate(&server.model, &body)
+        F::validate(&server.model, &body, drawn)
     });
     let valid = valid.await;
     valid.unwrap_or_else(|error| Err(ApiError::Internal(format!("the request could not be read: {error}"))))

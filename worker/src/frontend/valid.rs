@@ -45,8 +45,8 @@ pub(crate) struct ValidChoice {
 }
 
 impl ValidRequest {
-    /// Reads and checks the body of a chat completion.
-    pub(crate) fn chat(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
+    /// Reads and checks the body of a chat completion. `drawn` is its seed where it names none.
+    pub(crate) fn chat(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
         let Body { common, sampling, own: mut chat } = Body::<Chat>::parse(model, body)?;
         let text = chat.text(model)?;
         let tokens = encode(model, &text, "messages")?;
@@ -54,19 +54,19 @@ impl ValidRequest {
         let logprobs = chat.logprobs()?;
         // The end of the prompt says whether the model is already thinking.
         let reasoning = model.thinks.then(|| Reasoning::after(&text));
-        Self::check(model, Wishes { prompts: vec![prompt], common, sampling, logprobs, reasoning })
+        Self::check(model, Wishes { prompts: vec![prompt], common, sampling, drawn, logprobs, reasoning })
     }
 
-    /// Reads and checks the body of a completion.
-    pub(crate) fn completion(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
+    /// Reads and checks the body of a completion. `drawn` is its seed where it names none.
+    pub(crate) fn completion(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
         let Body { common, sampling, own: mut completion } = Body::<Completion>::parse(model, body)?;
         let prompts = completion.prompts(model, &common)?;
         let logprobs = completion.logprobs()?;
-        Self::check(model, Wishes { prompts, common, sampling, logprobs, reasoning: None })
+        Self::check(model, Wishes { prompts, common, sampling, drawn, logprobs, reasoning: None })
     }
 
     fn check(model: &Model, wishes: Wishes) -> Result<Self, ApiError> {
-        let Wishes { prompts, common, sampling: fields, logprobs, reasoning } = wishes;
+        let Wishes { prompts, common, sampling: fields, drawn, logprobs, reasoning } = wishes;
         let n = common.n.unwrap_or(1) as usize;
         if n == 0 || n.saturating_mul(prompts.len()) > MAX_SEQUENCES {
             let problem = format!(
@@ -80,7 +80,7 @@ impl ValidRequest {
             let problem = format!("min_tokens: {min_tokens} is more than may be generated");
             return Err(ApiError::invalid("min_tokens", problem));
         }
-        let sampling = model.sampling(fields.overrides(model)?)?;
+        let sampling = model.sampling(fields.overrides(model, drawn)?)?;
         let reply = common.reply()?;
         let stop_tokens = fields.stop_tokens(model)?;
         let stops = fields.stops()?;
@@ -89,6 +89,11 @@ impl ValidRequest {
 
     pub(crate) fn reply(&self) -> Reply {
         self.reply
+    }
+
+    /// The seed of the first choice of each prompt.
+    pub(crate) fn seed(&self) -> u64 {
+        self.sampling.seed
     }
 
     /// How many choices all prompts get together.
@@ -135,6 +140,8 @@ struct Wishes {
     prompts: Vec<Prompt>,
     common: Common,
     sampling: SamplingFields,
+    /// The seed, where `sampling` names none.
+    drawn: u64,
     logprobs: Option<u32>,
     reasoning: Option<Reasoning>,
 }

@@ -108,11 +108,11 @@ impl<'a, B: Backend> Sequence<'a, B> {
 
 impl Generated {
     /// Says on stderr how fast the prompt and the tokens after it were computed.
-    pub(super) fn report(&self, prompt: usize) {
+    pub(super) fn report(&self, prompt: usize, seed: u64) {
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         let decoded = self.tokens.len().saturating_sub(1); // the first token is the prompt's
         eprintln!(
-            "prompt: {prompt} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s",
+            "prompt: {prompt} tokens, {:.0} tokens/s; decode: {decoded} tokens, {:.0} tokens/s; seed: {seed}",
             rate(prompt, self.prefill),
             rate(decoded, self.decode),
         );

@@ -99,7 +99,7 @@ async fn a_sequence_that_waits_is_reported_at_once_and_for_how_long_it_waits() {
     let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();
     assert_eq!(reports.message().await.unwrap().unwrap().waiting, 0);
     let request =
-        ValidRequest::completion(&post.server.model, br#"{"model": "tiny-r1", "prompt": [5]}"#).unwrap();
+        ValidRequest::completion(&post.server.model, br#"{"model": "tiny-r1", "prompt": [5]}"#, 0).unwrap();
     let asked = Instant::now();
     let updates =
         choices::start(&post.server, &request, "c", &Start { arrived: asked, parent: Parent::default() });

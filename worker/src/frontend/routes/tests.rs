@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use axum::body::{Body, to_bytes};
+use axum::body::{Body as HttpBody, to_bytes};
 use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::v1::report_response::State as WorkerState;
 use serde_json::Value;
@@ -10,6 +10,7 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::frontend::model::Model;
+use crate::frontend::request_id::REQUEST_ID;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, stage, token_at};
 use crate::tokenizer::tests::tiny_r1;
@@ -28,7 +29,7 @@ impl House {
         Self { stage, server }
     }
 
-    async fn call(&self, method: &str, path: &str, body: impl Into<Body>) -> Response {
+    async fn call(&self, method: &str, path: &str, body: impl Into<HttpBody>) -> Response {
         let request = Request::builder().method(method).uri(path).body(body.into()).unwrap();
         router(self.server.clone()).oneshot(request).await.unwrap()
     }
@@ -126,6 +127,53 @@ async fn a_completions_offsets_are_where_its_tokens_begin() {
     }
     assert_eq!(logprobs["token_logprobs"], json!(vec![-0.5; 12]));
     assert_eq!(logprobs["top_logprobs"][0].as_object().unwrap().len(), 1);
+}
+
+/// What an answer says of its seed: in a header, and in its last object that is JSON.
+async fn told_seeds(response: Response) -> [u64; 2] {
+    let header = response.headers()[&SEED].to_str().unwrap().parse().unwrap();
+    let body = text(response).await;
+    let objects = body.lines().map(|line| line.strip_prefix("data: ").unwrap_or(line));
+    let last = objects.filter_map(|line| serde_json::from_str::<Value>(line).ok()).next_back().unwrap();
+    [header, last["seed"].as_u64().unwrap()]
+}
+
+#[tokio::test]
+async fn a_seed_that_is_not_given_is_drawn_told_and_goes_wherever_the_sequence_goes() {
+    let house = House::open(&[&[Act::Die(3), Act::Move(3)]], 8).await;
+    let mut drawn = Vec::new();
+    for wishes in [
+        json!({}),
+        json!({"stream": true}),
+        json!({"stream": true, "stream_options": {"include_usage": true}}),
+    ] {
+        let [header, field] = told_seeds(house.chat(wishes).await).await;
+        assert_eq!(header, field);
+        drawn.push(header);
+    }
+    let body = json!({"model": "tiny-r1", "prompt": [5], "stream": true}).to_string();
+    let [header, field] = told_seeds(house.call("POST", "/v1/completions", body).await).await;
+    assert_eq!(header, field);
+    drawn.push(header);
+    let different: std::collections::BTreeSet<_> = drawn.iter().collect();
+    assert_eq!(different.len(), drawn.len());
+    let tries: Vec<u64> = house.stage.seen(0).into_iter().map(|seen| seen.sampling.unwrap().seed).collect();
+    // The first request came to its end in the third try.
+    assert_eq!(tries, [&[drawn[0]; 2], &drawn[..]].concat());
+    assert_eq!(told_seeds(house.chat(json!({"seed": 9})).await).await, [9, 9]);
+}
+
+#[tokio::test]
+async fn a_request_that_is_repeated_under_its_name_has_its_seed_again() {
+    let house = House::open(&[&[]], 8).await;
+    let ask = async |name: &str| {
+        let body = json!({"model": "tiny-r1", "prompt": [5], "max_tokens": 2}).to_string();
+        let request =
+            Request::post("/v1/completions").header(REQUEST_ID, name).body(HttpBody::from(body)).unwrap();
+        told_seeds(router(house.server.clone()).oneshot(request).await.unwrap()).await[0]
+    };
+    assert_eq!(ask("one").await, ask("one").await);
+    assert_ne!(ask("one").await, ask("two").await);
 }
 
 #[tokio::test]
@@ -249,7 +297,7 @@ async fn a_frontend_that_leaves_answers_and_closes_and_at_last_refuses() {
 
 #[tokio::test]
 async fn a_body_that_does_not_arrive_is_not_waited_for() {
-    let body = Body::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
+    let body = HttpBody::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
     let slow = receive(Request::new(body), Duration::from_millis(10)).await.unwrap_err();
     assert_eq!((&slow, slow.status()), (&ApiError::BodyTooSlow, StatusCode::REQUEST_TIMEOUT));
 }

@@ -41,8 +41,9 @@ enum Stop {
 }
 
 impl SamplingFields {
-    /// The parameters that the request names, of the right kind each; the model checks their ranges.
-    pub(super) fn overrides(&self, model: &Model) -> Result<SamplingOverrides, ApiError> {
+    /// The parameters that the request names, of the right kind each; the model checks their ranges. `drawn` is the
+    /// seed of one that names none.
+    pub(super) fn overrides(&self, model: &Model, drawn: u64) -> Result<SamplingOverrides, ApiError> {
         let top_k = match self.top_k {
             // vLLM's clients say -1 for "all".
             Some(-1) => Some(0),
@@ -56,12 +57,14 @@ impl SamplingFields {
             let problem = || ApiError::invalid("seed", format!("seed: {seed} is not an integer of 64 bits"));
             seed_of(seed).ok_or_else(problem)
         });
+        // Clients of vLLM and llama.cpp say -1 for "any".
+        let seed = seed.transpose()?.filter(|&seed| seed != u64::MAX).unwrap_or(drawn);
         Ok(SamplingOverrides {
             temperature: self.temperature,
             top_p: self.top_p,
             top_k,
             min_p: self.min_p,
-            seed: seed.transpose()?,
+            seed: Some(seed),
             repetition_penalty: self.repetition_penalty,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,

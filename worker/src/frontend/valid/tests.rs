@@ -3,6 +3,9 @@ use serde_json::{Value, json};
 use super::*;
 use crate::tokenizer::tests::tiny_r1;
 
+/// The seed of requests that name none.
+const DRAWN: u64 = 77;
+
 fn model() -> Model {
     Model::load(&tiny_r1(), "tiny-r1".to_string(), None).unwrap()
 }
@@ -17,12 +20,12 @@ fn merged(mut body: Value, more: Value) -> Value {
 }
 
 fn chat(body: Value) -> Result<ValidRequest, ApiError> {
-    ValidRequest::chat(&model(), body.to_string().as_bytes())
+    ValidRequest::chat(&model(), body.to_string().as_bytes(), DRAWN)
 }
 
 fn completion(more: Value) -> Result<ValidRequest, ApiError> {
     let body = merged(json!({"model": "tiny-r1"}), more);
-    ValidRequest::completion(&model(), body.to_string().as_bytes())
+    ValidRequest::completion(&model(), body.to_string().as_bytes(), DRAWN)
 }
 
 fn only(request: ValidRequest) -> ValidChoice {
@@ -43,15 +46,20 @@ fn what_a_request_leaves_out_comes_from_the_model() {
     let choice = only(chat(hello(json!({}))).unwrap());
     let SequenceRequest { prompt, max_tokens, min_tokens, stop_tokens, sampling, .. } = choice.sequence;
     assert_eq!((prompt.len(), max_tokens, min_tokens, stop_tokens), (15, 1024 - 15, 0, vec![1]));
-    let expected =
-        v1::Sampling { temperature: 0.6, top_p: 0.95, repetition_penalty: 1.0, ..Default::default() };
+    let expected = v1::Sampling {
+        temperature: 0.6,
+        top_p: 0.95,
+        repetition_penalty: 1.0,
+        seed: DRAWN,
+        ..Default::default()
+    };
     assert_eq!((sampling, choice.sequence.logprobs), (expected, None));
     assert!(choice.reasoning.is_some() && choice.stops.is_empty());
 }
 
 #[test]
 fn what_a_request_says_is_done() {
-    let wishes = json!({"max_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": -1,
+    let wishes = json!({"max_tokens": 9, "temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "seed": -2,
         "repetition_penalty": 1.1, "presence_penalty": -2, "frequency_penalty": 0.5,
         "logit_bias": {"5": -100, "12": 1.5}, "logprobs": true, "top_logprobs": 4, "min_tokens": 2, "stop": "x", "stop_token_ids": [7, 1, 7], "stream": true,
         "stream_options": {"include_usage": true}, "return_token_ids": true});
@@ -66,7 +74,7 @@ fn what_a_request_says_is_done() {
         top_p: 0.5,
         top_k: 0,
         min_p: 0.1,
-        seed: u64::MAX,
+        seed: u64::MAX - 1,
         repetition_penalty: 1.1,
         presence_penalty: -2.0,
         frequency_penalty: 0.5,
@@ -94,6 +102,17 @@ fn every_choice_has_its_own_seed_and_every_prompt_its_own_tokens() {
         (request.prompt_of(1), request.prompt_of(2), request.prompt_tokens()),
         (&[5, 6, 7][..], &[8][..], 4)
     );
+}
+
+#[test]
+fn a_seed_that_is_not_given_is_the_drawn_one() {
+    let seed = |more: Value| chat(hello(more)).unwrap().seed();
+    for none in [json!({}), json!({"seed": null}), json!({"seed": -1})] {
+        assert_eq!(seed(none), DRAWN);
+    }
+    assert_eq!((seed(json!({"seed": 0})), seed(json!({"seed": u64::MAX - 1}))), (0, u64::MAX - 1));
+    let several = chat(hello(json!({"n": 2}))).unwrap().choices("id");
+    assert_eq!([0, 1].map(|at| several[at].sequence.sampling.seed), [DRAWN, DRAWN + 1]);
 }
 
 #[test]
@@ -233,10 +252,10 @@ fn a_text_that_cannot_fit_is_not_tokenized_and_the_longest_that_can_is() {
 fn what_is_not_json_is_refused_as_such() {
     for body in ["", "{", "[]", "\"model\"", "{\"model\": \"tiny-r1\", \"messages\": [}"] {
         assert!(
-            matches!(ValidRequest::chat(&model(), body.as_bytes()), Err(ApiError::Malformed(_))),
+            matches!(ValidRequest::chat(&model(), body.as_bytes(), DRAWN), Err(ApiError::Malformed(_))),
             "{body}"
         );
     }
     let deep = format!("{{\"model\": \"tiny-r1\", \"messages\": {}{}}}", "[".repeat(5000), "]".repeat(5000));
-    assert!(matches!(ValidRequest::chat(&model(), deep.as_bytes()), Err(ApiError::Malformed(_))));
+    assert!(matches!(ValidRequest::chat(&model(), deep.as_bytes(), DRAWN), Err(ApiError::Malformed(_))));
 }
