@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
 use expertmesh_proto::v1::finished::Reason;
@@ -182,9 +184,9 @@ async fn a_worker_refuses_what_breaks_the_protocol_and_goes_on_serving() {
     assert_eq!(client.generate(other).await.unwrap_err().code(), Code::FailedPrecondition);
 
     let mut control = mesh.control(0).await.unwrap();
-    let stale = expertmesh_proto::placement::Placement::new(0, vec![]).unwrap();
+    let stale = Placement::new(Epoch::default(), vec![]).unwrap();
     assert_eq!(apply(&mut control, &stale).await.unwrap_err().code(), Code::FailedPrecondition);
-    let conflict = expertmesh_proto::placement::Placement::new(1, vec![]).unwrap();
+    let conflict = Placement::new(Epoch::FIRST, vec![]).unwrap();
     assert_eq!(apply(&mut control, &conflict).await.unwrap_err().code(), Code::AlreadyExists);
 
     let mut tokens = Vec::new();

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
@@ -102,7 +103,8 @@ async fn a_deployment_without_workers_holds_a_request_says_so_and_answers_once_a
     let mut mesh = Mesh::start("zero", 1).await;
     mesh.workers[0].kill();
     mesh.epoch += 1;
-    let nobody = Placement::new(mesh.epoch, Vec::new()).expect("no slot appears twice");
+    let nobody =
+        Placement::new(Epoch { term: 0, counter: mesh.epoch }, Vec::new()).expect("no slot appears twice");
     let frontend = Frontend::follow(&mesh, &nobody);
     let address = format!("http://{}", frontend.addresses.grpc);
     let mut control = ControlClient::connect(address).await.expect("a frontend that lives");

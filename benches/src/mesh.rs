@@ -10,9 +10,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::threads::compute_threads;
 use expertmesh_proto::channel::{Connect, connect};
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::generate_event::Event;
@@ -168,16 +171,14 @@ impl Mesh {
         }
         let experts = config.experts() as u32;
         let placed = |(slot, worker): (u32, &Started)| {
-            let mut held = ExpertSet::default();
-            for layer in config.moe_layers() {
-                (0..experts).filter(|expert| expert * count / experts == slot).for_each(|expert| {
-                    held.insert(layer as u32, expert);
-                });
-            }
+            let held = move || (0..experts).filter(move |expert| expert * count / experts == slot);
+            let of_layer = |layer| held().map(move |expert| ExpertId { layer: layer as u32, expert });
+            let experts = config.moe_layers().flat_map(of_layer).collect();
             let addresses = vec![worker.addresses.grpc.clone()];
-            PlacedWorker { slot, name: format!("worker-{slot}"), addresses, experts: held, draining: false }
+            let name = format!("worker-{slot}");
+            PlacedWorker { slot: Slot(slot), name, addresses, experts, draining: false }
         };
-        let placement = Placement::new(1, (0..).zip(&workers).map(placed).collect())?.to_proto();
+        let placement = Placement::new(Epoch::FIRST, (0..).zip(&workers).map(placed).collect())?.to_proto();
         for worker in &workers {
             let mut control = ControlClient::new(connect(&worker.addresses.grpc, &CONNECT).await?);
             let placement = Some(placement.clone());

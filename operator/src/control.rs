@@ -9,9 +9,12 @@ use expertmesh_decide::observation::{Member, Seen};
 use expertmesh_decide::report::{Latencies, ModelShape, Report, State};
 use expertmesh_proto::backoff::Backoff;
 use expertmesh_proto::channel::{Connect, ConnectError, connect};
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::{ExpertSet, MAX_EXPERTS};
+use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::latency::Histogram;
-use expertmesh_proto::placement::{ExpertSet, MAX_EXPERTS, Placement};
+use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::report_response::State as WireState;
@@ -48,7 +51,7 @@ struct Peer {
 /// What one process said of itself and was told.
 struct Heard {
     channel: Option<Channel>,
-    incarnation: u64,
+    incarnation: Incarnation,
     report: Option<Report>,
     silent_since: Option<Timestamp>,
     draining_since: Option<Timestamp>,
@@ -73,8 +76,8 @@ enum ControlError {
 
 impl Control {
     /// `name` and `incarnation` identify this process to the members; `changed` is notified at every report and loss.
-    pub(crate) fn new(name: String, incarnation: u64, changed: Arc<Notify>) -> Self {
-        let caller = v1::Caller { name, incarnation, attempt: 0, fingerprint: None };
+    pub(crate) fn new(name: String, incarnation: Incarnation, changed: Arc<Notify>) -> Self {
+        let caller = v1::Caller { name, incarnation: incarnation.0, attempt: 0, fingerprint: None };
         Self { caller, changed, peers: BTreeMap::new() }
     }
 
@@ -104,7 +107,7 @@ impl Control {
             let peer = self.peers.get(member)?;
             Some(async move {
                 if let Err(error) = peer.apply(self.caller.clone(), placement).await {
-                    tracing::warn!(?member, epoch = placement.epoch(), %error, "a placement could not be told");
+                    tracing::warn!(?member, epoch = %placement.epoch(), %error, "a placement could not be told");
                 }
             })
         });
@@ -123,7 +126,7 @@ impl Peer {
     fn start(addresses: Vec<String>, caller: v1::Caller, changed: Arc<Notify>) -> Self {
         let heard = Arc::new(Mutex::new(Heard {
             channel: None,
-            incarnation: 0,
+            incarnation: Incarnation::default(),
             report: None,
             silent_since: Some(Timestamp::now()),
             draining_since: None,
@@ -211,17 +214,16 @@ async fn reports(
     loop {
         let next = tokio::time::timeout(REPORT_TIMEOUT, stream.message());
         let message = next.await.map_err(|_| ControlError::Silence)??.ok_or(ControlError::Ended)?;
-        let incarnation = message.callee.as_ref().map_or(0, |callee| callee.incarnation);
         let report = checked(message)?;
-        lock(heard).take(report, incarnation, channel.clone());
+        lock(heard).take(report, channel.clone());
         changed.notify_one();
     }
 }
 
 impl Heard {
-    fn take(&mut self, report: Report, incarnation: u64, channel: Channel) {
-        if self.incarnation != incarnation {
-            (self.incarnation, self.told, self.draining_since) = (incarnation, None, None);
+    fn take(&mut self, report: Report, channel: Channel) {
+        if self.incarnation != report.incarnation {
+            (self.incarnation, self.told, self.draining_since) = (report.incarnation, None, None);
         }
         if report.state == State::Draining {
             self.draining_since.get_or_insert_with(Timestamp::now);
@@ -245,7 +247,7 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
         resident: ExpertSet::from_proto(&message.resident)?,
         shape: message.shape.map(checked_shape).transpose()?,
         reason: message.reason,
-        epoch: message.epoch,
+        epoch: Epoch { term: message.term, counter: message.epoch },
         placement_hash: message.placement_hash,
         resident_bytes: message.resident_bytes,
         experts_loading: message.experts_loading,
@@ -256,7 +258,8 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
         bytes_to_load: message.bytes_to_load,
         eligible_workers: message.latencies.is_some().then_some(message.eligible_workers),
         latencies: message.latencies.map(checked_latencies).transpose()?.map(Box::new),
-        incarnation: message.callee.map_or(0, |callee| callee.incarnation),
+        incarnation: Incarnation(message.callee.map_or(0, |callee| callee.incarnation)),
+        age: (message.age_ms > 0).then(|| Duration::from_millis(message.age_ms)),
     })
 }
 

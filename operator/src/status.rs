@@ -31,8 +31,8 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
         workers: Some(format!("{ready}/{}", desired.workers)),
         experts: experts.known.then(|| format!("{}/{}", experts.resident, experts.all)),
         revision: Some(situation.serving.to_string()),
-        placement: (seen.placement.epoch() > 0).then(|| PlacementStatus {
-            epoch: i64::try_from(seen.placement.epoch()).unwrap_or(i64::MAX),
+        placement: (!seen.placement.epoch().is_none()).then(|| PlacementStatus {
+            epoch: i64::try_from(seen.placement.epoch().counter).unwrap_or(i64::MAX),
             hash: seen.placement.hash().to_string(),
             imbalance: format!("{:.2}", imbalance(&seen.placement)),
         }),
@@ -48,7 +48,7 @@ pub(crate) fn figures(desired: &Desired, frontends: u32, seen: &Observation) -> 
         workers_ready: seen.ready_workers() as u32,
         frontends_ready: answering(seen) as u32,
         experts_missing: Experts::count(seen, desired.min_replicas).missing as u64,
-        placement_epoch: seen.placement.epoch(),
+        placement_epoch: seen.placement.epoch().counter,
         placement_imbalance: imbalance(&seen.placement),
     }
 }

@@ -4,8 +4,12 @@
 pub mod backoff;
 pub mod channel;
 pub mod duration;
+pub mod epoch;
 pub mod expert;
+pub mod expert_set;
+pub mod incarnation;
 pub mod invalid;
 pub mod latency;
 pub mod placement;
+pub mod slot;
 pub mod v1;

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::generate_event::Event;
@@ -67,17 +70,15 @@ impl Mesh {
     pub async fn place(&mut self, holds: impl Fn(u32, u32) -> bool) -> Placement {
         self.epoch += 1;
         let worker = |(slot, addresses): (u32, &Addresses)| {
-            let mut experts = ExpertSet::default();
-            for layer in LAYERS {
-                (0..EXPERTS).filter(|&expert| holds(slot, expert)).for_each(|expert| {
-                    experts.insert(layer, expert);
-                });
-            }
-            let name = format!("worker-{slot}");
-            PlacedWorker { slot, name, addresses: vec![addresses.grpc.clone()], experts, draining: false }
+            let held = (0..EXPERTS).filter(|&expert| holds(slot, expert));
+            let experts =
+                held.flat_map(|expert| LAYERS.map(move |layer| ExpertId { layer, expert })).collect();
+            let (name, addresses) = (format!("worker-{slot}"), vec![addresses.grpc.clone()]);
+            PlacedWorker { slot: Slot(slot), name, addresses, experts, draining: false }
         };
         let workers = (0..).zip(&self.addresses).map(worker).collect();
-        let placement = Placement::new(self.epoch, workers).expect("slots are distinct");
+        let placement =
+            Placement::new(Epoch { term: 0, counter: self.epoch }, workers).expect("slots are distinct");
         for slot in 0..self.addresses.len() as u32 {
             let Ok(mut control) = self.control(slot).await else { continue };
             apply(&mut control, &placement).await.expect("a later placement is taken");

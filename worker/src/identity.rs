@@ -1,6 +1,8 @@
 //! Who a process is to the others of its deployment, and whose calls it takes.
 
 use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use tonic::Status;
 
@@ -8,8 +10,8 @@ use tonic::Status;
 #[derive(Debug, Clone)]
 pub(crate) struct Identity {
     pub(crate) name: String,
-    pub(crate) slot: u32,
-    pub(crate) incarnation: u64,
+    pub(crate) slot: Slot,
+    pub(crate) incarnation: Incarnation,
     pub(crate) fingerprint: ModelFingerprint,
 }
 
@@ -17,7 +19,7 @@ impl Identity {
     pub(crate) fn caller(&self, attempt: u32) -> v1::Caller {
         v1::Caller {
             name: self.name.clone(),
-            incarnation: self.incarnation,
+            incarnation: self.incarnation.0,
             attempt,
             fingerprint: Some(fingerprint_message(&self.fingerprint)),
         }
@@ -70,7 +72,7 @@ mod tests {
             format: part("bf16"),
             numerics: part("f32"),
         };
-        Identity { name: part("worker-0"), slot: 0, incarnation: 1, fingerprint }
+        Identity { name: part("worker-0"), slot: Slot(0), incarnation: Incarnation(1), fingerprint }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::Placement;
 use tokio::sync::watch;
 use tonic::Status;
@@ -53,9 +54,9 @@ impl CurrentPlacement {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refused {
     #[error("epoch {offered} is behind the current epoch {current}")]
-    Stale { offered: u64, current: u64 },
+    Stale { offered: Epoch, current: Epoch },
     #[error("epoch {epoch} is already another placement: its hash is {current}, not {offered}")]
-    Conflict { epoch: u64, offered: String, current: String },
+    Conflict { epoch: Epoch, offered: String, current: String },
 }
 
 impl From<Refused> for Status {
@@ -68,16 +69,16 @@ impl From<Refused> for Status {
 }
 
 fn judge(current: &Placement, next: &Placement) -> Result<(), Refused> {
-    use std::cmp::Ordering::{Equal, Greater, Less};
-    match next.epoch().cmp(&current.epoch()) {
-        Less => Err(Refused::Stale { offered: next.epoch(), current: current.epoch() }),
-        Equal if next.hash() != current.hash() => Err(Refused::Conflict {
-            epoch: next.epoch(),
-            offered: next.hash().to_string(),
-            current: current.hash().to_string(),
-        }),
-        Equal | Greater => Ok(()),
+    let (epoch, current_epoch) = (next.epoch(), current.epoch());
+    if epoch != current_epoch {
+        let later = epoch.is_later_than(current_epoch);
+        return later.then_some(()).ok_or(Refused::Stale { offered: epoch, current: current_epoch });
     }
+    if next.hash() != current.hash() {
+        let (offered, current) = (next.hash().to_string(), current.hash().to_string());
+        return Err(Refused::Conflict { epoch, offered, current });
+    }
+    Ok(())
 }
 
 fn invalid(path: &Path, error: &dyn std::error::Error) -> Fatal {
@@ -86,20 +87,22 @@ fn invalid(path: &Path, error: &dyn std::error::Error) -> Fatal {
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+    use expertmesh_proto::expert_set::ExpertSet;
+    use expertmesh_proto::placement::PlacedWorker;
+    use expertmesh_proto::slot::Slot;
 
     use super::*;
 
-    fn placement(epoch: u64, name: &str, address: &str) -> Placement {
+    fn placement(counter: u64, name: &str, address: &str) -> Placement {
         let addresses = vec![address.to_string()];
         let worker = PlacedWorker {
-            slot: 0,
+            slot: Slot(0),
             name: name.into(),
             addresses,
             experts: ExpertSet::default(),
             draining: false,
         };
-        Placement::new(epoch, vec![worker]).unwrap()
+        Placement::new(Epoch { term: 0, counter }, vec![worker]).unwrap()
     }
 
     #[test]
@@ -112,9 +115,9 @@ mod tests {
         assert_eq!(stale.to_string(), "epoch 1 is behind the current epoch 2");
         assert!(matches!(
             current.apply(placement(2, "b", "10.0.0.1:1")),
-            Err(Refused::Conflict { epoch: 2, .. })
+            Err(Refused::Conflict { epoch: Epoch { term: 0, counter: 2 }, .. })
         ));
         current.apply(placement(3, "b", "10.0.0.1:1")).unwrap();
-        assert_eq!(current.get().epoch(), 3);
+        assert_eq!(current.get().epoch(), Epoch { term: 0, counter: 3 });
     }
 }

@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 use std::{fs, io};
 
+use expertmesh_proto::incarnation::Incarnation;
 use tracing_subscriber::EnvFilter;
 
 /// The file in which Kubernetes reads a container's last words, unless `EXPERTMESH_TERMINATION_LOG` names another.
@@ -56,9 +57,14 @@ pub(crate) fn exit_code(result: Result<ExitCode, Fatal>) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// What tells this process from others that had its name: when it started, in nanoseconds since 1970.
-pub(crate) fn incarnation() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+/// What tells this process from others that had its name.
+pub(crate) fn incarnation() -> Result<Incarnation, Fatal> {
+    Incarnation::draw().map_err(|error| Fatal::new("NoRandomness", format!("no random number: {error}")))
+}
+
+/// For how long a process has run that began then, in milliseconds: at least 1, for 0 says nothing on the wire.
+pub(crate) fn age_ms(began: Instant) -> u64 {
+    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 /// The addresses that a process listens on, once it does.

@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 
 use crate::observation::Member;
 
@@ -30,7 +31,7 @@ pub enum Action {
     /// Tell one process with `Control.ApplyPlacement`; afterwards its `told` is this placement.
     Push { to: Member, placement: Placement },
     /// `Control.Drain`, without waiting for its end, which the reports show.
-    Drain { slot: u32 },
+    Drain { slot: Slot },
 }
 
 /// What kind of action one is.

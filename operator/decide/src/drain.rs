@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use expertmesh_proto::placement::ExpertSet;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 
 use crate::action::{Action, Desired};
@@ -15,7 +16,7 @@ use crate::view::{PATIENCE, View};
 /// How many slots to keep: what is desired, unless a worker was already made to leave. It cannot take that back, so it
 /// leaves first and comes back as a new one.
 pub(crate) fn keep(desired: &Desired, seen: &Observation, now: Timestamp) -> u32 {
-    let leaving = |slot: u32, worker: &Seen| match (worker.draining_since, seen.placement.worker(slot)) {
+    let leaving = |slot: Slot, worker: &Seen| match (worker.draining_since, seen.placement.worker(slot)) {
         (Some(_), None) => true,
         (Some(_), Some(placed)) if placed.draining => true,
         // One that drains though it is placed ends soon (a node is emptied), or was asked by an operator that died.
@@ -23,26 +24,26 @@ pub(crate) fn keep(desired: &Desired, seen: &Observation, now: Timestamp) -> u32
         (None, _) => false,
     };
     let first_leaving =
-        seen.workers.range(1..seen.size.max(1)).find(|(slot, worker)| leaving(**slot, worker));
-    first_leaving.map_or(desired.workers, |(&slot, _)| slot.min(desired.workers)).max(1)
+        seen.workers.range(Slot(1)..Slot(seen.size.max(1))).find(|(slot, worker)| leaving(**slot, worker));
+    first_leaving.map_or(desired.workers, |(slot, _)| slot.0.min(desired.workers)).max(1)
 }
 
 impl View<'_> {
     /// Whether nobody counts on the workers that leave: their sequences are done, and their experts are elsewhere (or
     /// were to be on a worker that is gone: the mesh then loads them on another).
-    pub(crate) fn leavers_may_go(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> bool {
+    pub(crate) fn leavers_may_go(&self, uncovered: &BTreeMap<Slot, ExpertSet>) -> bool {
         self.leaving().all(|(slot, seen)| self.is_drained(slot, seen)) && self.leavers_are_replaced(uncovered)
     }
 
-    fn leavers_are_replaced(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> bool {
-        let awaited =
+    fn leavers_are_replaced(&self, uncovered: &BTreeMap<Slot, ExpertSet>) -> bool {
+        let mut awaited =
             uncovered.iter().filter(|(slot, _)| !self.is_gone(**slot)).flat_map(|(_, set)| set.iter());
         let held = self.leaving().filter(|(_, seen)| seen.report.is_some());
         let held: Vec<ExpertSet> = held.filter_map(|(slot, _)| Some(self.placed(slot)?.experts)).collect();
-        !awaited.into_iter().any(|(layer, expert)| held.iter().any(|set| set.contains(layer, expert)))
+        !awaited.any(|expert| held.iter().any(|set| set.contains(expert)))
     }
 
-    fn is_drained(&self, slot: u32, seen: &Seen) -> bool {
+    fn is_drained(&self, slot: Slot, seen: &Seen) -> bool {
         let Some(report) = &seen.report else { return self.is_gone(slot) };
         let late = seen
             .draining_since
@@ -52,11 +53,11 @@ impl View<'_> {
     }
 
     /// Asks those that leave to hand back their sequences, once their experts are elsewhere.
-    pub(crate) fn drains(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> Vec<Action> {
+    pub(crate) fn drains(&self, uncovered: &BTreeMap<Slot, ExpertSet>) -> Vec<Action> {
         if !self.leavers_are_replaced(uncovered) {
             return vec![];
         }
-        let running = |(slot, seen): &(u32, &Seen)| {
+        let running = |(slot, seen): &(Slot, &Seen)| {
             let placed = self.seen.placement.worker(*slot).is_some_and(|placed| placed.draining);
             seen.report.as_ref().is_some_and(|report| {
                 report.state != State::Draining
@@ -71,7 +72,7 @@ impl View<'_> {
     /// and they run nothing.
     pub(crate) fn shrink(&self) -> Option<Action> {
         let written = &self.seen.placement;
-        let without = written.workers().iter().all(|worker| worker.slot < self.keep);
+        let without = written.workers().iter().all(|worker| worker.slot.0 < self.keep);
         let drained = self.leaving().all(|(slot, seen)| self.is_drained(slot, seen));
         let ready =
             self.seen.size > self.keep && without && drained && self.followers_behind().next().is_none();

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 
 use crate::report::{ModelShape, Report, State};
@@ -10,13 +12,13 @@ use crate::report::{ModelShape, Report, State};
 /// What a fleet sees at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct Observation {
-    /// The last one written durably; epoch 0 where there is none.
+    /// The last one written durably; that of no epoch where there is none.
     pub placement: Placement,
     /// How many slots the fleet was last told to run: 0..size.
     pub size: u32,
     /// Every slot below `size`, whether its process runs yet or not. A process that was told to end (a terminating
     /// pod) is no longer seen: its slot is listed without a report.
-    pub workers: BTreeMap<u32, Seen>,
+    pub workers: BTreeMap<Slot, Seen>,
     pub frontends: Vec<Seen>,
 }
 
@@ -99,7 +101,7 @@ impl FailureReason {
 /// Who is told a placement.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Member {
-    Worker(u32),
+    Worker(Slot),
     /// A frontend, by the name of its pod or process.
     Frontend(String),
 }
@@ -116,22 +118,22 @@ impl Observation {
     }
 
     /// The reports of the workers that the fleet runs, by slot.
-    pub fn reports(&self) -> impl Iterator<Item = (u32, &Report)> {
-        let running = self.workers.range(..self.size);
+    pub fn reports(&self) -> impl Iterator<Item = (Slot, &Report)> {
+        let running = self.workers.range(..Slot(self.size));
         running.filter_map(|(&slot, seen)| Some((slot, seen.report.as_ref()?)))
     }
 
     /// Experts of which every layer is resident on a worker that reports it, of all experts.
     pub fn live_experts(&self, shape: &ModelShape) -> (u32, u32) {
-        let resident =
-            |layer, expert| self.reports().any(|(_, report)| report.resident.contains(layer, expert));
-        let live = |expert: &u32| (shape.first_moe_layer..shape.layers).all(|layer| resident(layer, *expert));
+        let resident = |id| self.reports().any(|(_, report)| report.resident.contains(id));
+        let layers = shape.first_moe_layer..shape.layers;
+        let live = |&expert: &u32| layers.clone().all(|layer| resident(ExpertId { layer, expert }));
         ((0..shape.experts).filter(live).count() as u32, shape.experts)
     }
 
     /// Workers that run, then frontends, by who they are.
     pub fn members(&self) -> impl Iterator<Item = (Member, &Seen)> {
-        let workers = self.workers.range(..self.size).map(|(&slot, seen)| (Member::Worker(slot), seen));
+        let workers = self.workers.range(..Slot(self.size)).map(|(&slot, seen)| (Member::Worker(slot), seen));
         workers.chain(self.frontends.iter().map(|seen| (Member::Frontend(seen.name.clone()), seen)))
     }
 }

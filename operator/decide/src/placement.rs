@@ -5,11 +5,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use expertmesh_proto::placement::{ExpertSet, Placement};
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 
 use crate::report::ModelShape;
 
-/// The experts of each slot, such that every (layer, expert) is on `min_replicas` different slots (on all of them where
+/// The experts of each slot, such that every expert is on `min_replicas` different slots (on all of them where
 /// there are fewer), and no two slots differ by more than one copy in any layer, nor in total.
 ///
 /// Copies to load beyond `current`, where that is an earlier target: for one replica exactly Σ max(0, quota − held) over
@@ -20,11 +22,11 @@ use crate::report::ModelShape;
 /// `slots` ascend.
 pub fn place(
     shape: &ModelShape,
-    slots: &[u32],
+    slots: &[Slot],
     min_replicas: u32,
-    current: &BTreeMap<u32, ExpertSet>,
-) -> BTreeMap<u32, ExpertSet> {
-    let mut target: BTreeMap<u32, ExpertSet> =
+    current: &BTreeMap<Slot, ExpertSet>,
+) -> BTreeMap<Slot, ExpertSet> {
+    let mut target: BTreeMap<Slot, ExpertSet> =
         slots.iter().map(|&slot| (slot, ExpertSet::default())).collect();
     if slots.is_empty() {
         return target;
@@ -47,13 +49,12 @@ pub fn place(
     target
 }
 
-/// Pairs of layer and expert that workers are to hold by `after` and were not by `before`.
+/// How many experts, each as often as it is placed, workers are to hold by `after` and were not by `before`.
 pub fn moved(before: &Placement, after: &Placement) -> u64 {
-    let held = |slot, (layer, expert)| {
-        before.worker(slot).is_some_and(|worker| worker.experts.contains(layer, expert))
-    };
-    let workers = after.workers().iter();
-    workers.map(|worker| worker.experts.iter().filter(|&pair| !held(worker.slot, pair)).count() as u64).sum()
+    let held = |slot, expert| before.worker(slot).is_some_and(|worker| worker.experts.contains(expert));
+    let new =
+        |worker: &PlacedWorker| worker.experts.iter().filter(|&expert| !held(worker.slot, expert)).count();
+    after.workers().iter().map(|worker| new(worker) as u64).sum()
 }
 
 /// What a worker keeps free of experts, in bytes: its latent cache and the rows of a step.
@@ -165,12 +166,13 @@ impl Layer {
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_proto::placement::PlacedWorker;
+    use expertmesh_model::expert::ExpertId;
+    use expertmesh_proto::epoch::Epoch;
     use proptest::prelude::*;
 
     use super::*;
 
-    type Target = BTreeMap<u32, ExpertSet>;
+    type Target = BTreeMap<Slot, ExpertSet>;
 
     fn shape(first_moe_layer: u32, moe_layers: u32, experts: u32) -> ModelShape {
         ModelShape {
@@ -182,24 +184,20 @@ mod tests {
         }
     }
 
-    fn slots(count: u32) -> Vec<u32> {
-        (0..count).collect()
+    fn slots(count: u32) -> Vec<Slot> {
+        Slot::first(count).collect()
     }
 
     /// Copies that are in `target` and not in `current`.
     fn moves(current: &Target, target: &Target) -> usize {
-        let held = |slot, (layer, expert)| {
-            current.get(slot).is_some_and(|set: &ExpertSet| set.contains(layer, expert))
-        };
-        target.iter().map(|(slot, set)| set.iter().filter(|&pair| !held(slot, pair)).count()).sum()
+        let held = |slot, expert| current.get(slot).is_some_and(|set: &ExpertSet| set.contains(expert));
+        target.iter().map(|(slot, set)| set.iter().filter(|&expert| !held(slot, expert)).count()).sum()
     }
 
     fn union(left: &Target, right: &Target) -> Target {
         let mut union = left.clone();
         for (slot, set) in right {
-            set.iter().for_each(|(layer, expert)| {
-                union.entry(*slot).or_default().insert(layer, expert);
-            });
+            union.entry(*slot).or_default().extend(set.iter());
         }
         union
     }
@@ -214,7 +212,7 @@ mod tests {
                 "layer {layer} is unbalanced"
             );
             for expert in 0..shape.experts {
-                let copies = target.values().filter(|set| set.contains(layer, expert)).count();
+                let copies = target.values().filter(|set| set.contains(ExpertId { layer, expert })).count();
                 assert_eq!(
                     copies,
                     min_replicas.min(count) as usize,
@@ -240,7 +238,7 @@ mod tests {
         let four = place(&shape, &slots(4), 1, &Target::new());
         let five = place(&shape, &slots(5), 1, &four);
         assert_eq!(moves(&four, &five), 8);
-        assert_eq!(five[&4].len(), 8);
+        assert_eq!(five[&Slot(4)].len(), 8);
     }
 
     #[test]
@@ -263,13 +261,16 @@ mod tests {
     #[test]
     fn imbalance_is_the_most_over_the_mean() {
         let worker = |slot, experts: u32| {
-            let mut set = ExpertSet::default();
-            (0..experts).for_each(|expert| {
-                set.insert(0, expert);
-            });
-            PlacedWorker { slot, name: String::new(), addresses: vec![], experts: set, draining: false }
+            let experts = (0..experts).map(|expert| ExpertId { layer: 0, expert }).collect();
+            PlacedWorker {
+                slot: Slot(slot),
+                name: String::new(),
+                addresses: vec![],
+                experts,
+                draining: false,
+            }
         };
-        assert_eq!(imbalance(&Placement::new(1, vec![worker(0, 3), worker(1, 1)]).unwrap()), 1.5);
+        assert_eq!(imbalance(&Placement::new(Epoch::FIRST, vec![worker(0, 3), worker(1, 1)]).unwrap()), 1.5);
         assert_eq!(imbalance(&Placement::default()), 1.0);
     }
 
@@ -277,7 +278,7 @@ mod tests {
         fn any_current()(pairs in proptest::collection::vec((0u32..12, 0u32..7, 0u32..26), 0..300)) -> Target {
             let mut current = Target::new();
             for (slot, layer, expert) in pairs {
-                current.entry(slot).or_default().insert(layer, expert);
+                current.entry(Slot(slot)).or_default().insert(ExpertId { layer, expert });
             }
             current
         }
@@ -315,7 +316,7 @@ mod tests {
             let replicas = replicas.min(from).min(to);
             let before = place(&shape, &slots(from), replicas, &Target::new());
             let after = place(&shape, &slots(to), replicas, &before);
-            let held = |slot: &u32, layer: u32| before.get(slot).map_or(0, |set| set.0[&layer].len());
+            let held = |slot: &Slot, layer: u32| before.get(slot).map_or(0, |set| set.0[&layer].len());
             let deficits = |layer: u32| after.iter().map(move |(slot, set)| set.0[&layer].len().saturating_sub(held(slot, layer)));
             let deficit: usize = (0..layers).map(|layer| deficits(layer).sum::<usize>()).sum();
             let moved = moves(&before, &after);
@@ -325,8 +326,8 @@ mod tests {
             prop_assert!(moved <= 2 * deficit, "{} moves, {} needed", moved, deficit);
             let rest = (layers * from.min(to)) as usize;
             let changed: usize = match to.cmp(&from) {
-                std::cmp::Ordering::Less => (to..from).map(|slot| before[&slot].len()).sum(),
-                _ => (from..to).map(|slot| after[&slot].len()).sum(),
+                std::cmp::Ordering::Less => (to..from).map(|slot| before[&Slot(slot)].len()).sum(),
+                _ => (from..to).map(|slot| after[&Slot(slot)].len()).sum(),
             };
             prop_assert!(deficit <= changed + rest, "{} deficit, {} on workers that came or went", deficit, changed);
         }

@@ -1,7 +1,12 @@
 //! What a worker or frontend says of itself.
 
+use std::time::Duration;
+
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::latency::Histogram;
-use expertmesh_proto::placement::{ExpertSet, Placement};
+use expertmesh_proto::placement::Placement;
 
 /// A checked report of a worker or frontend.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,14 +14,14 @@ pub struct Report {
     pub state: State,
     /// Why it is not ready, one line; empty where it is.
     pub reason: String,
-    /// Epoch of the placement that it follows; 0 where it has none.
-    pub epoch: u64,
+    /// Epoch of the placement that it follows; none where it has none.
+    pub epoch: Epoch,
     pub placement_hash: String,
     /// Workers know it once their dense weights are loaded; frontends never do.
     pub shape: Option<ModelShape>,
     pub resident: ExpertSet,
     pub resident_bytes: u64,
-    /// (layer, expert) pairs still to load for the placement.
+    /// Experts still to load for the placement, those of all layers together.
     pub experts_loading: u32,
     /// Sequences in the batch; of a frontend, requests in flight.
     pub running: u32,
@@ -30,8 +35,10 @@ pub struct Report {
     pub latencies: Option<Box<Latencies>>,
     /// Workers that could take a sequence from this frontend now; none of a worker.
     pub eligible_workers: Option<u32>,
-    /// The time at which the process began, in nanoseconds since 1970.
-    pub incarnation: u64,
+    /// What tells the process from others of its name.
+    pub incarnation: Incarnation,
+    /// For how long the process has run, where it says so.
+    pub age: Option<Duration>,
 }
 
 /// What a frontend's clients waited for; counts grow from the process's start.

@@ -3,7 +3,12 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use expertmesh_proto::placement::{ExpertSet, Placement};
+use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 use proptest::prelude::*;
 
@@ -42,7 +47,7 @@ struct Simulation {
     frontend: Process,
     in_flight: VecDeque<Action>,
     deaths: bool,
-    /// Every (layer, expert) that was resident somewhere once.
+    /// Every expert that was resident somewhere once.
     had: ExpertSet,
     random: u64,
 }
@@ -85,7 +90,9 @@ impl Simulation {
         Observation {
             placement: self.written.clone(),
             size: self.workers.len() as u32,
-            workers: workers.map(|(slot, worker)| (slot as u32, seen(format!("w-{slot}"), worker))).collect(),
+            workers: workers
+                .map(|(slot, worker)| (Slot(slot as u32), seen(format!("w-{slot}"), worker)))
+                .collect(),
             frontends: vec![seen("f-0".into(), &self.frontend)],
         }
     }
@@ -96,7 +103,7 @@ impl Simulation {
             let (loads, reports) = (self.below(4), self.below(3) > 0);
             let worker = &mut self.workers[slot];
             worker.starting = worker.starting.saturating_sub(1);
-            worker.load(slot as u32, loads);
+            worker.load(Slot(slot as u32), loads);
             worker.sequences =
                 if worker.draining { worker.sequences.saturating_sub(1) } else { worker.sequences };
             worker.report(reports, self.now);
@@ -108,7 +115,10 @@ impl Simulation {
             match action {
                 Action::Resize(size) => self.resize(size),
                 Action::Place(placement) => {
-                    assert!(placement.epoch() > self.written.epoch(), "an epoch never goes back");
+                    assert!(
+                        placement.epoch().is_later_than(self.written.epoch()),
+                        "an epoch never goes back"
+                    );
                     // As it is read again.
                     self.written = serde_json::from_str(&serde_json::to_string(&placement).unwrap()).unwrap();
                 }
@@ -143,26 +153,26 @@ impl Simulation {
         match self.in_flight.pop_front() {
             Some(Action::Push { to, placement }) => {
                 let process = match to {
-                    Member::Worker(slot) => self.workers.get_mut(slot as usize),
+                    Member::Worker(slot) => self.workers.get_mut(slot.0 as usize),
                     Member::Frontend(_) => Some(&mut self.frontend),
                 };
                 let Some(process) = process.filter(|process| process.alive) else { return };
-                let older = placement.epoch() < process.follows.epoch();
-                let other = placement.epoch() == process.follows.epoch()
-                    && placement.hash() != process.follows.hash();
-                if older || other {
+                let same = (placement.epoch(), placement.hash())
+                    == (process.follows.epoch(), process.follows.hash());
+                if !same && !placement.epoch().is_later_than(process.follows.epoch()) {
                     return;
                 }
                 process.told = Some(placement.clone());
                 let kept = placement.workers().iter().filter(|worker| Member::Worker(worker.slot) == to);
                 let kept = kept.map(|worker| worker.experts.clone()).next().unwrap_or_default();
                 for experts in process.resident.0.iter_mut() {
-                    experts.1.retain(|&expert| kept.contains(*experts.0, expert));
+                    let layer = *experts.0;
+                    experts.1.retain(|&expert| kept.contains(ExpertId { layer, expert }));
                 }
                 process.follows = placement;
             }
             Some(Action::Drain { slot }) => {
-                if let Some(worker) = self.workers.get_mut(slot as usize).filter(|worker| worker.alive) {
+                if let Some(worker) = self.workers.get_mut(slot.0 as usize).filter(|worker| worker.alive) {
                     worker.draining = true;
                     worker.draining_since.get_or_insert(self.now);
                 }
@@ -201,13 +211,11 @@ impl Simulation {
         }
         for layer in SHAPE.first_moe_layer..SHAPE.layers {
             for expert in 0..SHAPE.experts {
-                let resident = self.workers.iter().any(|worker| worker.resident.contains(layer, expert));
-                assert!(
-                    resident || self.deaths || !self.had.contains(layer, expert),
-                    "layer {layer}, expert {expert} is nowhere"
-                );
+                let id = ExpertId { layer, expert };
+                let resident = self.workers.iter().any(|worker| worker.resident.contains(id));
+                assert!(resident || self.deaths || !self.had.contains(id), "{id} is nowhere");
                 if resident {
-                    self.had.insert(layer, expert);
+                    self.had.insert(id);
                 }
             }
         }
@@ -231,12 +239,12 @@ impl Simulation {
     fn assert_settled(&self) {
         assert_eq!(self.workers.len() as u32, self.desired.workers);
         if self.desired.workers == 0 {
-            assert!(self.frontend.follows.epoch() > 0, "it takes requests that wait");
+            assert!(!self.frontend.follows.epoch().is_none(), "it takes requests that wait");
             return;
         }
-        let written: BTreeMap<u32, ExpertSet> =
+        let written: BTreeMap<Slot, ExpertSet> =
             self.written.workers().iter().map(|worker| (worker.slot, worker.experts.clone())).collect();
-        let slots: Vec<u32> = (0..self.desired.workers).collect();
+        let slots: Vec<Slot> = Slot::first(self.desired.workers).collect();
         assert_eq!(place(&SHAPE, &slots, self.desired.min_replicas, &written), written);
         assert!(imbalance(&self.written) < 2.0);
         assert!(self.written.workers().iter().all(|worker| !worker.draining));
@@ -245,13 +253,10 @@ impl Simulation {
 }
 
 impl Process {
-    fn load(&mut self, slot: u32, experts: u32) {
+    fn load(&mut self, slot: Slot, experts: u32) {
         let placed = self.follows.worker(slot).map(|placed| placed.experts.clone()).unwrap_or_default();
-        let missing: Vec<_> =
-            placed.iter().filter(|&(layer, expert)| !self.resident.contains(layer, expert)).collect();
-        for (layer, expert) in missing.into_iter().take(experts as usize).filter(|_| self.alive) {
-            self.resident.insert(layer, expert);
-        }
+        let missing: Vec<_> = placed.iter().filter(|&expert| !self.resident.contains(expert)).collect();
+        self.resident.extend(missing.into_iter().take(experts as usize).filter(|_| self.alive));
         let routed = self.follows.worker(slot).is_some_and(|placed| !placed.draining);
         if self.alive && self.starting == 0 && !self.draining && routed && self.sequences == 0 {
             self.sequences = 2;
@@ -280,7 +285,8 @@ impl Process {
                 kv_usage: 0.0,
                 latencies: None,
                 eligible_workers: None,
-                incarnation: 0,
+                incarnation: Incarnation::default(),
+                age: None,
             });
             self.silent_since = None;
             self.draining_since =
@@ -293,7 +299,7 @@ impl Process {
 fn four_workers_start_with_eight_experts_each_after_one_placement() {
     let mut simulation = Simulation::new(4, 1, 7);
     simulation.settle();
-    assert_eq!(simulation.written.epoch(), 1);
+    assert_eq!(simulation.written.epoch(), Epoch::FIRST);
     let first = serde_json::to_string(&simulation.written.workers()[0].experts).unwrap();
     assert_eq!(first, r#"{"1":"0-2","2":"0-2"}"#);
 }
@@ -302,7 +308,7 @@ fn four_workers_start_with_eight_experts_each_after_one_placement() {
 fn workers_that_get_no_expert_of_a_layer_are_no_reason_to_place_again() {
     let mut simulation = Simulation::new(14, 1, 7);
     simulation.settle();
-    assert_eq!(simulation.written.epoch(), 1);
+    assert_eq!(simulation.written.epoch(), Epoch::FIRST);
 }
 
 #[test]
@@ -311,10 +317,10 @@ fn scaling_out_and_in_writes_two_placements_each() {
     simulation.settle();
     simulation.desired.workers = 3;
     simulation.settle();
-    assert_eq!(simulation.written.epoch(), 3);
+    assert_eq!(simulation.written.epoch().counter, 3);
     simulation.desired.workers = 2;
     simulation.settle();
-    assert_eq!(simulation.written.epoch(), 5);
+    assert_eq!(simulation.written.epoch().counter, 5);
 }
 
 #[test]
@@ -326,7 +332,7 @@ fn at_zero_the_placement_is_kept_so_that_workers_which_come_back_need_no_other()
     assert_eq!((simulation.workers.len(), simulation.written.workers().len()), (0, 3));
     simulation.desired.workers = 3;
     simulation.settle();
-    assert_eq!(simulation.written.epoch(), 1);
+    assert_eq!(simulation.written.epoch(), Epoch::FIRST);
     simulation.desired.workers = 0;
     simulation.settle();
     simulation.desired.workers = 1;
@@ -357,7 +363,7 @@ fn a_paused_deployment_tells_its_placement_and_changes_nothing() {
     for _ in 0..50 {
         simulation.tick();
     }
-    assert_eq!((simulation.workers.len(), simulation.written.epoch()), (3, 1));
+    assert_eq!((simulation.workers.len(), simulation.written.epoch()), (3, Epoch::FIRST));
     assert!(simulation.workers.iter().all(|worker| worker.told.is_some()));
 }
 
@@ -371,7 +377,7 @@ fn a_lost_placement_is_written_again_above_what_workers_follow() {
     simulation.written = Placement::default();
     simulation.operator_restarts();
     simulation.settle();
-    assert!(simulation.written.epoch() > before);
+    assert!(simulation.written.epoch().is_later_than(before));
 }
 
 #[test]
@@ -381,8 +387,8 @@ fn a_worker_with_a_new_address_makes_everybody_hear_of_it() {
     simulation.kill(1, false);
     simulation.settle();
     let told = simulation.frontend.told.as_ref().unwrap();
-    assert_eq!(told.worker(1).unwrap().addresses, simulation.observation().workers[&1].addresses);
-    assert_eq!(simulation.written.epoch(), 1, "its experts stay placed on it");
+    assert_eq!(told.worker(Slot(1)).unwrap().addresses, simulation.observation().workers[&Slot(1)].addresses);
+    assert_eq!(simulation.written.epoch(), Epoch::FIRST, "its experts stay placed on it");
 }
 
 #[test]

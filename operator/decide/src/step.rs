@@ -7,7 +7,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 
 use crate::action::{Action, Decision, Desired};
@@ -67,8 +71,8 @@ fn to_zero(seen: &Observation) -> Decision {
         return Decision { actions, waiting_for: "the workers to leave".into() };
     }
     // Frontends take requests once they follow a placement: one without workers will do.
-    if seen.placement.epoch() == 0
-        && let Ok(nobody) = Placement::new(1, vec![])
+    if seen.placement.epoch().is_none()
+        && let Ok(nobody) = Placement::new(Epoch::FIRST, vec![])
     {
         let actions = [Action::Place(nobody.clone())].into_iter().chain(pushes(seen, &nobody)).collect();
         return Decision { actions, waiting_for: "frontends to follow the placement".into() };
@@ -85,14 +89,14 @@ struct Change {
     /// The placement to write, where the written one is not as it should be.
     placement: Option<Placement>,
     /// What is not resident yet where the target wants it, by slot.
-    uncovered: BTreeMap<u32, ExpertSet>,
+    uncovered: BTreeMap<Slot, ExpertSet>,
 }
 
 impl View<'_> {
-    fn change(&self, target: &BTreeMap<u32, ExpertSet>) -> Change {
-        let uncovered: BTreeMap<u32, ExpertSet> =
+    fn change(&self, target: &BTreeMap<Slot, ExpertSet>) -> Change {
+        let uncovered: BTreeMap<Slot, ExpertSet> =
             target.iter().map(|(&slot, wanted)| (slot, self.uncovered(slot, wanted))).collect();
-        let missing: BTreeSet<(u32, u32)> = uncovered.values().flat_map(ExpertSet::iter).collect();
+        let missing: BTreeSet<ExpertId> = uncovered.values().flat_map(ExpertSet::iter).collect();
         let mut workers: Vec<PlacedWorker> =
             target.iter().map(|(&slot, wanted)| self.staying(slot, wanted, &missing)).collect();
         let surplus = workers.iter().any(|worker| worker.experts.len() > target[&worker.slot].len());
@@ -109,12 +113,10 @@ impl View<'_> {
     }
 
     /// A slot that stays: its part of the target, and what it holds of experts that are not where they should be yet.
-    fn staying(&self, slot: u32, wanted: &ExpertSet, missing: &BTreeSet<(u32, u32)>) -> PlacedWorker {
+    fn staying(&self, slot: Slot, wanted: &ExpertSet, missing: &BTreeSet<ExpertId>) -> PlacedWorker {
         let mut experts = wanted.clone();
         let held = self.placed(slot).map(|placed| placed.experts.iter().collect::<Vec<_>>());
-        for (layer, expert) in held.unwrap_or_default().into_iter().filter(|pair| missing.contains(pair)) {
-            experts.insert(layer, expert);
-        }
+        experts.extend(held.unwrap_or_default().into_iter().filter(|expert| missing.contains(expert)));
         let (name, addresses) = self
             .seen
             .workers
@@ -126,17 +128,13 @@ impl View<'_> {
 
     /// What the slot does not surely hold: a copy counts once a worker that follows the written placement, which
     /// includes it, reports it resident. Otherwise a push on its way could still drop it.
-    fn uncovered(&self, slot: u32, wanted: &ExpertSet) -> ExpertSet {
+    fn uncovered(&self, slot: Slot, wanted: &ExpertSet) -> ExpertSet {
         let written = &self.seen.placement;
         let report = self.report(slot).filter(|report| report.follows(written));
         let (Some(report), Some(placed)) = (report, written.worker(slot)) else { return wanted.clone() };
-        let mut uncovered = ExpertSet::default();
-        for (layer, expert) in wanted.iter() {
-            if !(placed.experts.contains(layer, expert) && report.resident.contains(layer, expert)) {
-                uncovered.insert(layer, expert);
-            }
-        }
-        uncovered
+        let covered =
+            |&expert: &ExpertId| placed.experts.contains(expert) && report.resident.contains(expert);
+        wanted.iter().filter(|expert| !covered(expert)).collect()
     }
 
     /// Whether what would be written differs in more than copies that may go later, all at once.
@@ -148,12 +146,12 @@ impl View<'_> {
         let pairs = || workers.iter().zip(written.workers());
         let other = |(new, old): (&PlacedWorker, &PlacedWorker)| {
             (new.slot, &new.name, new.draining) != (old.slot, &old.name, old.draining)
-                || new.experts.iter().any(|(layer, expert)| !old.experts.contains(layer, expert))
+                || new.experts.iter().any(|expert| !old.experts.contains(expert))
         };
         pairs().any(other) || (!surplus && pairs().any(|(new, old)| new.experts != old.experts))
     }
 
-    fn waiting_for(&self, uncovered: &BTreeMap<u32, ExpertSet>) -> String {
+    fn waiting_for(&self, uncovered: &BTreeMap<Slot, ExpertSet>) -> String {
         let behind = || {
             self.followers_behind()
                 .next()
@@ -206,20 +204,22 @@ impl View<'_> {
         self.seen.members().find_map(failed)
     }
 
-    /// Above the written one and whatever anybody follows, so that nobody refuses it.
-    fn next_epoch(&self) -> u64 {
-        let reported = self.all_reports().map(|report| report.epoch).max().unwrap_or(0);
-        reported.max(self.seen.placement.epoch()).saturating_add(1)
+    /// Later than the written one and what anybody follows, so that nobody refuses it. (Where terms lie so far apart that none is later
+    /// than all, it is later than some: the next step goes on from there.)
+    fn next_epoch(&self) -> Epoch {
+        let next = self.seen.placement.epoch().next();
+        let reported = self.all_reports().map(|report| report.epoch);
+        reported.fold(next, |next, epoch| if next.is_later_than(epoch) { next } else { next.above(epoch) })
     }
 }
 
 /// Tells the placement, with the addresses of now, to everybody who can be reached and was not told it. Of a process
 /// whose address is not known now, that of before is as good as any: nobody is told anew because of it.
 fn pushes(seen: &Observation, placement: &Placement) -> Vec<Action> {
-    if placement.epoch() == 0 {
+    if placement.epoch().is_none() {
         return vec![];
     }
-    let known = |slot: &u32| {
+    let known = |slot: &Slot| {
         seen.workers.get(slot).map(|seen| &seen.addresses).filter(|addresses| !addresses.is_empty())
     };
     let addressed = |worker: &PlacedWorker| {
@@ -243,11 +243,11 @@ fn pushes(seen: &Observation, placement: &Placement) -> Vec<Action> {
 
 /// Layers and experts as a placement implies them, for when no worker is left to ask.
 fn implied_shape(placement: &Placement) -> Option<ModelShape> {
-    let pairs = || placement.workers().iter().flat_map(|worker| worker.experts.iter());
+    let experts = || placement.workers().iter().flat_map(|worker| worker.experts.iter());
     Some(ModelShape {
-        first_moe_layer: pairs().map(|(layer, _)| layer).min()?,
-        layers: pairs().map(|(layer, _)| layer).max()?.checked_add(1)?,
-        experts: pairs().map(|(_, expert)| expert).max()?.checked_add(1)?,
+        first_moe_layer: experts().map(|id| id.layer).min()?,
+        layers: experts().map(|id| id.layer).max()?.checked_add(1)?,
+        experts: experts().map(|id| id.expert).max()?.checked_add(1)?,
         expert_bytes: 0,
         dense_bytes: 0,
     })

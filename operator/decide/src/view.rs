@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::placement::PlacedWorker;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 
 use crate::action::Desired;
@@ -24,18 +26,18 @@ pub(crate) struct View<'a> {
 }
 
 impl View<'_> {
-    pub(crate) fn slots(&self) -> Vec<u32> {
-        (0..self.keep).collect()
+    pub(crate) fn slots(&self) -> Vec<Slot> {
+        Slot::first(self.keep).collect()
     }
 
     /// What the slots that stay were told to hold.
-    pub(crate) fn held(&self) -> BTreeMap<u32, ExpertSet> {
+    pub(crate) fn held(&self) -> BTreeMap<Slot, ExpertSet> {
         self.slots().into_iter().filter_map(|slot| Some((slot, self.placed(slot)?.experts))).collect()
     }
 
     /// A slot as the written placement has it. Where the written one was lost, since somebody follows a later one: with
     /// what it reports resident.
-    pub(crate) fn placed(&self, slot: u32) -> Option<PlacedWorker> {
+    pub(crate) fn placed(&self, slot: Slot) -> Option<PlacedWorker> {
         if !self.is_contradicted() {
             return self.seen.placement.worker(slot).cloned();
         }
@@ -50,29 +52,32 @@ impl View<'_> {
         })
     }
 
-    /// Whether somebody follows what was not written: a later epoch, or another placement of the same epoch.
+    /// Whether somebody follows what was not written, and would not take what was: one of a later epoch, or another placement of the
+    /// same epoch.
     pub(crate) fn is_contradicted(&self) -> bool {
         let written = &self.seen.placement;
         self.all_reports().any(|report| {
-            report.epoch > written.epoch() || (report.epoch == written.epoch() && !report.follows(written))
+            !report.follows(written)
+                && !report.epoch.is_none()
+                && !written.epoch().is_later_than(report.epoch)
         })
     }
 
     /// The workers that run in slots which are not kept.
-    pub(crate) fn leaving(&self) -> impl Iterator<Item = (u32, &Seen)> {
-        let slots = self.keep..self.seen.size.max(self.keep);
-        slots.filter_map(|slot| Some((slot, self.seen.workers.get(&slot)?)))
+    pub(crate) fn leaving(&self) -> impl Iterator<Item = (Slot, &Seen)> {
+        let slots = Slot(self.keep)..Slot(self.seen.size.max(self.keep));
+        self.seen.workers.range(slots).map(|(&slot, seen)| (slot, seen))
     }
 
     /// The processes that stay, can be reached, and do not follow the written placement yet.
     pub(crate) fn followers_behind(&self) -> impl Iterator<Item = &Seen> {
-        let stays = |member: &Member| !matches!(member, Member::Worker(slot) if *slot >= self.keep);
+        let stays = |member: &Member| !matches!(member, Member::Worker(slot) if slot.0 >= self.keep);
         let behind =
             |seen: &&Seen| seen.report.as_ref().is_some_and(|report| !report.follows(&self.seen.placement));
         self.seen.members().filter(move |(member, _)| stays(member)).map(|(_, seen)| seen).filter(behind)
     }
 
-    pub(crate) fn report(&self, slot: u32) -> Option<&Report> {
+    pub(crate) fn report(&self, slot: Slot) -> Option<&Report> {
         self.seen.workers.get(&slot)?.report.as_ref()
     }
 
@@ -81,7 +86,7 @@ impl View<'_> {
     }
 
     /// Silent for longer than a restart takes, or not among what the fleet runs.
-    pub(crate) fn is_gone(&self, slot: u32) -> bool {
+    pub(crate) fn is_gone(&self, slot: Slot) -> bool {
         let silent = |seen: &Seen| {
             seen.report.is_none()
                 && seen.silent_since.is_some_and(|since| elapsed(since, self.now) > PATIENCE)

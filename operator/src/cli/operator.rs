@@ -11,6 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use clap::Args;
+use expertmesh_proto::incarnation::Incarnation;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
 use tokio::net::TcpListener;
@@ -61,8 +62,8 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     administer(arguments.admin).await?;
     let client = Client::try_default().await.context("no cluster to work on")?;
     let namespace = arguments.lease_namespace.unwrap_or_else(|| client.default_namespace().to_string());
-    let incarnation = incarnation();
-    let name = arguments.name.unwrap_or_else(|| format!("expertmesh-{}-{incarnation}", std::process::id()));
+    let incarnation = Incarnation::draw().context("no random number")?;
+    let name = arguments.name.unwrap_or_else(|| format!("expertmesh-{}-{incarnation:x}", std::process::id()));
     let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
     let mut election = Election::new(leases, LEASE, &name);
     standing.set(Stand::By);
@@ -95,11 +96,6 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     info!("stopped; releasing the lease");
     let _ = release.send(()); // fails where the lease was lost meanwhile
     Ok(if let Ok(None) = lease.await { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Which start of the operator this is: its time in nanoseconds since 1970.
-fn incarnation() -> u64 {
-    u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0)
 }
 
 /// Renews the lease until it is to be released, or says how it was lost.

@@ -15,7 +15,10 @@ use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::packed::Index;
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use indicatif::{DecimalBytes, HumanBytes, HumanDuration};
 use k8s_openapi::Resource;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -85,7 +88,7 @@ fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, Mode
 /// The plan as text; `disk` is read at so many bytes a second.
 fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightFormat, disk: u64) -> String {
     let (workers, copies) = (deployment.desired.workers, deployment.desired.min_replicas);
-    let slots: Vec<u32> = (0..workers).collect();
+    let slots: Vec<Slot> = Slot::first(workers).collect();
     let target = place(shape, &slots, copies, &BTreeMap::new());
     let all: usize = target.values().map(ExpertSet::len).sum();
     let mut text = format!(
@@ -106,7 +109,8 @@ fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightF
         experts,
         draining: false,
     });
-    let imbalance = Placement::new(1, placed.collect()).map_or(1.0, |placement| imbalance(&placement));
+    let imbalance =
+        Placement::new(Epoch::FIRST, placed.collect()).map_or(1.0, |placement| imbalance(&placement));
     let lines = [
         ("weights", weights.to_string()),
         ("numerics", deployment.numerics.to_string()),
@@ -145,7 +149,7 @@ fn time(bytes: u64, disk: u64) -> String {
 }
 
 /// One row for every run of layers in which a worker holds the same experts.
-fn table(target: &BTreeMap<u32, ExpertSet>, shape: &ModelShape, all: usize) -> String {
+fn table(target: &BTreeMap<Slot, ExpertSet>, shape: &ModelShape, all: usize) -> String {
     let mut rows = vec![["WORKER", "LAYERS", "EXPERTS", "RESIDENT", "SHARE"].map(String::from)];
     for (slot, set) in target {
         let resident = HumanBytes(set.len() as u64 * shape.expert_bytes + shape.dense_bytes).to_string();

@@ -20,6 +20,7 @@ use expertmesh_decide::placement::fewest;
 use expertmesh_decide::report::{Report, State};
 use expertmesh_decide::step::decide;
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_proto::slot::Slot;
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -243,7 +244,7 @@ fn state_of(seen: &Observation) -> String {
 /// A bar for every worker that loads; on a terminal only.
 struct Bars {
     lines: Lines,
-    bars: BTreeMap<u32, ProgressBar>,
+    bars: BTreeMap<Slot, ProgressBar>,
 }
 
 impl Bars {
@@ -254,7 +255,7 @@ impl Bars {
         });
         let loading =
             |report: &Report| report.state == State::Loading && report.bytes_loaded < report.bytes_to_load;
-        let loading: BTreeMap<u32, (&Report, &String)> = members
+        let loading: BTreeMap<Slot, (&Report, &String)> = members
             .filter(|(_, report, _)| loading(report))
             .map(|(slot, report, name)| (slot, (report, name)))
             .collect();

@@ -14,6 +14,7 @@ use expertmesh_decide::autoscale::verdict::Verdict;
 use expertmesh_decide::observation::{Member, Observation, Seen};
 use expertmesh_decide::report::State;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
@@ -125,7 +126,7 @@ impl KubernetesFleet {
         self.api::<K>().get_opt(name).await.map_err(|error| ApiError::new::<K>("get", name, error))
     }
 
-    /// The written placement; of epoch 0 where there is none, or none that can be read: whoever follows one reports its
+    /// The written placement; of no epoch where there is none, or none that can be read: whoever follows one reports its
     /// epoch.
     async fn placement(&self) -> Result<Placement, ApiError> {
         let map: Option<ConfigMap> = self.get(&self.name()).await?;
@@ -148,7 +149,7 @@ impl KubernetesFleet {
         Ok(found.map_err(|error| ApiError::new::<Pod>("list", &self.name(), error))?.items)
     }
 
-    fn worker(&self, slot: u32, pod: Option<&Pod>) -> Seen {
+    fn worker(&self, slot: Slot, pod: Option<&Pod>) -> Seen {
         let name = self.owner.worker_pod(&self.revision, slot);
         let addresses = pods::addresses(&self.owner, Component::Worker, &name, pod);
         Seen { name, addresses, failure: pod.and_then(pods::failure), ..Seen::default() }
@@ -185,12 +186,14 @@ impl Fleet for KubernetesFleet {
         self.overdue = workers.iter().filter(|pod| pods::is_overdue(pod, now)).filter_map(overdue).collect();
         // One that ends is seen no more: what it still says is no promise.
         let lives = |pod: &&Pod| !pods::is_terminating(pod) && !pods::has_ended(pod);
-        let by_slot: BTreeMap<u32, &Pod> =
+        let by_slot: BTreeMap<Slot, &Pod> =
             workers.iter().filter(lives).filter_map(|pod| Some((pods::slot(pod)?, pod))).collect();
         let mut seen = Observation {
             placement,
             size,
-            workers: (0..size).map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied()))).collect(),
+            workers: Slot::first(size)
+                .map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied())))
+                .collect(),
             frontends: frontends.iter().filter(lives).map(|pod| self.frontend(pod)).collect(),
         };
         let runs = |slot| by_slot.contains_key(&slot);

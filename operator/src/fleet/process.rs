@@ -14,7 +14,9 @@ use std::{env, fs, io};
 use expertmesh_decide::action::Action;
 use expertmesh_decide::observation::{Failure, Member, Observation, Seen};
 use expertmesh_model::threads::compute_threads;
+use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -35,6 +37,8 @@ pub(crate) enum ProcessError {
     NoWorker(#[from] programs::Missing),
     #[error("{}: {error}", path.display())]
     State { path: PathBuf, error: io::Error },
+    #[error("no random number: {0}")]
+    NoRandomness(io::Error),
 }
 
 /// Workers and frontends that this process started. They end with it.
@@ -49,7 +53,7 @@ pub(crate) struct ProcessFleet {
     changed: Arc<Notify>,
     control: Control,
     placement: Placement,
-    workers: BTreeMap<u32, Child>,
+    workers: BTreeMap<Slot, Child>,
     /// Told to end; kept so that none is left behind.
     ending: Vec<Child>,
     frontends: Vec<Child>,
@@ -68,7 +72,7 @@ impl ProcessFleet {
         changed: Arc<Notify>,
     ) -> Result<Self, ProcessError> {
         let program = programs::find("expertmesh-worker")?;
-        let incarnation = Timestamp::now().as_nanosecond() as u64;
+        let incarnation = Incarnation::draw().map_err(ProcessError::NoRandomness)?;
         let control = Control::new("expertmesh up".into(), incarnation, changed.clone());
         let mut fleet = Self {
             program,
@@ -121,12 +125,12 @@ impl ProcessFleet {
     }
 
     fn resize(&mut self, size: u32) {
-        self.heard.retain(|member, _| !matches!(member, Member::Worker(slot) if *slot >= size));
-        for (_, mut worker) in self.workers.split_off(&size) {
+        self.heard.retain(|member, _| !matches!(member, Member::Worker(slot) if slot.0 >= size));
+        for (_, mut worker) in self.workers.split_off(&Slot(size)) {
             worker.end();
             self.ending.push(worker);
         }
-        for slot in 0..size {
+        for slot in Slot::first(size) {
             if !self.workers.contains_key(&slot) {
                 let worker = self.worker(slot, size);
                 self.workers.insert(slot, worker);
@@ -136,7 +140,7 @@ impl ProcessFleet {
 
     /// Starts one of `size` workers that share this machine. It keeps its threads at a later size: they change no token, and a start
     /// costs the sequences that it runs.
-    fn worker(&mut self, slot: u32, size: u32) -> Child {
+    fn worker(&mut self, slot: Slot, size: u32) -> Child {
         let name = format!("worker-{slot}");
         let drain = self.deployment.desired.drain_timeout.as_secs().max(1);
         let arguments = [

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use expertmesh_proto::slot::Slot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 
 use crate::key::Key;
@@ -69,7 +70,7 @@ impl Owner {
     }
 
     /// The pod that a StatefulSet gives a slot to.
-    pub(crate) fn worker_pod(&self, revision: &str, slot: u32) -> String {
+    pub(crate) fn worker_pod(&self, revision: &str, slot: Slot) -> String {
         format!("{}-{revision}-{slot}", self.name)
     }
 

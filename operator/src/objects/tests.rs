@@ -1,8 +1,11 @@
 use std::collections::BTreeSet;
 
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::placement::PlacedWorker;
+use expertmesh_proto::slot::Slot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;
 
@@ -37,11 +40,11 @@ fn revision(more: &str) -> Revision {
 }
 
 fn placement() -> Placement {
-    let mut experts = ExpertSet::default();
-    experts.insert(1, 0);
+    let experts = [ExpertId { layer: 1, expert: 0 }].into_iter().collect();
     let addresses = vec!["10.244.1.7:7070".to_string()];
-    let worker = PlacedWorker { slot: 0, name: "tiny-r1-0-0".into(), addresses, experts, draining: false };
-    Placement::new(2, vec![worker]).unwrap()
+    let worker =
+        PlacedWorker { slot: Slot(0), name: "tiny-r1-0-0".into(), addresses, experts, draining: false };
+    Placement::new(Epoch { term: 0, counter: 2 }, vec![worker]).unwrap()
 }
 
 #[test]
@@ -192,5 +195,5 @@ fn names_stay_within_what_kubernetes_takes() {
     let owner = Owner { name: "a".repeat(40), ..owner() };
     // A StatefulSet puts <name>-<10 characters> into a label of its pods.
     assert!(owner.of_revision("1a2b3c4d").len() + 11 <= 63);
-    assert!(owner.worker_pod("1a2b3c4d", 1023).len() <= 63);
+    assert!(owner.worker_pod("1a2b3c4d", Slot(1023)).len() <= 63);
 }

@@ -78,7 +78,7 @@ fn size<'a>(deployment: &ValidatedDeployment, observed: &'a Observed) -> Size<'a
     Size {
         workers: if seen.size > 0 { seen.size } else { deployment.desired.workers },
         frontends: deployment.frontends,
-        placement: Some(&seen.placement).filter(|placement| placement.epoch() > 0),
+        placement: Some(&seen.placement).filter(|placement| !placement.epoch().is_none()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 use expertmesh_decide::action::{Action, Decision};
 use expertmesh_decide::observation::{Failure, FailureReason, Observation, Seen};
 use expertmesh_decide::report::State;
+use expertmesh_proto::slot::Slot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use super::condition::{Kind, Reason, Stamp, Truth, Verdict, true_condition};
@@ -152,8 +153,10 @@ fn workers_available(situation: &Situation) -> Verdict {
             format!("{} run, {wanted} are wanted", counted(seen.size as usize, "worker")),
         );
     }
-    let waiting =
-        seen.workers.range(..seen.size).find_map(|(slot, worker)| Some((slot, not_ready_because(worker)?)));
+    let waiting = seen
+        .workers
+        .range(..Slot(seen.size))
+        .find_map(|(slot, worker)| Some((slot, not_ready_because(worker)?)));
     let why = waiting.map_or(String::new(), |(slot, why)| format!("; worker {slot}: {why}"));
     Verdict::no(
         Reason::WorkersStarting,
@@ -238,7 +241,7 @@ fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
 
 /// A worker that is not ready and cannot run, and what to do about it.
 pub(crate) fn failing(seen: &Observation) -> Option<String> {
-    let mut workers = seen.workers.range(..seen.size);
+    let mut workers = seen.workers.range(..Slot(seen.size));
     workers.find_map(|(slot, worker)| {
         let is_ready = worker.report.as_ref().is_some_and(|report| report.state == State::Ready);
         let failure = worker.failure.as_ref().filter(|_| !is_ready)?;
@@ -248,7 +251,7 @@ pub(crate) fn failing(seen: &Observation) -> Option<String> {
 
 /// The failure of the lowest slot that has one.
 fn first_failure(seen: &Observation) -> Option<(String, &Failure)> {
-    let mut workers = seen.workers.range(..seen.size);
+    let mut workers = seen.workers.range(..Slot(seen.size));
     workers.find_map(|(slot, worker)| Some((format!("worker {slot}"), worker.failure.as_ref()?)))
 }
 

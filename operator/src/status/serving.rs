@@ -3,6 +3,7 @@
 use expertmesh_decide::action::Desired;
 use expertmesh_decide::observation::Observation;
 use expertmesh_decide::report::{Report, State};
+use expertmesh_model::expert::ExpertId;
 
 /// True where requests are answered, by all workers that there should be; or wait for one, where there should be none.
 pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
@@ -26,7 +27,7 @@ pub(super) fn those_that_stay_are_ready(desired: &Desired, seen: &Observation) -
     if desired.workers == 0 {
         return true;
     }
-    let ready = seen.reports().filter(|(slot, report)| *slot < staying && report.state == State::Ready);
+    let ready = seen.reports().filter(|(slot, report)| slot.0 < staying && report.state == State::Ready);
     staying > 0 && ready.count() == staying as usize
 }
 
@@ -40,7 +41,7 @@ pub(super) fn answering(seen: &Observation) -> usize {
 pub(super) fn following(seen: &Observation) -> impl Iterator<Item = &Report> {
     let epoch = seen.placement.epoch();
     let reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
-    reports.filter(move |report| report.state == State::Ready && epoch > 0 && report.epoch == epoch)
+    reports.filter(move |report| report.state == State::Ready && !epoch.is_none() && report.epoch == epoch)
 }
 
 /// Whether a frontend could hand a request to a worker now; one that holds requests is ready too.
@@ -57,9 +58,9 @@ pub(super) struct Experts {
     pub(super) all: usize,
     /// Experts of which every layer is resident somewhere.
     pub(super) resident: usize,
-    /// (layer, expert) pairs with fewer copies than wanted.
+    /// Experts of all layers together with fewer copies than wanted.
     pub(super) missing: usize,
-    /// (layer, expert) pairs that workers say they are loading.
+    /// Experts of all layers together that workers say they are loading.
     pub(super) loading: u32,
 }
 
@@ -67,12 +68,11 @@ impl Experts {
     pub(super) fn count(seen: &Observation, min_replicas: u32) -> Self {
         let Some(shape) = seen.shape() else { return Self::default() };
         let live: Vec<_> = seen.reports().filter(|(_, report)| report.state != State::Loading).collect();
-        let copies =
-            |layer, expert| live.iter().filter(|(_, report)| report.resident.contains(layer, expert)).count();
+        let copies = |id| live.iter().filter(|(_, report)| report.resident.contains(id)).count();
         let mut experts = Self { known: true, all: shape.experts as usize, ..Self::default() };
         for expert in 0..shape.experts {
-            let counts: Vec<_> =
-                (shape.first_moe_layer..shape.layers).map(|layer| copies(layer, expert)).collect();
+            let layers = shape.first_moe_layer..shape.layers;
+            let counts: Vec<_> = layers.map(|layer| copies(ExpertId { layer, expert })).collect();
             experts.resident += usize::from(counts.iter().all(|&copies| copies > 0));
             experts.missing += counts.iter().filter(|&&copies| copies < min_replicas as usize).count();
         }

@@ -1,7 +1,12 @@
 use expertmesh_decide::action::Decision;
 use expertmesh_decide::observation::{Failure, FailureReason, Seen};
 use expertmesh_decide::report::{ModelShape, Report, State};
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 
@@ -23,19 +28,14 @@ fn desired(workers: u32) -> Desired {
 
 /// Two layers of experts.
 fn experts(of: &[u32]) -> ExpertSet {
-    let mut set = ExpertSet::default();
-    for &expert in of {
-        set.insert(1, expert);
-        set.insert(2, expert);
-    }
-    set
+    of.iter().flat_map(|&expert| [1, 2].map(|layer| ExpertId { layer, expert })).collect()
 }
 
 fn report(state: State, epoch: u64, resident: ExpertSet) -> Report {
     Report {
         state,
         reason: String::new(),
-        epoch,
+        epoch: Epoch { term: 0, counter: epoch },
         placement_hash: String::new(),
         shape: Some(SHAPE),
         resident,
@@ -48,19 +48,20 @@ fn report(state: State, epoch: u64, resident: ExpertSet) -> Report {
         kv_usage: 0.0,
         latencies: None,
         eligible_workers: None,
-        incarnation: 0,
+        incarnation: Incarnation::default(),
+        age: None,
     }
 }
 
 fn placement(epoch: u64) -> Placement {
     let worker = |slot, of: &[u32]| PlacedWorker {
-        slot,
+        slot: Slot(slot),
         name: format!("tiny-1-{slot}"),
         addresses: vec![],
         experts: experts(of),
         draining: false,
     };
-    Placement::new(epoch, vec![worker(0, &[0, 1, 2]), worker(1, &[3])]).unwrap()
+    Placement::new(Epoch { term: 0, counter: epoch }, vec![worker(0, &[0, 1, 2]), worker(1, &[3])]).unwrap()
 }
 
 /// Two workers with all four experts between them, and one frontend.
@@ -70,8 +71,8 @@ fn healthy() -> Observation {
         placement: placement(3),
         size: 2,
         workers: [
-            (0, seen(report(State::Ready, 3, experts(&[0, 1, 2])))),
-            (1, seen(report(State::Ready, 3, experts(&[3])))),
+            (Slot(0), seen(report(State::Ready, 3, experts(&[0, 1, 2])))),
+            (Slot(1), seen(report(State::Ready, 3, experts(&[3])))),
         ]
         .into(),
         frontends: vec![seen(Report { shape: None, ..report(State::Ready, 3, ExpertSet::default()) })],
@@ -128,8 +129,8 @@ fn a_worker_that_gave_up_gives_its_reason_to_the_conditions() {
     let mut seen = healthy();
     let words = failure("ModelNotFound", "no config.json in /models/nope");
     seen.workers = [
-        (0, Seen { failure: words.clone(), ..Seen::default() }),
-        (1, Seen { failure: words, ..Seen::default() }),
+        (Slot(0), Seen { failure: words.clone(), ..Seen::default() }),
+        (Slot(1), Seen { failure: words, ..Seen::default() }),
     ]
     .into();
     let status = computed(&desired(2), &seen);
@@ -145,7 +146,7 @@ fn a_worker_that_gave_up_gives_its_reason_to_the_conditions() {
 #[test]
 fn it_is_not_ready_without_every_expert() {
     let mut seen = healthy();
-    seen.workers.get_mut(&1).unwrap().report =
+    seen.workers.get_mut(&Slot(1)).unwrap().report =
         Some(Report { experts_loading: 2, ..report(State::Ready, 3, experts(&[])) });
     let status = computed(&desired(2), &seen);
     let text = "3 of 4 experts are resident; 2 of their layers are loading";
@@ -193,7 +194,7 @@ fn a_worker_that_leaves_and_a_frontend_that_has_not_heard_of_it_leave_the_rest_r
     let mut seen = healthy();
     seen.size = 3;
     let leaves = report(State::Draining, 3, experts(&[]));
-    seen.workers.insert(2, Seen { report: Some(leaves), ..Seen::default() });
+    seen.workers.insert(Slot(2), Seen { report: Some(leaves), ..Seen::default() });
     seen.placement = placement(4);
     assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).0, "True");
     assert_eq!(told(&computed(&desired(3), &seen), Kind::Ready).0, "False", "this one should stay");
@@ -203,7 +204,8 @@ fn a_worker_that_leaves_and_a_frontend_that_has_not_heard_of_it_leave_the_rest_r
 fn a_dead_worker_leaves_the_others_answering_and_the_last_one_does_not() {
     let first = computed(&desired(2), &healthy());
     let mut seen = healthy();
-    seen.workers.insert(1, Seen { failure: failure("OOMKilled", "ended with code 137"), ..Seen::default() });
+    seen.workers
+        .insert(Slot(1), Seen { failure: failure("OOMKilled", "ended with code 137"), ..Seen::default() });
     let later = at("2026-11-24T13:00:00Z");
     let status = computed_after(&first, &desired(2), &seen, later);
     let (ready, _, message) = told(&status, Kind::Ready);
@@ -211,7 +213,7 @@ fn a_dead_worker_leaves_the_others_answering_and_the_last_one_does_not() {
     assert_eq!(told(&status, Kind::WorkersAvailable).1, "OOMKilled");
     assert_eq!(told(&status, Kind::Degraded).0, "True");
     assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).0, "False", "it was never ready before");
-    seen.workers.insert(0, Seen::default());
+    seen.workers.insert(Slot(0), Seen::default());
     assert_eq!(told(&computed_after(&status, &desired(2), &seen, later), Kind::Ready).0, "False");
 }
 
@@ -231,7 +233,7 @@ fn a_condition_keeps_its_time_until_its_status_changes() {
 #[test]
 fn a_reason_is_always_one_that_the_api_accepts() {
     let mut seen = healthy();
-    seen.workers.insert(0, Seen { failure: failure("9 lives: over", "x"), ..Seen::default() });
+    seen.workers.insert(Slot(0), Seen { failure: failure("9 lives: over", "x"), ..Seen::default() });
     assert_eq!(told(&computed(&desired(2), &seen), Kind::Ready).1, "Failed");
 }
 

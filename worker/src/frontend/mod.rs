@@ -126,7 +126,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 async fn serve(args: Args) -> Result<(), Fatal> {
     let model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
-    let me = caller(&args);
+    let me = caller(&args)?;
     let registry = Registry::new();
     let metrics = FrontendMetrics::new(&registry, &model.name);
     let workers = Workers::new(me.clone(), args.queue_timeout, metrics.clone());
@@ -189,7 +189,7 @@ async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Ser
 }
 
 /// Who this frontend is; it names a fingerprint where the model's directory has the weights too.
-fn caller(args: &Args) -> v1::Caller {
+fn caller(args: &Args) -> Result<v1::Caller, Fatal> {
     let fingerprint = match args.computed_as.fingerprint(&args.model) {
         Ok(fingerprint) => Some(fingerprint_message(&fingerprint)),
         Err(error) => {
@@ -197,7 +197,8 @@ fn caller(args: &Args) -> v1::Caller {
             None
         }
     };
-    v1::Caller { name: args.name.clone(), incarnation: process::incarnation(), attempt: 0, fingerprint }
+    let incarnation = process::incarnation()?.0;
+    Ok(v1::Caller { name: args.name.clone(), incarnation, attempt: 0, fingerprint })
 }
 
 fn addresses(http: &TcpListener, grpc: &TcpListener, probes: &TcpListener) -> Addresses {

@@ -169,7 +169,7 @@ impl Sequence {
         let span = self.parent.child("attempt", SpanKind::Client);
         span.set("expertmesh.sequence", self.progress.request.id.clone());
         span.set("expertmesh.attempt", i64::from(self.attempt));
-        span.set("expertmesh.slot", i64::from(lease.process.slot));
+        span.set("expertmesh.slot", i64::from(lease.process.slot.0));
         let mut request = Request::new(self.progress.rest(self.workers.caller(self.attempt)));
         span.tell(request.metadata_mut());
         self.attempt += 1;

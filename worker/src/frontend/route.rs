@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::slot::Slot;
+
 /// A worker's last report, for as long as its stream is up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Load {
@@ -11,7 +14,7 @@ pub(crate) struct Load {
     /// How many sequences wait for a place in its batch.
     pub(crate) waiting: u32,
     /// Which process of the worker's name it is.
-    pub(crate) incarnation: u64,
+    pub(crate) incarnation: Incarnation,
 }
 
 /// What a worker says of itself, and whether that may be believed.
@@ -76,8 +79,8 @@ impl Ineligible {
 /// One process of a worker: a slot may have several, one after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Process {
-    pub(crate) slot: u32,
-    pub(crate) incarnation: u64,
+    pub(crate) slot: Slot,
+    pub(crate) incarnation: Incarnation,
 }
 
 /// The processes on which a sequence was set back.
@@ -85,7 +88,7 @@ pub(crate) type Avoided = BTreeSet<Process>;
 
 /// The slot with the least load; ties by the fewest of this frontend's sequences in flight, then by the lowest slot. One that is to be
 /// avoided is taken only where there is no other.
-pub(crate) fn choose(workers: &BTreeMap<u32, Known>, avoided: &Avoided) -> Option<u32> {
+pub(crate) fn choose(workers: &BTreeMap<Slot, Known>, avoided: &Avoided) -> Option<Slot> {
     let candidates = workers.iter().filter_map(|(&slot, known)| {
         let load = known.eligible().ok()?;
         let queue = u64::from(load.running) + u64::from(load.waiting) + u64::from(known.since_report);
@@ -100,7 +103,7 @@ pub(crate) fn choose(workers: &BTreeMap<u32, Known>, avoided: &Avoided) -> Optio
 }
 
 /// One line that says why each worker gets no sequence, for `/readyz` and for errors.
-pub(crate) fn why_none(workers: &BTreeMap<u32, Known>) -> String {
+pub(crate) fn why_none(workers: &BTreeMap<Slot, Known>) -> String {
     if workers.is_empty() {
         return "the placement has no workers".to_string();
     }
@@ -120,14 +123,15 @@ mod tests {
     use super::*;
 
     fn ready(running: u32, waiting: u32) -> Known {
-        let load = Load { readiness: Readiness::Ready, running, waiting, incarnation: 7 };
+        let load = Load { readiness: Readiness::Ready, running, waiting, incarnation: Incarnation(7) };
         Known { load: Some(load), ..Known::default() }
     }
 
-    const SEVENTH: Process = Process { slot: 0, incarnation: 7 };
+    const SEVENTH: Process = Process { slot: Slot(0), incarnation: Incarnation(7) };
 
     fn pick(workers: &[Known], avoided: &[Process]) -> Option<u32> {
-        choose(&(0..).zip(workers.iter().copied()).collect(), &avoided.iter().copied().collect())
+        let workers = (0..).map(Slot).zip(workers.iter().copied()).collect();
+        choose(&workers, &avoided.iter().copied().collect()).map(|slot| slot.0)
     }
 
     #[test]
@@ -154,7 +158,7 @@ mod tests {
             leaving,
         ];
         assert_eq!(pick(&none, &[]), None);
-        let why = why_none(&(0..).zip(none).collect());
+        let why = why_none(&(0..).map(Slot).zip(none).collect());
         assert_eq!(
             why,
             "no worker can take a sequence: 2, 4 draining; 1 loading; 3 of another model; 0 unreachable"
@@ -165,7 +169,10 @@ mod tests {
     #[test]
     fn a_process_that_failed_the_sequence_comes_last_but_its_successor_does_not() {
         assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[SEVENTH]), Some(1));
-        assert_eq!(pick(&[ready(0, 0), ready(9, 9)], &[Process { incarnation: 6, ..SEVENTH }]), Some(0));
+        assert_eq!(
+            pick(&[ready(0, 0), ready(9, 9)], &[Process { incarnation: Incarnation(6), ..SEVENTH }]),
+            Some(0)
+        );
         assert_eq!(pick(&[ready(0, 0)], &[SEVENTH]), Some(0));
     }
 }

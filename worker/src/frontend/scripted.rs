@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use expertmesh_metrics::Registry;
 use expertmesh_model::fingerprint::ModelFingerprint;
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};
 use expertmesh_proto::v1::finished::Reason;
@@ -58,7 +61,7 @@ fn logprobs(id: u32, top: u32) -> v1::Logprobs {
 
 #[derive(Clone)]
 pub(crate) struct Scripted {
-    slot: u32,
+    slot: Slot,
     pub(crate) fingerprint: Arc<Mutex<ModelFingerprint>>,
     script: Arc<Mutex<VecDeque<Act>>>,
     seen: Arc<Mutex<Vec<v1::GenerateRequest>>>,
@@ -148,7 +151,7 @@ impl Control for Scripted {
                 let state_now = *state.borrow_and_update() as i32;
                 let report = v1::ReportResponse {
                     callee: Some(callee),
-                    slot,
+                    slot: slot.0,
                     state: state_now,
                     ..v1::ReportResponse::default()
                 };
@@ -185,7 +188,7 @@ pub(crate) fn fingerprint(weights: &str) -> ModelFingerprint {
     ModelFingerprint { architecture, weights: weights.to_string(), format, numerics }
 }
 
-fn worker(slot: u32, addresses: &[String]) -> PlacedWorker {
+fn worker(slot: Slot, addresses: &[String]) -> PlacedWorker {
     let (name, addresses) = (format!("w-{slot}"), addresses.to_vec());
     PlacedWorker { slot, name, addresses, experts: ExpertSet::default(), draining: false }
 }
@@ -193,7 +196,7 @@ fn worker(slot: u32, addresses: &[String]) -> PlacedWorker {
 /// Workers with a script each; slot 0 is chosen first.
 pub(crate) async fn stage(scripts: &[&[Act]]) -> Stage {
     let (mut players, mut tasks, mut placed) = (Vec::new(), Vec::new(), Vec::new());
-    for (slot, script) in (0..).zip(scripts) {
+    for (slot, script) in (0..).map(Slot).zip(scripts) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         placed.push(worker(slot, &[listener.local_addr().unwrap().to_string()]));
         let script = Arc::new(Mutex::new(script.iter().copied().collect()));
@@ -218,7 +221,7 @@ pub(crate) async fn stage(scripts: &[&[Act]]) -> Stage {
         v1::Caller { fingerprint: Some(fingerprint_message(&fingerprint("w"))), ..v1::Caller::default() };
     let workers = Workers::new(me, QUEUE_TIMEOUT, metrics.clone());
     let placement = CurrentPlacement::load(None).unwrap();
-    placement.apply(Placement::new(1, placed).unwrap()).unwrap();
+    placement.apply(Placement::new(Epoch::FIRST, placed).unwrap()).unwrap();
     tasks.push(tokio::spawn(workers.clone().follow(placement.clone())).abort_handle());
     let stage = Stage { workers, metrics, players, registry, placement, tasks };
     stage.until_eligible(scripts.len()).await;
@@ -236,8 +239,9 @@ impl Stage {
     /// The next placement: the addresses of each worker. Returns those of the one before.
     pub(crate) fn place(&self, addresses: &[Vec<String>]) -> Vec<Vec<String>> {
         let before = self.placement.get();
-        let workers = (0..).zip(addresses).map(|(slot, addresses)| worker(slot, addresses)).collect();
-        self.placement.apply(Placement::new(before.epoch() + 1, workers).unwrap()).unwrap();
+        let workers =
+            (0..).map(Slot).zip(addresses).map(|(slot, addresses)| worker(slot, addresses)).collect();
+        self.placement.apply(Placement::new(before.epoch().next(), workers).unwrap()).unwrap();
         before.workers().iter().map(|worker| worker.addresses.clone()).collect()
     }
 
@@ -247,7 +251,7 @@ impl Stage {
     }
 
     /// Until so many of our sequences are on a worker.
-    pub(crate) async fn until_in_flight(&self, slot: u32, count: u32) {
+    pub(crate) async fn until_in_flight(&self, slot: Slot, count: u32) {
         while self.workers.in_flight(slot) != Some(count) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

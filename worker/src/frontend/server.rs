@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
@@ -15,6 +15,7 @@ use super::tracked::Tracked;
 use super::workers::Workers;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::metrics::labels::Endpoint;
+use crate::process::age_ms;
 
 /// What every request needs: the model, the workers, limits and metrics.
 pub(crate) struct Server {
@@ -29,8 +30,9 @@ pub(crate) struct Server {
     in_flight: watch::Sender<u32>,
     leaving: watch::Sender<bool>,
     closed: AtomicBool,
-    /// What tells this process from others of its name, in the ids of its answers.
-    incarnation: u64,
+    began: Instant,
+    /// When this frontend started, in seconds since 1970.
+    started: u64,
     ids: AtomicU64,
 }
 
@@ -53,7 +55,8 @@ impl Server {
             in_flight: watch::Sender::new(0),
             leaving: watch::Sender::new(false),
             closed: AtomicBool::new(false),
-            incarnation: crate::process::incarnation(),
+            began: Instant::now(),
+            started: seconds_since_1970(),
             ids: AtomicU64::new(0),
         })
     }
@@ -83,14 +86,19 @@ impl Server {
 
     /// When this frontend started, in seconds since 1970.
     pub(super) fn started(&self) -> u64 {
-        self.incarnation / 1_000_000_000
+        self.started
+    }
+
+    /// For how long it has run, in milliseconds.
+    pub(super) fn age_ms(&self) -> u64 {
+        age_ms(self.began)
     }
 
     pub(super) fn header(&self, prefix: &str) -> Header {
         let number = self.ids.fetch_add(1, Ordering::Relaxed);
         Header {
-            id: format!("{prefix}-{:x}-{number:x}", self.incarnation),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            id: format!("{prefix}-{:x}-{number:x}", self.workers.incarnation()),
+            created: seconds_since_1970(),
             model: self.model.name.clone(),
             system_fingerprint: self.workers.system_fingerprint(),
         }
@@ -113,4 +121,8 @@ impl Server {
     pub(super) async fn share(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
         self.reading.clone().acquire_many_owned(bytes as u32).await.map_err(|_| ApiError::ShuttingDown)
     }
+}
+
+fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

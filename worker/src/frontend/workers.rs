@@ -9,7 +9,9 @@ use std::time::Duration;
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_proto::backoff::Backoff;
 use expertmesh_proto::expert::checksum;
+use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::placement::PlacedWorker;
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -108,6 +110,11 @@ impl Workers {
         Some(format!("fp_{:08x}", checksum(&all)))
     }
 
+    /// What tells this frontend from others that had its name.
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        Incarnation(self.0.me.incarnation)
+    }
+
     /// This frontend, as the request for a sequence's try number `attempt` names it.
     pub(crate) fn caller(&self, attempt: u32) -> v1::Caller {
         let fingerprint = self.view().fingerprint.as_ref().map(fingerprint_message);
@@ -152,7 +159,7 @@ impl Workers {
     }
 
     /// Keeps a report stream open for as long as the task lives.
-    async fn watch(self, slot: u32, addresses: Vec<String>) {
+    async fn watch(self, slot: Slot, addresses: Vec<String>) {
         loop {
             let tries =
                 addresses.iter().zip(0..).map(|(address, at)| self.reach(slot, address, STAGGER * at));
@@ -165,13 +172,13 @@ impl Workers {
     }
 
     /// Asks one address for reports until that slot's worker answers.
-    async fn reach(&self, slot: u32, address: &str, after: Duration) -> Reports {
+    async fn reach(&self, slot: Slot, address: &str, after: Duration) -> Reports {
         sleep(after).await;
         let mut backoff = BACKOFF;
         loop {
             match Reports::open(self.caller(0), slot, address).await {
                 Ok(reports) => return reports,
-                Err(problem) => tracing::debug!(slot, address, problem, "worker not reached"),
+                Err(problem) => tracing::debug!(%slot, address, problem, "worker not reached"),
             }
             self.pause(backoff.pause()).await;
         }
@@ -224,7 +231,7 @@ impl Workers {
     }
 
     /// Sequences of this frontend that run on a worker.
-    pub(crate) fn in_flight(&self, slot: u32) -> Option<u32> {
+    pub(crate) fn in_flight(&self, slot: Slot) -> Option<u32> {
         self.view().known().get(&slot).map(|known| known.in_flight)
     }
 }

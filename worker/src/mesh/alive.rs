@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use expertmesh_proto::expert::Limits;
+use expertmesh_proto::slot::Slot;
 use tokio::sync::watch;
 
-use super::fence::Fence;
 use crate::identity::Identity;
 use crate::metrics::worker::WorkerMetrics;
 
@@ -14,25 +14,24 @@ use crate::metrics::worker::WorkerMetrics;
 pub(crate) struct Shared {
     pub(crate) identity: Identity,
     pub(crate) limits: Limits,
-    pub(crate) fence: Fence,
     pub(crate) metrics: Arc<WorkerMetrics>,
-    alive: watch::Sender<BTreeSet<u32>>,
+    alive: watch::Sender<BTreeSet<Slot>>,
 }
 
 impl Shared {
     pub(crate) fn new(identity: Identity, limits: Limits, metrics: Arc<WorkerMetrics>) -> Self {
-        let (fence, alive) = (Fence::default(), watch::Sender::new(BTreeSet::new()));
-        Self { identity, limits, fence, metrics, alive }
+        let alive = watch::Sender::new(BTreeSet::new());
+        Self { identity, limits, metrics, alive }
     }
 
     /// The peer of this slot counts as alive until the result is dropped, also by a link that is torn down.
-    pub(crate) fn is_up(self: &Arc<Self>, slot: u32) -> Alive {
+    pub(crate) fn is_up(self: &Arc<Self>, slot: Slot) -> Alive {
         self.alive.send_if_modified(|alive| alive.insert(slot));
         Alive { shared: self.clone(), slot }
     }
 
     /// The slots whose link is up.
-    pub(crate) fn alive(&self) -> BTreeSet<u32> {
+    pub(crate) fn alive(&self) -> BTreeSet<Slot> {
         self.alive.borrow().clone()
     }
 }
@@ -40,7 +39,7 @@ impl Shared {
 /// A peer's life, as long as its link is up.
 pub(crate) struct Alive {
     shared: Arc<Shared>,
-    slot: u32,
+    slot: Slot,
 }
 
 impl Drop for Alive {

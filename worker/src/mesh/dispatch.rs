@@ -8,6 +8,7 @@ use expertmesh_engine::{Backend, Exchange, Pinned, Routes};
 use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::expert::{Answers, Rows};
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use tokio::sync::watch;
 
 use super::peers::Peers;
@@ -33,7 +34,7 @@ pub(crate) struct MeshExchange {
     outcomes: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
     next_ticket: u64,
     /// Until when an expert counts as not resident in a slot.
-    cold: BTreeMap<(ExpertId, u32), Instant>,
+    cold: BTreeMap<(ExpertId, Slot), Instant>,
 }
 
 /// One layer of one step on its way. A pair is (row, choice among its top k): row · top_k + choice.
@@ -46,7 +47,7 @@ pub(crate) struct InFlight<B: Backend> {
     here: Here,
     tickets: BTreeMap<u64, Flight>,
     /// Per expert, the slots that failed it in this layer.
-    tried: BTreeMap<u32, Vec<u32>>,
+    tried: BTreeMap<u32, Vec<Slot>>,
 }
 
 /// What is to be computed by this worker.
@@ -59,7 +60,7 @@ struct Here {
 
 /// A ticket that a peer has.
 struct Flight {
-    slot: u32,
+    slot: Slot,
     attempt: u32,
     load: bool,
     sent: Instant,
@@ -91,7 +92,7 @@ impl MeshExchange {
         new
     }
 
-    fn me(&self) -> u32 {
+    fn me(&self) -> Slot {
         self.peers.shared.identity.slot
     }
 
@@ -158,13 +159,13 @@ impl MeshExchange {
         &self,
         flight: &InFlight<B>,
         resident: &Pinned,
-        alive: &BTreeSet<u32>,
+        alive: &BTreeSet<Slot>,
         expert: u32,
     ) -> Target {
         let (me, id) = (self.me(), ExpertId::new(flight.layer, expert));
         let tried = flight.tried.get(&expert).map_or(&[][..], Vec::as_slice);
-        let mut cold: Vec<u32> =
-            self.cold.range((id, 0)..=(id, u32::MAX)).map(|(&(_, slot), _)| slot).collect();
+        let mut cold: Vec<Slot> =
+            self.cold.range((id, Slot(0))..=(id, Slot(u32::MAX))).map(|(&(_, slot), _)| slot).collect();
         if !resident.holds(expert) {
             cold.push(me);
         }
@@ -348,14 +349,14 @@ impl<B: Backend> InFlight<B> {
 }
 
 /// A slot has failed these experts in this layer.
-fn give_up(tried: &mut BTreeMap<u32, Vec<u32>>, slot: u32, experts: impl Iterator<Item = u32>) {
+fn give_up(tried: &mut BTreeMap<u32, Vec<Slot>>, slot: Slot, experts: impl Iterator<Item = u32>) {
     for expert in distinct(experts) {
         tried.entry(expert).or_default().push(slot);
     }
 }
 
 /// A peer, and whether it is to load what it lacks.
-fn peer_of(target: Target) -> Option<(u32, bool)> {
+fn peer_of(target: Target) -> Option<(Slot, bool)> {
     match target {
         Target::Holder(slot) => Some((slot, false)),
         Target::Elected(slot) => Some((slot, true)),

@@ -14,7 +14,7 @@ use expertmesh_proto::expert::{
     DispatchParts, MAX_PART_BYTES, MAX_TICKET_ROWS, MAX_TICKETS, Rows, Ticket, answer_parts,
 };
 use expertmesh_proto::invalid::Invalid;
-use expertmesh_proto::placement::MAX_WORKERS;
+use expertmesh_proto::slot::{MAX_WORKERS, Slot};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
@@ -43,7 +43,7 @@ type Responses = mpsc::Sender<Result<v1::ExchangeResponse, Status>>;
 
 /// A peer's rows on their way to the serving thread, and where the answers go.
 pub(crate) struct Job {
-    slot: u32,
+    slot: Slot,
     ticket: Ticket,
     rows: Rows,
     responses: Responses,
@@ -87,16 +87,14 @@ impl ExpertExchange for Served {
         let hello = hello(&mut requests).await?;
         let identity = &exchange.shared.identity;
         identity.admit_peer(hello.caller.as_ref())?;
-        let incarnation = hello.caller.map_or(0, |caller| caller.incarnation);
-        exchange.shared.fence.admit(hello.slot, incarnation)?;
         // Two more for the welcome and a heartbeat. It costs memory only where it is used.
         let (responses, receiver) = mpsc::channel(MAX_TICKETS * exchange.shared.limits.max_parts() + 2);
-        let welcome = v1::Welcome { callee: Some(identity.caller(0)), slot: identity.slot };
+        let welcome = v1::Welcome { callee: Some(identity.caller(0)), slot: identity.slot.0 };
         let welcome = v1::ExchangeResponse { message: Some(Response::Welcome(welcome)) };
         responses.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the peer left"))?;
         let pump = Pump {
             exchange,
-            slot: hello.slot,
+            slot: Slot(hello.slot),
             session: hello.session,
             partial: BTreeMap::new(),
             under_way: Arc::default(),
@@ -152,7 +150,7 @@ fn is_last_part(response: &Result<v1::ExchangeResponse, Status>) -> bool {
 /// One peer's stream: it always reads, and the peer takes the answers as it can.
 struct Pump {
     exchange: Arc<Exchange>,
-    slot: u32,
+    slot: Slot,
     session: u64,
     partial: BTreeMap<u64, DispatchParts>,
     /// Complete tickets whose answer the peer has not taken to its end.
@@ -163,7 +161,7 @@ struct Pump {
 impl Pump {
     async fn run(mut self, requests: Streaming<v1::ExchangeRequest>) {
         if let Err(status) = self.read(requests).await {
-            tracing::debug!(slot = self.slot, "stream of a peer ended: {status}");
+            tracing::debug!(slot = %self.slot, "stream of a peer ended: {status}");
             let _ = self.responses.send(Err(status)).await;
         }
     }
@@ -362,6 +360,7 @@ mod tests {
     use expertmesh_metrics::Registry;
     use expertmesh_model::fingerprint::ModelFingerprint;
     use expertmesh_proto::expert::{AnswerParts, Answers, Limits};
+    use expertmesh_proto::incarnation::Incarnation;
 
     use super::*;
     use crate::identity::Identity;
@@ -392,13 +391,14 @@ mod tests {
         };
         let [architecture, weights, format, numerics] = ["a", "w", "bf16", "pair-1"].map(str::to_owned);
         let fingerprint = ModelFingerprint { architecture, weights, format, numerics };
-        let identity = Identity { name: "w-0".to_owned(), slot: 0, incarnation: 1, fingerprint };
+        let identity =
+            Identity { name: "w-0".to_owned(), slot: Slot(0), incarnation: Incarnation(1), fingerprint };
         Shared::new(identity, limits, Arc::new(WorkerMetrics::new(&Registry::new())))
     }
 
     /// A peer's ticket: rows of its own, each with some experts.
-    fn job(slot: u32, layer: u32, hidden: usize, rows: &[&[u32]]) -> (Job, Answered) {
-        let value = |at: usize| 0x3f00 | ((at * 37 + slot as usize * 11) % 128) as u16;
+    fn job(slot: Slot, layer: u32, hidden: usize, rows: &[&[u32]]) -> (Job, Answered) {
+        let value = |at: usize| 0x3f00 | ((at * 37 + slot.0 as usize * 11) % 128) as u16;
         let rows = Rows {
             layer,
             row_experts: rows.iter().map(|experts| experts.len() as u32).collect(),
@@ -407,7 +407,7 @@ mod tests {
             ..Rows::default()
         };
         let (responses, answered) = mpsc::channel(64);
-        let ticket = Ticket { session: 1, ticket: u64::from(slot), attempt: 0 };
+        let ticket = Ticket { session: 1, ticket: u64::from(slot.0), attempt: 0 };
         (Job { slot, ticket, rows, responses, _span: Span::default() }, answered)
     }
 
@@ -428,25 +428,26 @@ mod tests {
         let (shared, mut queue) = (shared(&backend), backend.queue().unwrap());
         // The second lacks an expert that is not here, the third has one row less.
         let asked: [&[&[u32]]; 3] = [&[&[0, 3], &[5]], &[&[1, 3, 9], &[3]], &[&[2, 5]]];
-        let jobs = || (1..).zip(asked).map(|(slot, rows)| job(slot, LAYER, shared.limits.hidden, rows));
+        let jobs =
+            || (1..).map(Slot).zip(asked).map(|(slot, rows)| job(slot, LAYER, shared.limits.hidden, rows));
         let (together, streams): (Vec<Job>, Vec<Answered>) = jobs().unzip();
         serve(&backend, &mut queue, &shared, &together);
         for ((alone, stream), (job, together)) in jobs().zip(together.iter().zip(streams)) {
             let alone = [alone];
             serve(&backend, &mut queue, &shared, &alone);
             let expected = answers(&alone[0], stream, &shared.limits);
-            assert_eq!(expected.not_resident.as_slice(), if job.slot == 2 { &[9][..] } else { &[] });
+            assert_eq!(expected.not_resident.as_slice(), if job.slot == Slot(2) { &[9][..] } else { &[] });
             assert_eq!(answers(job, together, &shared.limits), expected, "peer {}", job.slot);
         }
     }
 
     #[test]
     fn only_tickets_of_the_oldest_ones_layer_are_computed_with_it_and_not_those_of_a_peer_that_left() {
-        let made = [(1, 1), (2, 2), (3, 1), (4, 1)].map(|(slot, layer)| job(slot, layer, 2, &[&[0]]));
+        let made = [(1, 1), (2, 2), (3, 1), (4, 1)].map(|(slot, layer)| job(Slot(slot), layer, 2, &[&[0]]));
         let (jobs, mut streams): (Vec<Job>, Vec<Answered>) = made.into_iter().unzip();
         drop(streams.remove(2));
         let mut waiting = VecDeque::from(jobs);
-        let slots = |jobs: Vec<Job>| jobs.iter().map(|job| job.slot).collect::<Vec<_>>();
+        let slots = |jobs: Vec<Job>| jobs.iter().map(|job| job.slot.0).collect::<Vec<_>>();
         assert_eq!(slots(of_one_layer(&mut waiting)), [1, 4]);
         assert_eq!(slots(of_one_layer(&mut waiting)), [2]);
     }

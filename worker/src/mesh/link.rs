@@ -10,6 +10,7 @@ use std::time::Duration;
 use expertmesh_proto::backoff::Backoff;
 use expertmesh_proto::channel::{self, Connect, ConnectError};
 use expertmesh_proto::expert::{AnswerParts, Limits, MAX_PART_BYTES, MAX_TICKETS, Ticket};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
@@ -128,7 +129,7 @@ impl Up {
 /// Keeps the link up until the task is aborted. Every ticket handed in gets its outcome.
 pub(crate) async fn keep(
     shared: Arc<Shared>,
-    slot: u32,
+    slot: Slot,
     link: Arc<Link>,
     mut addresses: watch::Receiver<Vec<String>>,
 ) {
@@ -137,15 +138,15 @@ pub(crate) async fn keep(
         let current = addresses.borrow_and_update().clone();
         match open(&shared, slot, session, &current).await {
             Ok(stream) => {
-                tracing::info!(slot, "peer is up");
+                tracing::info!(%slot, "peer is up");
                 (backoff, told) = (BACKOFF, None);
                 let verdict = read(&shared, slot, session, &link, stream).await;
                 shared.metrics.mesh.failed(slot, verdict.failure);
-                tracing::warn!(slot, reason = verdict.failure.name(), "peer is down: {}", verdict.message);
+                tracing::warn!(%slot, reason = verdict.failure.name(), "peer is down: {}", verdict.message);
             }
             // It is tried again and again, and told once for every reason.
             Err(verdict) if told != Some(verdict.failure) => {
-                tracing::warn!(slot, reason = verdict.failure.name(), "peer is not up: {}", verdict.message);
+                tracing::warn!(%slot, reason = verdict.failure.name(), "peer is not up: {}", verdict.message);
                 told = Some(verdict.failure);
             }
             Err(_) => {}
@@ -158,7 +159,7 @@ pub(crate) async fn keep(
 }
 
 /// The peer is alive for the engine while its answers are read; afterwards its tickets have their outcome.
-async fn read(shared: &Arc<Shared>, slot: u32, session: u64, link: &Link, stream: Stream) -> Verdict {
+async fn read(shared: &Arc<Shared>, slot: Slot, session: u64, link: &Link, stream: Stream) -> Verdict {
     let Stream { requests, mut responses } = stream;
     link.open(session, requests);
     let mut closing = Closing { link, failure: PeerFailure::Down };
@@ -254,7 +255,7 @@ struct Stream {
 }
 
 /// The first address that answers as the slot we look for.
-async fn open(shared: &Shared, slot: u32, session: u64, addresses: &[String]) -> Result<Stream, Verdict> {
+async fn open(shared: &Shared, slot: Slot, session: u64, addresses: &[String]) -> Result<Stream, Verdict> {
     let mut verdict = Verdict::new(PeerFailure::Down, "no address");
     for address in addresses {
         let late = |_| Err(Verdict::new(PeerFailure::Silent, format!("{address} does not answer")));
@@ -266,13 +267,13 @@ async fn open(shared: &Shared, slot: u32, session: u64, addresses: &[String]) ->
     Err(verdict)
 }
 
-async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Result<Stream, Verdict> {
+async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Result<Stream, Verdict> {
     let channel = channel::connect(address, &CONNECT).await?;
     let mut client = ExpertExchangeClient::new(channel).max_decoding_message_size(2 * MAX_PART_BYTES);
     // One more for the hello. It costs memory only where it is used.
     let (requests, receiver) = mpsc::channel(MAX_TICKETS * shared.limits.max_parts() + 1);
     let identity = &shared.identity;
-    let hello = v1::Hello { caller: Some(identity.caller(0)), slot: identity.slot, session };
+    let hello = v1::Hello { caller: Some(identity.caller(0)), slot: identity.slot.0, session };
     let hello = v1::ExchangeRequest { message: Some(Request::Hello(hello)) };
     requests.send(hello).await.map_err(|_| Verdict::new(PeerFailure::Down, "stream closed"))?;
     let mut responses = client.exchange(ReceiverStream::new(receiver)).await?.into_inner();
@@ -280,11 +281,10 @@ async fn greet(shared: &Shared, slot: u32, session: u64, address: &str) -> Resul
         Some(Response::Welcome(welcome)) => welcome,
         _ => return Err(Verdict::new(PeerFailure::Invalid, "the first message was no welcome")),
     };
-    if welcome.slot != slot {
+    if welcome.slot != slot.0 {
         let message = format!("{address} is slot {}, not {slot}", welcome.slot);
         return Err(Verdict::new(PeerFailure::Fenced, message));
     }
     identity.admit_peer(welcome.callee.as_ref())?;
-    shared.fence.admit(slot, welcome.callee.map_or(0, |callee| callee.incarnation))?;
     Ok(Stream { requests, responses })
 }

@@ -3,7 +3,6 @@
 pub(crate) mod alive;
 pub(crate) mod dispatch;
 pub(crate) mod exchange;
-mod fence;
 mod link;
 pub(crate) mod peers;
 pub(crate) mod residency;

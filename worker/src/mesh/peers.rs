@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use expertmesh_proto::expert::Limits;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -17,7 +18,7 @@ use crate::metrics::worker::WorkerMetrics;
 /// The peers of a worker, by slot.
 pub(crate) struct Peers {
     pub(crate) shared: Arc<Shared>,
-    links: Mutex<BTreeMap<u32, Kept>>,
+    links: Mutex<BTreeMap<Slot, Kept>>,
 }
 
 /// A link, and the task that keeps it up.
@@ -39,7 +40,7 @@ impl Peers {
     }
 
     /// Whether a peer's link took the rows. Where it is down or has its tickets under way, their reply says so.
-    pub(crate) fn send(&self, slot: u32, outgoing: Outgoing) -> bool {
+    pub(crate) fn send(&self, slot: Slot, outgoing: Outgoing) -> bool {
         let link = self.lock().get(&slot).map(|kept| kept.link.clone());
         link.is_some_and(|link| link.send(outgoing, &self.shared.limits))
     }
@@ -72,13 +73,13 @@ impl Peers {
         }
     }
 
-    fn keep(&self, slot: u32, addresses: Vec<String>) -> Kept {
+    fn keep(&self, slot: Slot, addresses: Vec<String>) -> Kept {
         let (link, (addresses, changes)) = (Arc::new(Link::default()), watch::channel(addresses));
         let task = tokio::spawn(link::keep(self.shared.clone(), slot, link.clone(), changes));
         Kept { link, addresses, task }
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Kept>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Slot, Kept>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

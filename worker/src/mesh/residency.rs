@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use expertmesh_engine::ExpertStore;
 use expertmesh_model::expert::ExpertId;
-use expertmesh_proto::placement::ExpertSet;
+use expertmesh_proto::expert_set::ExpertSet;
 use tokio::sync::watch;
 
 use crate::metrics::labels::LoadCause;
@@ -129,12 +129,8 @@ impl Residency {
 
     pub(crate) fn snapshot(&self) -> Snapshot {
         let state = self.lock();
-        let mut resident = ExpertSet::default();
-        for expert in state.resident.keys() {
-            resident.insert(expert.layer, expert.expert);
-        }
         Snapshot {
-            resident,
+            resident: state.resident.keys().copied().collect(),
             resident_bytes: state.resident.values().sum(),
             missing: state.missing().count() as u32,
             bytes_loaded: state.bytes_loaded,
@@ -198,19 +194,18 @@ impl Residency {
 impl State {
     /// What was superfluous before goes on being idle since then.
     fn assign(&mut self, experts: ExpertSet) {
-        let extras = self.resident.keys().filter(|id| !experts.contains(id.layer, id.expert));
+        let extras = self.resident.keys().filter(|id| !experts.contains(**id));
         let used = |expert: &ExpertId| self.extras.get(expert).copied().unwrap_or_else(Instant::now);
         self.extras = extras.map(|expert| (*expert, used(expert))).collect();
         self.assigned = experts;
     }
 
     fn missing(&self) -> impl Iterator<Item = ExpertId> + '_ {
-        let assigned = self.assigned.iter().map(|(layer, expert)| ExpertId::new(layer, expert));
-        assigned.filter(|expert| !self.resident.contains_key(expert))
+        self.assigned.iter().filter(|expert| !self.resident.contains_key(expert))
     }
 
     fn is_assigned(&self, expert: ExpertId) -> bool {
-        self.assigned.contains(expert.layer, expert.expert)
+        self.assigned.contains(expert)
     }
 
     /// Of what is missing; an expert that only a peer wanted says nothing about this worker.
@@ -282,8 +277,7 @@ mod tests {
 
     #[test]
     fn only_use_keeps_what_the_placement_does_not_name() {
-        let mut assigned = ExpertSet::default();
-        assigned.insert(1, 0);
+        let mut assigned = ExpertSet::from_iter([ExpertId::new(1, 0)]);
         let mut state = State {
             resident: [(ExpertId::new(1, 0), 10), (ExpertId::new(1, 7), 10)].into(),
             ..State::default()
@@ -296,7 +290,7 @@ mod tests {
         assert_eq!(state.extras[&ExpertId::new(1, 7)], since, "the same placement once more is no use");
         assert!(state.touch(ExpertId::new(1, 7)));
         assert!(state.extras[&ExpertId::new(1, 7)] > since);
-        assigned.insert(1, 7);
+        assigned.insert(ExpertId::new(1, 7));
         state.assign(assigned);
         assert!(state.extras.is_empty());
     }
@@ -304,7 +298,7 @@ mod tests {
     #[test]
     fn what_failed_is_told_while_it_is_missing_here() {
         let mut state = State::default();
-        state.assigned.insert(1, 0);
+        state.assigned.insert(ExpertId::new(1, 0));
         state.record(ExpertId::new(1, 5), Err("elected and damaged".into()));
         assert_eq!(state.failure(), None);
         state.record(ExpertId::new(1, 0), Err("damaged".into()));

@@ -4,32 +4,33 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 
 /// The slots that should hold each expert, and who may be elected.
 #[derive(Debug, Default)]
 pub(crate) struct Holders {
-    by_expert: BTreeMap<ExpertId, Vec<u32>>,
-    electorate: Vec<u32>,
+    by_expert: BTreeMap<ExpertId, Vec<Slot>>,
+    electorate: Vec<Slot>,
 }
 
 impl Holders {
     /// Workers that drain still serve; they are elected only where nobody else is.
     pub(crate) fn of(placement: &Placement) -> Self {
-        let mut by_expert: BTreeMap<ExpertId, Vec<u32>> = BTreeMap::new();
+        let mut by_expert: BTreeMap<ExpertId, Vec<Slot>> = BTreeMap::new();
         for worker in placement.workers() {
-            for (layer, expert) in worker.experts.iter() {
-                by_expert.entry(ExpertId::new(layer, expert)).or_default().push(worker.slot);
+            for expert in worker.experts.iter() {
+                by_expert.entry(expert).or_default().push(worker.slot);
             }
         }
         let slots =
             |draining| placement.workers().iter().filter(move |w| draining || !w.draining).map(|w| w.slot);
-        let staying: Vec<u32> = slots(false).collect();
+        let staying: Vec<Slot> = slots(false).collect();
         let electorate = if staying.is_empty() { slots(true).collect() } else { staying };
         Self { by_expert, electorate }
     }
 
     /// The layers of which a slot should hold all of so many experts.
-    pub(crate) fn whole_layers(&self, slot: u32, experts: usize) -> BTreeSet<u32> {
+    pub(crate) fn whole_layers(&self, slot: Slot, experts: usize) -> BTreeSet<u32> {
         let mut held: BTreeMap<u32, usize> = BTreeMap::new();
         for (expert, slots) in &self.by_expert {
             *held.entry(expert.layer).or_default() += usize::from(slots.contains(&slot));
@@ -41,11 +42,11 @@ impl Holders {
 /// What an owner knows of all workers, itself included, when it looks for an expert.
 pub(crate) struct Known<'a> {
     /// Peers whose link is up.
-    pub(crate) alive: &'a BTreeSet<u32>,
+    pub(crate) alive: &'a BTreeSet<Slot>,
     /// Slots that failed this expert's rows.
-    pub(crate) tried: &'a [u32],
+    pub(crate) tried: &'a [Slot],
     /// Slots where the expert was not resident when last asked.
-    pub(crate) cold: &'a [u32],
+    pub(crate) cold: &'a [Slot],
 }
 
 /// Who computes an expert's rows.
@@ -54,20 +55,20 @@ pub(crate) enum Target {
     /// This worker, which loads the expert first if it must.
     Local,
     /// A peer, as it is.
-    Holder(u32),
+    Holder(Slot),
     /// A peer that loads the expert first.
-    Elected(u32),
+    Elected(Slot),
 }
 
 /// Chooses among the live holders that were not `tried`, then by election among all live workers, `me` included;
 /// this worker where nothing else is left, so that every expert can always be computed.
-pub(crate) fn route(holders: &Holders, me: u32, expert: ExpertId, known: &Known) -> Target {
-    let usable = |slot: &u32| (*slot == me || known.alive.contains(slot)) && !known.tried.contains(slot);
+pub(crate) fn route(holders: &Holders, me: Slot, expert: ExpertId, known: &Known) -> Target {
+    let usable = |slot: &Slot| (*slot == me || known.alive.contains(slot)) && !known.tried.contains(slot);
     let named = holders.by_expert.get(&expert).map_or(&[][..], Vec::as_slice);
     let live = named.iter().copied().filter(usable);
     let warm = live.clone().filter(|slot| !known.cold.contains(slot));
     // Nothing is nearer than this worker; different owners spread over the copies, each always on the same one.
-    let nearest = |slot: &u32| (*slot == me, weight(*slot, expert, me));
+    let nearest = |slot: &Slot| (*slot == me, weight(*slot, expert, me.0));
     if let Some(slot) = warm.max_by_key(nearest) {
         return if slot == me { Target::Local } else { Target::Holder(slot) };
     }
@@ -82,8 +83,8 @@ pub(crate) fn route(holders: &Holders, me: u32, expert: ExpertId, known: &Known)
 }
 
 /// Rendezvous hashing (Thaler and Ravishankar, 1998): the highest weight wins, and losing a slot moves only its own.
-fn weight(slot: u32, expert: ExpertId, salt: u32) -> u64 {
-    let low = mix(u64::from(slot) << 32 | u64::from(expert.layer));
+fn weight(slot: Slot, expert: ExpertId, salt: u32) -> u64 {
+    let low = mix(u64::from(slot.0) << 32 | u64::from(expert.layer));
     mix(low ^ (u64::from(expert.expert) << 32 | u64::from(salt)))
 }
 
@@ -97,60 +98,71 @@ fn mix(mut x: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+    use expertmesh_proto::epoch::Epoch;
+    use expertmesh_proto::placement::PlacedWorker;
 
     use super::*;
 
     /// Slot s holds experts 8s..8s+8 of layer 1; `copies` names a second holder of expert 0.
     fn holders(slots: u32, copies: Option<u32>) -> Holders {
         let worker = |slot| {
-            let mut experts = ExpertSet::default();
-            for expert in slot * 8..slot * 8 + 8 {
-                experts.insert(1, expert);
+            let copied = copies.filter(|&copy| copy == slot).map(|_| 0);
+            let experts =
+                (slot * 8..slot * 8 + 8).chain(copied).map(|expert| ExpertId::new(1, expert)).collect();
+            PlacedWorker {
+                slot: Slot(slot),
+                name: String::new(),
+                addresses: Vec::new(),
+                experts,
+                draining: false,
             }
-            if copies == Some(slot) {
-                experts.insert(1, 0);
-            }
-            PlacedWorker { slot, name: String::new(), addresses: Vec::new(), experts, draining: false }
         };
-        Holders::of(&Placement::new(1, (0..slots).map(worker).collect()).unwrap())
+        Holders::of(&Placement::new(Epoch::FIRST, (0..slots).map(worker).collect()).unwrap())
     }
 
-    fn to(holders: &Holders, me: u32, alive: &[u32], (layer, expert): (u32, u32), tried: &[u32]) -> Target {
-        let alive = alive.iter().copied().collect();
-        route(holders, me, ExpertId::new(layer, expert), &Known { alive: &alive, tried, cold: &[] })
+    fn slots<C: FromIterator<Slot>>(of: &[u32]) -> C {
+        of.iter().copied().map(Slot).collect()
+    }
+
+    /// Where rows go for an expert of layer 1.
+    fn to(holders: &Holders, me: u32, alive: &[u32], expert: u32, tried: &[u32]) -> Target {
+        let (alive, tried) = (slots(alive), slots::<Vec<_>>(tried));
+        let known = Known { alive: &alive, tried: &tried, cold: &[] };
+        route(holders, Slot(me), ExpertId::new(1, expert), &known)
     }
 
     #[test]
     fn rows_go_to_the_holder_and_stay_where_the_expert_is_local() {
         let holders = holders(4, None);
-        assert_eq!(to(&holders, 0, &[1, 2, 3], (1, 9), &[]), Target::Holder(1));
-        assert_eq!(to(&holders, 1, &[0, 2, 3], (1, 9), &[]), Target::Local);
+        assert_eq!(to(&holders, 0, &[1, 2, 3], 9, &[]), Target::Holder(Slot(1)));
+        assert_eq!(to(&holders, 1, &[0, 2, 3], 9, &[]), Target::Local);
     }
 
     #[test]
     fn a_layer_is_whole_where_one_worker_holds_all_its_experts() {
         let (holders, alone) = (holders(2, None), holders(1, None));
-        assert_eq!(alone.whole_layers(0, 8), BTreeSet::from([1]));
-        assert!(alone.whole_layers(0, 9).is_empty() && holders.whole_layers(0, 16).is_empty());
+        assert_eq!(alone.whole_layers(Slot(0), 8), BTreeSet::from([1]));
+        assert!(alone.whole_layers(Slot(0), 9).is_empty() && holders.whole_layers(Slot(0), 16).is_empty());
     }
 
     #[test]
     fn a_dead_holders_rows_go_to_its_copy() {
-        assert_eq!(to(&holders(4, Some(3)), 1, &[2, 3], (1, 0), &[]), Target::Holder(3));
-        assert_eq!(to(&holders(4, Some(3)), 1, &[0, 2, 3], (1, 0), &[0]), Target::Holder(3));
+        assert_eq!(to(&holders(4, Some(3)), 1, &[2, 3], 0, &[]), Target::Holder(Slot(3)));
+        assert_eq!(to(&holders(4, Some(3)), 1, &[0, 2, 3], 0, &[0]), Target::Holder(Slot(3)));
     }
 
     #[test]
     fn a_copy_that_is_there_comes_before_one_that_still_loads() {
-        let (holders, alive) = (holders(4, Some(3)), [0, 2, 3].into());
+        let (holders, alive) = (holders(4, Some(3)), slots(&[0, 2, 3]));
         let to = |tried: &[u32], cold: &[u32]| {
-            route(&holders, 1, ExpertId::new(1, 0), &Known { alive: &alive, tried, cold })
+            let (tried, cold) = (slots::<Vec<_>>(tried), slots::<Vec<_>>(cold));
+            let known = Known { alive: &alive, tried: &tried, cold: &cold };
+            route(&holders, Slot(1), ExpertId::new(1, 0), &known)
         };
-        assert_eq!(to(&[], &[0]), Target::Holder(3));
-        assert_eq!(to(&[], &[3]), Target::Holder(0));
-        assert!(matches!(to(&[], &[0, 3]), Target::Elected(0 | 3)));
-        assert_eq!(to(&[3], &[0]), Target::Elected(0));
+        assert_eq!(to(&[], &[0]), Target::Holder(Slot(3)));
+        assert_eq!(to(&[], &[3]), Target::Holder(Slot(0)));
+        assert!(matches!(to(&[], &[0, 3]), Target::Elected(Slot(0 | 3))));
+        assert_eq!(to(&[3], &[0]), Target::Elected(Slot(0)));
     }
 
     #[test]
@@ -161,8 +173,8 @@ mod tests {
             // Worker 0 is dead: the others agree, whoever asks.
             let choice = |me: u32| {
                 let others: Vec<u32> = [1, 2, 3].into_iter().filter(|&slot| slot != me).collect();
-                match to(&holders, me, &others, (1, expert), &[]) {
-                    Target::Local => me,
+                match to(&holders, me, &others, expert, &[]) {
+                    Target::Local => Slot(me),
                     Target::Elected(slot) => slot,
                     Target::Holder(slot) => panic!("worker {slot} does not hold it"),
                 }
@@ -176,18 +188,22 @@ mod tests {
 
     #[test]
     fn a_worker_that_still_loads_or_cannot_asks_a_copy_and_loads_where_there_is_none() {
-        let (copied, single, alive) = (holders(4, Some(3)), holders(4, None), [1, 2, 3].into());
-        let known = |tried, cold| Known { alive: &alive, tried, cold };
-        assert_eq!(route(&copied, 0, ExpertId::new(1, 0), &known(&[], &[0])), Target::Holder(3));
-        assert_eq!(route(&single, 0, ExpertId::new(1, 0), &known(&[], &[0])), Target::Local);
-        assert!(matches!(route(&single, 0, ExpertId::new(1, 0), &known(&[0], &[0])), Target::Elected(1..=3)));
-        assert_eq!(route(&single, 0, ExpertId::new(1, 0), &known(&[0, 1, 2, 3], &[0])), Target::Local);
+        let alive = slots(&[1, 2, 3]);
+        let asked = |holders: &Holders, tried: &[u32]| {
+            let known = Known { alive: &alive, tried: &slots::<Vec<_>>(tried), cold: &[Slot(0)] };
+            route(holders, Slot(0), ExpertId::new(1, 0), &known)
+        };
+        let (copied, single) = (holders(4, Some(3)), holders(4, None));
+        assert_eq!(asked(&copied, &[]), Target::Holder(Slot(3)));
+        assert_eq!(asked(&single, &[]), Target::Local);
+        assert!(matches!(asked(&single, &[0]), Target::Elected(Slot(1..=3))));
+        assert_eq!(asked(&single, &[0, 1, 2, 3]), Target::Local);
     }
 
     #[test]
     fn who_has_tried_everyone_computes_the_expert_itself() {
-        assert_eq!(to(&holders(4, None), 0, &[1, 2, 3], (1, 9), &[1, 2, 3]), Target::Local);
-        assert_eq!(to(&holders(4, None), 0, &[], (1, 9), &[]), Target::Local);
-        assert_eq!(to(&Holders::default(), 0, &[1], (1, 9), &[]), Target::Local);
+        assert_eq!(to(&holders(4, None), 0, &[1, 2, 3], 9, &[1, 2, 3]), Target::Local);
+        assert_eq!(to(&holders(4, None), 0, &[], 9, &[]), Target::Local);
+        assert_eq!(to(&Holders::default(), 0, &[1], 9, &[]), Target::Local);
     }
 }

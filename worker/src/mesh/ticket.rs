@@ -4,6 +4,7 @@ use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use expertmesh_proto::expert::{Answers, Rows};
+use expertmesh_proto::slot::Slot;
 
 use crate::metrics::labels::PeerFailure;
 use crate::traces::Span;
@@ -50,8 +51,8 @@ pub(crate) struct Outcome {
 }
 
 /// Tells a trace whose rows these are, or for whom, and how many.
-pub(crate) fn describe(span: &Span, slot: u32, rows: &Rows) {
-    span.set("expertmesh.peer", i64::from(slot));
+pub(crate) fn describe(span: &Span, slot: Slot, rows: &Rows) {
+    span.set("expertmesh.peer", i64::from(slot.0));
     span.set("expertmesh.layer", i64::from(rows.layer));
     span.set("expertmesh.rows", rows.row_experts.len() as i64);
     span.set("expertmesh.pairs", rows.experts.len() as i64);

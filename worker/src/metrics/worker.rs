@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use expertmesh_metrics::Registry;
 use expertmesh_metrics::declare::{Declare, geometric};
+use expertmesh_proto::slot::Slot;
 use prometheus::{Gauge, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
 use super::labels::{LoadCause, PeerFailure, Reroute, SequenceOutcome};
@@ -177,11 +178,11 @@ impl MeshMetrics {
         }
     }
 
-    pub(crate) fn dispatched(&self, slot: u32, pairs: u64) {
+    pub(crate) fn dispatched(&self, slot: Slot, pairs: u64) {
         self.dispatched.with_label_values(&[&slot.to_string()]).inc_by(pairs);
     }
 
-    pub(crate) fn served(&self, slot: u32, pairs: u64) {
+    pub(crate) fn served(&self, slot: Slot, pairs: u64) {
         self.served.with_label_values(&[&slot.to_string()]).inc_by(pairs);
     }
 
@@ -189,11 +190,11 @@ impl MeshMetrics {
         self.rerouted.with_label_values(&[reason.name()]).inc_by(pairs);
     }
 
-    pub(crate) fn answered(&self, slot: u32, took: Duration) {
+    pub(crate) fn answered(&self, slot: Slot, took: Duration) {
         self.exchange_seconds.with_label_values(&[&slot.to_string()]).observe(took.as_secs_f64());
     }
 
-    pub(crate) fn failed(&self, slot: u32, failure: PeerFailure) {
+    pub(crate) fn failed(&self, slot: Slot, failure: PeerFailure) {
         self.failures.with_label_values(&[&slot.to_string(), failure.name()]).inc();
     }
 }

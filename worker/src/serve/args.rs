@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use expertmesh_model::config::model::ModelConfig;
-use expertmesh_proto::placement::MAX_WORKERS;
+use expertmesh_proto::slot::{MAX_WORKERS, Slot};
 
 use crate::collector;
 use crate::engine::{ComputedAs, ComputedWith};
@@ -59,10 +59,10 @@ pub(crate) struct Args {
 
 impl Args {
     /// This worker's slot in the placement.
-    pub(super) fn slot(&self) -> Result<u32, Fatal> {
+    pub(super) fn slot(&self) -> Result<Slot, Fatal> {
         let ordinal = || self.name.rsplit_once('-').and_then(|(_, ordinal)| ordinal.parse().ok());
         match self.slot.or_else(ordinal) {
-            Some(slot) if slot < MAX_WORKERS => Ok(slot),
+            Some(slot) if slot < MAX_WORKERS => Ok(Slot(slot)),
             Some(slot) => Err(format!("--slot {slot}: it must be below {MAX_WORKERS}")),
             None => Err(format!("--slot is missing, and --name {} does not end in one", self.name)),
         }

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::format::WeightFormat;
@@ -22,6 +22,7 @@ use super::run::{Command, Shared};
 use crate::identity::Identity;
 use crate::mesh::residency::Residency;
 use crate::placement::CurrentPlacement;
+use crate::process::age_ms;
 
 /// A report at least so often.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -38,6 +39,7 @@ pub(crate) struct WorkerState {
     pub(crate) commands: SyncSender<Command>,
     /// The process ends: a later placement does not call it back.
     pub(crate) stopping: AtomicBool,
+    began: Instant,
     drained: watch::Sender<bool>,
     /// Held while what to load, or whether to drain, changes: the latest placement has the last word.
     turn: Mutex<()>,
@@ -76,6 +78,7 @@ impl WorkerState {
             shared,
             commands,
             stopping,
+            began: Instant::now(),
             drained,
             turn,
             left,
@@ -88,7 +91,7 @@ impl WorkerState {
         if self.is_draining() {
             return Err("draining".into());
         }
-        if placement.epoch() == 0 {
+        if placement.epoch().is_none() {
             return Err("waiting for a placement".into());
         }
         if placement.worker(self.identity.slot).is_none() {
@@ -118,10 +121,12 @@ impl WorkerState {
         let bytes_loaded = self.shape.dense_bytes + residency.bytes_loaded;
         v1::ReportResponse {
             callee: Some(self.identity.caller(0)),
-            slot: self.identity.slot,
+            slot: self.identity.slot.0,
             state: state.into(),
             reason: readiness.err().unwrap_or_default(),
-            epoch: placement.epoch(),
+            epoch: placement.epoch().counter,
+            term: placement.epoch().term,
+            age_ms: age_ms(self.began),
             placement_hash: placement.hash().to_string(),
             shape: Some(self.shape),
             resident: residency.resident.to_proto(),
@@ -226,12 +231,9 @@ impl Changes {
 fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), Invalid> {
     let layers = shape.first_moe_layer..shape.layers;
     let mut placed = placement.workers().iter().flat_map(|worker| worker.experts.iter());
-    match placed.find(|(layer, expert)| !layers.contains(layer) || *expert >= shape.experts) {
+    match placed.find(|id| !layers.contains(&id.layer) || id.expert >= shape.experts) {
         None => Ok(()),
-        Some((layer, expert)) => Err(Invalid::new(
-            "placement.experts",
-            format!("the model has no expert {expert} in layer {layer}"),
-        )),
+        Some(id) => Err(Invalid::new("placement.experts", format!("the model has no {id}"))),
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) async fn keep_gauges(state: Arc<WorkerState>, peers: Arc<Peers>) {
         metrics.experts.resident.set(residency.resident.len() as i64);
         metrics.experts.resident_bytes.set(residency.resident_bytes as i64);
         metrics.experts.missing.set(residency.missing.into());
-        metrics.mesh.placement_epoch.set(state.placement.get().epoch() as i64);
+        metrics.mesh.placement_epoch.set(state.placement.get().epoch().counter as i64);
         metrics.mesh.peers.set(peers.count() as i64);
         metrics.mesh.peers_alive.set(peers.shared.alive().len() as i64);
         changes.next().await;

@@ -63,7 +63,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         loaded = loading::for_processor(args.model.clone(), args.computed_as, args.computed_with, loading.clone()) => loaded?,
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
-    let (incarnation, fingerprint) = (process::incarnation(), loaded.fingerprint.clone());
+    let (incarnation, fingerprint) = (process::incarnation()?, loaded.fingerprint.clone());
     let identity = Identity { name: args.name.clone(), slot, incarnation, fingerprint };
     let capacity = Capacity {
         max_context,

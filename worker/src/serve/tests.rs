@@ -10,10 +10,14 @@ use std::time::Duration;
 use expertmesh_deferred::DeferredCpu;
 use expertmesh_engine::{Backend, CpuBackend, LoadOptions, fingerprint};
 use expertmesh_metrics::Registry;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker, Placement};
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use tokio::net::TcpListener;
 
@@ -52,7 +56,12 @@ fn serve<B: Backend>(
     placement: &Placement,
 ) -> JoinHandle<Result<ExitCode, Fatal>> {
     let (identity, current) = (
-        Identity { name: format!("worker-{slot}"), slot, incarnation: 1, fingerprint: computed() },
+        Identity {
+            name: format!("worker-{slot}"),
+            slot: Slot(slot),
+            incarnation: Incarnation(1),
+            fingerprint: computed(),
+        },
         CurrentPlacement::load(None).unwrap(),
     );
     current.apply(placement.clone()).unwrap();
@@ -106,16 +115,13 @@ async fn a_lost_device_ends_its_worker_with_its_name_and_costs_no_request() {
     // Each holds half of the experts: the device sends rows, and computes those of its peer.
     let config = expertmesh_model::config::model::ModelConfig::read(&model()).unwrap();
     let placed = |slot: u32| {
-        let mut experts = ExpertSet::default();
-        for layer in config.moe_layers() {
-            (0..config.experts() as u32).filter(|expert| expert % 2 == slot).for_each(|expert| {
-                experts.insert(layer as u32, expert);
-            });
-        }
+        let held = (0..config.experts() as u32).filter(|expert| expert % 2 == slot);
+        let layers = || config.moe_layers().map(|layer| layer as u32);
+        let experts = held.flat_map(|expert| layers().map(move |layer| ExpertId { layer, expert })).collect();
         let addresses = vec![listeners[slot as usize].local_addr().unwrap().to_string()];
-        PlacedWorker { slot, name: format!("worker-{slot}"), addresses, experts, draining: false }
+        PlacedWorker { slot: Slot(slot), name: format!("worker-{slot}"), addresses, experts, draining: false }
     };
-    let placement = Placement::new(1, vec![placed(0), placed(1)]).unwrap();
+    let placement = Placement::new(Epoch::FIRST, vec![placed(0), placed(1)]).unwrap();
     let device = Arc::new(DeferredCpu::new(processor()));
     let [first, second] = listeners;
     let lost = serve(device.clone(), 0, first, &placement);

@@ -130,7 +130,7 @@ impl Worker {
         let mut server = tokio::spawn(channel::serve(grpc, services, async {
             let _ = finished.await;
         }));
-        tracing::info!(slot = state.identity.slot, "worker {} listens", state.identity.name);
+        tracing::info!(slot = %state.identity.slot, "worker {} listens", state.identity.name);
         tokio::select! {
             () = stop => {}
             Some(thread) = self.ended.recv() => return Err(stopped(thread, (self.failure)())),

@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use expertmesh_proto::latency::Histogram;
-use jiff::Timestamp;
 
 use super::load::{FrontendLoad, Load};
 use super::policy::{Goals, PerGoal};
@@ -22,8 +21,6 @@ pub(super) const HIGH: f64 = 0.55;
 /// Two looks, one after the other.
 pub(super) struct Looks<'a> {
     pub(super) before: &'a Load,
-    /// The time at which `before` was seen.
-    pub(super) began: Timestamp,
     pub(super) after: &'a Load,
     /// The time from the one to the other.
     pub(super) lasted: Duration,
@@ -129,7 +126,7 @@ impl Looks<'_> {
         let mut ended = Latencies::default();
         let mut together = 0.0;
         for (name, frontend) in &self.after.frontends {
-            let came = came(self.before.frontends.get(name), frontend, self.began);
+            let came = came(self.before.frontends.get(name), frontend, self.lasted);
             // Each frontend knows its own alone.
             together += match came.choices {
                 0 => f64::from(frontend.in_flight),
@@ -180,10 +177,10 @@ fn late(load: &Load, goals: Goals) -> Histogram {
 
 /// What a frontend counted since the last look. One that began before that look and was not seen then has counted since
 /// nobody knows when.
-fn came(last: Option<&FrontendLoad>, now: &FrontendLoad, at: Timestamp) -> Latencies {
+fn came(last: Option<&FrontendLoad>, now: &FrontendLoad, since: Duration) -> Latencies {
     match last.filter(|last| last.incarnation == now.incarnation) {
         Some(last) => now.latencies.since(&last.latencies),
-        None if i128::from(now.incarnation) >= at.as_nanosecond() => now.latencies.clone(),
+        None if now.age.is_some_and(|age| age <= since) => now.latencies.clone(),
         None => Latencies::default(),
     }
 }

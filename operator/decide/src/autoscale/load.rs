@@ -3,6 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::slot::Slot;
+
 use crate::observation::{Member, Seen};
 use crate::report::{Latencies, State};
 
@@ -14,7 +17,7 @@ pub const PERIOD: Duration = Duration::from_secs(3);
 pub struct Load {
     pub frontends: BTreeMap<String, FrontendLoad>,
     /// The slots of the workers that can serve.
-    pub slots: BTreeSet<u32>,
+    pub slots: BTreeSet<Slot>,
     /// How many workers can serve.
     pub ready: u32,
     /// Sequences that those compute, and that they have queued.
@@ -29,8 +32,10 @@ pub struct Load {
 /// What one frontend said at that moment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct FrontendLoad {
-    /// The time at which the process began, in nanoseconds since 1970.
-    pub incarnation: u64,
+    /// What tells the process from others of its name.
+    pub incarnation: Incarnation,
+    /// For how long the process has run, where it says so.
+    pub age: Option<Duration>,
     pub latencies: Latencies,
     pub in_flight: u32,
     /// Sequences that wait for a worker.
@@ -55,6 +60,7 @@ impl Load {
                     load.complete &= report.latencies.is_some();
                     let frontend = FrontendLoad {
                         incarnation: report.incarnation,
+                        age: report.age,
                         latencies: report.latencies.as_deref().cloned().unwrap_or_default(),
                         in_flight: report.running,
                         queued: report.waiting,

@@ -74,7 +74,7 @@ impl Window {
             self.last = Some((at, last));
             return false;
         }
-        let looks = Looks { before: &last, began: at, after: load, lasted };
+        let looks = Looks { before: &last, after: load, lasted };
         let interval = Interval::new(&looks, goals, &self.intervals);
         self.counts = self.counts.zip(interval.counts).map(|(sum, count)| sum + count);
         self.idle_since = interval.idle.then(|| self.idle_since.unwrap_or(at));

@@ -1,5 +1,7 @@
 //! The size that the load alone calls for, without limits and bounds.
 
+use expertmesh_proto::slot::Slot;
+
 use super::interval::HIGH;
 use super::load::Load;
 use super::policy::Size;
@@ -75,7 +77,7 @@ impl Grounds<'_> {
     fn carry(&self, workers: u32) -> bool {
         let Some(now) = self.now else { return false };
         // The highest slots leave, also where the lowest are those that are not ready.
-        let staying = now.slots.range(..workers).count() as f64;
+        let staying = now.slots.range(..Slot(workers)).count() as f64;
         let ready = f64::from(now.ready);
         if staying == 0.0 || now.queued() > 0 {
             return false;

@@ -1,6 +1,7 @@
 //! What a pod says of the process in it. Pure.
 
 use expertmesh_decide::observation::{Failure, FailureReason};
+use expertmesh_proto::slot::Slot;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodStatus};
 
@@ -13,8 +14,8 @@ const STUCK_AFTER: SignedDuration = SignedDuration::from_secs(30);
 const LONGEST_MESSAGE: usize = 500;
 
 /// The slot of a worker's pod: its ordinal in the StatefulSet.
-pub(super) fn slot(pod: &Pod) -> Option<u32> {
-    pod.metadata.name.as_ref()?.rsplit_once('-')?.1.parse().ok()
+pub(super) fn slot(pod: &Pod) -> Option<Slot> {
+    pod.metadata.name.as_ref()?.rsplit_once('-')?.1.parse().ok().map(Slot)
 }
 
 pub(super) fn is_terminating(pod: &Pod) -> bool {
@@ -150,7 +151,7 @@ mod tests {
 
     #[test]
     fn the_ordinal_is_the_slot() {
-        assert_eq!(slot(&pod(json!({}))), Some(11));
+        assert_eq!(slot(&pod(json!({}))), Some(Slot(11)));
     }
 
     #[test]

@@ -8,7 +8,9 @@ use expertmesh_decide::autoscale::autoscaler::{Autoscaler, Look};
 use expertmesh_decide::autoscale::load::{Load, PERIOD};
 use expertmesh_decide::observation::{Member, Observation, Seen};
 use expertmesh_decide::report::{Report, State};
+use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
@@ -29,7 +31,7 @@ const FIRST_REPORTS: Duration = Duration::from_secs(3);
 pub(crate) struct Caller {
     pub(crate) name: String,
     /// The time of its start in nanoseconds since 1970.
-    pub(crate) incarnation: u64,
+    pub(crate) incarnation: Incarnation,
 }
 
 pub(super) struct Streams {
@@ -56,7 +58,7 @@ impl Streams {
     }
 
     /// Opens streams to those that are seen, ends the others, and adds what was heard. Workers that do not run are silent.
-    pub(super) async fn complete(&self, seen: &mut Observation, runs: impl Fn(u32) -> bool) {
+    pub(super) async fn complete(&self, seen: &mut Observation, runs: impl Fn(Slot) -> bool) {
         let mut open = self.open.lock().await;
         let at = |member: &Member, process: &Seen| match member {
             Member::Worker(slot) if !runs(*slot) => Vec::new(),
@@ -95,7 +97,7 @@ impl Streams {
         }
     }
 
-    pub(super) async fn drain(&self, slot: u32) {
+    pub(super) async fn drain(&self, slot: Slot) {
         self.open.lock().await.control.drain(&Member::Worker(slot));
     }
 }

@@ -6,27 +6,27 @@ use std::time::Duration;
 use super::random::Random;
 
 /// Rates are held for a second, for more where there is more than a day, and for less where there is little time.
-const SLOTS: usize = 86_400;
+const PIECES: usize = 86_400;
 const FEWEST: usize = 100;
 /// One random number stream for the rates of a seed.
 const RATES: u64 = 1;
 
-/// The rate in equal slots of time, around a mean of 1.
+/// The rate in equal pieces of time, around a mean of 1.
 #[derive(Debug, Clone)]
 pub(super) struct Rates {
-    pub(super) slot: f64,
+    pub(super) span: f64,
     pub(super) values: Vec<f64>,
 }
 
 impl Rates {
     fn new(length: Duration, rate: impl FnMut(f64) -> f64) -> Self {
         let length = length.as_secs_f64();
-        let count = (length.ceil() as usize).clamp(FEWEST, SLOTS);
-        let slot = length / count as f64;
-        let mut values: Vec<f64> = (0..count).map(|at| (at as f64 + 0.5) * slot).map(rate).collect();
+        let count = (length.ceil() as usize).clamp(FEWEST, PIECES);
+        let span = length / count as f64;
+        let mut values: Vec<f64> = (0..count).map(|at| (at as f64 + 0.5) * span).map(rate).collect();
         let mean = values.iter().sum::<f64>() / count as f64;
         values.iter_mut().for_each(|value| *value /= mean);
-        Self { slot, values }
+        Self { span, values }
     }
 
     pub(super) fn flat(length: Duration) -> Self {
@@ -92,27 +92,27 @@ pub(super) struct Clock<'a> {
     rates: &'a Rates,
     /// Requests a second at a rate of 1.
     scale: f64,
-    slot: usize,
-    /// Seconds since the slot's beginning.
+    piece: usize,
+    /// Seconds since the piece's beginning.
     at: f64,
 }
 
 impl<'a> Clock<'a> {
     pub(super) fn new(rates: &'a Rates, scale: f64) -> Self {
-        Self { rates, scale, slot: 0, at: 0.0 }
+        Self { rates, scale, piece: 0, at: 0.0 }
     }
 
     /// Seconds since the beginning; none after the end.
     pub(super) fn next(&mut self, mut gap: f64) -> Option<f64> {
         loop {
-            let rate = self.scale * self.rates.values.get(self.slot)?;
-            let room = rate * (self.rates.slot - self.at);
+            let rate = self.scale * self.rates.values.get(self.piece)?;
+            let room = rate * (self.rates.span - self.at);
             if gap < room {
                 self.at += gap / rate;
-                return Some(self.slot as f64 * self.rates.slot + self.at);
+                return Some(self.piece as f64 * self.rates.span + self.at);
             }
             gap -= room.max(0.0);
-            (self.slot, self.at) = (self.slot + 1, 0.0);
+            (self.piece, self.at) = (self.piece + 1, 0.0);
         }
     }
 }
@@ -130,7 +130,7 @@ mod tests {
             {
                 let (mut clock, mut last, mut count) = (Clock::new(&rates, 20.0), 0.0, 0u64);
                 while let Some(at) = clock.next(1.0) {
-                    assert!(at >= last && at <= length.as_secs_f64() + rates.slot);
+                    assert!(at >= last && at <= length.as_secs_f64() + rates.span);
                     (last, count) = (at, count + 1);
                 }
                 assert!(count.abs_diff(milliseconds / 50) <= 1, "{count} in {length:?}");

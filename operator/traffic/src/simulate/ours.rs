@@ -6,6 +6,7 @@ use expertmesh_decide::autoscale::autoscaler::Autoscaler;
 use expertmesh_decide::autoscale::limits::Change;
 use expertmesh_decide::autoscale::load::Load;
 use expertmesh_decide::autoscale::policy::{Policy, Size};
+use expertmesh_proto::slot::Slot;
 use jiff::{SignedDuration, Timestamp};
 
 use super::requests::Micros;
@@ -82,7 +83,7 @@ fn load(seen: &Seen<'_>) -> Load {
     let named = frontends.into_iter().enumerate().map(|(at, frontend)| (format!("frontend-{at}"), frontend));
     Load {
         frontends: named.collect(),
-        slots: (0..seen.load.ready).collect(),
+        slots: Slot::first(seen.load.ready).collect(),
         ready: seen.load.ready,
         running: seen.load.running,
         waiting: seen.load.waiting,

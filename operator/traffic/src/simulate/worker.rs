@@ -112,9 +112,9 @@ impl Worker {
             self.run.take().map_or(0, |run| (1..run.count).filter(|&n| run.after(n) <= now).count());
         self.steps += computed as u64;
         let mut ids = vec![];
-        for slot in 0..RING {
-            let left = (slot + RING - self.steps % RING) % RING;
-            for id in std::mem::take(&mut self.decoding[slot as usize]) {
+        for turn in 0..RING {
+            let left = (turn + RING - self.steps % RING) % RING;
+            for id in std::mem::take(&mut self.decoding[turn as usize]) {
                 requests.interrupt(id, left as u32);
                 ids.push(id);
             }
@@ -163,8 +163,8 @@ impl Worker {
         self.steps += u64::from(run.count);
         self.context += u64::from(run.count) * u64::from(self.decoding_count);
         self.compute(run);
-        let slot = (self.steps % RING) as usize;
-        let mut looked_at = std::mem::take(&mut self.decoding[slot]);
+        let turn = (self.steps % RING) as usize;
+        let mut looked_at = std::mem::take(&mut self.decoding[turn]);
         for id in looked_at.drain(..) {
             let due = requests.get(id).due();
             if requests.produce(id, due, run.end) {
@@ -175,7 +175,7 @@ impl Worker {
                 self.decode(id, requests);
             }
         }
-        self.decoding[slot] = looked_at; // nothing comes into it meanwhile; its memory is kept
+        self.decoding[turn] = looked_at; // nothing comes into it meanwhile; its memory is kept
         for planned in run.prompts.rows.iter().filter(|planned| planned.logits) {
             self.prefilled(planned.id as Id, run.end, requests);
         }

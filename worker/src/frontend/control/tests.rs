@@ -1,7 +1,10 @@
 //! The operator's view of a frontend, over real gRPC.
 
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
 use expertmesh_proto::latency::Histogram;
-use expertmesh_proto::placement::{ExpertSet, PlacedWorker};
+use expertmesh_proto::placement::PlacedWorker;
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1::control_client::ControlClient;
 use futures::StreamExt;
 use tokio::task::JoinSet;
@@ -45,8 +48,9 @@ async fn post() -> Post {
 fn placement(epoch: u64) -> v1::ApplyPlacementRequest {
     let addresses = vec!["127.0.0.1:1".to_string()];
     let name = "w-0".to_string();
-    let worker = PlacedWorker { slot: 0, name, addresses, experts: ExpertSet::default(), draining: false };
-    let placement = Placement::new(epoch, vec![worker]).unwrap().to_proto();
+    let worker =
+        PlacedWorker { slot: Slot(0), name, addresses, experts: ExpertSet::default(), draining: false };
+    let placement = Placement::new(Epoch { term: 0, counter: epoch }, vec![worker]).unwrap().to_proto();
     v1::ApplyPlacementRequest { caller: None, placement: Some(placement) }
 }
 

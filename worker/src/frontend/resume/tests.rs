@@ -1,5 +1,6 @@
 //! Sequences over scripted workers.
 
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1::report_response::State;
 
 use super::*;
@@ -145,7 +146,7 @@ async fn dropping_a_sequence_frees_its_worker() {
     let mut sequence =
         stage.sequence(9, Patience { stall: Duration::from_secs(9), queue: Duration::from_secs(9) });
     sequence.next().await.unwrap();
-    assert_eq!(stage.workers.in_flight(0), Some(1));
+    assert_eq!(stage.workers.in_flight(Slot(0)), Some(1));
     drop(sequence);
-    assert_eq!(stage.workers.in_flight(0), Some(0));
+    assert_eq!(stage.workers.in_flight(Slot(0)), Some(0));
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::{Body as HttpBody, to_bytes};
 use expertmesh_proto::latency::Histogram;
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1::report_response::State as WorkerState;
 use serde_json::Value;
 use tower::ServiceExt;
@@ -274,10 +275,10 @@ async fn one_request_too_many_is_refused_at_once_and_a_client_that_leaves_makes_
     let refused = house.chat(json!({})).await;
     assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
     assert!(refused.headers().contains_key(header::RETRY_AFTER));
-    assert_eq!((*house.server.in_flight().borrow(), house.stage.workers.in_flight(0)), (1, Some(1)));
+    assert_eq!((*house.server.in_flight().borrow(), house.stage.workers.in_flight(Slot(0))), (1, Some(1)));
     drop(stalled);
     assert_eq!(*house.server.in_flight().borrow(), 0);
-    house.stage.until_in_flight(0, 0).await;
+    house.stage.until_in_flight(Slot(0), 0).await;
     assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
 }
 

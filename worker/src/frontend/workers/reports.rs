@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use expertmesh_proto::channel::{Connect, Keepalive, connect};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use tokio::time::timeout;
@@ -23,7 +24,7 @@ pub(super) struct Reports {
 
 impl Reports {
     /// Asks whoever answers at `address`, which must be the worker of `slot`; fails with a line for the log.
-    pub(super) async fn open(caller: v1::Caller, slot: u32, address: &str) -> Result<Self, String> {
+    pub(super) async fn open(caller: v1::Caller, slot: Slot, address: &str) -> Result<Self, String> {
         let channel = connect(address, &CONNECT).await.map_err(|error| error.to_string())?;
         let request = v1::ReportRequest { caller: Some(caller) };
         let mut control = ControlClient::new(channel.clone());
@@ -32,7 +33,7 @@ impl Reports {
             Ok((rest.message().await?, rest))
         };
         match timeout(SILENCE, greeting).await {
-            Ok(Ok((Some(first), rest))) if first.slot == slot => Ok(Self { channel, first, rest }),
+            Ok(Ok((Some(first), rest))) if first.slot == slot.0 => Ok(Self { channel, first, rest }),
             Ok(Ok((Some(first), _))) => Err(format!("slot {} answers there", first.slot)),
             Ok(Ok((None, _))) => Err("it ended its reports".to_string()),
             Ok(Err::<_, Status>(status)) => Err(status.message().to_string()),

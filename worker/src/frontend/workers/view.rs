@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::placement::{PlacedWorker, Placement};
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::inference_client::InferenceClient;
 use expertmesh_proto::v1::report_response::State;
@@ -19,7 +21,7 @@ use crate::identity::fingerprint_of;
 pub(super) struct View {
     /// This frontend's own fingerprint, or that of the first worker that was ready.
     pub(super) fingerprint: Option<ModelFingerprint>,
-    workers: BTreeMap<u32, Entry>,
+    workers: BTreeMap<Slot, Entry>,
     /// Whether a request may wait for a worker: a placement is followed, or there was a worker that could take one.
     may_wait: bool,
 }
@@ -70,7 +72,7 @@ impl View {
         self.workers.len()
     }
 
-    pub(super) fn known(&self) -> BTreeMap<u32, Known> {
+    pub(super) fn known(&self) -> BTreeMap<Slot, Known> {
         self.workers.iter().map(|(&slot, entry)| (slot, entry.known())).collect()
     }
 
@@ -98,7 +100,7 @@ impl View {
     /// Takes a placement's workers; `watch` begins to watch one that is new, or that is found elsewhere now.
     pub(super) fn place(&mut self, placement: &Placement, watch: impl Fn(&PlacedWorker) -> AbortHandle) {
         let placed = placement.workers();
-        self.may_wait |= placement.epoch() > 0;
+        self.may_wait |= !placement.epoch().is_none();
         self.workers.retain(|slot, _| placed.iter().any(|worker| worker.slot == *slot));
         for worker in placed {
             let stays =
@@ -119,19 +121,20 @@ impl View {
         let state = report.state();
         let callee = report.callee.unwrap_or_default();
         let difference = self.difference(&callee, state);
-        let Some(entry) = self.workers.get_mut(&report.slot) else { return };
+        let Some(entry) = self.workers.get_mut(&Slot(report.slot)) else { return };
         let readiness = match state {
             _ if difference.is_some() => Readiness::OtherModel,
             State::Ready => Readiness::Ready,
             State::Draining => Readiness::Draining,
             State::Loading | State::Unspecified => Readiness::Loading,
         };
+        let (running, waiting, incarnation) =
+            (report.running, report.waiting, Incarnation(callee.incarnation));
         let before = entry.load.map(|load| (load.incarnation, load.readiness));
-        if before != Some((callee.incarnation, readiness)) {
+        if before != Some((incarnation, readiness)) {
             let reason = difference.as_deref().unwrap_or(&report.reason);
             tracing::info!(worker = entry.placed.name, slot = report.slot, ?readiness, reason, "worker");
         }
-        let (running, waiting, incarnation) = (report.running, report.waiting, callee.incarnation);
         entry.client = Some(InferenceClient::new(channel.clone()));
         entry.load = Some(Load { readiness, running, waiting, incarnation });
         entry.since_report = 0;
@@ -153,10 +156,10 @@ impl View {
     }
 
     /// A worker's reports ended, for the reason `problem`.
-    pub(super) fn lost(&mut self, slot: u32, problem: &str) {
+    pub(super) fn lost(&mut self, slot: Slot, problem: &str) {
         let Some(entry) = self.workers.get_mut(&slot) else { return };
         if entry.load.take().is_some() {
-            tracing::warn!(worker = entry.placed.name, slot, problem, "worker lost");
+            tracing::warn!(worker = entry.placed.name, %slot, problem, "worker lost");
         }
         entry.client = None;
     }

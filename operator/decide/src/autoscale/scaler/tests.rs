@@ -1,5 +1,8 @@
 use std::time::Duration;
 
+use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 
 use super::*;
@@ -60,7 +63,7 @@ impl Rig {
             policy: policy(),
             size: Size { workers, at_least: 1, failing: None },
             changes: vec![],
-            frontend: FrontendLoad { incarnation: 1, ..FrontendLoad::default() },
+            frontend: FrontendLoad { incarnation: Incarnation(1), ..FrontendLoad::default() },
             first: 0,
             ready: workers,
             complete: true,
@@ -82,7 +85,7 @@ impl Rig {
         (self.frontend.in_flight, self.frontend.queued) = (traffic.in_flight, traffic.queued);
         let load = Load {
             frontends: [("f".to_string(), self.frontend.clone())].into(),
-            slots: (self.first..self.first + self.ready).collect(),
+            slots: (self.first..self.first + self.ready).map(Slot).collect(),
             ready: self.ready,
             running: traffic.in_flight.saturating_sub(traffic.queued),
             complete: self.complete,
@@ -311,23 +314,25 @@ fn an_operator_that_restarts_goes_on_without_a_jump() {
 #[test]
 fn a_frontend_that_is_new_counts_from_its_beginning_and_one_only_now_heard_does_not() {
     let goals = policy().goals;
-    let slow = |incarnation: i128| {
-        let mut frontend = FrontendLoad { incarnation: incarnation as u64, ..FrontendLoad::default() };
+    let slow = |age: Option<Duration>| {
+        let mut frontend = FrontendLoad { incarnation: Incarnation(2), age, ..FrontendLoad::default() };
         (0..10).for_each(|_| frontend.latencies.first_token.add(Duration::from_secs(1)));
         frontend
     };
     let start = Timestamp::from_second(1_800_000_000).unwrap();
-    let summary = |incarnation: i128| {
+    let summary = |age| {
         let mut window = Window::default();
         let mut load = Load { ready: 1, complete: true, ..Load::default() };
-        load.frontends.insert("old".into(), FrontendLoad { incarnation: 1, ..FrontendLoad::default() });
+        load.frontends
+            .insert("old".into(), FrontendLoad { incarnation: Incarnation(1), ..FrontendLoad::default() });
         window.look(goals, &load, start);
-        load.frontends.insert("new".into(), slow(incarnation));
+        load.frontends.insert("new".into(), slow(age));
         window.look(goals, &load, start + PERIOD);
         window.summary().load
     };
-    assert!(summary(start.as_nanosecond() + 1_000_000_000) > 0.1);
-    assert_eq!(summary(start.as_nanosecond() - 1_000_000_000), 0.0);
+    assert!(summary(Some(PERIOD / 2)) > 0.1);
+    assert_eq!(summary(Some(PERIOD * 2)), 0.0);
+    assert_eq!(summary(None), 0.0, "a process of a version that does not say its age");
 }
 
 #[test]
@@ -515,7 +520,7 @@ fn whoever_is_silent_or_tells_no_latencies_makes_a_look_incomplete() {
     let report = |state, latencies| Report {
         state,
         reason: String::new(),
-        epoch: 1,
+        epoch: Epoch::FIRST,
         placement_hash: String::new(),
         shape: None,
         resident: Default::default(),
@@ -528,21 +533,22 @@ fn whoever_is_silent_or_tells_no_latencies_makes_a_look_incomplete() {
         bytes_to_load: 0,
         latencies,
         eligible_workers: None,
-        incarnation: 7,
+        incarnation: Incarnation(7),
+        age: None,
     };
     let seen = |report| Seen { report, ..Seen::default() };
     let told = || seen(Some(report(State::Ready, Some(Box::<Latencies>::default()))));
     let worker = |state| seen(Some(report(state, None)));
     let of = |frontends: Vec<Seen>| {
         let workers = [worker(State::Ready), worker(State::Loading), seen(None), worker(State::Ready)];
-        let workers = (0..).map(Member::Worker).zip(workers);
+        let workers = (0..).map(Slot).map(Member::Worker).zip(workers);
         let named = |(at, seen): (usize, Seen)| (Member::Frontend(at.to_string()), seen);
         let all: Vec<_> = workers.chain(frontends.into_iter().enumerate().map(named)).collect();
         Load::of(all.iter().map(|(member, seen)| (member.clone(), seen)))
     };
     let load = of(vec![told(), told()]);
     assert!(load.complete);
-    assert_eq!((load.ready, load.slots), (2, [0, 3].into()));
+    assert_eq!((load.ready, load.slots), (2, [Slot(0), Slot(3)].into()));
     assert_eq!((load.running, load.waiting, load.frontends["0"].queued), (u32::MAX, 4, 2));
     assert!(!of(vec![told(), seen(None)]).complete, "one is silent");
     assert!(!of(vec![told(), worker(State::Ready)]).complete, "an old one tells no latencies");
