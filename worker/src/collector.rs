@@ -24,7 +24,7 @@ const GATHER: Duration = Duration::from_secs(1);
 /// How long the end of a process waits for its last spans.
 const FLUSH: Duration = Duration::from_secs(2);
 
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 pub(crate) struct Args {
     /// Where traces go, by OTLP over gRPC: http://HOST:4317; without it there are none
     #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]

@@ -53,6 +53,7 @@ use crate::identity::fingerprint_message;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
+use crate::runtime::{self, Service};
 
 /// How long connections may stay open that no running request needs, once this frontend closes.
 const LINGER: Duration = Duration::from_secs(2);
@@ -109,18 +110,9 @@ pub(crate) struct Args {
 
 /// Serves until SIGTERM, then until the last request is answered.
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
-    process::log();
-    process::exit_when_parent_is_gone();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", format!("no runtime: {error}")))?;
-    let traces = {
-        let _within = runtime.enter();
-        args.traces.start("expertmesh-frontend", &args.name)?
-    };
-    let result = runtime.block_on(serve(args));
-    drop(traces);
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result.map(|()| ExitCode::SUCCESS)
+    let (name, traces) = (args.name.clone(), args.traces.clone());
+    let service = Service { program: "expertmesh-frontend", name: &name, threads: None };
+    runtime::run(service, &traces, serve(args)).map(|()| ExitCode::SUCCESS)
 }
 
 async fn serve(args: Args) -> Result<(), Fatal> {

@@ -32,6 +32,8 @@ const STUCK: Duration = Duration::from_secs(20);
 const CONNECT: Connect = Connect { timeout: Duration::from_secs(1), keepalive: None, bulk: true };
 /// For one address: connection, hello and welcome.
 const GREETING: Duration = Duration::from_secs(2);
+/// How long a peer may take to start before it is told that it is not up.
+const STARTING: Duration = Duration::from_secs(5);
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
 
 /// The engine's side of a link.
@@ -133,28 +135,56 @@ pub(crate) async fn keep(
     link: Arc<Link>,
     mut addresses: watch::Receiver<Vec<String>>,
 ) {
-    let (mut backoff, mut told) = (BACKOFF, None);
+    let (mut backoff, mut trouble) = (BACKOFF, Trouble::begins());
     for session in 1.. {
         let current = addresses.borrow_and_update().clone();
+        if current.is_empty() {
+            // Nobody knows yet where it runs.
+            if addresses.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
         match open(&shared, slot, session, &current).await {
             Ok(stream) => {
                 tracing::info!(%slot, "peer is up");
-                (backoff, told) = (BACKOFF, None);
                 let verdict = read(&shared, slot, session, &link, stream).await;
+                (backoff, trouble) = (BACKOFF, Trouble::begins());
                 shared.metrics.mesh.failed(slot, verdict.failure);
-                tracing::warn!(%slot, reason = verdict.failure.name(), "peer is down: {}", verdict.message);
+                match verdict.failure {
+                    PeerFailure::Left => tracing::info!(%slot, "peer left"),
+                    failure => {
+                        tracing::warn!(%slot, reason = failure.name(), "peer is down: {}", verdict.message);
+                    }
+                }
             }
-            // It is tried again and again, and told once for every reason.
-            Err(verdict) if told != Some(verdict.failure) => {
-                tracing::warn!(%slot, reason = verdict.failure.name(), "peer is not up: {}", verdict.message);
-                told = Some(verdict.failure);
+            Err(verdict) => {
+                if trouble.is_news(verdict.failure) {
+                    let reason = verdict.failure.name();
+                    tracing::warn!(%slot, reason, "peer is not up: {}", verdict.message);
+                }
             }
-            Err(_) => {}
         }
         tokio::select! {
             () = sleep(backoff.pause()) => {}
             _ = addresses.changed() => {}
         }
+    }
+}
+
+/// Why a peer cannot be reached: tried again and again, told once for every reason, and only where it lasts longer than a start.
+struct Trouble {
+    since: Instant,
+    told: Option<PeerFailure>,
+}
+
+impl Trouble {
+    fn begins() -> Self {
+        Self { since: Instant::now(), told: None }
+    }
+
+    fn is_news(&mut self, failure: PeerFailure) -> bool {
+        self.since.elapsed() >= STARTING && self.told.replace(failure) != Some(failure)
     }
 }
 

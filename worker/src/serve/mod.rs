@@ -25,23 +25,14 @@ use crate::identity::Identity;
 use crate::placement::CurrentPlacement;
 use crate::probes;
 use crate::process::{self, Addresses, Fatal};
+use crate::runtime::{self, Service};
 
 pub(crate) use self::args::Args;
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
-    process::log();
-    process::exit_when_parent_is_gone();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let runtime = runtime.map_err(|error| Fatal::new("RuntimeFailed", error.to_string()))?;
-    let traces = {
-        let _within = runtime.enter();
-        args.traces.start("expertmesh-worker", &args.name)?
-    };
-    let result = runtime.block_on(serve(args));
-    drop(traces);
-    // A task that waits for a silent peer does not hold the process.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+    let (name, traces) = (args.name.clone(), args.traces.clone());
+    let service = Service { program: "expertmesh-worker", name: &name, threads: Some(2) };
+    runtime::run(service, &traces, serve(args))
 }
 
 async fn serve(args: Args) -> Result<ExitCode, Fatal> {
