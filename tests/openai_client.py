@@ -63,8 +63,17 @@ def chats(client, model):
     expect(thought and content == "83" and end == "stop", f"46 + 37 is {content!r} after {thought!r}, finished by {end}")
     _, _, end = chat(client, model, temperature=0, max_tokens=3)[0]
     expect(end == "length", f"three tokens were finished by {end}")
-    stopped, _, end = chat(client, model, temperature=0, stop=["13,"])[0]
+    expect(chat(client, model, temperature=0, stop=["13,"])[0] == (thought, "83", "stop"), "a stop string of the thought cost the answer")
+    expect(chat(client, model, temperature=0, stop=["3"])[0] == (thought, "8", "stop"), "a stop string of the answer did not end it")
+    stopped, _, end = chat(client, model, temperature=0, stop=["13,"], extra_body={"stop_in_reasoning": True})[0]
     expect(thought.startswith(stopped) and "13," not in stopped and end == "stop", f"stopped by {end} after {stopped!r}")
+    expect(chat(client, model, temperature=0, extra_body={"include_reasoning": False})[0] == ("", "83", "stop"), "the thought was not left out")
+    _, both, _ = chat(client, model, temperature=0, extra_body={"separate_reasoning": False})[0]
+    expect(both == f"{thought}</think>\n\n83", f"the thought is not in the content: {both!r}")
+    usage = client.chat.completions.create(model=model, messages=QUESTION, temperature=0).usage
+    spent = usage.completion_tokens_details.reasoning_tokens
+    expect(0 < spent < usage.completion_tokens and usage.prompt_tokens_details.cached_tokens == 0, f"usage is {usage}")
+    expect(chat(client, model, temperature=3, top_p=0)[0][1] == "83", "a top_p of nothing is not the most probable token")
     expect(chat(client, model, seed=7) == chat(client, model, seed=7), "the same seed gave other tokens")
     several = chat(client, model, seed=7, n=3)
     expect(len(several) == 3, f"{len(several)} choices of 3")
@@ -168,6 +177,9 @@ def errors(client, model):
     for wish in (dict(logit_bias={"x": 1}), dict(frequency_penalty=3), dict(presence_penalty=-3), dict(logprobs=True, top_logprobs=21), dict(top_logprobs=1)):
         error = expect_error(openai.BadRequestError, None, lambda: create(model=model, messages=QUESTION, **wish))
         expect(error.param == list(wish)[-1], f"{wish} is blamed on {error.param}")
+    for wish in (dict(regex="a+"), dict(typical_p=0.5), dict(min_new_tokens=4), dict(options={"num_predict": 3})):
+        error = expect_error(openai.BadRequestError, None, lambda: create(model=model, messages=QUESTION, extra_body=wish))
+        expect(error.param == list(wish)[0], f"{wish} is blamed on {error.param}")
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     error = expect_error(openai.BadRequestError, None, lambda: create(model=model, messages=QUESTION, tools=tools))
     expect(error.param == "tools", f"tools are blamed on {error.param}")

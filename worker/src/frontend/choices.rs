@@ -45,9 +45,10 @@ pub(crate) struct Start {
 /// Starts every choice of a request, each in a task that reads on while its client does not.
 pub(crate) fn start(server: &Server, request: &ValidRequest, id: &str, begun: &Start) -> Updates {
     let choice = |(index, choice): (usize, ValidChoice)| {
-        let ValidChoice { sequence, stops, reasoning } = choice;
-        let text = Text::new(&server.model.tokenizer, &sequence.prompt, stops, sequence.min_tokens as usize);
-        let answer = Answer::new(&server.model.tokenizer, text, reasoning);
+        let ValidChoice { sequence, stops, thoughts } = choice;
+        let tokenizer = &server.model.tokenizer;
+        let text = Text::new(tokenizer, &sequence.prompt, Vec::new(), 0);
+        let answer = Answer::new(tokenizer, text, stops, sequence.min_tokens, thoughts);
         let (workers, metrics) = (server.workers.clone(), server.metrics.clone());
         let sequence = Sequence::new(sequence, workers, metrics, server.patience, begun.parent.clone());
         let clock = server.latencies.accept(begun.arrived, server.metrics.clone());

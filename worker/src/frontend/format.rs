@@ -4,11 +4,11 @@ use serde_json::{Map, Value, json};
 
 use super::logprobs::Logged;
 use super::model::Model;
-use super::openai::{ApiError, Usage};
+use super::openai::{ApiError, Completed, Usage};
 use super::reasoning::Split;
 use super::update::{Piece, Update};
 use super::valid::ValidRequest;
-use super::valid::body::Reply;
+use super::valid::body::{Reply, StreamUsage};
 use crate::end::End;
 use crate::metrics::labels::Endpoint;
 
@@ -25,6 +25,8 @@ pub(crate) struct Header {
 pub(crate) struct Whole {
     pub(crate) split: Split,
     pub(crate) tokens: Vec<u32>,
+    /// How many of the tokens were thought.
+    pub(crate) thought: usize,
     pub(crate) logprobs: Vec<Logged>,
     pub(crate) end: Option<End>,
 }
@@ -33,8 +35,13 @@ impl Whole {
     pub(crate) fn add(&mut self, piece: Piece) {
         self.split.append(piece.split);
         self.tokens.extend(piece.tokens);
+        self.thought += piece.thought;
         self.logprobs.extend(piece.logprobs);
         self.end = piece.end.or(self.end);
+    }
+
+    fn completed(&self) -> Completed {
+        Completed { tokens: self.tokens.len(), thought: self.thought }
     }
 }
 
@@ -88,7 +95,9 @@ impl Writer {
         };
         object.insert("choices".into(), wholes.iter().enumerate().map(choice).collect());
         self.seed(&mut object);
-        object.insert("usage".into(), json!(self.usage(wholes.iter().map(|whole| whole.tokens.len()).sum())));
+        let mut completed = Completed::default();
+        wholes.iter().for_each(|whole| completed.add(whole.completed()));
+        object.insert("usage".into(), json!(self.usage(completed)));
         self.prompt_ids::<F>(&mut object, 0, !F::PROMPT_IDS_IN_CHOICE);
         Value::Object(object)
     }
@@ -96,11 +105,12 @@ impl Writer {
     /// The chunk that opens a choice in a stream, where the endpoint has one.
     pub(crate) fn opening<F: Format>(&self, index: usize) -> Option<Value> {
         let choice = self.numbered(F::opening()?, index, None);
-        Some(Value::Object(self.chunk::<F>(choice, index, true)))
+        Some(Value::Object(self.chunk::<F>(choice, index, true, Completed::default())))
     }
 
-    /// The chunk of a piece, if it is worth one; `first` where nothing was sent of its choice before.
-    pub(crate) fn piece<F: Format>(&self, update: &Update, first: bool) -> Option<Value> {
+    /// The chunk of a piece, if it is worth one; `first` where nothing was sent of its choice before. `so_far` counts its
+    /// choice's tokens, those of the piece included.
+    pub(crate) fn piece<F: Format>(&self, update: &Update, first: bool, so_far: Completed) -> Option<Value> {
         let Update { choice: index, piece } = update;
         let tokens = self.reply.return_token_ids && !piece.tokens.is_empty();
         if piece.split == Split::default() && piece.end.is_none() && !tokens && piece.logprobs.is_empty() {
@@ -111,7 +121,7 @@ impl Writer {
         if self.reply.return_token_ids {
             choice.insert("token_ids".into(), json!(piece.tokens));
         }
-        let mut chunk = self.chunk::<F>(choice, *index, first);
+        let mut chunk = self.chunk::<F>(choice, *index, first, so_far);
         if piece.end.is_some() {
             self.seed(&mut chunk);
         }
@@ -119,12 +129,12 @@ impl Writer {
     }
 
     /// The chunk of the usage, after the last choice's end, where the client asked for it.
-    pub(crate) fn last<F: Format>(&self, completion_tokens: usize) -> Option<Value> {
+    pub(crate) fn last<F: Format>(&self, completed: Completed) -> Option<Value> {
         let mut object = self.object(F::CHUNK);
         object.insert("choices".into(), json!([]));
-        object.insert("usage".into(), json!(self.usage(completion_tokens)));
+        object.insert("usage".into(), json!(self.usage(completed)));
         self.seed(&mut object);
-        self.reply.include_usage.then_some(Value::Object(object))
+        (self.reply.usage != StreamUsage::Never).then_some(Value::Object(object))
     }
 
     fn chunk<F: Format>(
@@ -132,14 +142,18 @@ impl Writer {
         mut choice: Map<String, Value>,
         index: usize,
         first: bool,
+        so_far: Completed,
     ) -> Map<String, Value> {
         let mut object = self.object(F::CHUNK);
         self.prompt_ids::<F>(&mut choice, index, first && F::PROMPT_IDS_IN_CHOICE);
         self.prompt_ids::<F>(&mut object, index, first && !F::PROMPT_IDS_IN_CHOICE);
         object.insert("choices".into(), json!([choice]));
-        if self.reply.include_usage {
-            object.insert("usage".into(), Value::Null);
-        }
+        let usage = match self.reply.usage {
+            StreamUsage::Never => return object,
+            StreamUsage::Last => Value::Null,
+            StreamUsage::Continuous => json!(Usage::new(self.request.prompt_of(index).len(), so_far)),
+        };
+        object.insert("usage".into(), usage);
         object
     }
 
@@ -161,8 +175,8 @@ impl Writer {
         }
     }
 
-    fn usage(&self, completion_tokens: usize) -> Usage {
-        Usage::new(self.request.prompt_tokens(), completion_tokens)
+    fn usage(&self, completed: Completed) -> Usage {
+        Usage::new(self.request.prompt_tokens(), completed)
     }
 
     fn numbered(&self, mut choice: Map<String, Value>, index: usize, end: Option<End>) -> Map<String, Value> {

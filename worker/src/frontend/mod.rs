@@ -65,9 +65,9 @@ pub(crate) struct Args {
     model: PathBuf,
     #[command(flatten)]
     computed_as: ComputedAs,
-    /// The model's name in the API
-    #[arg(long)]
-    served_name: String,
+    /// The model's name in the API; where it is given several times, the others are names for it too
+    #[arg(long, value_name = "NAME", required = true, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    served_name: Vec<String>,
     /// This frontend's name, for logs and peers
     #[arg(long, env = "POD_NAME", default_value = "frontend")]
     name: String,

@@ -12,8 +12,10 @@ use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
 pub(crate) struct Model {
-    /// The name by which clients ask for it.
+    /// The name by which it calls itself.
     pub(crate) name: String,
+    /// Other names by which clients may ask for it.
+    pub(crate) aliases: Vec<String>,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) template: ChatTemplate,
     /// Positions of a sequence, prompt and answer together.
@@ -27,8 +29,11 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// Reads everything but the weights of a model's directory; `context` may be less than the model's own.
-    pub(crate) fn load(directory: &Path, name: String, context: Option<usize>) -> Result<Self, Fatal> {
+    /// Reads everything but the weights of a model's directory; `context` may be less than the model's own. The first
+    /// of its names is the one that answers carry.
+    pub(crate) fn load(directory: &Path, names: Vec<String>, context: Option<usize>) -> Result<Self, Fatal> {
+        let mut names = names.into_iter();
+        let name = names.next().unwrap_or_default();
         let config = ModelConfig::read(directory)?;
         let generation = GenerationConfig::read(directory, &config)?;
         let (tokenizer, template) = (Tokenizer::load(directory)?, ChatTemplate::load(directory)?);
@@ -37,6 +42,7 @@ impl Model {
         let context = context.unwrap_or(usize::MAX).min(config.max_positions);
         Ok(Self {
             name,
+            aliases: names.collect(),
             tokenizer,
             template,
             context,
@@ -45,6 +51,11 @@ impl Model {
             bos,
             generation,
         })
+    }
+
+    /// Whether clients may ask for it by this name.
+    pub(crate) fn is_called(&self, name: &str) -> bool {
+        self.name == name || self.aliases.iter().any(|alias| alias == name)
     }
 
     pub(crate) fn eos_tokens(&self) -> &[u32] {

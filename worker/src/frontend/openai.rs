@@ -20,7 +20,7 @@ pub(crate) enum ApiError {
     Invalid { param: Option<String>, problem: String },
     #[error("{problem}")]
     ContextLength { param: &'static str, problem: String },
-    #[error("the body is not JSON that this endpoint takes: {0}")]
+    #[error("{0}")]
     Malformed(String),
     #[error("the body is larger than {BODY_LIMIT} bytes")]
     BodyTooLarge,
@@ -28,6 +28,8 @@ pub(crate) enum ApiError {
     BodyLost(String),
     #[error("the body did not arrive in time")]
     BodyTooSlow,
+    #[error("content-encoding: {0:?} is not supported; send the body as it is")]
+    BodyEncoded(String),
     #[error("the model `{0}` does not exist")]
     ModelNotFound(String),
     #[error("there is no {0}")]
@@ -61,6 +63,9 @@ impl ApiError {
             Self::BodyTooLarge => ("BodyTooLarge", StatusCode::PAYLOAD_TOO_LARGE, Some("body_too_large")),
             Self::BodyLost(_) => ("BodyLost", StatusCode::BAD_REQUEST, None),
             Self::BodyTooSlow => ("BodyTooSlow", StatusCode::REQUEST_TIMEOUT, Some("body_too_slow")),
+            Self::BodyEncoded(_) => {
+                ("BodyEncoded", StatusCode::UNSUPPORTED_MEDIA_TYPE, Some("unsupported_encoding"))
+            }
             Self::ModelNotFound(_) => ("ModelNotFound", StatusCode::NOT_FOUND, Some("model_not_found")),
             Self::RouteNotFound(_) => ("RouteNotFound", StatusCode::NOT_FOUND, Some("not_found")),
             Self::MethodNotAllowed(_) => {
@@ -96,6 +101,7 @@ impl ApiError {
             | Self::BodyTooLarge
             | Self::BodyLost(_)
             | Self::BodyTooSlow
+            | Self::BodyEncoded(_)
             | Self::RouteNotFound(_)
             | Self::MethodNotAllowed(_)
             | Self::TooManyRequests
@@ -145,17 +151,51 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// The tokens of a request and of all its choices.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+/// Tokens that were generated, those of thoughts among them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Completed {
+    pub(crate) tokens: usize,
+    pub(crate) thought: usize,
+}
+
+impl Completed {
+    pub(crate) fn add(&mut self, more: Self) {
+        self.tokens += more.tokens;
+        self.thought += more.thought;
+    }
+}
+
+/// The tokens of a request and of all its choices, or of one choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
-    pub(crate) prompt_tokens: usize,
-    pub(crate) completion_tokens: usize,
-    pub(crate) total_tokens: usize,
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+    prompt_tokens_details: PromptDetails,
+    completion_tokens_details: CompletionDetails,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct PromptDetails {
+    /// Tokens that need not be computed; there is no cache yet.
+    cached_tokens: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct CompletionDetails {
+    reasoning_tokens: usize,
 }
 
 impl Usage {
-    pub(crate) fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+    pub(crate) fn new(prompt_tokens: usize, completed: Completed) -> Self {
+        let Completed { tokens, thought } = completed;
+        Self {
+            prompt_tokens,
+            completion_tokens: tokens,
+            total_tokens: prompt_tokens + tokens,
+            prompt_tokens_details: PromptDetails { cached_tokens: 0 },
+            completion_tokens_details: CompletionDetails { reasoning_tokens: thought },
+        }
     }
 }
 

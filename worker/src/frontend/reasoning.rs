@@ -20,6 +20,25 @@ impl Split {
     }
 }
 
+/// What is to become of thoughts, and what tells them apart.
+#[derive(Debug, Clone)]
+pub(crate) struct Thoughts {
+    pub(crate) reasoning: Reasoning,
+    pub(crate) shown: Shown,
+    /// Whether stop strings count in them too.
+    pub(crate) stops: bool,
+}
+
+/// Where a client reads what the model thinks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shown {
+    /// In a field of its own.
+    Apart,
+    /// In the content, between the model's own tags.
+    Within,
+    Nowhere,
+}
+
 /// Splits a text that arrives in pieces; any pieces give the same split. A tag counts only where it is
 /// expected: `<think>` at the very start, the first `</think>` after it. Newlines that lead the reasoning or
 /// the answer are dropped, as servers of R1 do.
@@ -28,6 +47,8 @@ pub(crate) struct Reasoning {
     state: State,
     /// Text that may be the beginning of a tag, or whitespace before one.
     held: String,
+    /// Whether tags, and the whitespace around them, stay in the reasoning.
+    verbatim: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +69,21 @@ impl Reasoning {
         // At its very end, where the template writes: elsewhere it may be a word of the user's.
         let thinking = prompt.trim_end().ends_with(OPEN);
         let state = if thinking { State::Thinking { begun: false } } else { State::Start };
-        Self { state, held: String::new() }
+        Self { state, held: String::new(), verbatim: false }
+    }
+
+    /// The same, with the tags and the whitespace around them as part of the reasoning: reasoning and content put
+    /// together are the text.
+    pub(crate) fn verbatim(self) -> Self {
+        Self { verbatim: true, ..self }
+    }
+
+    /// Whether the text so far ends within a thought.
+    pub(crate) fn thinks(&self) -> bool {
+        match self.state {
+            State::Thinking { .. } => true,
+            State::Start | State::Answering { .. } => false,
+        }
     }
 
     pub(crate) fn push(&mut self, text: &str) -> Split {
@@ -71,11 +106,15 @@ impl Reasoning {
 
     /// Moves what is certain from `held` into `split`; true where the state changed.
     fn step(&mut self, split: &mut Split) -> bool {
+        let verbatim = self.verbatim;
         match &mut self.state {
             State::Start => {
                 let text = self.held.trim_start();
                 if let Some(thought) = text.strip_prefix(OPEN) {
-                    self.held = thought.to_string();
+                    let opened = self.held.len() - thought.len();
+                    let thought = self.held.split_off(opened);
+                    let opening = std::mem::replace(&mut self.held, thought);
+                    split.reasoning.push_str(if verbatim { &opening } else { "" });
                     self.state = State::Thinking { begun: false };
                     return true;
                 }
@@ -88,14 +127,18 @@ impl Reasoning {
             State::Thinking { begun } => {
                 let end = self.held.find(CLOSE);
                 let certain = end.unwrap_or_else(|| self.held.len() - held_back(&self.held, CLOSE));
+                *begun |= verbatim;
                 emit(&self.held[..certain], begun, &mut split.reasoning);
                 self.held.drain(..certain + end.map_or(0, |_| CLOSE.len()));
+                split.reasoning.push_str(if verbatim && end.is_some() { CLOSE } else { "" });
                 if end.is_some() {
                     self.state = State::Answering { begun: false };
                 }
                 end.is_some()
             }
             State::Answering { begun } => {
+                let space = self.held.len() - after_newlines(&self.held, *begun).len();
+                split.reasoning.push_str(if verbatim { &self.held[..space] } else { "" });
                 emit(&self.held, begun, &mut split.content);
                 self.held.clear();
                 false
@@ -106,9 +149,13 @@ impl Reasoning {
 
 /// Appends, without the newlines that come before anything else.
 fn emit(text: &str, begun: &mut bool, out: &mut String) {
-    let text = if *begun { text } else { text.trim_start_matches(['\n', '\r']) };
+    let text = after_newlines(text, *begun);
     *begun |= !text.is_empty();
     out.push_str(text);
+}
+
+fn after_newlines(text: &str, begun: bool) -> &str {
+    if begun { text } else { text.trim_start_matches(['\n', '\r']) }
 }
 
 #[cfg(test)]
@@ -178,7 +225,13 @@ mod tests {
             let mut cuts: Vec<usize> = cuts.into_iter().filter(|&at| text.is_char_boundary(at)).chain([0, text.len()]).collect();
             cuts.sort_unstable();
             let pieces = cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]);
-            prop_assert_eq!(split(prompt, pieces), whole(prompt, &text));
+            prop_assert_eq!(split(prompt, pieces.clone()), whole(prompt, &text));
+            let mut verbatim = Reasoning::after(prompt).verbatim();
+            let mut sum = Split::default();
+            pieces.for_each(|piece| sum.append(verbatim.push(piece)));
+            sum.append(verbatim.finish());
+            prop_assert_eq!(&sum.content, &whole(prompt, &text).1);
+            prop_assert_eq!(sum.reasoning + &sum.content, text);
         }
     }
 }

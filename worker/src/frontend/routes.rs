@@ -9,7 +9,7 @@ use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
 use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use futures::StreamExt;
 use serde_json::json;
@@ -34,12 +34,18 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Everything that a frontend answers by HTTP.
 pub(crate) fn router(server: Arc<Server>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(generate::<Chat>))
-        .route("/v1/completions", post(generate::<Completions>))
-        .route("/v1/models", get(models))
+    let routes = [
+        ("/v1/chat/completions", post(generate::<Chat>)),
+        ("/v1/completions", post(generate::<Completions>)),
+        ("/v1/models", get(models)),
+        ("/health", get(health)),
+    ];
+    let both = |router: Router<_>, (path, handler): (&str, MethodRouter<_>)| {
+        router.route(path, handler.clone()).route(&format!("{path}/"), handler)
+    };
+    let router = routes.into_iter().fold(Router::new(), both);
+    router
         .route("/v1/models/{*id}", get(model))
-        .route("/health", get(health))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
@@ -110,6 +116,10 @@ async fn whole<F: Format>(writer: &Writer, mut updates: Updates) -> Result<Respo
 }
 
 async fn receive(request: Request, patience: Duration) -> Result<Bytes, ApiError> {
+    let encoding = request.headers().get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes);
+    if let Some(encoding) = encoding.filter(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
+        return Err(ApiError::BodyEncoded(String::from_utf8_lossy(encoding).into_owned()));
+    }
     let received = timeout(patience, Bytes::from_request(request, &())).await;
     received.map_err(|_| ApiError::BodyTooSlow)?.map_err(body_error)
 }
@@ -135,18 +145,21 @@ fn body_error(rejection: BytesRejection) -> ApiError {
 
 async fn models(State(server): State<Arc<Server>>) -> Response {
     let tracked = server.track(Endpoint::Models);
-    let entry = openai::model(&server.model.name, server.started(), server.model.context);
-    answered(tracked, Json(json!({"object": "list", "data": [entry]})).into_response())
+    let names = [&server.model.name].into_iter().chain(&server.model.aliases);
+    let entry = |name: &String| openai::model(name, server.started(), server.model.context);
+    let entries: Vec<_> = names.map(entry).collect();
+    answered(tracked, Json(json!({"object": "list", "data": entries})).into_response())
 }
 
 async fn model(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
     let tracked = server.track(Endpoint::Models);
-    match id == server.model.name {
+    let name = id.trim_end_matches('/');
+    match server.model.is_called(name) {
         true => {
-            let entry = openai::model(&id, server.started(), server.model.context);
+            let entry = openai::model(name, server.started(), server.model.context);
             answered(tracked, Json(entry).into_response())
         }
-        false => refused(tracked, ApiError::ModelNotFound(id)),
+        false => refused(tracked, ApiError::ModelNotFound(name.to_string())),
     }
 }
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::choices::Updates;
 use super::format::{Format, Writer};
-use super::openai::ApiError;
+use super::openai::{ApiError, Completed};
 use super::tracked::Tracked;
 use super::update::Update;
 use crate::metrics::labels::RequestFailure;
@@ -36,7 +36,8 @@ struct State {
     updates: Updates,
     /// Of each choice, whether something was sent.
     opened: Vec<bool>,
-    completion_tokens: usize,
+    /// What was generated of each choice.
+    completed: Vec<Completed>,
     /// The request; the client left where the stream is dropped before it is complete.
     tracked: Option<Tracked>,
 }
@@ -47,9 +48,9 @@ fn events<F: Format>(
     updates: Updates,
     tracked: Tracked,
 ) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
-    let opened = vec![false; writer.request.count()];
-    let mut state =
-        State { writer: Arc::new(writer), updates, opened, completion_tokens: 0, tracked: Some(tracked) };
+    let count = writer.request.count();
+    let (opened, completed) = (vec![false; count], vec![Completed::default(); count]);
+    let mut state = State { writer: Arc::new(writer), updates, opened, completed, tracked: Some(tracked) };
     let opening = state.update::<F>(&first);
     let rest = stream::unfold(state, |mut state| async move {
         state.tracked.as_ref()?;
@@ -65,11 +66,13 @@ fn events<F: Format>(
 
 impl State {
     fn update<F: Format>(&mut self, update: &Update) -> Vec<Event> {
-        self.completion_tokens += update.piece.tokens.len();
+        let so_far = &mut self.completed[update.choice];
+        so_far.add(update.piece.completed());
+        let so_far = *so_far;
         let first = !std::mem::replace(&mut self.opened[update.choice], true);
         let opening = if first { self.writer.opening::<F>(update.choice) } else { None };
         let first = first && opening.is_none();
-        let piece = self.writer.piece::<F>(update, first);
+        let piece = self.writer.piece::<F>(update, first, so_far);
         if first && piece.is_none() {
             // The prompt's ids come with the first chunk, whichever it is.
             self.opened[update.choice] = false;
@@ -89,7 +92,9 @@ impl State {
         if let Some(tracked) = self.tracked.take() {
             tracked.answered(StatusCode::OK.as_u16());
         }
-        let usage = self.writer.last::<F>(self.completion_tokens);
+        let mut completed = Completed::default();
+        self.completed.iter().for_each(|choice| completed.add(*choice));
+        let usage = self.writer.last::<F>(completed);
         usage.as_ref().map(data).into_iter().chain([Event::default().data("[DONE]")]).collect()
     }
 }

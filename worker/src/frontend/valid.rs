@@ -4,20 +4,23 @@
 pub(super) mod body;
 mod chat;
 mod completion;
+mod message;
 mod prompt;
 mod sampling;
 
 use expertmesh_proto::v1;
 
-use self::body::{Body, Common, Reply};
-use self::chat::Chat;
-use self::completion::Completion;
+use self::body::{Reply, open};
 use self::prompt::{MAX_SEQUENCES, Prompt, encode};
-use self::sampling::SamplingFields;
+use super::fields::On;
+use super::fields::read::Fields;
 use super::model::Model;
 use super::openai::ApiError;
-use super::reasoning::Reasoning;
+use super::reasoning::Thoughts;
 use super::sequence::SequenceRequest;
+
+/// The `max_tokens` of a completion that names none, as OpenAI's API has it.
+const COMPLETION_TOKENS: u32 = 16;
 
 /// A request that can be answered; only validation makes one.
 #[derive(Debug, Clone)]
@@ -32,7 +35,7 @@ pub(crate) struct ValidRequest {
     /// Alternatives to log for each token; `None`: no log-probabilities at all.
     logprobs: Option<u32>,
     /// What tells thoughts from the answer; `None` where they are part of its text.
-    reasoning: Option<Reasoning>,
+    thoughts: Option<Thoughts>,
     reply: Reply,
 }
 
@@ -41,33 +44,34 @@ pub(crate) struct ValidRequest {
 pub(crate) struct ValidChoice {
     pub(crate) sequence: SequenceRequest,
     pub(crate) stops: Vec<String>,
-    pub(crate) reasoning: Option<Reasoning>,
+    pub(crate) thoughts: Option<Thoughts>,
 }
 
 impl ValidRequest {
     /// Reads and checks the body of a chat completion. `drawn` is its seed where it names none.
     pub(crate) fn chat(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
-        let Body { common, sampling, own: mut chat } = Body::<Chat>::parse(model, body)?;
-        let text = chat.text(model)?;
+        let fields = open(model, On::Chat, body)?;
+        let text = chat::prompt(model, &fields)?;
         let tokens = encode(model, &text, "messages")?;
-        let prompt = Prompt::fit(model, tokens, chat.limit(&common), "messages")?;
-        let logprobs = chat.logprobs()?;
-        // The end of the prompt says whether the model is already thinking.
-        let reasoning = model.thinks.then(|| Reasoning::after(&text));
-        Self::check(model, Wishes { prompts: vec![prompt], common, sampling, drawn, logprobs, reasoning })
+        let prompts = vec![Prompt::fit(model, tokens, limit(&fields)?, "messages")?];
+        let (logprobs, thoughts) = (chat::logprobs(&fields)?, chat::thoughts(model, &fields, &text)?);
+        Self::check(model, &fields, drawn, Asked { prompts, logprobs, thoughts })
     }
 
     /// Reads and checks the body of a completion. `drawn` is its seed where it names none.
     pub(crate) fn completion(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
-        let Body { common, sampling, own: mut completion } = Body::<Completion>::parse(model, body)?;
-        let prompts = completion.prompts(model, &common)?;
-        let logprobs = completion.logprobs()?;
-        Self::check(model, Wishes { prompts, common, sampling, drawn, logprobs, reasoning: None })
+        let fields = open(model, On::Completions, body)?;
+        let limit = limit(&fields)?.or(Some(COMPLETION_TOKENS));
+        let fit = |tokens| Prompt::fit(model, tokens, limit, "prompt");
+        let prompts = completion::prompts(model, &fields)?;
+        let prompts = prompts.into_iter().map(fit).collect::<Result<_, _>>()?;
+        let logprobs = completion::logprobs(&fields)?;
+        Self::check(model, &fields, drawn, Asked { prompts, logprobs, thoughts: None })
     }
 
-    fn check(model: &Model, wishes: Wishes) -> Result<Self, ApiError> {
-        let Wishes { prompts, common, sampling: fields, drawn, logprobs, reasoning } = wishes;
-        let n = common.n.unwrap_or(1) as usize;
+    fn check(model: &Model, fields: &Fields, drawn: u64, asked: Asked) -> Result<Self, ApiError> {
+        let Asked { prompts, logprobs, thoughts } = asked;
+        let n = fields.count("n")?.unwrap_or(1) as usize;
         if n == 0 || n.saturating_mul(prompts.len()) > MAX_SEQUENCES {
             let problem = format!(
                 "n: {n} for {} prompts; expected: 1 to {MAX_SEQUENCES} choices in all",
@@ -75,16 +79,16 @@ impl ValidRequest {
             );
             return Err(ApiError::invalid("n", problem));
         }
-        let min_tokens = fields.min_tokens();
+        let min_tokens = fields.count("min_tokens")?.unwrap_or(0);
         if prompts.iter().any(|prompt| min_tokens > prompt.max_tokens) {
             let problem = format!("min_tokens: {min_tokens} is more than may be generated");
             return Err(ApiError::invalid("min_tokens", problem));
         }
-        let sampling = model.sampling(fields.overrides(model, drawn)?)?;
-        let reply = common.reply()?;
-        let stop_tokens = fields.stop_tokens(model)?;
-        let stops = fields.stops()?;
-        Ok(Self { prompts, n, min_tokens, stop_tokens, stops, sampling, logprobs, reasoning, reply })
+        let sampling = model.sampling(sampling::overrides(model, fields, drawn)?)?;
+        let reply = Reply::read(fields)?;
+        let stop_tokens = sampling::stop_tokens(model, fields)?;
+        let stops = sampling::stops(fields)?;
+        Ok(Self { prompts, n, min_tokens, stop_tokens, stops, sampling, logprobs, thoughts, reply })
     }
 
     pub(crate) fn reply(&self) -> Reply {
@@ -128,22 +132,30 @@ impl ValidRequest {
                     logprobs: self.logprobs,
                 },
                 stops: self.stops.clone(),
-                reasoning: self.reasoning.clone(),
+                thoughts: self.thoughts.clone(),
             }
         };
         (0..self.count()).map(choice).collect()
     }
 }
 
-/// What a request asks for, its prompts fitted and the rest not yet checked.
-struct Wishes {
+/// What the endpoints read each in its own way.
+struct Asked {
     prompts: Vec<Prompt>,
-    common: Common,
-    sampling: SamplingFields,
-    /// The seed, where `sampling` names none.
-    drawn: u64,
     logprobs: Option<u32>,
-    reasoning: Option<Reasoning>,
+    thoughts: Option<Thoughts>,
+}
+
+/// The most tokens of an answer that the client wants: `max_completion_tokens`, or else the older `max_tokens`.
+fn limit(fields: &Fields) -> Result<Option<u32>, ApiError> {
+    for field in ["max_completion_tokens", "max_tokens"] {
+        match fields.count(field)? {
+            Some(0) => return Err(ApiError::invalid(field, format!("{field}: must be at least 1"))),
+            Some(tokens) => return Ok(Some(tokens)),
+            None => {}
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]

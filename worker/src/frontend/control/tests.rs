@@ -31,7 +31,7 @@ struct Post {
 
 async fn post() -> Post {
     let stage = stage(&[&[]]).await;
-    let model = Model::load(&tiny_r1(), "tiny-r1".to_string(), None).unwrap();
+    let model = Model::load(&tiny_r1(), vec!["tiny-r1".to_string()], None).unwrap();
     let patience = Patience { stall: Duration::from_secs(5), queue: Duration::from_secs(5) };
     let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), patience, 8);
     let me = v1::Caller { name: "frontend-0".to_string(), ..v1::Caller::default() };

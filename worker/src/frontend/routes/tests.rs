@@ -24,7 +24,7 @@ struct House {
 impl House {
     async fn open(scripts: &[&[Act]], max_requests: usize) -> Self {
         let stage = stage(scripts).await;
-        let model = Model::load(&tiny_r1(), "tiny-r1".to_string(), None).unwrap();
+        let model = Model::load(&tiny_r1(), vec!["tiny-r1".to_string()], None).unwrap();
         let patience = Patience { stall: Duration::from_secs(5), queue: QUEUE_TIMEOUT };
         let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), patience, max_requests);
         Self { stage, server }
@@ -74,7 +74,9 @@ async fn a_stream_adds_up_to_the_whole_answer_though_its_worker_dies() {
     let whole = value(house.chat(json!({"return_token_ids": true})).await).await;
     assert_eq!(whole["choices"][0]["token_ids"], json!(expected_tokens()));
     assert_eq!(whole["choices"][0]["finish_reason"], "stop");
-    assert_eq!(whole["usage"], json!({"prompt_tokens": 15, "completion_tokens": 26, "total_tokens": 41}));
+    let expected = json!({"prompt_tokens": 15, "completion_tokens": 26, "total_tokens": 41,
+        "prompt_tokens_details": {"cached_tokens": 0}, "completion_tokens_details": {"reasoning_tokens": 25}});
+    assert_eq!(whole["usage"], expected);
 
     let house = House::open(&[&[Act::Die(7)], &[Act::Move(9)]], 8).await;
     let wishes = json!({"stream": true, "stream_options": {"include_usage": true}, "return_token_ids": true});
@@ -93,6 +95,31 @@ async fn a_stream_adds_up_to_the_whole_answer_though_its_worker_dies() {
     let [.., end, usage, done] = &events[..] else { panic!("{events:?}") };
     assert_eq!(end["choices"][0]["finish_reason"], "stop");
     assert_eq!((&usage["usage"], &usage["choices"], done), (&whole["usage"], &json!([]), &json!("[DONE]")));
+}
+
+#[tokio::test]
+async fn a_stream_counts_as_it_goes_where_that_is_wanted() {
+    let house = House::open(&[&[]], 8).await;
+    let body = json!({"prompt": [[5, 6], [7]], "max_tokens": 3, "stream": true,
+        "stream_options": {"include_usage": true, "continuous_usage_stats": true}});
+    let events = events(house.call("POST", "/v1/completions", body.to_string()).await).await;
+    let [chunks @ .., last, _done] = &events[..] else { panic!("{events:?}") };
+    for chunk in chunks {
+        let prompt = if chunk["choices"][0]["index"] == 0 { 2 } else { 1 };
+        assert_eq!(chunk["usage"]["prompt_tokens"], prompt, "{chunk}");
+    }
+    let counts = |index| {
+        let of_choice = chunks.iter().filter(move |chunk| chunk["choices"][0]["index"] == index);
+        of_choice.map(|chunk| chunk["usage"]["completion_tokens"].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    for index in 0..2 {
+        let counts = counts(index);
+        assert!(counts.is_sorted() && counts.last() == Some(&3), "{counts:?}");
+    }
+    assert_eq!(
+        (&last["usage"]["completion_tokens"], &last["usage"]["prompt_tokens"]),
+        (&json!(6), &json!(3))
+    );
 }
 
 #[tokio::test]
@@ -325,7 +352,8 @@ async fn every_refusal_has_the_shape_that_clients_read() {
         ("GET", "/v1/models/org/other", vec![], 404, json!("model_not_found")),
         ("GET", "/v1/chat/completions", vec![], 405, json!("method_not_allowed")),
         ("POST", "/v1/chat/completions", large, 413, json!("body_too_large")),
-        ("POST", "/v1/completions", b"{".to_vec(), 400, Value::Null),
+        ("POST", "/v1/completions/", b"{".to_vec(), 400, Value::Null),
+        ("GET", "/v1/models/org/other/", vec![], 404, json!("model_not_found")),
     ] {
         let response = house.call(method, path, body).await;
         assert_eq!(response.status(), status, "{path}");
@@ -334,5 +362,14 @@ async fn every_refusal_has_the_shape_that_clients_read() {
         assert!(error["message"].is_string() && error["type"] == "invalid_request_error", "{path}: {error}");
     }
     assert_eq!(value(house.call("GET", "/v1/models", "").await).await["data"][0]["id"], "tiny-r1");
-    assert_eq!(value(house.call("GET", "/v1/models/tiny-r1", "").await).await["max_model_len"], 1024);
+    for path in ["/v1/models/tiny-r1", "/v1/models/tiny-r1/"] {
+        assert_eq!(value(house.call("GET", path, "").await).await["max_model_len"], 1024);
+    }
+    assert_eq!(house.call("GET", "/health/", "").await.status(), StatusCode::OK);
+    let zipped = Request::post("/v1/completions").header(header::CONTENT_ENCODING, "gzip");
+    let zipped =
+        router(house.server.clone()).oneshot(zipped.body(HttpBody::from("x")).unwrap()).await.unwrap();
+    assert_eq!(zipped.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
+    let message = value(zipped).await["error"]["message"].take();
+    assert_eq!(message, "content-encoding: \"gzip\" is not supported; send the body as it is");
 }

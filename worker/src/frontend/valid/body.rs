@@ -1,87 +1,68 @@
-//! A request's body, before anything in it is checked against the model's limits.
+//! What both endpoints read alike: which model is meant, and how the answer is to look.
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 
-use super::super::fields;
+use super::super::fields::On;
+use super::super::fields::read::Fields;
 use super::super::model::Model;
 use super::super::openai::ApiError;
-use super::sampling::SamplingFields;
 
-/// The fields of a request that are known; others are ignored, as clients expect.
-pub(super) struct Body<T> {
-    pub(super) common: Common,
-    pub(super) sampling: SamplingFields,
-    /// The fields of one endpoint alone.
-    pub(super) own: T,
-}
-
-impl<T: DeserializeOwned> Body<T> {
-    pub(super) fn parse(model: &Model, body: &[u8]) -> Result<Self, ApiError> {
-        let value: Value =
-            serde_json::from_slice(body).map_err(|error| ApiError::Malformed(error.to_string()))?;
-        let Some(map) = value.as_object() else {
-            return Err(ApiError::Malformed("expected an object".to_string()));
-        };
-        match map.get("model") {
-            Some(Value::String(name)) if *name == model.name => {}
-            Some(Value::String(name)) => return Err(ApiError::ModelNotFound(name.clone())),
-            None | Some(Value::Null) => return Err(missing("model")),
-            Some(_) => return Err(ApiError::invalid("model", "model: expected a string")),
-        }
-        fields::reject_unhonoured(map)?;
-        Ok(Self { common: read(&value)?, sampling: read(&value)?, own: read(&value)? })
+/// The fields of a body that is for this model and asks for nothing that would not happen.
+pub(super) fn open<'a>(model: &Model, on: On, body: &'a [u8]) -> Result<Fields<'a>, ApiError> {
+    let fields = Fields::parse(on, body)?;
+    // Whoever does not say which model means the only one.
+    if let Some(name) = fields.text("model")?.filter(|name| !model.is_called(name)) {
+        return Err(ApiError::ModelNotFound(name));
     }
-}
-
-/// The fields that both endpoints take, beside [`SamplingFields`]. `null` is the same as absent.
-#[derive(Debug, Deserialize)]
-pub(super) struct Common {
-    pub(super) max_tokens: Option<u32>,
-    pub(super) n: Option<u32>,
-    stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
-    return_token_ids: Option<bool>,
-}
-
-#[derive(Debug, Deserialize)]
-struct StreamOptions {
-    include_usage: Option<bool>,
+    fields.check()?;
+    Ok(fields)
 }
 
 /// How the client wants its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Reply {
     pub(crate) stream: bool,
-    pub(crate) include_usage: bool,
+    pub(crate) usage: StreamUsage,
     pub(crate) return_token_ids: bool,
 }
 
-impl Common {
-    pub(super) fn reply(&self) -> Result<Reply, ApiError> {
-        let stream = self.stream.unwrap_or(false);
-        if self.stream_options.is_some() && !stream {
+/// Where a stream tells its usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StreamUsage {
+    Never,
+    /// In a chunk of its own, the last one.
+    Last,
+    /// There too, and in every chunk that of its choice so far.
+    Continuous,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(expecting = "an object")]
+struct StreamOptions {
+    include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+impl Reply {
+    pub(super) fn read(fields: &Fields) -> Result<Self, ApiError> {
+        let stream = fields.flag("stream")?.unwrap_or(false);
+        let options = fields.parts::<StreamOptions>("stream_options")?;
+        if options.is_some() && !stream {
             return Err(ApiError::invalid(
                 "stream_options",
                 "stream_options: only allowed where stream is true",
             ));
         }
-        let include_usage = self.stream_options.as_ref().and_then(|options| options.include_usage);
-        Ok(Reply {
-            stream,
-            include_usage: include_usage.unwrap_or(false),
-            return_token_ids: self.return_token_ids.unwrap_or(false),
-        })
+        let options = options.unwrap_or_default();
+        let continuous = options.continuous_usage_stats.unwrap_or(false);
+        let usage = match options.include_usage.unwrap_or(false) {
+            false => StreamUsage::Never,
+            true if continuous => StreamUsage::Continuous,
+            true => StreamUsage::Last,
+        };
+        let return_token_ids = fields.flag("return_token_ids")?.unwrap_or(false);
+        Ok(Self { stream, usage, return_token_ids })
     }
-}
-
-fn read<T: DeserializeOwned>(value: &Value) -> Result<T, ApiError> {
-    serde_path_to_error::deserialize(value).map_err(|error| {
-        let path = error.path().to_string();
-        let problem = format!("{path}: {}", error.into_inner());
-        ApiError::invalid(path, problem)
-    })
 }
 
 /// The error of a request without a field that it must have.

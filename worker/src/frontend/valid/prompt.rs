@@ -14,45 +14,31 @@ pub(super) struct Prompt {
     pub(super) max_tokens: u32,
 }
 
-/// The most tokens that a client wants, and the field in which it said so.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limit {
-    pub(super) field: &'static str,
-    pub(super) tokens: u32,
-}
-
 impl Prompt {
-    /// Fits a prompt and its answer into the context. `param` is the field that the prompt came in.
+    /// A prompt and its answer in the context: at most `limit` tokens, where there is one, and at most what room there
+    /// is. `param` is the field that the prompt came in.
     pub(super) fn fit(
         model: &Model,
         tokens: Vec<u32>,
-        limit: Option<Limit>,
+        limit: Option<u32>,
         param: &'static str,
     ) -> Result<Self, ApiError> {
         let (used, context) = (tokens.len(), model.context);
         if used == 0 {
             return Err(ApiError::invalid(param, format!("{param}: the prompt is empty")));
         }
-        if let Some(Limit { field, tokens: 0 }) = limit {
-            return Err(ApiError::invalid(field, format!("{field}: must be at least 1")));
-        }
-        let wanted = limit.map_or(1, |limit| limit.tokens);
-        if !has_room(model, &tokens, wanted) {
-            let problem = format!(
-                "this model's maximum context length is {context} tokens, but {} were requested: {used} in the {param} and {wanted} to generate",
-                used as u64 + u64::from(wanted)
-            );
-            return Err(ApiError::ContextLength { param, problem });
-        }
-        let room = ((context - used) as u32).min(model.max_new_tokens().unwrap_or(u32::MAX));
-        let max_tokens = limit.map_or(room, |limit| limit.tokens);
+        let room = match context.checked_sub(used) {
+            None | Some(0) => {
+                let problem = format!(
+                    "this model's maximum context length is {context} tokens, and {used} in the {param} leave no room for an answer"
+                );
+                return Err(ApiError::ContextLength { param, problem });
+            }
+            Some(room) => u32::try_from(room).unwrap_or(u32::MAX),
+        };
+        let max_tokens = limit.or(model.max_new_tokens()).unwrap_or(room).min(room);
         Ok(Self { tokens, max_tokens })
     }
-}
-
-/// Whether so many `more` tokens after a prompt's are within the context.
-pub(super) fn has_room(model: &Model, tokens: &[u32], more: u32) -> bool {
-    tokens.len().saturating_add(more as usize) <= model.context
 }
 
 /// The tokens of a text that may fit the context. `param` is the field that the text came in.
