@@ -2,8 +2,8 @@
 //! does not know is an error which names it.
 
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
+use expertmesh_model::files::{self, FileError};
 use kube::CustomResourceExt;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -36,7 +36,7 @@ const METADATA: [&str; 15] = [
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ManifestError {
     #[error("{}: {error}", path.display())]
-    Read { path: PathBuf, error: io::Error },
+    Read { path: PathBuf, error: FileError },
     #[error("{}: {problem}", path.display())]
     Malformed { path: PathBuf, problem: String },
     #[error("{}: {error}", path.display())]
@@ -46,13 +46,11 @@ pub(crate) enum ManifestError {
 /// Reads the one ModelDeployment of a file.
 pub(crate) fn read(path: &Path) -> Result<ValidatedDeployment, ManifestError> {
     let unreadable = |error| ManifestError::Read { path: path.into(), error };
-    let size = fs::metadata(path).map_err(unreadable)?.len();
-    if size > MAX_BYTES {
-        return Err(unreadable(io::Error::other(format!(
-            "{size} bytes; at most {MAX_BYTES} are a ModelDeployment"
-        ))));
-    }
-    let text = fs::read_to_string(path).map_err(unreadable)?;
+    let text = files::read(path, MAX_BYTES).map_err(unreadable)?;
+    let text = String::from_utf8(text).map_err(|error| ManifestError::Malformed {
+        path: path.into(),
+        problem: error.utf8_error().to_string(),
+    })?;
     let object = parse(&text).map_err(|problem| ManifestError::Malformed { path: path.into(), problem })?;
     ValidatedDeployment::new(&object).map_err(|error| ManifestError::Invalid { path: path.into(), error })
 }

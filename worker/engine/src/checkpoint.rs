@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use expertmesh_model::config::parts::FP8_BLOCK;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::files;
 use expertmesh_model::names::scales_of;
 use expertmesh_model::packed::is_packed;
 use memmap2::Mmap;
@@ -32,6 +33,7 @@ impl SafetensorsFile {
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let invalid = |problem: String| ModelError::InvalidCheckpoint { file: path.to_owned(), problem };
         let map = map(path).map_err(|error| invalid(error.to_string()))?;
+        files::not_a_pointer(&map).map_err(|error| invalid(error.to_string()))?;
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| invalid(error.to_string()))?;
         Ok(Self { path: path.to_owned(), map, metadata, data: 8 + header })
@@ -187,7 +189,8 @@ impl Tensor<'_> {
 impl Checkpoint {
     pub(crate) fn open(model: &Path) -> Result<Self, ModelError> {
         let (single, index) = (model.join(SINGLE), model.join(INDEX));
-        if index.exists() {
+        // An index beside a whole file is of other shards than these weights, as transformers has it.
+        if !single.exists() && index.exists() {
             return Self::open_shards(model, &index);
         }
         if !single.exists() {
@@ -208,7 +211,7 @@ impl Checkpoint {
             weight_map: BTreeMap<String, String>,
         }
         let invalid = |problem: String| ModelError::InvalidCheckpoint { file: index.to_owned(), problem };
-        let text = std::fs::read(index).map_err(|error| invalid(error.to_string()))?;
+        let text = files::read_json(index, files::TABLE).map_err(|error| invalid(error.to_string()))?;
         let Index { weight_map } =
             serde_json::from_slice(&text).map_err(|error| invalid(error.to_string()))?;
         let (mut files, mut opened, mut homes) = (Vec::new(), HashMap::new(), HashMap::new());

@@ -5,11 +5,13 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use expertmesh_model::files;
 use memmap2::{Mmap, UncheckedAdvice};
 
 /// Maps a file for reading.
 #[allow(unsafe_code, reason = "the one place that maps files")]
 pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
+    files::regular(path).map_err(io::Error::other)?;
     let file = File::open(path)?;
     // SAFETY: the map is only read, and only as bytes. Model directories are read-only while they are served: that
     // nobody writes or truncates their files is the deployment's promise (a truncated one would raise SIGBUS).

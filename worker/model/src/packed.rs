@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::keys::CONFIG;
 use crate::config::model::ModelConfig;
 use crate::error::ModelError;
+use crate::files::{self, FileError};
 use crate::fingerprint::architecture_of;
 use crate::format::WeightFormat;
 use crate::layout::budget::Layout;
@@ -122,9 +122,9 @@ impl Index {
     pub fn read(directory: &Path) -> Result<Option<Self>, ModelError> {
         let path = directory.join(INDEX);
         let invalid = |problem: String| invalid(&path, problem);
-        let text = match fs::read(&path) {
+        let text = match files::read_json(&path, files::TABLE) {
             Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(FileError::Missing) => return Ok(None),
             Err(error) => return Err(invalid(error.to_string())),
         };
         let File { identity, blobs: entries, .. } =

@@ -386,11 +386,51 @@ fn shards_give_what_one_file_gives() {
 }
 
 #[test]
+fn a_whole_file_counts_beside_an_index_of_shards_that_are_gone() {
+    let copy = Copy::new("stale-index");
+    let index = r#"{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}"#;
+    fs::write(copy.0.join("model.safetensors.index.json"), index).unwrap();
+    assert!(copy.load().is_ok());
+    fs::remove_file(copy.0.join("model.safetensors")).unwrap();
+    let (reason, message) = copy.error();
+    assert_eq!(reason, "InvalidCheckpoint");
+    assert!(message.starts_with("model-00001-of-00002.safetensors: no such file"), "{message}");
+}
+
+#[test]
+fn files_that_are_none_are_named_at_once_and_a_mark_before_json_is_read_over() {
+    let copy = Copy::new("irregular");
+    let (weights, config) = (copy.0.join("model.safetensors"), copy.0.join("config.json"));
+    let json = fs::read(&config).unwrap();
+    fs::write(&config, [b"\xef\xbb\xbf", &json[..]].concat()).unwrap();
+    assert!(copy.load().is_ok());
+    fs::write(&weights, "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 26876488\n")
+        .unwrap();
+    let pointer = "model.safetensors: a git-lfs pointer in the place of the file; run git lfs pull where the model was cloned";
+    assert_eq!(copy.error(), ("InvalidCheckpoint", pointer.to_owned()));
+    let replace = |file: &Path, by: &str| {
+        fs::remove_file(file).unwrap();
+        std::os::unix::fs::symlink(by, file).unwrap();
+    };
+    replace(&weights, "/dev/zero");
+    assert_eq!(copy.error().1, "model.safetensors: a device or a pipe, not a file");
+    replace(&config, "/dev/zero");
+    let (reason, message) = copy.error();
+    assert_eq!(reason, "InvalidConfig");
+    assert!(message.ends_with("a device or a pipe, not a file"), "{message}");
+    replace(&config, "/dev");
+    assert!(copy.error().1.ends_with("a directory, not a file"));
+}
+
+#[test]
 fn a_model_that_is_not_there_is_named() {
     let error =
         CpuBackend::load(Path::new("/nowhere/model"), &LoadOptions::default(), |_, _| ()).err().unwrap();
     assert_eq!(error.reason(), "ModelNotFound");
     assert_eq!(error.to_string(), "no model at /nowhere/model: no such directory");
+    let file = model("golden/v3").join("config.json");
+    let error = CpuBackend::load(&file, &LoadOptions::default(), |_, _| ()).err().unwrap();
+    assert!(error.to_string().ends_with("config.json: it is no directory"), "{error}");
     let copy = Copy::new("no-weights");
     fs::remove_file(copy.0.join("model.safetensors")).unwrap();
     assert_eq!(copy.error().0, "ModelNotFound");

@@ -1,11 +1,12 @@
 //! JSON objects whose values are read with errors that name the key and the value.
 
+use std::fmt::Display;
 use std::path::Path;
-use std::{fs, io};
 
 use serde_json::{Map, Value};
 
 use crate::error::ModelError;
+use crate::files::{self, FileError};
 
 /// The file that every model has.
 pub const CONFIG: &str = "config.json";
@@ -16,16 +17,22 @@ const MAX_SIZE: u64 = 1 << 28;
 /// The text of a file of the model's directory; `None` where only that file is absent and is not config.json.
 pub fn read_json(model: &Path, file: &'static str) -> Result<Option<String>, ModelError> {
     let path = model.join(file);
-    match fs::read_to_string(&path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && file != CONFIG => Ok(None),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let problem = if model.is_dir() { "config.json is missing" } else { "no such directory" };
+    let invalid = |problem: &dyn Display| ModelError::InvalidConfig {
+        file,
+        problem: format!("{}: {problem}", path.display()),
+    };
+    match files::read_json(&path, files::CONFIGURATION) {
+        Ok(bytes) => String::from_utf8(bytes).map(Some).map_err(|error| invalid(&error.utf8_error())),
+        Err(FileError::Missing) if file != CONFIG => Ok(None),
+        Err(FileError::Missing) => {
+            let problem = match (model.is_dir(), model.exists()) {
+                (true, _) => "config.json is missing",
+                (false, true) => "it is no directory",
+                (false, false) => "no such directory",
+            };
             Err(ModelError::ModelNotFound { path: model.to_owned(), problem: problem.to_owned() })
         }
-        Err(error) => {
-            Err(ModelError::InvalidConfig { file, problem: format!("{}: {error}", path.display()) })
-        }
+        Err(error) => Err(invalid(&error)),
     }
 }
 
@@ -137,16 +144,27 @@ impl Keys<'_> {
         value.as_bool().ok_or_else(|| self.invalid(key, value, "true or false"))
     }
 
-    /// One token id or a list of them; none where the key is absent.
+    /// One token id or a list of them; none where the key is absent. -1 is no token.
     pub fn tokens(&self, key: &str) -> Result<Vec<u32>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
-        let token = |value: &Value| value.as_u64().and_then(|token| u32::try_from(token).ok());
-        let tokens = match value {
+        let token = |value: &Value| match integral(value) {
+            Some(-1) => Some(None),
+            Some(id) => u32::try_from(id).ok().map(Some),
+            None => None,
+        };
+        let tokens: Option<Vec<Option<u32>>> = match value {
             Value::Array(list) => list.iter().map(token).collect(),
             one => token(one).map(|token| vec![token]),
         };
-        tokens.ok_or_else(|| self.invalid(key, value, "a token id or a list of them"))
+        let tokens = tokens.ok_or_else(|| self.invalid(key, value, "a token id or a list of them"))?;
+        Ok(tokens.into_iter().flatten().collect())
     }
+}
+
+/// An integer, also where it is written as 5.0.
+pub fn integral(value: &Value) -> Option<i64> {
+    let whole = |number: &f64| number.fract() == 0.0 && number.abs() < (1u64 << 53) as f64;
+    value.as_i64().or_else(|| value.as_f64().filter(whole).map(|number| number as i64))
 }
 
 /// A value as errors show it: a string without its quotes, anything else as JSON.
