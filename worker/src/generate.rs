@@ -66,7 +66,7 @@ pub(crate) struct Args {
     /// Add VALUE (-100 to 100) to a token's logit; can be given several times
     #[arg(long, value_name = "ID=VALUE", value_parser = token_bias)]
     logit_bias: Vec<(u32, f32)>,
-    /// End before this text; can be given several times
+    /// End before this text; can be given several times; default: the model's generation_config.json
     #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// End with this token; can be given several times
@@ -117,7 +117,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
-    let mut text = Text::new(&tokenizer, &prompt, args.stop.clone(), args.min_tokens);
+    let stops = if args.stop.is_empty() { generation.stop_strings() } else { &args.stop };
+    let mut text = Text::new(&tokenizer, &prompt, stops.to_vec(), args.min_tokens);
     let mut whole = String::new();
     let mut print = |text: &str| {
         whole.push_str(text);

@@ -62,6 +62,11 @@ impl Model {
         self.generation.eos_tokens()
     }
 
+    /// The texts before which an answer ends, where the client names none.
+    pub(crate) fn stop_strings(&self) -> &[String] {
+        self.generation.stop_strings()
+    }
+
     /// The most tokens of a chat's answer, where the client does not say.
     pub(crate) fn max_new_tokens(&self) -> Option<u32> {
         self.generation.max_new_tokens()

@@ -87,7 +87,7 @@ impl ValidRequest {
         let sampling = model.sampling(sampling::overrides(model, fields, drawn)?)?;
         let reply = Reply::read(fields)?;
         let stop_tokens = sampling::stop_tokens(model, fields)?;
-        let stops = sampling::stops(fields)?;
+        let stops = sampling::stops(model, fields)?;
         Ok(Self { prompts, n, min_tokens, stop_tokens, stops, sampling, logprobs, thoughts, reply })
     }
 

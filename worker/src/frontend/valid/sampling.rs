@@ -76,9 +76,9 @@ pub(super) fn stop_tokens(model: &Model, fields: &Fields) -> Result<Vec<u32>, Ap
     Ok(tokens)
 }
 
-/// The stop strings of the request.
-pub(super) fn stops(fields: &Fields) -> Result<Vec<String>, ApiError> {
-    let strings = fields.parts("stop")?.map(|Stops(strings)| strings).unwrap_or_default();
+/// The stop strings of the request, or else the model's.
+pub(super) fn stops(model: &Model, fields: &Fields) -> Result<Vec<String>, ApiError> {
+    let Some(Stops(strings)) = fields.parts("stop")? else { return Ok(model.stop_strings().to_vec()) };
     if strings.iter().any(|string| string.is_empty() || string.len() > MAX_STOP_BYTES) {
         let problem = format!("stop: no string may be empty or longer than {MAX_STOP_BYTES} bytes");
         return Err(ApiError::invalid("stop", problem));
