@@ -21,6 +21,11 @@ fn what_a_config_asks_for_and_the_engine_lacks_is_named_with_its_value() {
             "UnsupportedArchitecture: config.json: architectures: FooForCausalLM is not supported; supported: DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, OlmoeForCausalLM",
         ),
         (
+            "\"model_type\": \"deepseek_v3\"",
+            "\"model_type\": \"foo\"",
+            "InvalidConfig: config.json: model_type: foo is not supported; expected: deepseek_v3 or kimi_k2",
+        ),
+        (
             "\"hidden_size\": 64",
             "\"hidden_size\": 0",
             "InvalidConfig: config.json: hidden_size: 0 is not supported; expected: a positive integer",
@@ -232,4 +237,10 @@ fn both_spellings_of_yarn_are_one_model() {
         .replacen("\"rope_theta\": 10000.0,\n  \"arch", "\n  \"arch", 1);
     assert!(nested.matches("rope_theta").count() == 1);
     assert_eq!(ModelConfig::parse(&nested).unwrap(), config);
+    let unnamed = json.replacen("\"DeepseekV3ForCausalLM\"", "", 1);
+    let unnamed = unnamed.replacen("deepseek_v3", "foo", 1);
+    assert_eq!(
+        ModelConfig::parse(&unnamed).unwrap_err().to_string(),
+        "config.json: model_type: foo is not supported; supported: deepseek_v2, deepseek_v3, kimi_k2, qwen3_moe, mixtral, olmoe"
+    );
 }

@@ -2,12 +2,10 @@
 
 use super::keys::Keys;
 use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, LatentConfig, Scores};
-use super::rope;
 use crate::error::ModelError;
 
 /// DeepSeek-V2 (arXiv 2405.04434): softmax gates; a group is as good as its best expert (section 2.2.2).
 pub(super) fn v2(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
-    keys.only("model_type", "deepseek_v2")?;
     keys.only("scoring_func", "softmax")?;
     // DeepSeek's own code would not scale normalised weights and transformers would not normalise; no model asks for it.
     keys.only("norm_topk_prob", false)?;
@@ -34,7 +32,6 @@ pub(super) fn v2(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
 /// DeepSeek-V3 (arXiv 2412.19437): sigmoid gates with a bias; a group is as good as its two best experts (section
 /// 2.1.2). Kimi-K2 is one of them: 384 experts in one group, and YaRN whose two betas are equal.
 pub(super) fn v3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
-    keys.one_of("model_type", &["deepseek_v3", "kimi_k2"])?;
     keys.only("scoring_func", "sigmoid")?;
     keys.only("topk_method", "noaux_tc")?;
     let gate = GateConfig {
@@ -46,7 +43,7 @@ pub(super) fn v3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
         top_groups: keys.size("topk_group")?,
         group_score: GroupScore::SumOfBestTwo,
         normalised: keys.flag("norm_topk_prob", true)?,
-        scale: keys.positive("routed_scaling_factor")? as f32,
+        scale: keys.optional_positive("routed_scaling_factor")?.unwrap_or(2.5) as f32,
     };
     let mtp_modules = keys.get("num_nextn_predict_layers").map(|_| keys.count("num_nextn_predict_layers"));
     body(keys, layers, gate, mtp_modules.transpose()?.unwrap_or(0))
@@ -62,14 +59,12 @@ fn body(keys: &Keys, layers: usize, gate: GateConfig, mtp_modules: usize) -> Res
     keys.require("first_k_dense_replace", dense <= layers, "at most num_hidden_layers")?;
     let expert_inner = keys.size("moe_intermediate_size")?;
     let shared = keys.get("n_shared_experts").map(|_| keys.count("n_shared_experts"));
-    let attention = attention(keys)?;
     Ok(Body {
         moe_layers: (0..layers).map(|layer| layer >= dense).collect(),
         dense_inner: keys.size("intermediate_size")?,
         expert_inner,
         shared_inner: expert_inner * shared.transpose()?.unwrap_or(0),
-        rope: rope::read(keys, attention.rope, true)?,
-        attention: AttentionConfig::Latent(attention),
+        attention: AttentionConfig::Latent(attention(keys)?),
         gate,
         mtp_modules,
     })

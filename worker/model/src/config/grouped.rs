@@ -3,12 +3,10 @@
 
 use super::keys::Keys;
 use super::parts::{AttentionConfig, Body, GateConfig, GroupScore, GroupedConfig, QkNorm, Scores};
-use super::rope;
 use crate::error::ModelError;
 
 /// What Qwen3's configurations say (arXiv 2505.09388).
 pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
-    keys.only("model_type", "qwen3_moe")?;
     // `sliding_window` says nothing without it.
     keys.only("use_sliding_window", false)?;
     keys.only("use_qk_norm", true)?;
@@ -22,45 +20,42 @@ pub(super) fn qwen3(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
             .collect(),
         dense_inner: keys.size("intermediate_size")?,
         expert_inner: keys.size("moe_intermediate_size")?,
-        ..body(keys, attention, gate(keys, keys.flag("norm_topk_prob", false)?)?)?
+        ..body(attention, gate(keys, keys.flag("norm_topk_prob", false)?)?)
     })
 }
 
 /// Mixtral (arXiv 2401.04088): the softmax over the chosen experts' logits is the softmax over all, normalised.
 pub(super) fn mixtral(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
-    keys.only("model_type", "mixtral")?;
     keys.only("sliding_window", serde_json::Value::Null)?;
     let attention = attention(keys, QkNorm::None, false)?;
     Ok(Body {
         moe_layers: vec![true; layers],
         expert_inner: keys.size("intermediate_size")?,
-        ..body(keys, attention, gate(keys, true)?)?
+        ..body(attention, gate(keys, true)?)
     })
 }
 
 /// What OLMoE's configurations say (arXiv 2409.02060).
 pub(super) fn olmoe(keys: &Keys, layers: usize) -> Result<Body, ModelError> {
-    keys.only("model_type", "olmoe")?;
     keys.only("clip_qkv", serde_json::Value::Null)?;
     let attention = attention(keys, QkNorm::Whole, keys.flag("attention_bias", false)?)?;
     Ok(Body {
         moe_layers: vec![true; layers],
         expert_inner: keys.size("intermediate_size")?,
-        ..body(keys, attention, gate(keys, keys.flag("norm_topk_prob", false)?)?)?
+        ..body(attention, gate(keys, keys.flag("norm_topk_prob", false)?)?)
     })
 }
 
-fn body(keys: &Keys, attention: GroupedConfig, gate: GateConfig) -> Result<Body, ModelError> {
-    Ok(Body {
+fn body(attention: GroupedConfig, gate: GateConfig) -> Body {
+    Body {
         moe_layers: Vec::new(),
         dense_inner: 0,
         expert_inner: 0,
         shared_inner: 0,
-        rope: rope::read(keys, attention.head, false)?,
         attention: AttentionConfig::Grouped(attention),
         gate,
         mtp_modules: 0,
-    })
+    }
 }
 
 fn attention(keys: &Keys, norms: QkNorm, bias: bool) -> Result<GroupedConfig, ModelError> {

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::keys::{self, CONFIG, Keys, read_json};
 use super::parts::{Architecture, AttentionConfig, FP8_BLOCK, GateConfig, RopeConfig};
-use super::{deepseek, grouped};
+use super::{deepseek, grouped, rope};
 use crate::error::ModelError;
 
 const MAX_LAYERS: usize = 1024;
@@ -62,7 +62,9 @@ impl ModelConfig {
             .map_err(|error| ModelError::InvalidConfig { file: CONFIG, problem: error.to_string() })?;
         let keys = Keys { file: CONFIG, map: &map };
         let architecture = architecture(&keys)?;
-        keys.only("hidden_act", "silu")?;
+        keys.one_of("model_type", architecture.model_types())?;
+        // Two names of one function in transformers.
+        keys.one_of("hidden_act", &["silu", "swish"])?;
         for dtype in ["torch_dtype", "dtype"] {
             keys.one_of(dtype, &["bfloat16", "float16", "float32"])?;
         }
@@ -75,6 +77,10 @@ impl ModelConfig {
             Architecture::Mixtral => grouped::mixtral(&keys, layers),
             Architecture::Olmoe => grouped::olmoe(&keys, layers),
         }?;
+        let defaults = architecture.defaults();
+        let max_positions = keys.optional_size("max_position_embeddings")?.unwrap_or(defaults.positions);
+        let rope = rope::read(&keys, architecture, &body.attention, max_positions)?;
+        let norm_eps = keys.optional_positive("rms_norm_eps")?.unwrap_or(defaults.norm_eps);
         let config = Self {
             architecture,
             vocabulary: keys.size("vocab_size")?,
@@ -85,10 +91,10 @@ impl ModelConfig {
             expert_inner: body.expert_inner,
             shared_inner: body.shared_inner,
             attention: body.attention,
-            rope: body.rope,
+            rope,
             gate: body.gate,
-            norm_eps: keys.positive("rms_norm_eps")? as f32,
-            max_positions: keys.size("max_position_embeddings")?,
+            norm_eps: norm_eps as f32,
+            max_positions,
             tied_embeddings: keys.flag("tie_word_embeddings", false)?,
             eos: keys.tokens("eos_token_id")?,
             fp8_blocks: fp8(&keys)?,
@@ -156,6 +162,7 @@ impl ModelConfig {
     }
 }
 
+/// The one architecture that is named, or else the one of `model_type`.
 fn architecture(keys: &Keys) -> Result<Architecture, ModelError> {
     let unsupported = |value: String| ModelError::UnsupportedArchitecture {
         key: "architectures",
@@ -169,9 +176,19 @@ fn architecture(keys: &Keys) -> Result<Architecture, ModelError> {
             let listed = || names.iter().map(keys::plain).collect::<Vec<_>>().join(", ");
             known.ok_or_else(|| unsupported(listed()))
         }
+        Some(Value::Array(_)) | None => by_type(keys),
         Some(value) => Err(unsupported(keys::plain(value))),
-        None => Err(keys.missing("architectures")),
     }
+}
+
+fn by_type(keys: &Keys) -> Result<Architecture, ModelError> {
+    let Some(named) = keys.get("model_type") else { return Err(keys.missing("architectures")) };
+    let types = |known: &Architecture| known.model_types().iter().any(|&name| named == name);
+    Architecture::ALL.into_iter().find(types).ok_or_else(|| ModelError::UnsupportedArchitecture {
+        key: "model_type",
+        value: keys::plain(named),
+        supported: Architecture::ALL.map(|known| known.model_types().join(", ")).join(", "),
+    })
 }
 
 /// DeepSeek's fp8: e4m3 weights, a scale per block. Rows are not quantised while computing, so that what

@@ -33,6 +33,37 @@ impl Architecture {
     }
 }
 
+/// What transformers takes where a config.json leaves a key out.
+pub(super) struct Defaults {
+    pub(super) rope_theta: f64,
+    pub(super) norm_eps: f64,
+    pub(super) positions: usize,
+}
+
+impl Architecture {
+    /// The names under `model_type` in config.json.
+    pub(super) fn model_types(self) -> &'static [&'static str] {
+        match self {
+            Self::DeepseekV2 => &["deepseek_v2"],
+            Self::DeepseekV3 => &["deepseek_v3", "kimi_k2"],
+            Self::Qwen3Moe => &["qwen3_moe"],
+            Self::Mixtral => &["mixtral"],
+            Self::Olmoe => &["olmoe"],
+        }
+    }
+
+    pub(super) fn defaults(self) -> Defaults {
+        let (rope_theta, norm_eps, positions) = match self {
+            Self::DeepseekV2 => (1e4, 1e-6, 2048),
+            Self::DeepseekV3 => (1e4, 1e-6, 4096),
+            Self::Qwen3Moe => (1e4, 1e-6, 32768),
+            Self::Mixtral => (1e6, 1e-5, 131_072),
+            Self::Olmoe => (1e4, 1e-5, 4096),
+        };
+        Defaults { rope_theta, norm_eps, positions }
+    }
+}
+
 /// Which attention a model has, and its shape.
 #[derive(Debug, Clone, PartialEq)]
 pub enum AttentionConfig {
@@ -167,7 +198,6 @@ pub(super) struct Body {
     pub(super) expert_inner: usize,
     pub(super) shared_inner: usize,
     pub(super) attention: AttentionConfig,
-    pub(super) rope: RopeConfig,
     pub(super) gate: GateConfig,
     pub(super) mtp_modules: usize,
 }

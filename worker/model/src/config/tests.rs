@@ -153,3 +153,42 @@ fn yarn_may_give_its_attention_factor() {
     let config = replaced(QWEN3, &[("\"rope_scaling\": null", yarn)]);
     assert_eq!(config.rope.yarn.unwrap().attention_factor, Some(1.25));
 }
+
+#[test]
+fn what_transformers_takes_for_granted_may_be_left_out() {
+    let v3 = replaced(DEEPSEEK_V3, &[]);
+    for harmless in [
+        &[("\"architectures\": [\"DeepseekV3ForCausalLM\"], ", "")][..],
+        &[("[\"DeepseekV3ForCausalLM\"]", "null")],
+        &[("[\"DeepseekV3ForCausalLM\"]", "[]")],
+        &[("\"rope_theta\": 10000,", "")],
+        &[("\"rms_norm_eps\": 1e-06, ", "")],
+        &[("\"routed_scaling_factor\": 2.5,", "")],
+        &[("\"silu\"", "\"swish\"")],
+        &[("\"eos_token_id\": 1,", "\"eos_token_id\": [1.0, -1],")],
+    ] {
+        assert_eq!(replaced(DEEPSEEK_V3, harmless), v3, "{harmless:?}");
+    }
+    let positions = |json, key: &str| replaced(json, &[(key, "\"x\": 0")]).max_positions;
+    assert_eq!(positions(DEEPSEEK_V3, "\"max_position_embeddings\": 163840"), 4096);
+    assert_eq!(positions(MIXTRAL, "\"max_position_embeddings\": 32768"), 131_072);
+    let mixtral =
+        replaced(MIXTRAL, &[("\"rope_theta\": 1000000.0, ", ""), ("\"rms_norm_eps\": 1e-05, ", "")]);
+    assert_eq!(mixtral, replaced(MIXTRAL, &[]), "its own defaults, not another's");
+}
+
+#[test]
+fn an_object_of_positions_that_says_nothing_changes_nothing() {
+    let plain = replaced(QWEN3, &[]);
+    for object in ["{}", "{\"factor\": 2.0}", "{\"type\": null}", "{\"rope_type\": \"default\"}"] {
+        let nothing = format!("\"rope_scaling\": {object}");
+        assert_eq!(replaced(QWEN3, &[("\"rope_scaling\": null", &nothing)]), plain, "{object}");
+    }
+    // The older object counts where it says something; its context is the model's where it names none.
+    let both =
+        "\"rope_parameters\": {\"rope_theta\": 5.0}, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2.0}";
+    let rope = replaced(QWEN3, &[("\"rope_scaling\": null", both)]).rope;
+    assert_eq!((rope.theta, rope.yarn.unwrap().original_positions), (1e6, 40960.0));
+    let newer = "\"rope_parameters\": {\"rope_theta\": 5.0}, \"rope_scaling\": {}";
+    assert_eq!(replaced(QWEN3, &[("\"rope_scaling\": null", newer)]).rope.theta, 5.0);
+}
