@@ -5,9 +5,9 @@ mod json;
 mod python;
 
 use std::collections::BTreeMap;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use expertmesh_model::files::{self, FileError};
 use minijinja::value::Serde;
 use minijinja::{Environment, Value};
 use serde::{Deserialize, Serialize};
@@ -74,18 +74,22 @@ impl ChatTemplate {
     /// Reads `chat_template.jinja`, or else `chat_template` of `tokenizer_config.json`, in a model's directory.
     pub(crate) fn load(model: &Path) -> Result<Self, Fatal> {
         let file = model.join("tokenizer_config.json");
-        let config = match read(&file)? {
-            Some(text) => serde_json::from_str(&text).map_err(|error| invalid(&file, &error))?,
+        let config = match found(files::read_json(&file, files::CONFIGURATION), &file)? {
+            Some(text) => serde_json::from_slice(&text).map_err(|error| invalid(&file, &error))?,
             None => TokenizerConfig::default(),
         };
         let tokens = config.tokens();
         let jinja = model.join("chat_template.jinja");
-        let (file, source) = match read(&jinja)? {
-            Some(source) => (jinja, Some(source)),
+        let (file, source) = match found(files::read(&jinja, files::CONFIGURATION), &jinja)? {
+            Some(source) => {
+                let source =
+                    String::from_utf8(source).map_err(|error| invalid(&jinja, &error.utf8_error()))?;
+                (jinja, Some(source))
+            }
             None => (file, config.chat_template.and_then(Source::chat)),
         };
         let environment = compile(source, now).map_err(|error| invalid(&file, &error))?;
-        Ok(Self { environment, add_bos: config.add_bos_token, tokens })
+        Ok(Self { environment, add_bos: config.add_bos_token.unwrap_or(false), tokens })
     }
 
     /// The token that a text without a template begins with, where the tokenizer adds one.
@@ -133,8 +137,7 @@ fn now() -> jiff::civil::DateTime {
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     chat_template: Option<Source>,
-    #[serde(default)]
-    add_bos_token: bool,
+    add_bos_token: Option<bool>,
     #[serde(flatten)]
     others: Map<String, serde_json::Value>,
 }
@@ -174,10 +177,11 @@ impl Source {
     }
 }
 
-fn read(file: &PathBuf) -> Result<Option<String>, Fatal> {
-    match std::fs::read_to_string(file) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+/// The bytes of a file; `None` where there is none.
+fn found(bytes: Result<Vec<u8>, FileError>, file: &Path) -> Result<Option<Vec<u8>>, Fatal> {
+    match bytes {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(FileError::Missing) => Ok(None),
         Err(error) => Err(invalid(file, &error)),
     }
 }

@@ -3,12 +3,14 @@
 mod run;
 mod spelling;
 pub(crate) mod stream;
+mod tiktoken;
 mod vocabulary;
 
 use std::fmt::Display;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
+
+use expertmesh_model::files::{self, FileError};
 
 use self::stream::TokenStream;
 use self::vocabulary::Vocabulary;
@@ -23,16 +25,20 @@ pub(crate) struct Tokenizer(Arc<Vocabulary>);
 pub(crate) struct TokenizerError(String);
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model's directory.
+    /// Reads `tokenizer.json` of a model's directory, or `tiktoken.model` where that is what it has.
     pub(crate) fn load(model: &Path) -> Result<Self, Fatal> {
         let file = model.join("tokenizer.json");
         let failed = |reason, error: &dyn Display| Fatal::new(reason, format!("{}: {error}", file.display()));
         let invalid = |error: &dyn Display| failed("InvalidTokenizer", error);
-        let bytes = std::fs::read(&file).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => failed("ModelNotFound", &error),
-            _ => invalid(&error),
-        })?;
-        let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| invalid(&error))?;
+        let mut tokenizer = match files::read_json(&file, files::TABLE) {
+            Ok(bytes) => tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| invalid(&error))?,
+            Err(FileError::Missing) => {
+                let read = tiktoken::read(model).map_err(|error| Fatal::new("InvalidTokenizer", error))?;
+                let missing = || format!("{}, and no {} either", FileError::Missing, tiktoken::RANKS);
+                read.ok_or_else(|| failed("ModelNotFound", &missing()))?
+            }
+            Err(error) => return Err(invalid(&error)),
+        };
         tokenizer.with_padding(None).with_truncation(None).map_err(|error| invalid(&error))?;
         Ok(Self(Arc::new(Vocabulary::of(tokenizer))))
     }

@@ -75,7 +75,7 @@ fn a_model_without_a_template_loads_and_says_so_when_asked() {
 #[test]
 fn tokens_and_templates_come_in_both_of_their_forms() {
     let json = r#"{"bos_token": {"content": "<s>", "special": true}, "eos_token": null,
-                   "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]}"#;
+                   "add_bos_token": null, "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]}"#;
     let config: TokenizerConfig = serde_json::from_str(json).unwrap();
     assert_eq!(config.tokens(), BTreeMap::from([("bos_token", "<s>".to_string())]));
     assert_eq!(config.chat_template.and_then(Source::chat).as_deref(), Some("yes"));

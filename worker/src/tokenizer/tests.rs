@@ -37,12 +37,43 @@ fn special_tokens_in_the_text_are_recognised_and_skipped_on_the_way_back() {
 fn a_missing_or_broken_tokenizer_is_named() {
     let missing = Tokenizer::load(Path::new("/nowhere")).err().unwrap();
     assert_eq!(missing.reason, "ModelNotFound");
-    assert!(missing.message.starts_with("/nowhere/tokenizer.json: "), "{}", missing.message);
+    assert_eq!(missing.message, "/nowhere/tokenizer.json: no such file, and no tiktoken.model either");
     let broken = std::env::temp_dir().join(format!("expertmesh-tokenizer-{}", std::process::id()));
     std::fs::create_dir_all(&broken).unwrap();
     std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
     assert_eq!(Tokenizer::load(&broken).err().unwrap().reason, "InvalidTokenizer");
+    // A layout of tiktoken's whose code nobody knows.
+    std::fs::remove_file(broken.join("tokenizer.json")).unwrap();
+    std::fs::write(broken.join("tiktoken.model"), "IQ== 0\nIg== 1\n").unwrap();
+    std::fs::copy(tiny_r1().join("tokenizer_config.json"), broken.join("tokenizer_config.json")).unwrap();
+    let unknown = Tokenizer::load(&broken).err().unwrap();
+    assert_eq!(unknown.reason, "InvalidTokenizer");
+    let problem = "tokenizer_class: how PreTrainedTokenizerFast splits a text is not known; expected: TikTokenTokenizer";
+    assert!(unknown.message.ends_with(problem), "{}", unknown.message);
     std::fs::remove_dir_all(&broken).unwrap();
+}
+
+/// What `tests/golden/tiktoken/make.py` recorded.
+#[derive(serde::Deserialize)]
+struct Tiktoken {
+    text: String,
+    ids: Vec<u32>,
+    decoded: String,
+}
+
+#[test]
+fn a_vocabulary_in_kimis_layout_has_the_ids_of_pythons_tiktoken() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tiktoken");
+    let tokenizer = Tokenizer::load(&folder).unwrap();
+    let recorded: Vec<Tiktoken> =
+        serde_json::from_slice(&std::fs::read(folder.join("recorded.json")).unwrap()).unwrap();
+    assert!(recorded.len() > 300);
+    for Tiktoken { text, ids, decoded } in recorded {
+        assert_eq!(tokenizer.encode(&text).unwrap(), ids, "{text:?}");
+        assert_eq!(streamed(&tokenizer, &[], &ids), decoded, "{text:?}");
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.bytes(id)).collect();
+        assert_eq!(String::from_utf8(bytes).unwrap(), text);
+    }
 }
 
 /// The tokenizer that DeepSeek publishes; `None` where this machine cannot have it.

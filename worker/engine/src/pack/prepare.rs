@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use expertmesh_model::config::keys::CONFIG;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::files::{self, FileError};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::generation::GENERATION;
 use expertmesh_model::layout::plan::{Place, Plan};
@@ -34,8 +35,8 @@ use crate::fingerprint::fingerprint;
 const LOCK: &str = "packed.lock";
 
 /// What a packed model has of its checkpoint as it is, where the checkpoint has it.
-const COPIED: [&str; 5] =
-    [CONFIG, GENERATION, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+const COPIED: [&str; 6] =
+    [CONFIG, GENERATION, "tokenizer.json", "tiktoken.model", "tokenizer_config.json", "chat_template.jinja"];
 
 /// Each has a piece of a blob in memory: 32 MiB, rarely more.
 const MAX_THREADS: usize = 16;
@@ -197,10 +198,10 @@ impl Directory {
     fn copy_from(&self, model: &Path) -> Result<(), ModelError> {
         for name in COPIED {
             let (from, to) = (model.join(name), self.path.join(name));
-            match fs::read(&from) {
+            match files::read(&from, files::TABLE) {
                 Ok(bytes) => write_whole(&to, &bytes).map_err(|error| failed(&to, error))?,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed(&from, error)),
+                Err(FileError::Missing) => {}
+                Err(error) => return Err(failed(&from, io::Error::other(error))),
             }
         }
         Ok(())
