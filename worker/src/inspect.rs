@@ -1,17 +1,23 @@
-//! `expertmesh-worker inspect`: what a model is and takes. Of a checkpoint only config.json is read.
+//! `expertmesh-worker inspect`: what a model is and takes, and what `serve` and `frontend` would refuse of it. Of a
+//! checkpoint's weights only headers and samples are read.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use expertmesh_engine::{Isa, PackedModel};
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::facts::{AttentionFacts, ModelFacts};
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::generation::GenerationConfig;
 use expertmesh_model::numerics::Numerics;
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
+use crate::engine::ComputedAs;
 use crate::process::Fatal;
+use crate::template::ChatTemplate;
+use crate::tokenizer::Tokenizer;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -35,6 +41,14 @@ struct Report {
     /// The instruction sets that this machine can compute with.
     isa: Vec<&'static str>,
     numerics: Vec<&'static str>,
+    /// What `serve` or `frontend` would end with; several where several files are at fault.
+    refused: Vec<Refusal>,
+}
+
+#[derive(serde::Serialize)]
+struct Refusal {
+    reason: &'static str,
+    message: String,
 }
 
 #[derive(serde::Serialize)]
@@ -59,6 +73,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         packed: packed.map(|packed| packed_facts(&packed, args.check)),
         isa: Isa::available().map(|isa| isa.level().name()).collect(),
         numerics: Numerics::ALL.map(Numerics::name).to_vec(),
+        refused: refused(&args.model, &config),
     };
     if args.json {
         serde_json::to_writer_pretty(io::stdout(), &report)
@@ -68,7 +83,22 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         report.print();
     }
     let problems = report.packed.and_then(|packed| packed.problems).unwrap_or_default();
-    Ok(if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let served = report.refused.is_empty() && problems.is_empty();
+    Ok(if served { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What the starts of a worker and of a frontend fail with, by the ways in which they read a model.
+fn refused(model: &Path, config: &ModelConfig) -> Vec<Refusal> {
+    let computed = ComputedAs { weights: WeightFormat::default(), numerics: Numerics::default() };
+    let read = [
+        config.placed_layers().map(drop).map_err(Fatal::from),
+        computed.fingerprint(model).map(drop),
+        GenerationConfig::read(model, config).map(drop).map_err(Fatal::from),
+        Tokenizer::load(model).map(drop),
+        ChatTemplate::load(model).map(drop),
+    ];
+    let refusal = |Fatal { reason, message }| Refusal { reason, message };
+    read.into_iter().filter_map(|read| read.err().map(refusal)).collect()
 }
 
 fn packed_facts(packed: &PackedModel, check: bool) -> PackedFacts {
@@ -133,6 +163,7 @@ impl Report {
         if let Some(packed) = &self.packed {
             packed.print(model);
         }
+        self.refused.iter().for_each(|refusal| line("REFUSED", refusal.message.clone()));
         print_formats(model);
     }
 }
@@ -200,11 +231,39 @@ fn billions(count: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::tokenizer::tests::tiny_r1;
 
     #[test]
     fn numbers_that_follow_each_other_are_a_range() {
         assert_eq!(ranges(&[0, 1, 2, 5, 8, 9]), "0-2,5,8-9");
         assert_eq!(ranges(&[]), "");
+    }
+
+    #[test]
+    fn what_serving_would_refuse_is_said_file_by_file() {
+        let refused = |model: &Path| refused(model, &ModelConfig::read(model).unwrap());
+        assert!(refused(&tiny_r1()).is_empty());
+        let copy = std::env::temp_dir().join(format!("expertmesh-inspect-{}", std::process::id()));
+        fs::create_dir_all(&copy).unwrap();
+        fs::copy(tiny_r1().join("config.json"), copy.join("config.json")).unwrap();
+        let reasons = |copy: &Path| refused(copy).iter().map(|refusal| refusal.reason).collect::<Vec<_>>();
+        assert_eq!(reasons(&copy), ["ModelNotFound", "ModelNotFound"], "neither weights nor tokenizer");
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 26876488\n";
+        for file in ["model.safetensors", "tokenizer.json"] {
+            fs::write(copy.join(file), pointer).unwrap();
+        }
+        fs::write(copy.join("generation_config.json"), r#"{"num_beams": 4}"#).unwrap();
+        fs::write(copy.join("tokenizer_config.json"), r#"{"chat_template": "{{"}"#).unwrap();
+        let expected = ["InvalidCheckpoint", "InvalidConfig", "InvalidTokenizer", "InvalidChatTemplate"];
+        assert_eq!(reasons(&copy), expected);
+        let all = refused(&copy);
+        assert!(all[0].message.ends_with(
+            "model.safetensors: a git-lfs pointer in the place of the file; run git lfs pull where the model was cloned"
+        ));
+        assert!(all[2].message.contains("tokenizer.json: a git-lfs pointer"));
+        fs::remove_dir_all(&copy).unwrap();
     }
 }
