@@ -213,7 +213,7 @@ fn an_idle_deployment_sleeps_the_first_request_wakes_it_and_without_an_operator_
     wait_until_asleep(&deployment);
 
     scale_operator(0);
-    let body = reached.api.body(&Question::greedy("What is 46 + 37?"), true);
+    let body = reached.api.body(&Question::greedy("What is 46 + 37?"), false);
     let start = Instant::now();
     let (status, retry, text) = http::post_for(&reached.api.completions(), "retry-after", &body).unwrap();
     assert_eq!((status, retry.as_deref()), (503, Some("1")), "{text}");

@@ -130,3 +130,29 @@ async fn a_deployment_without_workers_holds_a_request_says_so_and_answers_once_a
     let log = frontend.process.log();
     assert!(log.contains("no sequence waits for a worker any more"), "{log}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_names_a_request_and_tells_its_tokens_and_no_word_of_it() {
+    let mut mesh = Mesh::start("log", 1).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let question = Question::greedy("Spell the word unmistakable.");
+    let body = frontend.api.body(&question, false);
+    let (status, answer) = http::post_with(&frontend.api.completions(), &[("x-request-id", "mine-7")], &body)
+        .expect("an answer");
+    assert_eq!(status, 200, "{answer}");
+    wait_for("the request's line", || {
+        let log = frontend.process.log();
+        let line = log.lines().find(|line| line.contains("mine-7")).ok_or("no line")?;
+        for told in [
+            format!("completion_tokens={}", answer["usage"]["completion_tokens"]),
+            format!("answer={}", answer["id"]),
+            "code=200".to_string(),
+            "outcome=\"ok\"".to_string(),
+            "first_token_ms=".to_string(),
+        ] {
+            assert!(line.contains(&told), "{told} is not in {line}");
+        }
+        assert!(!log.contains("unmistakable"), "{log}");
+        Ok(())
+    });
+}

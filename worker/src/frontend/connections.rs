@@ -1,65 +1,224 @@
-//! Clients' connections: bounded in number, and in the time that a request's head may take.
+//! Clients' connections, HTTP/1.1 or HTTP/2 as each begins: bounded in number, in memory, and in the time that a request's
+//! head may take.
 
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
-/// The most connections at once; those that come after wait in the listener's queue.
-const MAX_CONNECTIONS: usize = 4096;
-/// How long a request's head may take, the wait for its first byte on a kept connection included: longer than
-/// proxies keep theirs.
+use super::guests::{Guest, Guests, NoRoom};
+
+/// The most connections at once; where more come, the longest idle one goes.
+const MAX_CONNECTIONS: usize = 2048;
+/// How long the first request's head may take.
+pub(crate) const FIRST_HEAD: Duration = Duration::from_secs(10);
+/// How long a later one's may take, the wait for its first byte included: longer than proxies keep their connections.
 const HEAD: Duration = Duration::from_secs(90);
 /// How long to wait after a connection could not be taken, which is mostly for a lack of file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long to wait for one that was told to leave before another one is.
+const LEAVING: Duration = Duration::from_millis(50);
+/// The most bytes of a head, of what is buffered for a connection, and of a stream's part of it.
+const BUFFER: u32 = 16 << 10;
+/// The most bytes of bodies that an HTTP/2 connection may send before they are read.
+const WINDOW: u32 = 128 << 10;
+/// The most requests of an HTTP/2 connection at once.
+const MAX_STREAMS: u32 = 100;
+/// How often an HTTP/2 client is asked whether it is there, and how long it may take to say so.
+const PING: Duration = Duration::from_secs(20);
+
+/// The most connections that this process has room for: file descriptors are for workers and files too.
+pub(crate) fn most() -> usize {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    open_files(&limits).map_or(MAX_CONNECTIONS, |files| (files / 2).clamp(1, MAX_CONNECTIONS))
+}
+
+/// The limit of open files that counts, as Linux tells it.
+fn open_files(limits: &str) -> Option<usize> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
 
 /// Serves until `closing`, then takes no more connections and returns when the open ones have ended.
-pub(crate) async fn serve(listener: TcpListener, router: Router, closing: impl Future<Output = ()>) {
-    let (places, open) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), GracefulShutdown::new());
-    let service = TowerToHyperService::new(router);
+pub(crate) async fn serve(
+    listener: TcpListener,
+    router: Router,
+    guests: Arc<Guests>,
+    closing: impl Future<Output = ()>,
+) {
+    let (open, http) = (GracefulShutdown::new(), http());
     let mut closing = pin!(closing);
     loop {
         let accepted = tokio::select! {
-            accepted = accept(&listener, &places) => accepted,
+            accepted = accept(&listener, &guests) => accepted,
             () = &mut closing => break,
         };
-        let Some((stream, place)) = accepted else { continue };
+        let Some((stream, guest)) = accepted else { continue };
         // A token's packet must not wait for the next one.
         let _ = stream.set_nodelay(true);
-        let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEAD);
-        let connection = open.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
+        let (router, host) = (TowerToHyperService::new(router.clone()), guest.clone());
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            host.begin();
+            request.extensions_mut().insert(host.clone());
+            router.call(request)
+        });
+        let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
+        let connection = open.watch(connection);
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection ended");
+            tokio::select! {
+                ended = connection => if let Err(error) = ended {
+                    tracing::debug!(%error, "a connection ended");
+                },
+                () = guest.told_to_leave() => tracing::debug!("a connection was told to leave"),
+                () = guest.sends_nothing() => tracing::debug!("a connection sent no request"),
             }
-            drop(place);
         });
     }
     drop(listener);
     open.shutdown().await;
 }
 
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> Option<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
-    // The semaphore is never closed.
-    let place = places.clone().acquire_owned().await.ok()?;
+/// How connections are served, whichever they speak.
+fn http() -> auto::Builder<TokioExecutor> {
+    let mut http = auto::Builder::new(TokioExecutor::new());
+    http.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(BUFFER as usize);
+    http.http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(BUFFER)
+        .max_send_buf_size(BUFFER as usize)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW);
+    http
+}
+
+async fn accept(listener: &TcpListener, guests: &Arc<Guests>) -> Option<(TcpStream, Arc<Guest>)> {
     match listener.accept().await {
-        Ok((stream, _)) => Some((stream, place)),
+        Ok((stream, address)) => Some((stream, enter(address.ip(), guests).await?)),
         Err(error) => {
             tracing::warn!(%error, "a connection could not be taken");
+            guests.make_room();
             sleep(PAUSE).await;
             None
         }
+    }
+}
+
+/// Waits for room; `None` where the address has all the connections that it may have.
+async fn enter(address: IpAddr, guests: &Arc<Guests>) -> Option<Arc<Guest>> {
+    loop {
+        match guests.enter(address) {
+            Ok(guest) => return guest,
+            Err(NoRoom) => {
+                let _ = timeout(LEAVING, guests.somebody_leaves()).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use axum::routing::get;
+    use expertmesh_metrics::Registry;
+    use hyper_util::rt::TokioExecutor;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::frontend::guests::Bounds;
+    use crate::metrics::frontend::FrontendMetrics;
+
+    /// Answers `GET /` for at most four connections, whose first head may take so long; returns where.
+    async fn host(first_head: Duration) -> std::net::SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().route("/", get(|| std::future::ready("here")));
+        let metrics = FrontendMetrics::new(&Registry::new(), "m");
+        let bounds =
+            Bounds { connections: 4, of_address: usize::MAX, requests_of_address: usize::MAX, first_head };
+        tokio::spawn(serve(listener, router, Guests::new(bounds, metrics), std::future::pending()));
+        address
+    }
+
+    async fn ask(stream: &mut TcpStream) -> io::Result<String> {
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_is_answered_though_idle_connections_take_all_places() {
+        let address = host(FIRST_HEAD).await;
+        let mut idle = Vec::new();
+        for _ in 0..12 {
+            idle.push(TcpStream::connect(address).await.unwrap());
+        }
+        let answer = ask(&mut TcpStream::connect(address).await.unwrap()).await.unwrap();
+        assert!(answer.ends_with("here"), "{answer}");
+        let mut last = idle.pop().unwrap();
+        assert!(ask(&mut last).await.unwrap().ends_with("here"), "the one that came last stays");
+        let mut left = String::new();
+        // Whether it ends or is reset, it is over.
+        let over = idle[0].read_to_string(&mut left).await;
+        assert!(over.is_err() || left.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_sends_no_request_ends() {
+        let address = host(Duration::from_millis(300)).await;
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        slow.write_all(b"GET / HTTP/1.1\r\nho").await.unwrap();
+        let mut kept = TcpStream::connect(address).await.unwrap();
+        kept.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        for stream in [&mut silent, &mut slow] {
+            let mut rest = String::new();
+            // Whether it ends or is reset, it is over.
+            let _ = stream.read_to_string(&mut rest).await;
+        }
+        kept.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut both = String::new();
+        kept.read_to_string(&mut both).await.unwrap();
+        assert_eq!(both.matches("here").count(), 2, "one that sent a request in time stays: {both}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_speaks_http2_at_once_is_understood() {
+        let stream = TcpStream::connect(host(FIRST_HEAD).await).await.unwrap();
+        let handshake =
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+        let (mut client, connection) = handshake.unwrap();
+        tokio::spawn(connection);
+        let request = hyper::Request::get("http://a/").body(axum::body::Body::empty()).unwrap();
+        let response = client.send_request(request).await.unwrap();
+        let body = axum::body::to_bytes(axum::body::Body::new(response.into_body()), 99).await.unwrap();
+        assert_eq!(body, "here");
+    }
+
+    #[test]
+    fn there_are_fewer_connections_than_files() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max open files            1024                 524288               files     \n";
+        assert_eq!(open_files(limits), Some(1024));
+        assert_eq!(
+            open_files("Max open files            unlimited            unlimited            files"),
+            None
+        );
+        assert!((1..=MAX_CONNECTIONS).contains(&most()));
     }
 }

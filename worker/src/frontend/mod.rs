@@ -1,5 +1,6 @@
 //! `expertmesh-worker frontend`: the OpenAI API in front of a deployment's workers. It holds no weights.
 
+mod access;
 mod answer;
 mod chat;
 mod choices;
@@ -8,11 +9,13 @@ mod connections;
 mod control;
 mod fields;
 mod format;
+mod guests;
 mod hold;
 mod latencies;
 mod logprobs;
 mod model;
 mod openai;
+mod reading;
 mod reasoning;
 mod request_id;
 pub(crate) mod resume;
@@ -25,27 +28,33 @@ pub(crate) mod sequence;
 mod server;
 mod setback;
 mod sse;
+mod taken;
 mod tracked;
 mod update;
 mod valid;
 pub(crate) mod workers;
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use expertmesh_metrics::Registry;
 use expertmesh_proto::{duration, v1};
+use futures::FutureExt;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use self::access::AccessLog;
 use self::control::ControlService;
+use self::guests::{Bounds, Guests};
 use self::model::Model;
 use self::resume::Patience;
-use self::server::Server;
+use self::server::{Server, Settings};
 use self::workers::Workers;
 use crate::collector;
 use crate::engine::ComputedAs;
@@ -92,6 +101,13 @@ pub(crate) struct Args {
     /// Requests that are answered at once; more are refused with 429
     #[arg(long, env = "EXPERTMESH_MAX_REQUESTS", default_value_t = 1024)]
     max_requests: usize,
+    /// How much of the connections, and of the requests that are answered at once, one address may have, in percent;
+    /// behind a proxy all clients have one
+    #[arg(long, env = "EXPERTMESH_ADDRESS_SHARE", value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u8).range(1..=100))]
+    address_share: u8,
+    /// A line for every request: its id, tokens, times and outcome; never its text
+    #[arg(long, env = "EXPERTMESH_ACCESS_LOG", value_enum, default_value_t = AccessLog::Text)]
+    access_log: AccessLog,
     /// How long a sequence waits for a worker that can take it
     #[arg(long, env = "EXPERTMESH_QUEUE_TIMEOUT", value_parser = duration::parse, default_value = "30s")]
     queue_timeout: Duration,
@@ -106,6 +122,24 @@ pub(crate) struct Args {
     /// How long after that running requests may take
     #[arg(long, env = "EXPERTMESH_DRAIN_TIMEOUT", value_parser = duration::parse, default_value = "30s")]
     drain_timeout: Duration,
+}
+
+impl Args {
+    /// How many connections there may be, and how much of everything one address may have.
+    fn bounds(&self) -> Bounds {
+        // One address that may have everything is bounded by what there is: its longest idle connection goes, as anybody's.
+        let share = |all: usize| match self.address_share {
+            100.. => usize::MAX,
+            percent => (all * usize::from(percent)).div_ceil(100),
+        };
+        let connections = connections::most();
+        Bounds {
+            connections,
+            of_address: share(connections),
+            requests_of_address: share(self.max_requests),
+            first_head: connections::FIRST_HEAD,
+        }
+    }
 }
 
 /// Serves until SIGTERM, then until the last request is answered.
@@ -123,7 +157,8 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let metrics = FrontendMetrics::new(&registry, &model.name);
     let workers = Workers::new(me.clone(), args.queue_timeout, metrics.clone());
     let patience = Patience { stall: args.stall_timeout, queue: args.queue_timeout };
-    let server = Server::new(model, workers.clone(), metrics, patience, args.max_requests);
+    let settings = Settings { patience, max_requests: args.max_requests, log: args.access_log };
+    let server = Server::new(model, workers.clone(), metrics, settings);
 
     let http = process::bind("--listen", args.listen).await?;
     let grpc = process::bind("--control", args.control).await?;
@@ -134,19 +169,31 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let control =
         ControlService { server: server.clone(), placement: placement.clone(), me, grace: args.drain_grace };
     let mut aside = JoinSet::new();
-    aside.spawn(workers.follow(placement));
-    aside.spawn(control::serve(grpc, control));
-    aside.spawn(serve_probes(probes, registry, server.clone()));
+    aside.spawn(ends("workers", workers.follow(placement)));
+    aside.spawn(ends("control", control::serve(grpc, control)));
+    aside.spawn(ends("metrics", serve_probes(probes, registry, server.clone())));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
-    serve_http(http, server, &args).await;
-    Ok(())
+    let router = routes::router(server.clone());
+    tokio::select! {
+        () = serve_http(http, router, server, &args) => Ok(()),
+        Some(Ok(task)) = aside.join_next() => {
+            Err(Fatal::new("TaskStopped", format!("the task {task} ended; its panic, if it had one, is above")))
+        }
+    }
+}
+
+/// Runs a task that is not to end, and names it where it does, also by a panic.
+async fn ends(name: &'static str, task: impl Future) -> &'static str {
+    let _ = AssertUnwindSafe(task).catch_unwind().await;
+    name
 }
 
 /// Answers clients; at SIGTERM it takes requests for the grace and then lets the running ones finish.
-async fn serve_http(listener: TcpListener, server: Arc<Server>, args: &Args) {
+async fn serve_http(listener: TcpListener, router: Router, server: Arc<Server>, args: &Args) {
+    let guests = Guests::new(args.bounds(), server.metrics.clone());
     let (grace, leaving, mut in_flight) = (args.drain_grace, server.clone(), server.in_flight());
     let (closing, closed) = tokio::sync::oneshot::channel();
-    let serving = connections::serve(listener, routes::router(server), async move {
+    let serving = connections::serve(listener, router, guests, async move {
         process::asked_to_stop().await;
         tracing::info!("leaving");
         leaving.leave();

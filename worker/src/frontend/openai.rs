@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::request_id::RequestId;
 use super::setback::SequenceError;
 use super::workers::NoWorker;
 
@@ -38,6 +39,8 @@ pub(crate) enum ApiError {
     MethodNotAllowed(String),
     #[error("too many requests are being answered; try again later")]
     TooManyRequests,
+    #[error("too many requests of this address are being answered; try again later")]
+    TooManyOfAddress,
     #[error("no worker is free: {0}")]
     NoWorker(NoWorker),
     #[error("the answer was interrupted: {0}")]
@@ -74,6 +77,9 @@ impl ApiError {
             Self::TooManyRequests => {
                 ("TooManyRequests", StatusCode::TOO_MANY_REQUESTS, Some("too_many_requests"))
             }
+            Self::TooManyOfAddress => {
+                ("TooManyOfAddress", StatusCode::TOO_MANY_REQUESTS, Some("too_many_requests"))
+            }
             Self::NoWorker(_) => ("NoWorker", StatusCode::SERVICE_UNAVAILABLE, Some("overloaded")),
             Self::Interrupted(_) => ("Interrupted", StatusCode::SERVICE_UNAVAILABLE, Some("interrupted")),
             Self::ShuttingDown => ("ShuttingDown", StatusCode::SERVICE_UNAVAILABLE, Some("overloaded")),
@@ -105,6 +111,7 @@ impl ApiError {
             | Self::RouteNotFound(_)
             | Self::MethodNotAllowed(_)
             | Self::TooManyRequests
+            | Self::TooManyOfAddress
             | Self::NoWorker(_)
             | Self::Interrupted(_)
             | Self::ShuttingDown
@@ -141,9 +148,17 @@ impl From<SequenceError> for ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let mut response = (self.status(), Json(self.body())).into_response();
+impl ApiError {
+    /// The error's body with the name of the request that it answers.
+    pub(super) fn told(&self, id: &RequestId) -> Value {
+        let mut body = self.body();
+        body["error"]["request_id"] = json!(id.name());
+        body
+    }
+
+    /// The error as the answer to a request.
+    pub(super) fn response(&self, id: &RequestId) -> Response {
+        let mut response = (self.status(), Json(self.told(id))).into_response();
         if matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
         }
@@ -220,11 +235,12 @@ mod tests {
 
     #[test]
     fn whoever_is_turned_away_learns_when_to_come_back() {
+        let id = RequestId::of(&axum::http::HeaderMap::new(), String::new);
         for error in
             [ApiError::TooManyRequests, ApiError::NoWorker(NoWorker::QueueFull), ApiError::ShuttingDown]
         {
-            assert!(error.into_response().headers().contains_key(header::RETRY_AFTER));
+            assert!(error.response(&id).headers().contains_key(header::RETRY_AFTER));
         }
-        assert!(!ApiError::BodyTooLarge.into_response().headers().contains_key(header::RETRY_AFTER));
+        assert!(!ApiError::BodyTooLarge.response(&id).headers().contains_key(header::RETRY_AFTER));
     }
 }

@@ -3,23 +3,25 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{DefaultBodyLimit, FromRequest, Path, Request, State};
-use axum::http::{HeaderValue, Method, StatusCode, header};
+use axum::extract::{Extension, Path, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
 use axum::{Json, Router};
 use futures::StreamExt;
 use serde_json::json;
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::chat::Chat;
 use super::choices::{self, Start, Updates};
 use super::completions::Completions;
 use super::format::{Format, Whole, Writer};
+use super::guests::Guest;
 use super::openai::{self, ApiError, BODY_LIMIT};
+use super::reading::Received;
+use super::request_id::{REQUEST_ID, RequestId};
 use super::seed::{self, SEED};
 use super::server::Server;
 use super::sse;
@@ -29,8 +31,10 @@ use super::valid::ValidRequest;
 use crate::metrics::labels::{Endpoint, RequestFailure};
 use crate::traces;
 
-/// A client that takes longer to send its body holds a place that others could have.
+/// A client that takes longer to send its body holds memory that others could have.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a stream's head waits for its first piece, so that what goes wrong until then has a status of its own.
+const HEAD_WAITS: Duration = Duration::from_secs(1);
 
 /// Everything that a frontend answers by HTTP.
 pub(crate) fn router(server: Arc<Server>) -> Router {
@@ -48,23 +52,30 @@ pub(crate) fn router(server: Arc<Server>) -> Router {
         .route("/v1/models/{*id}", get(model))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .layer(from_fn_with_state(server.clone(), close_when_leaving))
+        .layer(from_fn_with_state(server.clone(), named))
         .with_state(server)
 }
 
-async fn generate<F: Format>(State(server): State<Arc<Server>>, request: Request) -> Response {
+async fn generate<F: Format>(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    request: Request,
+) -> Response {
     let span = traces::request(request.headers(), || format!("POST {}", request.uri().path()));
-    let mut tracked = server.track(F::ENDPOINT).traced(span);
-    match answer::<F>(&server, request, &mut tracked).await {
+    let mut tracked = server.track(F::ENDPOINT, id).traced(span);
+    let guest = request.extensions().get::<Arc<Guest>>().cloned();
+    match answer::<F>(&server, request, guest.as_ref(), &mut tracked).await {
         Ok(Answer { seed, body }) => {
             let response = match body {
                 Body::Whole(response) => answered(tracked, response),
-                Body::Stream(writer, first, updates) => sse::respond::<F>(*writer, first, updates, tracked),
+                Body::Stream(writer, first, updates) => {
+                    sse::respond::<F>(*writer, first, updates, tracked, guest)
+                }
             };
             ([(SEED, seed.to_string())], response).into_response()
         }
-        Err(error) => refused(tracked, error),
+        Err(error) => refused(tracked, &error),
     }
 }
 
@@ -75,20 +86,25 @@ struct Answer {
 
 enum Body {
     Whole(Response),
-    /// With its first piece, so that what goes wrong before it has a status of its own.
-    Stream(Box<Writer>, Update, Updates),
+    /// With its first piece, where that came soon.
+    Stream(Box<Writer>, Option<Update>, Updates),
 }
 
-/// Validates a request, and generates all of its answer or the first of its stream.
+/// Validates a request, and generates all of its answer or begins its stream.
 async fn answer<F: Format>(
     server: &Arc<Server>,
     request: Request,
+    guest: Option<&Arc<Guest>>,
     tracked: &mut Tracked,
 ) -> Result<Answer, ApiError> {
-    tracked.keep(server.admit()?);
+    server.open()?;
     let drawn = seed::drawn(request.headers())?;
-    let body = receive(request, BODY_TIMEOUT).await?;
+    check(request.headers())?;
+    let body = server.reading.receive(request.into_body(), BODY_TIMEOUT).await?;
+    let mut places = server.admit(guest)?;
     let request = validate::<F>(server.clone(), body, drawn).await?;
+    places.sequences = Some(server.sequences(request.count())?);
+    tracked.keep(places);
     server.metrics.prompt_tokens(request.prompt_tokens());
     let header = server.header(F::ID);
     tracked.describe(&header.id, &header.model, request.prompt_tokens());
@@ -97,69 +113,92 @@ async fn answer<F: Format>(
     let (reply, seed) = (request.reply(), request.seed());
     let writer = Writer { header, reply, request };
     if reply.stream {
-        let first = updates.next().await;
-        let first = first.ok_or_else(|| ApiError::Internal("nothing was generated".to_string()))??;
+        let first = match timeout(HEAD_WAITS, updates.next()).await {
+            Ok(None) => return Err(ApiError::Internal("nothing was generated".to_string())),
+            Ok(Some(first)) => Some(first?),
+            Err(_) => None,
+        };
         return Ok(Answer { seed, body: Body::Stream(Box::new(writer), first, updates) });
     }
-    let body = whole::<F>(&writer, updates).await.map(Body::Whole)?;
+    let body = whole::<F>(&writer, updates, tracked).await.map(Body::Whole)?;
     Ok(Answer { seed, body })
 }
 
 /// Waits until every choice is complete.
-async fn whole<F: Format>(writer: &Writer, mut updates: Updates) -> Result<Response, ApiError> {
+async fn whole<F: Format>(
+    writer: &Writer,
+    mut updates: Updates,
+    tracked: &mut Tracked,
+) -> Result<Response, ApiError> {
     let mut wholes = vec![Whole::default(); writer.request.count()];
     while let Some(update) = updates.next().await {
         let Update { choice, piece } = update?;
+        tracked.completed(piece.completed());
         wholes[choice].add(piece);
     }
     Ok(Json(writer.whole::<F>(&wholes)).into_response())
 }
 
-async fn receive(request: Request, patience: Duration) -> Result<Bytes, ApiError> {
-    let encoding = request.headers().get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes);
+/// Fails where the head of a request says that its body cannot be read.
+fn check(headers: &HeaderMap) -> Result<(), ApiError> {
+    let encoding = headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes);
     if let Some(encoding) = encoding.filter(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
         return Err(ApiError::BodyEncoded(String::from_utf8_lossy(encoding).into_owned()));
     }
-    let received = timeout(patience, Bytes::from_request(request, &())).await;
-    received.map_err(|_| ApiError::BodyTooSlow)?.map_err(body_error)
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if length.is_some_and(|length: u64| length > BODY_LIMIT as u64) {
+        return Err(ApiError::BodyTooLarge);
+    }
+    Ok(())
 }
 
 /// Parsing, the template and the tokenizer take as long as the prompt is: not on a thread that moves messages.
-async fn validate<F: Format>(server: Arc<Server>, body: Bytes, drawn: u64) -> Result<ValidRequest, ApiError> {
-    let share = server.share(body.len()).await?;
+async fn validate<F: Format>(
+    server: Arc<Server>,
+    body: Received,
+    drawn: u64,
+) -> Result<ValidRequest, ApiError> {
+    let share = server.reading.share(body.bytes.len()).await?;
     let valid = tokio::task::spawn_blocking(move || {
         // Kept to the end, also where the client has left.
         let _share = share;
-        F::validate(&server.model, &body, drawn)
+        F::validate(&server.model, &body.bytes, drawn)
     });
+    let _begins_for_whoever_waits = Abort(valid.abort_handle());
     let valid = valid.await;
     valid.unwrap_or_else(|error| Err(ApiError::Internal(format!("the request could not be read: {error}"))))
 }
 
-fn body_error(rejection: BytesRejection) -> ApiError {
-    match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => ApiError::BodyTooLarge,
-        _ => ApiError::BodyLost(rejection.body_text()),
+/// Keeps a task from beginning once this is dropped.
+struct Abort(AbortHandle);
+
+impl Drop for Abort {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
-async fn models(State(server): State<Arc<Server>>) -> Response {
-    let tracked = server.track(Endpoint::Models);
+async fn models(State(server): State<Arc<Server>>, Extension(id): Extension<RequestId>) -> Response {
+    let tracked = server.track(Endpoint::Models, id);
     let names = [&server.model.name].into_iter().chain(&server.model.aliases);
     let entry = |name: &String| openai::model(name, server.started(), server.model.context);
     let entries: Vec<_> = names.map(entry).collect();
     answered(tracked, Json(json!({"object": "list", "data": entries})).into_response())
 }
 
-async fn model(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
-    let tracked = server.track(Endpoint::Models);
-    let name = id.trim_end_matches('/');
+async fn model(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    Path(name): Path<String>,
+) -> Response {
+    let tracked = server.track(Endpoint::Models, id);
+    let name = name.trim_end_matches('/');
     match server.model.is_called(name) {
         true => {
             let entry = openai::model(name, server.started(), server.model.context);
             answered(tracked, Json(entry).into_response())
         }
-        false => refused(tracked, ApiError::ModelNotFound(name.to_string())),
+        false => refused(tracked, &ApiError::ModelNotFound(name.to_string())),
     }
 }
 
@@ -170,13 +209,21 @@ async fn health(State(server): State<Arc<Server>>) -> Response {
     }
 }
 
-async fn no_route(State(server): State<Arc<Server>>, request: Request) -> Response {
+async fn no_route(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    request: Request,
+) -> Response {
     let error = ApiError::RouteNotFound(request.uri().path().to_string());
-    refused(server.track(Endpoint::Other), error)
+    refused(server.track(Endpoint::Other, id), &error)
 }
 
-async fn no_method(State(server): State<Arc<Server>>, method: Method) -> Response {
-    refused(server.track(Endpoint::Other), ApiError::MethodNotAllowed(method.to_string()))
+async fn no_method(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    method: Method,
+) -> Response {
+    refused(server.track(Endpoint::Other, id), &ApiError::MethodNotAllowed(method.to_string()))
 }
 
 fn answered(tracked: Tracked, response: Response) -> Response {
@@ -184,15 +231,30 @@ fn answered(tracked: Tracked, response: Response) -> Response {
     response
 }
 
-fn refused(tracked: Tracked, error: ApiError) -> Response {
+fn refused(tracked: Tracked, error: &ApiError) -> Response {
+    let response = error.response(tracked.id());
     tracked.failed(RequestFailure::Error(error.reason()), error.status().as_u16());
-    error.into_response()
+    response
+}
+
+/// Names a request, unless it was named by whoever sent it, and tells its name with the answer.
+async fn named(State(server): State<Arc<Server>>, mut request: Request, next: Next) -> Response {
+    let id = RequestId::of(request.headers(), || server.request_id());
+    let header = id.header();
+    request.extensions_mut().insert(id);
+    let mut response = next.run(request).await;
+    if let Some(header) = header {
+        response.headers_mut().insert(REQUEST_ID, header);
+    }
+    response
 }
 
 /// A client with a pool of connections is told to open its next one elsewhere.
 async fn close_when_leaving(State(server): State<Arc<Server>>, request: Request, next: Next) -> Response {
+    // HTTP/2 says so in its own way.
+    let says_so = request.version() <= Version::HTTP_11;
     let mut response = next.run(request).await;
-    if *server.leaving().borrow() {
+    if says_so && *server.leaving().borrow() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

@@ -6,16 +6,33 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::access::AccessLog;
 use super::format::Header;
+use super::guests::{Answering, Guest};
 use super::latencies::Latencies;
 use super::model::Model;
-use super::openai::{ApiError, BODY_LIMIT};
+use super::openai::ApiError;
+use super::reading::Reading;
+use super::request_id::RequestId;
 use super::resume::Patience;
-use super::tracked::Tracked;
+use super::tracked::{Places, Tracked};
+use super::valid::prompt::MAX_SEQUENCES;
 use super::workers::Workers;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::metrics::labels::Endpoint;
 use crate::process::age_ms;
+
+/// The most sequences of all requests, for each request that is answered at once.
+const SEQUENCES: usize = 4;
+
+/// What is chosen when a frontend is started.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    pub(crate) patience: Patience,
+    /// Requests that are answered at once.
+    pub(crate) max_requests: usize,
+    pub(crate) log: AccessLog,
+}
 
 /// What every request needs: the model, the workers, limits and metrics.
 pub(crate) struct Server {
@@ -24,9 +41,11 @@ pub(crate) struct Server {
     pub(crate) metrics: FrontendMetrics,
     pub(crate) latencies: Latencies,
     pub(crate) patience: Patience,
+    pub(super) reading: Reading,
+    log: AccessLog,
     permits: Arc<Semaphore>,
-    /// Bytes of bodies that may be parsed and tokenized at once: each takes some hundred bytes of memory meanwhile.
-    reading: Arc<Semaphore>,
+    /// Each takes memory for its prompt and for the tokens that wait for the client.
+    sequences: Arc<Semaphore>,
     in_flight: watch::Sender<u32>,
     leaving: watch::Sender<bool>,
     closed: AtomicBool,
@@ -41,9 +60,9 @@ impl Server {
         model: Model,
         workers: Workers,
         metrics: FrontendMetrics,
-        patience: Patience,
-        max_requests: usize,
+        settings: Settings,
     ) -> Arc<Self> {
+        let Settings { patience, max_requests, log } = settings;
         Arc::new(Self {
             model,
             workers,
@@ -51,7 +70,9 @@ impl Server {
             latencies: Latencies::default(),
             patience,
             permits: Arc::new(Semaphore::new(max_requests)),
-            reading: Arc::new(Semaphore::new(BODY_LIMIT)),
+            sequences: Arc::new(Semaphore::new(max_requests.saturating_mul(SEQUENCES).max(MAX_SEQUENCES))),
+            reading: Reading::new(),
+            log,
             in_flight: watch::Sender::new(0),
             leaving: watch::Sender::new(false),
             closed: AtomicBool::new(false),
@@ -104,22 +125,36 @@ impl Server {
         }
     }
 
-    /// Follows a request that arrived at `endpoint` now.
-    pub(super) fn track(&self, endpoint: Endpoint) -> Tracked {
-        Tracked::new(endpoint, self.metrics.clone(), self.in_flight.clone())
+    /// The name of a request that came without one.
+    pub(super) fn request_id(&self) -> String {
+        let number = self.ids.fetch_add(1, Ordering::Relaxed);
+        format!("req-{:x}-{number:x}", self.workers.incarnation())
     }
 
-    /// A place among the requests that are answered at once.
-    pub(super) fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        if self.closed.load(Ordering::SeqCst) {
-            return Err(ApiError::ShuttingDown);
-        }
-        self.permits.clone().try_acquire_owned().map_err(|_| ApiError::TooManyRequests)
+    /// Follows a request of that name that arrived at `endpoint` now.
+    pub(super) fn track(&self, endpoint: Endpoint, id: RequestId) -> Tracked {
+        Tracked::new(endpoint, id, self.metrics.clone(), self.log, self.in_flight.clone())
     }
 
-    /// A share of the memory for reading requests, for a body of so many bytes, at most [`BODY_LIMIT`].
-    pub(super) async fn share(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
-        self.reading.clone().acquire_many_owned(bytes as u32).await.map_err(|_| ApiError::ShuttingDown)
+    /// Fails once this frontend takes no more requests.
+    pub(super) fn open(&self) -> Result<(), ApiError> {
+        if self.closed.load(Ordering::SeqCst) { Err(ApiError::ShuttingDown) } else { Ok(()) }
+    }
+
+    /// A place among the requests that are answered at once, for one whose body has arrived; its connection stays
+    /// meanwhile.
+    pub(super) fn admit(&self, guest: Option<&Arc<Guest>>) -> Result<Places, ApiError> {
+        let request = self.permits.clone().try_acquire_owned().map_err(|_| ApiError::TooManyRequests)?;
+        let answering = |guest: &Arc<Guest>| -> Result<Answering, ApiError> {
+            guest.answering().ok_or(ApiError::TooManyOfAddress)
+        };
+        Ok(Places { _request: request, _connection: guest.map(answering).transpose()?, sequences: None })
+    }
+
+    /// Places for the sequences of one request.
+    pub(super) fn sequences(&self, count: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+        let places = self.sequences.clone().try_acquire_many_owned(count as u32);
+        places.map_err(|_| ApiError::TooManyRequests)
     }
 }
 

@@ -12,7 +12,9 @@ use serde_json::Value;
 
 use super::choices::Updates;
 use super::format::{Format, Writer};
+use super::guests::Guest;
 use super::openai::{ApiError, Completed};
+use super::taken;
 use super::tracked::Tracked;
 use super::update::Update;
 use crate::metrics::labels::RequestFailure;
@@ -20,15 +22,21 @@ use crate::metrics::labels::RequestFailure;
 /// How often a comment is sent, which keeps proxies from closing a connection on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Streams what `updates` brings after `first`, which is known to be no error: by now the status is 200.
+/// Streams what `updates` brings after `first`, which is known to be no error: by now the status is 200. Where nothing has
+/// come, a comment goes out first, so that the client has the head. A guest who takes nothing is left.
 pub(crate) fn respond<F: Format>(
     writer: Writer,
-    first: Update,
+    first: Option<Update>,
     updates: Updates,
     tracked: Tracked,
+    guest: Option<Arc<Guest>>,
 ) -> Response {
     let events = events::<F>(writer, first, updates, tracked);
-    Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
+    let response = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response();
+    match guest {
+        Some(guest) => response.map(|body| taken::or_left(body, guest)),
+        None => response,
+    }
 }
 
 struct State {
@@ -44,14 +52,17 @@ struct State {
 
 fn events<F: Format>(
     writer: Writer,
-    first: Update,
+    first: Option<Update>,
     updates: Updates,
     tracked: Tracked,
 ) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
     let count = writer.request.count();
     let (opened, completed) = (vec![false; count], vec![Completed::default(); count]);
     let mut state = State { writer: Arc::new(writer), updates, opened, completed, tracked: Some(tracked) };
-    let opening = state.update::<F>(&first);
+    let opening = match first {
+        Some(first) => state.update::<F>(&first),
+        None => vec![Event::default().comment("waiting")],
+    };
     let rest = stream::unfold(state, |mut state| async move {
         state.tracked.as_ref()?;
         let events = match state.updates.next().await {
@@ -68,6 +79,9 @@ impl State {
     fn update<F: Format>(&mut self, update: &Update) -> Vec<Event> {
         let so_far = &mut self.completed[update.choice];
         so_far.add(update.piece.completed());
+        if let Some(tracked) = &mut self.tracked {
+            tracked.completed(update.piece.completed());
+        }
         let so_far = *so_far;
         let first = !std::mem::replace(&mut self.opened[update.choice], true);
         let opening = if first { self.writer.opening::<F>(update.choice) } else { None };
@@ -81,11 +95,11 @@ impl State {
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Event> {
-        if let Some(tracked) = self.tracked.take() {
-            // The status was 200, but the answer is not complete.
-            tracked.failed(RequestFailure::Error(error.reason()), StatusCode::INTERNAL_SERVER_ERROR.as_u16());
-        }
-        vec![data(&error.body())]
+        let Some(tracked) = self.tracked.take() else { return Vec::new() };
+        let body = error.told(tracked.id());
+        // The status was 200, but the answer is not complete.
+        tracked.failed(RequestFailure::Error(error.reason()), StatusCode::INTERNAL_SERVER_ERROR.as_u16());
+        vec![data(&body)]
     }
 
     fn complete<F: Format>(&mut self) -> Vec<Event> {

@@ -1,9 +1,13 @@
 //! One request from its arrival to the last byte of its answer, as metrics and traces see it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
+use super::access::{AccessLog, Entry, milliseconds};
+use super::guests::Answering;
+use super::openai::Completed;
+use super::request_id::RequestId;
 use crate::metrics::frontend::{Counted, FrontendMetrics};
 use crate::metrics::labels::{Endpoint, RequestFailure};
 use crate::traces::{Parent, Span};
@@ -14,47 +18,93 @@ const CLIENT_CLOSED_REQUEST: u16 = 499;
 /// A request that is being answered; the client left where it is dropped before it is [`Self::answered`].
 pub(crate) struct Tracked {
     endpoint: Endpoint,
+    id: RequestId,
     pub(super) arrived: Instant,
     metrics: FrontendMetrics,
+    log: AccessLog,
     in_flight: watch::Sender<u32>,
     _counted: Counted,
-    permit: Option<OwnedSemaphorePermit>,
+    places: Option<Places>,
     span: Span,
+    told: Told,
+    failure: Option<RequestFailure>,
     done: bool,
+}
+
+/// What a request holds until its end: its places among those that are answered at once, its connection's among those that
+/// do not go.
+pub(super) struct Places {
+    pub(super) _request: OwnedSemaphorePermit,
+    pub(super) _connection: Option<Answering>,
+    pub(super) sequences: Option<OwnedSemaphorePermit>,
+}
+
+/// What is known of an answer, for the log.
+#[derive(Default)]
+struct Told {
+    answer: String,
+    prompt_tokens: usize,
+    completed: Completed,
+    first_token: Option<Duration>,
 }
 
 impl Tracked {
     /// A request that arrives now, one more of those that are `in_flight`.
-    pub(super) fn new(endpoint: Endpoint, metrics: FrontendMetrics, in_flight: watch::Sender<u32>) -> Self {
+    pub(super) fn new(
+        endpoint: Endpoint,
+        id: RequestId,
+        metrics: FrontendMetrics,
+        log: AccessLog,
+        in_flight: watch::Sender<u32>,
+    ) -> Self {
         in_flight.send_modify(|count| *count += 1);
         Self {
             endpoint,
+            id,
             arrived: Instant::now(),
             _counted: metrics.in_flight(),
             metrics,
+            log,
             in_flight,
-            permit: None,
+            places: None,
             span: Span::default(),
+            told: Told::default(),
+            failure: None,
             done: false,
         }
     }
 
     /// The request's span, until its end.
     pub(super) fn traced(mut self, span: Span) -> Self {
+        span.set("http.request.header.x-request-id", self.id.name().to_string());
         self.span = span;
         self
     }
 
-    /// Keeps the request's place among those that are answered at once, until its end.
-    pub(super) fn keep(&mut self, permit: OwnedSemaphorePermit) {
-        self.permit = Some(permit);
+    pub(super) fn id(&self) -> &RequestId {
+        &self.id
     }
 
-    /// Tells the request's span what is asked of which model.
-    pub(super) fn describe(&self, id: &str, model: &str, prompt_tokens: usize) {
+    /// Keeps what the request holds, until its end.
+    pub(super) fn keep(&mut self, places: Places) {
+        self.places = Some(places);
+    }
+
+    /// Notes what is asked of which model.
+    pub(super) fn describe(&mut self, id: &str, model: &str, prompt_tokens: usize) {
+        self.told.answer = id.to_string();
+        self.told.prompt_tokens = prompt_tokens;
         self.span.set("gen_ai.response.id", id.to_string());
         self.span.set("gen_ai.request.model", model.to_string());
         self.span.set("gen_ai.usage.input_tokens", prompt_tokens as i64);
+    }
+
+    /// Notes tokens that came.
+    pub(super) fn completed(&mut self, more: Completed) {
+        self.told.completed.add(more);
+        if more.tokens > 0 {
+            self.told.first_token.get_or_insert(self.arrived.elapsed());
+        }
     }
 
     /// Where the spans of its sequences belong.
@@ -73,15 +123,29 @@ impl Tracked {
         self.end(code);
     }
 
-    fn fail(&self, failure: RequestFailure) {
+    fn fail(&mut self, failure: RequestFailure) {
         self.metrics.failed(failure);
         self.span.fail(failure.name());
+        self.failure = Some(failure);
     }
 
     fn end(&mut self, code: u16) {
         self.done = true;
         self.span.set("http.response.status_code", i64::from(code));
-        self.metrics.answered(self.endpoint, code, self.arrived.elapsed());
+        let took = self.arrived.elapsed();
+        self.metrics.answered(self.endpoint, code, took);
+        let Told { answer, prompt_tokens, completed, first_token } = &self.told;
+        self.log.write(&Entry {
+            request: self.id.name(),
+            answer,
+            endpoint: self.endpoint.name(),
+            code,
+            outcome: self.failure.map_or("ok", RequestFailure::name),
+            prompt_tokens: *prompt_tokens,
+            completion_tokens: completed.tokens,
+            first_token_ms: first_token.map(milliseconds),
+            ms: milliseconds(took),
+        });
     }
 }
 
@@ -89,7 +153,7 @@ impl Drop for Tracked {
     fn drop(&mut self) {
         if !self.done {
             self.fail(RequestFailure::ClientLeft);
-            self.metrics.answered(self.endpoint, CLIENT_CLOSED_REQUEST, self.arrived.elapsed());
+            self.end(CLIENT_CLOSED_REQUEST);
         }
         self.in_flight.send_modify(|count| *count = count.saturating_sub(1));
     }

@@ -5,7 +5,7 @@ pub(super) mod body;
 mod chat;
 mod completion;
 mod message;
-mod prompt;
+pub(super) mod prompt;
 mod sampling;
 
 use expertmesh_proto::v1;

@@ -6,7 +6,7 @@ use expertmesh_metrics::Registry;
 use expertmesh_metrics::declare::{Declare, geometric};
 use prometheus::{Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
-use super::labels::{Endpoint, RequestFailure, SetbackCause};
+use super::labels::{ConnectionEnd, Endpoint, RequestFailure, SetbackCause};
 
 /// vLLM's bounds of the time to the first token, in seconds, with more below 1 ms.
 const FIRST_TOKEN: [f64; 25] = [
@@ -68,6 +68,15 @@ impl FrontendMetrics {
         Counted::new(&self.requests.in_flight)
     }
 
+    /// A connection that is open, until the result is dropped.
+    pub(crate) fn connection(&self) -> Counted {
+        Counted::new(&self.requests.connections)
+    }
+
+    pub(crate) fn connection_ended(&self, end: ConnectionEnd) {
+        self.requests.connections_ended.with_label_values(&[end.name()]).inc();
+    }
+
     pub(crate) fn resumed(&self, cause: SetbackCause) {
         self.sequences.resumes.with_label_values(&[cause.name()]).inc();
     }
@@ -86,6 +95,7 @@ impl FrontendMetrics {
 }
 
 /// A place in a gauge, given back when it is dropped.
+#[derive(Debug)]
 pub(crate) struct Counted(IntGauge);
 
 impl Counted {
@@ -141,6 +151,8 @@ struct Requests {
     seconds: HistogramVec,
     in_flight: IntGauge,
     errors: IntCounterVec,
+    connections: IntGauge,
+    connections_ended: IntCounterVec,
 }
 
 impl Requests {
@@ -159,6 +171,13 @@ impl Requests {
             ),
             in_flight: declare
                 .gauge("expertmesh_frontend_requests_in_flight", "Requests that are being answered."),
+            connections: declare
+                .gauge("expertmesh_frontend_connections", "Connections of clients that are open."),
+            connections_ended: declare.counters(
+                "expertmesh_frontend_connections_ended_total",
+                "Connections that the frontend ended, by why: idle where room was needed, silent, unread, share of the address.",
+                &["cause"],
+            ),
             errors: declare.counters(
                 "expertmesh_frontend_errors_total",
                 "Requests that failed, also in mid-stream, by reason.",

@@ -154,6 +154,30 @@ impl RequestFailure {
     }
 }
 
+/// Why a frontend ended a client's connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ConnectionEnd {
+    /// Room was needed, and it had been idle for longest.
+    Idle,
+    /// It sent no request.
+    Silent,
+    /// Its client took nothing of its answer.
+    Unread,
+    /// Its address had all the connections that it may have.
+    Share,
+}
+
+impl ConnectionEnd {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Silent => "silent",
+            Self::Unread => "unread",
+            Self::Share => "share",
+        }
+    }
+}
+
 /// Why a worker stopped running a frontend's sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SetbackCause {

@@ -7,13 +7,15 @@ use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1::report_response::State as WorkerState;
 use serde_json::Value;
+use tonic::Code;
 use tower::ServiceExt;
 
 use super::*;
+use crate::frontend::access::AccessLog;
 use crate::frontend::model::Model;
-use crate::frontend::request_id::REQUEST_ID;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, stage, token_at};
+use crate::frontend::server::Settings;
 use crate::tokenizer::tests::tiny_r1;
 
 struct House {
@@ -26,12 +28,20 @@ impl House {
         let stage = stage(scripts).await;
         let model = Model::load(&tiny_r1(), vec!["tiny-r1".to_string()], None).unwrap();
         let patience = Patience { stall: Duration::from_secs(5), queue: QUEUE_TIMEOUT };
-        let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), patience, max_requests);
+        let settings = Settings { patience, max_requests, log: AccessLog::Text };
+        let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), settings);
         Self { stage, server }
     }
 
     async fn call(&self, method: &str, path: &str, body: impl Into<HttpBody>) -> Response {
         let request = Request::builder().method(method).uri(path).body(body.into()).unwrap();
+        router(self.server.clone()).oneshot(request).await.unwrap()
+    }
+
+    /// A request with a header, as it would come by a connection.
+    async fn with(&self, method: &str, path: &str, header: (&str, &str), body: &str) -> Response {
+        let request = Request::builder().method(method).uri(path).header(header.0, header.1);
+        let request = request.body(HttpBody::from(body.to_string())).unwrap();
         router(self.server.clone()).oneshot(request).await.unwrap()
     }
 
@@ -218,12 +228,12 @@ async fn a_completion_carries_its_prompts_ids_in_every_choice() {
 
 #[tokio::test]
 async fn what_goes_wrong_before_the_first_token_has_a_status_and_after_it_an_event() {
-    let dead = [Act::Die(0); 8];
-    let house = House::open(&[&dead], 8).await;
+    let house = House::open(&[&[Act::Refuse(Code::InvalidArgument)]], 8).await;
     let response = house.chat(json!({"stream": true})).await;
-    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(value(response).await["error"]["code"], "interrupted");
+    assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+    assert_eq!(value(response).await["error"]["message"], "scripted");
 
+    let dead = [Act::Die(0); 8];
     let house = House::open(&[&[&[Act::Die(2)][..], &dead].concat()], 8).await;
     let response = house.chat(json!({"stream": true})).await;
     assert_eq!(response.status(), StatusCode::OK);
@@ -235,12 +245,12 @@ async fn without_a_worker_a_request_waits_and_is_then_told_to_come_back() {
     let house = House::open(&[&[]], 8).await;
     house.stage.players[0].state.send_replace(WorkerState::Loading);
     house.stage.until_eligible(0).await;
-    for stream in [false, true] {
-        let response = house.chat(json!({"stream": stream})).await;
-        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(response.headers().contains_key(header::RETRY_AFTER));
-        assert_eq!(value(response).await["error"]["code"], "overloaded");
-    }
+    let response = house.chat(json!({})).await;
+    assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert!(response.headers().contains_key(header::RETRY_AFTER));
+    assert_eq!(value(response).await["error"]["code"], "overloaded");
+    let stream = house.chat(json!({"stream": true})).await;
+    assert_eq!(events(stream).await.last().unwrap()["error"]["code"], "overloaded");
     house.stage.workers.fill_queue();
     let refused = timeout(QUEUE_TIMEOUT / 2, house.chat(json!({"stream": true}))).await.unwrap();
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE, "a full queue is no reason to wait");
@@ -324,23 +334,54 @@ async fn a_frontend_that_leaves_answers_and_closes_and_at_last_refuses() {
 }
 
 #[tokio::test]
-async fn a_body_that_does_not_arrive_is_not_waited_for() {
-    let body = HttpBody::from_stream(futures::stream::pending::<Result<Bytes, std::io::Error>>());
-    let slow = receive(Request::new(body), Duration::from_millis(10)).await.unwrap_err();
-    assert_eq!((&slow, slow.status()), (&ApiError::BodyTooSlow, StatusCode::REQUEST_TIMEOUT));
+async fn bodies_are_read_in_bounded_memory() {
+    let house = House::open(&[&[]], 8).await;
+    let mut shares = Vec::new();
+    let share = async || timeout(Duration::from_millis(50), house.server.reading.share(64 << 10)).await;
+    while let Ok(share) = share().await {
+        shares.push(share.unwrap());
+    }
+    assert!(timeout(Duration::from_millis(50), house.chat(json!({}))).await.is_err(), "it was read");
+    drop(shares);
+    assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
+    assert!(share().await.is_ok(), "a share was not given back");
 }
 
 #[tokio::test]
-async fn bodies_are_read_in_bounded_memory() {
+async fn a_request_has_the_name_that_it_came_with_and_otherwise_one_of_its_own() {
+    let house = House::open(&[&[&[Act::Die(2)][..], &[Act::Die(0); 8]].concat()], 8).await;
+    let body = json!({"prompt": [5], "max_tokens": 9, "stream": true}).to_string();
+    let response = house.with("POST", "/v1/completions", ("x-request-id", "mine-7"), &body).await;
+    assert_eq!(response.headers()[&REQUEST_ID], "mine-7");
+    assert_eq!(events(response).await.last().unwrap()["error"]["request_id"], "mine-7");
+    for (path, name) in [("/v1/nothing", "a-1"), ("/v1/models/other", "a-2"), ("/v1/completions", "a-3")] {
+        let response = house.with("GET", path, ("x-request-id", name), "").await;
+        assert_eq!(response.headers()[&REQUEST_ID], name);
+        assert_eq!(value(response).await["error"]["request_id"], name);
+    }
+    let made = async || {
+        let response = house.with("GET", "/v1/nothing", ("x-request-id", "two words"), "").await;
+        let header = response.headers()[&REQUEST_ID].to_str().unwrap().to_string();
+        assert_eq!(value(response).await["error"]["request_id"], header);
+        header
+    };
+    assert_ne!(made().await, made().await);
+}
+
+#[tokio::test]
+async fn a_stream_sends_its_head_while_it_waits() {
     let house = House::open(&[&[]], 8).await;
-    let whole = house.server.share(BODY_LIMIT).await.unwrap();
-    assert!(timeout(Duration::from_millis(50), house.chat(json!({}))).await.is_err(), "it was read");
-    drop(whole);
-    assert_eq!(house.chat(json!({})).await.status(), StatusCode::OK);
-    assert!(
-        timeout(QUEUE_TIMEOUT, house.server.share(BODY_LIMIT)).await.is_ok(),
-        "a share was not given back"
-    );
+    house.stage.players[0].state.send_replace(WorkerState::Loading);
+    house.stage.until_eligible(0).await;
+    let begun = Instant::now();
+    let response = house.chat(json!({"stream": true})).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert!(begun.elapsed() < QUEUE_TIMEOUT, "{:?}", begun.elapsed());
+    let mut body = response.into_body().into_data_stream();
+    assert_eq!(body.next().await.unwrap().unwrap(), ": waiting\n\n");
+    house.stage.players[0].state.send_replace(WorkerState::Ready);
+    let rest: Vec<u8> = body.map(|data| data.unwrap().to_vec()).collect::<Vec<_>>().await.concat();
+    assert!(String::from_utf8(rest).unwrap().ends_with("data: [DONE]\n\n"));
 }
 
 #[tokio::test]

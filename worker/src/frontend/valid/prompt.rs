@@ -4,7 +4,7 @@ use super::super::model::Model;
 use super::super::openai::ApiError;
 
 /// Sequences that one request may start: prompts times `n`.
-pub(super) const MAX_SEQUENCES: usize = 128;
+pub(crate) const MAX_SEQUENCES: usize = 128;
 
 /// A prompt that leaves room for an answer.
 #[derive(Debug, Clone)]
