@@ -7,6 +7,7 @@ mod choices;
 mod completions;
 mod connections;
 mod control;
+mod cors;
 mod fields;
 mod format;
 mod guests;
@@ -105,6 +106,15 @@ pub(crate) struct Args {
     /// behind a proxy all clients have one
     #[arg(long, env = "EXPERTMESH_ADDRESS_SHARE", value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u8).range(1..=100))]
     address_share: u8,
+    /// The origins of pages whose browsers may call the API, with commas between them; `*`: all; empty: none
+    #[arg(
+        long,
+        env = "EXPERTMESH_CORS_ORIGINS",
+        value_name = "ORIGINS",
+        value_delimiter = ',',
+        default_value = "*"
+    )]
+    cors_origins: Vec<String>,
     /// A line for every request: its id, tokens, times and outcome; never its text
     #[arg(long, env = "EXPERTMESH_ACCESS_LOG", value_enum, default_value_t = AccessLog::Text)]
     access_log: AccessLog,
@@ -159,6 +169,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let patience = Patience { stall: args.stall_timeout, queue: args.queue_timeout };
     let settings = Settings { patience, max_requests: args.max_requests, log: args.access_log };
     let server = Server::new(model, workers.clone(), metrics, settings);
+    let cors = cors::layer(&args.cors_origins)?;
 
     let http = process::bind("--listen", args.listen).await?;
     let grpc = process::bind("--control", args.control).await?;
@@ -173,7 +184,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     aside.spawn(ends("control", control::serve(grpc, control)));
     aside.spawn(ends("metrics", serve_probes(probes, registry, server.clone())));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
-    let router = routes::router(server.clone());
+    let router = routes::router(server.clone()).layer(cors);
     tokio::select! {
         () = serve_http(http, router, server, &args) => Ok(()),
         Some(Ok(task)) = aside.join_next() => {

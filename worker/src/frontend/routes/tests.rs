@@ -12,6 +12,7 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::frontend::access::AccessLog;
+use crate::frontend::cors;
 use crate::frontend::model::Model;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, stage, token_at};
@@ -382,6 +383,46 @@ async fn a_stream_sends_its_head_while_it_waits() {
     house.stage.players[0].state.send_replace(WorkerState::Ready);
     let rest: Vec<u8> = body.map(|data| data.unwrap().to_vec()).collect::<Vec<_>>().await.concat();
     assert!(String::from_utf8(rest).unwrap().ends_with("data: [DONE]\n\n"));
+}
+
+#[tokio::test]
+async fn a_page_of_a_browser_may_call_where_its_origin_is_allowed() {
+    let house = House::open(&[&[]], 8).await;
+    let allowed = async |origins: &str, method: &str, path: &str, asks: &str| {
+        let origins: Vec<String> = origins.split(',').map(str::to_string).collect();
+        let request = Request::builder().method(method).uri(path).header("origin", "http://app.test");
+        let request = request.header("access-control-request-headers", "authorization,content-type");
+        let request = request.header(asks, "POST").body(HttpBody::from(r#"{"prompt": [5]}"#)).unwrap();
+        let router = router(house.server.clone()).layer(cors::layer(&origins).unwrap());
+        let response = router.oneshot(request).await.unwrap();
+        let header =
+            |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap().to_string());
+        let [origin, methods, headers, exposed] =
+            ["allow-origin", "allow-methods", "allow-headers", "expose-headers"]
+                .map(|name| header(&format!("access-control-{name}")));
+        assert_eq!(header("access-control-allow-credentials"), None);
+        (
+            response.status().as_u16(),
+            origin,
+            methods.is_some() && headers.is_some_and(|all| all == "authorization,content-type"),
+            exposed,
+        )
+    };
+    let any = || Some("*".to_string());
+    const ASKS: &str = "access-control-request-method";
+    let (status, origin, preflight, _) = allowed("*", "OPTIONS", "/v1/chat/completions", ASKS).await;
+    assert_eq!((status, origin, preflight), (200, any(), true));
+    let (status, origin, _, exposed) = allowed("*", "POST", "/v1/completions", "x-any").await;
+    assert_eq!((status, origin), (200, any()));
+    assert!(exposed.is_some_and(|headers| headers.contains("x-seed") && headers.contains("x-request-id")));
+    let (status, origin, ..) = allowed("*", "GET", "/v1/nothing", "x-any").await;
+    assert_eq!((status, origin), (404, any()));
+    let (_, origin, ..) = allowed("http://app.test,http://b.test", "GET", "/v1/models", "x-any").await;
+    assert_eq!(origin, Some("http://app.test".to_string()));
+    for others in ["http://b.test", ""] {
+        assert_eq!(allowed(others, "GET", "/v1/models", "x-any").await.1, None);
+    }
+    assert!(cors::layer(&["app.test".to_string()]).is_err());
 }
 
 #[tokio::test]
