@@ -3,10 +3,11 @@ CARGO = cargo
 CRD = deploy/crds/modeldeployments.yaml
 CHART_FILES = charts/expertmesh/files
 METRICS = docs/metrics.md
+SOAK_SECONDS = 600
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(CURDIR)/target/release:$(PATH)
 
-.PHONY: help up test build bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
+.PHONY: help up test build soak bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,6 +28,9 @@ build: ## all binaries, in target/release
 
 setup: ## fetch what the tests need beside Rust, and say what cannot be had
 	@tests/setup.sh
+
+soak: build ## what takes long: a client without manners for SOAK_SECONDS (600), an honest one beside it
+	EXPERTMESH_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --workspace --test all -- abuse --nocapture
 
 bench: ## our numbers beside llama.cpp's on this machine: a table, and target/bench/summary.json (see benches/README.md)
 	$(CARGO) build --release -p expertmesh-bench -p expertmesh-worker

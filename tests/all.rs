@@ -1,5 +1,6 @@
 //! The tests of the whole product, the weakest power that proves a point first.
 
+mod abuse;
 mod autoscaling;
 mod chaos;
 mod kubernetes;
