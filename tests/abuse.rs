@@ -14,8 +14,10 @@ use expertmesh_tests::reference::{Question, reference};
 
 /// The most bytes of a body that a frontend reads.
 const BODY: usize = 8 << 20;
-/// More connections than a frontend keeps.
+/// More connections than a frontend keeps, which are 2048, or half of the files that it may open.
 const IDLE: usize = 2500;
+/// Files that this process needs beside those of idle connections.
+const FILES: usize = 350;
 /// What a frontend may take of memory, in MiB, at its worst moment.
 const MEMORY: u64 = 256;
 
@@ -95,11 +97,19 @@ fn bomb(_: &mut Vec<TcpStream>, address: &str) -> bool {
 /// Connections that say nothing.
 fn idle(connections: &mut Vec<TcpStream>, address: &str) -> bool {
     connections.extend(connect(address));
-    if connections.len() >= IDLE {
+    if connections.len() >= idle_connections() {
         std::thread::sleep(Duration::from_millis(10));
         connections.remove(0);
     }
     true
+}
+
+/// As many as this process may have open.
+fn idle_connections() -> usize {
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files"));
+    let files = files.and_then(|line| line.split_whitespace().next()?.parse::<usize>().ok());
+    files.map_or(IDLE, |files| files.saturating_sub(FILES).min(IDLE))
 }
 
 /// Bodies that are announced large, begin, and then come byte by byte.
