@@ -101,7 +101,12 @@ async fn a_drained_worker_hands_its_sequences_back_and_a_later_placement_calls_i
     });
     came.recv().await.unwrap();
     let mut control = mesh.control(0).await.unwrap();
-    control.drain(v1::DrainRequest { caller: Some(test_caller()) }).await.unwrap();
+    let drain = || v1::DrainRequest { caller: Some(test_caller()) };
+    let refused = control.drain(drain()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "the placement keeps it");
+    mesh.draining.insert(0);
+    mesh.place(|slot, expert| expert / 16 == slot).await;
+    control.drain(drain()).await.unwrap();
     let (end, mut tokens) = running.await.unwrap();
     assert!(matches!(end, End::Finished(Reason::Move)), "{end:?} after {} tokens", tokens.len());
     let mut rest = request(&long, &whole, &tokens);
@@ -124,6 +129,7 @@ async fn a_drained_worker_hands_its_sequences_back_and_a_later_placement_calls_i
         "nothing was loaded elsewhere"
     );
 
+    mesh.draining.clear();
     mesh.place(|slot, expert| expert / 16 == slot).await;
     mesh.until(0, "ready", |report| report.state() == State::Ready).await;
     let mut tokens = Vec::new();
@@ -133,7 +139,7 @@ async fn a_drained_worker_hands_its_sequences_back_and_a_later_placement_calls_i
 
 #[tokio::test]
 async fn grpc_health_says_whether_a_worker_is_ready() {
-    let mesh = Mesh::start("health", 1).await;
+    let mut mesh = Mesh::start("health", 1).await;
     let address = format!("http://{}", mesh.addresses[0].grpc);
     let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
     let mut health = HealthClient::new(channel);
@@ -145,6 +151,8 @@ async fn grpc_health_says_whether_a_worker_is_ready() {
     for watch in &mut watches {
         while watch.message().await.unwrap().unwrap().status() != ServingStatus::Serving {}
     }
+    mesh.draining.insert(0);
+    mesh.place(|_, _| true).await;
     let mut control = mesh.control(0).await.unwrap();
     control.drain(v1::DrainRequest { caller: Some(test_caller()) }).await.unwrap();
     for watch in &mut watches {

@@ -66,6 +66,34 @@ async fn a_worker_killed_in_the_middle_of_a_stream_costs_no_token() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_frozen_in_the_middle_of_a_stream_is_left_and_costs_no_token() {
+    let mut mesh = Mesh::start("frozen", 3).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let mut frozen = None;
+    let question = Question::long(1, 500);
+    let answered = frontend.api.check_stream(&question, |tokens| {
+        if tokens > 100 && frozen.is_none() {
+            let runs =
+                |slot: &usize| sum(&metrics(&mesh.addresses[*slot]), "vllm:num_requests_running") > 0.0;
+            let slot = (0..3).find(runs).expect("one runs the sequence");
+            mesh.workers[slot].signal("STOP");
+            frozen = Some(slot);
+        }
+    });
+    answered.unwrap();
+    let slot = frozen.expect("the answer was there before");
+    assert!(sum(&frontend.metrics(), "expertmesh_frontend_worker_silences_total") > 0.0);
+    assert_eq!(sum(&frontend.metrics(), "expertmesh_frontend_eligible_workers"), 2.0);
+    mesh.workers[slot].signal("CONT");
+    wait_for("the worker to be used again", || {
+        match sum(&frontend.metrics(), "expertmesh_frontend_eligible_workers") {
+            3.0 => Ok(()),
+            eligible => Err(format!("{eligible} workers are eligible")),
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_told_to_end_under_load_fails_no_request() {
     let mut mesh = Mesh::start("leave", 3).await;
     let frontend = Frontend::start(&mut mesh).await;

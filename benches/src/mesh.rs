@@ -184,7 +184,7 @@ impl Mesh {
             let placement = Some(placement.clone());
             let request = v1::ApplyPlacementRequest { caller: Some(caller()), placement };
             control.apply_placement(request).await?;
-            let request = v1::ReportRequest { caller: Some(caller()) };
+            let request = v1::ReportRequest { caller: Some(caller()), heartbeats: false };
             let mut reports = control.report(request).await?.into_inner();
             let ready = async {
                 while let Some(report) = reports.message().await? {

@@ -11,6 +11,7 @@ use expertmesh_proto::backoff::Backoff;
 use expertmesh_proto::channel::{Connect, ConnectError, connect};
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::expert_set::{ExpertSet, MAX_EXPERTS};
+use expertmesh_proto::heartbeat::hear;
 use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::latency::Histogram;
@@ -29,7 +30,7 @@ use tonic::transport::Channel;
 const CONNECT: Connect = Connect { timeout: Duration::from_secs(2), keepalive: None, bulk: false };
 /// How long a call may take that a process answers at once.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// A process that sends no report for so long is silent: they come at least every second.
+/// A process that sends no report for so long is silent, where it sends no heartbeats either: they come at least every second.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(4);
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
 /// More layers than any model has; bounds what a report can make us place.
@@ -66,7 +67,7 @@ enum ControlError {
     Call(#[from] Status),
     #[error("a report that is none: {0}")]
     Report(#[from] Invalid),
-    #[error("no report for {} s", REPORT_TIMEOUT.as_secs())]
+    #[error("no report and no heartbeat")]
     Silence,
     #[error("the stream of reports ended")]
     Ended,
@@ -207,13 +208,23 @@ async fn reports(
     changed: &Notify,
 ) -> Result<std::convert::Infallible, ControlError> {
     let channel = connect(address, &CONNECT).await?;
-    let request = v1::ReportRequest { caller: Some(caller.clone()) };
+    let request = v1::ReportRequest { caller: Some(caller.clone()), heartbeats: true };
     let mut client = ControlClient::new(channel.clone());
     let opened = tokio::time::timeout(CALL_TIMEOUT, client.report(request));
     let mut stream = opened.await.map_err(|_| ControlError::Silence)??.into_inner();
+    let mut beats = false;
     loop {
-        let next = tokio::time::timeout(REPORT_TIMEOUT, stream.message());
-        let message = next.await.map_err(|_| ControlError::Silence)??.ok_or(ControlError::Ended)?;
+        let next = match beats {
+            true => hear(stream.message()).await.map_err(|_| ControlError::Silence)?,
+            false => tokio::time::timeout(REPORT_TIMEOUT, stream.message())
+                .await
+                .map_err(|_| ControlError::Silence)?,
+        };
+        let message = next?.ok_or(ControlError::Ended)?;
+        if message.heartbeat {
+            beats = true;
+            continue;
+        }
         let report = checked(message)?;
         lock(heard).take(report, channel.clone());
         changed.notify_one();
@@ -225,8 +236,11 @@ impl Heard {
         if self.incarnation != report.incarnation {
             (self.incarnation, self.told, self.draining_since) = (report.incarnation, None, None);
         }
+        let drained = self.report.as_ref().is_some_and(|last| last.state == State::Draining);
         if report.state == State::Draining {
             self.draining_since.get_or_insert_with(Timestamp::now);
+        } else if drained {
+            self.draining_since = None; // it was called back
         }
         self.channel = Some(channel);
         self.report = Some(report);

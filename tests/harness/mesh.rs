@@ -1,5 +1,6 @@
 //! Workers as processes, placed by the test in the operator's stead.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use expertmesh_model::expert::ExpertId;
@@ -28,6 +29,8 @@ pub struct Mesh {
     pub workers: Vec<Process>,
     pub addresses: Vec<Addresses>,
     pub epoch: u64,
+    /// The slots that the next placement lets go.
+    pub draining: BTreeSet<u32>,
     /// What every process gets beside its own flags.
     pub flags: Vec<String>,
 }
@@ -41,7 +44,14 @@ impl Mesh {
     /// The same with more flags for each, and for a frontend in front of them.
     pub async fn start_with(name: &str, count: u32, flags: &[&str]) -> Self {
         let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
-        let mut mesh = Self { scratch, workers: Vec::new(), addresses: Vec::new(), epoch: 0, flags };
+        let mut mesh = Self {
+            scratch,
+            workers: Vec::new(),
+            addresses: Vec::new(),
+            epoch: 0,
+            draining: BTreeSet::new(),
+            flags,
+        };
         mesh.workers = (0..count).map(|slot| mesh.start_worker(slot)).collect();
         mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
         mesh.place(|slot, expert| expert * count / EXPERTS == slot).await;
@@ -74,7 +84,8 @@ impl Mesh {
             let experts =
                 held.flat_map(|expert| LAYERS.map(move |layer| ExpertId { layer, expert })).collect();
             let (name, addresses) = (format!("worker-{slot}"), vec![addresses.grpc.clone()]);
-            PlacedWorker { slot: Slot(slot), name, addresses, experts, draining: false }
+            let draining = self.draining.contains(&slot);
+            PlacedWorker { slot: Slot(slot), name, addresses, experts, draining }
         };
         let workers = (0..).zip(&self.addresses).map(worker).collect();
         let placement =
@@ -111,7 +122,7 @@ impl Mesh {
     ) -> v1::ReportResponse {
         let waiting = async {
             let mut control = self.control(slot).await.expect("a worker that lives");
-            let request = v1::ReportRequest { caller: Some(test_caller()) };
+            let request = v1::ReportRequest { caller: Some(test_caller()), heartbeats: false };
             let mut reports = control.report(request).await.expect("reports").into_inner();
             while let Some(report) = reports.message().await.expect("a report") {
                 if holds(&report) {

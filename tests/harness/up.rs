@@ -78,7 +78,7 @@ impl Up {
         let text = std::fs::read_to_string(file.expect("the worker announced itself")).expect("a file");
         let addresses: Addresses = serde_json::from_str(&text).expect("addresses");
         let control = ControlClient::connect(format!("http://{}", addresses.grpc)).await;
-        let request = v1::ReportRequest { caller: Some(test_caller()) };
+        let request = v1::ReportRequest { caller: Some(test_caller()), heartbeats: false };
         let reports = control.expect("a worker that lives").report(request).await;
         let report = reports.expect("reports").into_inner().message().await.expect("a report");
         report.and_then(|report| report.callee?.fingerprint).expect("a fingerprint")

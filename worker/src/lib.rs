@@ -14,6 +14,7 @@ mod placement;
 mod prepare;
 mod probes;
 mod process;
+mod reports;
 mod runtime;
 mod sampling;
 mod serve;

@@ -167,6 +167,7 @@ fn workers_available(situation: &Situation) -> Verdict {
 fn not_ready_because(worker: &Seen) -> Option<String> {
     match &worker.report {
         None if worker.addresses.is_empty() => Some("its pod has not started".into()),
+        None if worker.told.is_some() => Some("it has fallen silent".into()),
         None => Some("it does not answer yet".into()),
         Some(report) if report.state == State::Ready => None,
         Some(report) if report.reason.is_empty() => Some("it is not ready".into()),

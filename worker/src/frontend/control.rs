@@ -19,6 +19,7 @@ use tonic_health::server::health_reporter;
 
 use super::server::Server;
 use crate::placement::CurrentPlacement;
+use crate::reports::{Reports, beat_until};
 
 /// The longest time between two reports.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -29,8 +30,6 @@ pub(crate) struct ControlService {
     pub(crate) server: Arc<Server>,
     pub(crate) placement: CurrentPlacement,
     pub(crate) me: v1::Caller,
-    /// For how long requests are still taken once this frontend leaves.
-    pub(crate) grace: Duration,
 }
 
 #[tonic::async_trait]
@@ -46,20 +45,19 @@ impl Control for ControlService {
         Ok(Response::new(v1::ApplyPlacementResponse {}))
     }
 
-    async fn report(&self, _: Request<v1::ReportRequest>) -> Result<Response<Self::ReportStream>, Status> {
+    async fn report(
+        &self,
+        request: Request<v1::ReportRequest>,
+    ) -> Result<Response<Self::ReportStream>, Status> {
         let (reports, receiver) = mpsc::channel(1);
-        tokio::spawn(report(self.server.clone(), self.placement.clone(), self.me.clone(), reports));
+        let heartbeats = request.into_inner().heartbeats;
+        let (server, placement) = (self.server.clone(), self.placement.clone());
+        tokio::spawn(report(server, placement, self.me.clone(), reports, heartbeats));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
-        self.server.leave();
-        sleep(self.grace).await;
-        self.server.close();
-        let mut in_flight = self.server.in_flight();
-        // The sender lives as long as the server.
-        let _ = in_flight.wait_for(|&count| count == 0).await;
-        Ok(Response::new(v1::DrainResponse {}))
+        Err(Status::unimplemented("a frontend leaves at SIGTERM"))
     }
 }
 
@@ -68,7 +66,8 @@ async fn report(
     server: Arc<Server>,
     placement: CurrentPlacement,
     me: v1::Caller,
-    reports: mpsc::Sender<Result<v1::ReportResponse, Status>>,
+    reports: Reports,
+    heartbeats: bool,
 ) {
     let (mut workers, mut in_flight, mut leaving) =
         (server.workers.changes(), server.in_flight(), server.leaving());
@@ -91,7 +90,7 @@ async fn report(
             sleep(GATHER).await;
         };
         tokio::select! {
-            _ = timeout(PERIOD, changed) => {}
+            _ = beat_until(timeout(PERIOD, changed), &reports, heartbeats) => {}
             () = reports.closed() => return,
         }
     }

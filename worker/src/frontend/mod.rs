@@ -177,8 +177,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     if let Some(path) = &args.announce {
         process::announce(path, addresses(&http, &grpc, &probes))?;
     }
-    let control =
-        ControlService { server: server.clone(), placement: placement.clone(), me, grace: args.drain_grace };
+    let control = ControlService { server: server.clone(), placement: placement.clone(), me };
     let mut aside = JoinSet::new();
     aside.spawn(ends("workers", workers.follow(placement)));
     aside.spawn(ends("control", control::serve(grpc, control)));

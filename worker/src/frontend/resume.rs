@@ -150,8 +150,15 @@ impl Sequence {
             Some(running) => running,
             None => self.start().await?,
         };
-        let message = timeout(patience, running.events.message()).await;
+        let message = tokio::select! {
+            biased;
+            message = timeout(patience, running.events.message()) => Some(message),
+            () = running.lease.lost() => None,
+        };
         self.running = Some(running);
+        let Some(message) = message else {
+            return Err(Interruption::new(SetbackCause::Unavailable, "the worker is lost"));
+        };
         match message {
             Ok(Ok(Some(v1::GenerateEvent { event: Some(event) }))) => Ok(event),
             Ok(Ok(Some(_))) => Err(Interruption::new(SetbackCause::Protocol, "an empty event")),
@@ -173,7 +180,12 @@ impl Sequence {
         let mut request = Request::new(self.progress.rest(self.workers.caller(self.attempt)));
         span.tell(request.metadata_mut());
         self.attempt += 1;
-        let started = timeout(self.patience.stall, lease.client.generate(request)).await;
+        let mut client = lease.client.clone();
+        let started = tokio::select! {
+            biased;
+            started = timeout(self.patience.stall, client.generate(request)) => started,
+            () = lease.lost() => Ok(Err(Status::unavailable("the worker is lost"))),
+        };
         let interruption = match started {
             Ok(Ok(response)) => return Ok(Running { events: response.into_inner(), lease, span }),
             Ok(Err(status)) => status.into(),

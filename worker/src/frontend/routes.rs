@@ -97,7 +97,6 @@ async fn answer<F: Format>(
     guest: Option<&Arc<Guest>>,
     tracked: &mut Tracked,
 ) -> Result<Answer, ApiError> {
-    server.open()?;
     let drawn = seed::drawn(request.headers())?;
     check(request.headers())?;
     let body = server.reading.receive(request.into_body(), BODY_TIMEOUT).await?;

@@ -1,7 +1,7 @@
 //! What the requests of a frontend share, and how it leaves.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -48,7 +48,6 @@ pub(crate) struct Server {
     sequences: Arc<Semaphore>,
     in_flight: watch::Sender<u32>,
     leaving: watch::Sender<bool>,
-    closed: AtomicBool,
     began: Instant,
     /// When this frontend started, in seconds since 1970.
     started: u64,
@@ -75,7 +74,6 @@ impl Server {
             log,
             in_flight: watch::Sender::new(0),
             leaving: watch::Sender::new(false),
-            closed: AtomicBool::new(false),
             began: Instant::now(),
             started: seconds_since_1970(),
             ids: AtomicU64::new(0),
@@ -87,18 +85,13 @@ impl Server {
         self.in_flight.subscribe()
     }
 
-    /// Stops being ready; requests that come all the same are answered until [`Server::close`].
+    /// Stops being ready; requests that come all the same are answered.
     pub(crate) fn leave(&self) {
         self.leaving.send_replace(true);
     }
 
     pub(crate) fn leaving(&self) -> watch::Receiver<bool> {
         self.leaving.subscribe()
-    }
-
-    /// Refuses the requests that come from now on.
-    pub(crate) fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
     }
 
     pub(crate) fn readiness(&self) -> Result<(), String> {
@@ -134,11 +127,6 @@ impl Server {
     /// Follows a request of that name that arrived at `endpoint` now.
     pub(super) fn track(&self, endpoint: Endpoint, id: RequestId) -> Tracked {
         Tracked::new(endpoint, id, self.metrics.clone(), self.log, self.in_flight.clone())
-    }
-
-    /// Fails once this frontend takes no more requests.
-    pub(super) fn open(&self) -> Result<(), ApiError> {
-        if self.closed.load(Ordering::SeqCst) { Err(ApiError::ShuttingDown) } else { Ok(()) }
     }
 
     /// A place among the requests that are answered at once, for one whose body has arrived; its connection stays

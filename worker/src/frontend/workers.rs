@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use self::reports::Reports;
+use self::reports::{Lost, Reports};
 use self::view::{Lease, View};
 use super::hold::{Held, Hold};
 use super::route::{self, Avoided};
@@ -166,7 +166,10 @@ impl Workers {
             // Each is tried until one answers.
             let Some(reports) = tries.collect::<FuturesUnordered<_>>().next().await else { return };
             let problem = self.read(reports).await;
-            self.change(|view| view.lost(slot, &problem));
+            if matches!(problem, Lost::Silent(_)) {
+                self.0.metrics.silent();
+            }
+            self.change(|view| view.lost(slot, &problem.to_string()));
             self.pause(FIRST_PAUSE).await;
         }
     }
@@ -185,7 +188,7 @@ impl Workers {
     }
 
     /// Reads reports until the stream breaks, and says why it did.
-    async fn read(&self, mut reports: Reports) -> String {
+    async fn read(&self, mut reports: Reports) -> Lost {
         self.change(|view| view.report(reports.first.clone(), &reports.channel));
         loop {
             match reports.next().await {

@@ -13,6 +13,7 @@ use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::expert::{
     DispatchParts, MAX_PART_BYTES, MAX_TICKET_ROWS, MAX_TICKETS, Rows, Ticket, answer_parts,
 };
+use expertmesh_proto::heartbeat::HEARTBEAT;
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::slot::{MAX_WORKERS, Slot};
 use expertmesh_proto::v1;
@@ -31,7 +32,6 @@ use super::residency::Residency;
 use super::ticket::describe;
 use crate::traces::{self, Span, SpanKind};
 
-const HEARTBEAT: Duration = Duration::from_millis(200);
 /// How long a peer's rows wait for the loader.
 const LOAD: Duration = Duration::from_secs(10);
 const HELLO: Duration = Duration::from_secs(5);

@@ -10,13 +10,14 @@ use std::time::Duration;
 use expertmesh_proto::backoff::Backoff;
 use expertmesh_proto::channel::{self, Connect, ConnectError};
 use expertmesh_proto::expert::{AnswerParts, Limits, MAX_PART_BYTES, MAX_TICKETS, Ticket};
+use expertmesh_proto::heartbeat::hear;
 use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
@@ -24,8 +25,6 @@ use super::alive::Shared;
 use super::ticket::Outgoing;
 use crate::metrics::labels::PeerFailure;
 
-/// A peer that says nothing for so long is dead: it sends a heartbeat five times as often.
-pub(crate) const SILENCE: Duration = Duration::from_secs(1);
 /// A peer that lives but does not answer a ticket for so long is dead too.
 const STUCK: Duration = Duration::from_secs(20);
 /// Rows are many bytes, and heartbeats say that a peer lives.
@@ -148,7 +147,8 @@ pub(crate) async fn keep(
         match open(&shared, slot, session, &current).await {
             Ok(stream) => {
                 tracing::info!(%slot, "peer is up");
-                let verdict = read(&shared, slot, session, &link, stream).await;
+                let moved = moved(addresses.clone(), stream.address.clone());
+                let verdict = read(&shared, slot, session, &link, stream, moved).await;
                 (backoff, trouble) = (BACKOFF, Trouble::begins());
                 shared.metrics.mesh.failed(slot, verdict.failure);
                 match verdict.failure {
@@ -189,14 +189,32 @@ impl Trouble {
 }
 
 /// The peer is alive for the engine while its answers are read; afterwards its tickets have their outcome.
-async fn read(shared: &Arc<Shared>, slot: Slot, session: u64, link: &Link, stream: Stream) -> Verdict {
-    let Stream { requests, mut responses } = stream;
+async fn read(
+    shared: &Arc<Shared>,
+    slot: Slot,
+    session: u64,
+    link: &Link,
+    stream: Stream,
+    moved: impl Future<Output = ()>,
+) -> Verdict {
+    let Stream { requests, mut responses, .. } = stream;
     link.open(session, requests);
     let mut closing = Closing { link, failure: PeerFailure::Down };
     let _alive = shared.is_up(slot);
-    let verdict = answers(&mut responses, link, &shared.limits).await;
+    let verdict = tokio::select! {
+        verdict = answers(&mut responses, link, &shared.limits) => verdict,
+        () = moved => Verdict::new(PeerFailure::Left, "it is placed elsewhere now"),
+    };
     closing.failure = verdict.failure;
     verdict
+}
+
+/// Waits until the placement no longer names the address that a link goes to: another process has the slot.
+async fn moved(mut addresses: watch::Receiver<Vec<String>>, address: String) {
+    let elsewhere = |addresses: &Vec<String>| !addresses.is_empty() && !addresses.contains(&address);
+    if addresses.wait_for(elsewhere).await.is_err() {
+        std::future::pending().await
+    }
 }
 
 /// The end of a link's stream, also where its task is aborted.
@@ -213,33 +231,24 @@ impl Drop for Closing<'_> {
 
 /// Reads until the peer's verdict.
 async fn answers(responses: &mut Streaming<v1::ExchangeResponse>, link: &Link, limits: &Limits) -> Verdict {
-    let mut heard = Instant::now();
     loop {
         // Heartbeats come often enough to look for what is stuck.
         if link.oldest().is_some_and(|oldest| oldest.elapsed() >= STUCK) {
-            return Verdict::new(PeerFailure::Stuck, format!("no word for {STUCK:?}"));
+            return Verdict::new(PeerFailure::Stuck, format!("no answer for {STUCK:?}"));
         }
-        tokio::select! {
-            biased;
-            response = responses.message() => {
-                heard = Instant::now();
-                let message = match response {
-                    Ok(Some(response)) => response.message,
-                    Ok(None) => return Verdict::new(PeerFailure::Left, "closed the stream"),
-                    Err(status) => return status.into(),
-                };
-                let taken = match message {
-                    Some(Response::Answer(answer)) => link.take(answer, limits),
-                    Some(Response::Heartbeat(_)) => Ok(()),
-                    _ => Err(Verdict::new(PeerFailure::Invalid, "an unknown message")),
-                };
-                if let Err(verdict) = taken {
-                    return verdict;
-                }
-            }
-            () = sleep_until(heard + SILENCE) => {
-                return Verdict::new(PeerFailure::Silent, format!("no word for {SILENCE:?}"));
-            }
+        let message = match hear(responses.message()).await {
+            Ok(Ok(Some(response))) => response.message,
+            Ok(Ok(None)) => return Verdict::new(PeerFailure::Left, "closed the stream"),
+            Ok(Err(status)) => return status.into(),
+            Err(silent) => return Verdict::new(PeerFailure::Silent, silent.to_string()),
+        };
+        let taken = match message {
+            Some(Response::Answer(answer)) => link.take(answer, limits),
+            Some(Response::Heartbeat(_)) => Ok(()),
+            _ => Err(Verdict::new(PeerFailure::Invalid, "an unknown message")),
+        };
+        if let Err(verdict) = taken {
+            return verdict;
         }
     }
 }
@@ -280,6 +289,7 @@ impl From<ConnectError> for Verdict {
 
 /// A peer that said welcome.
 struct Stream {
+    address: String,
     requests: mpsc::Sender<v1::ExchangeRequest>,
     responses: Streaming<v1::ExchangeResponse>,
 }
@@ -316,5 +326,5 @@ async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Resu
         return Err(Verdict::new(PeerFailure::Fenced, message));
     }
     identity.admit_peer(welcome.callee.as_ref())?;
-    Ok(Stream { requests, responses })
+    Ok(Stream { address: address.to_string(), requests, responses })
 }

@@ -89,6 +89,11 @@ impl FrontendMetrics {
         Counted::new(&self.sequences.queue)
     }
 
+    /// A worker said nothing any more; its sequences go on elsewhere.
+    pub(crate) fn silent(&self) {
+        self.sequences.silences.inc();
+    }
+
     pub(crate) fn eligible_workers(&self, count: usize) {
         self.sequences.eligible_workers.set(count as i64);
     }
@@ -195,6 +200,7 @@ struct Sequences {
     resumes: IntCounterVec,
     queue: IntGauge,
     eligible_workers: IntGauge,
+    silences: IntCounter,
 }
 
 impl Sequences {
@@ -210,6 +216,10 @@ impl Sequences {
                 &["reason"],
             ),
             queue: declare.gauge("expertmesh_frontend_queue_length", "Sequences that wait for a worker."),
+            silences: declare.counter(
+                "expertmesh_frontend_worker_silences_total",
+                "Workers that said nothing for 600 ms: frozen, cut off, or gone without a word.",
+            ),
             eligible_workers: declare
                 .gauge("expertmesh_frontend_eligible_workers", "Workers that can take a sequence."),
         }

@@ -23,9 +23,12 @@ use crate::identity::Identity;
 use crate::mesh::residency::Residency;
 use crate::placement::CurrentPlacement;
 use crate::process::age_ms;
+use crate::reports::beat_until;
 
 /// A report at least so often.
 const PERIOD: Duration = Duration::from_secs(1);
+/// A step that takes longer does not end: frontends give sequences up after as long.
+const STUCK: Duration = Duration::from_secs(120);
 /// Changes within so long make one report.
 const GATHER: Duration = Duration::from_millis(10);
 
@@ -101,6 +104,9 @@ impl WorkerState {
                 placement.epoch()
             ));
         }
+        if let Some(lasts) = self.shared.stepping().filter(|lasts| *lasts > STUCK) {
+            return Err(format!("a step has been computed for {} s", lasts.as_secs()));
+        }
         let residency = self.residency.snapshot();
         match (residency.missing, residency.failure) {
             (0, _) => Ok(()),
@@ -127,6 +133,7 @@ impl WorkerState {
             epoch: placement.epoch().counter,
             term: placement.epoch().term,
             age_ms: age_ms(self.began),
+            heartbeat: false,
             placement_hash: placement.hash().to_string(),
             shape: Some(self.shape),
             resident: residency.resident.to_proto(),
@@ -153,6 +160,18 @@ impl WorkerState {
             if !matches!(timeout(PERIOD, empty).await, Err(_elapsed)) {
                 return;
             }
+        }
+    }
+
+    /// Refuses a drain that the placement does not want: it would keep sequences away for ever.
+    fn may_drain(&self) -> Result<(), Status> {
+        let placement = self.placement.get();
+        match placement.worker(self.identity.slot).filter(|mine| !mine.draining) {
+            Some(_) => {
+                let problem = format!("the placement of epoch {} keeps this worker", placement.epoch());
+                Err(Status::failed_precondition(problem))
+            }
+            None => Ok(()),
         }
     }
 
@@ -260,16 +279,20 @@ impl Control for ControlService {
         &self,
         request: Request<v1::ReportRequest>,
     ) -> Result<Response<Self::ReportStream>, Status> {
-        self.0.identity.admit(request.into_inner().caller.as_ref())?;
+        let request = request.into_inner();
+        self.0.identity.admit(request.caller.as_ref())?;
         let (reports, receiver) = mpsc::channel(1);
         let state = self.0.clone();
         tokio::spawn(async move {
             let (mut changes, mut left) = (state.changes(), state.left());
             while reports.send(Ok(state.report())).await.is_ok() && !*left.borrow() {
-                tokio::select! {
-                    () = changes.next() => {}
-                    _ = left.changed() => {}
-                }
+                let something = async {
+                    tokio::select! {
+                        () = changes.next() => {}
+                        _ = left.changed() => {}
+                    }
+                };
+                beat_until(something, &reports, request.heartbeats).await;
             }
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
@@ -277,6 +300,7 @@ impl Control for ControlService {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         self.0.identity.admit(request.into_inner().caller.as_ref())?;
+        self.0.may_drain()?;
         self.0.drain().await;
         if !self.0.is_draining() {
             return Err(Status::aborted("a later placement keeps this worker"));

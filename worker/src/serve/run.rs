@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use expertmesh_engine::{Backend, Draw, Exchange, History, Logprobs, Sampled, forward};
@@ -82,7 +82,20 @@ pub(crate) struct Shared {
     pub(crate) load: watch::Sender<Load>,
     /// Whether new sequences are refused, since this worker leaves.
     pub(crate) draining: AtomicBool,
+    /// Since when the engine's thread computes a step; none between two.
+    pub(crate) stepping: Mutex<Option<Instant>>,
     pub(crate) metrics: Arc<WorkerMetrics>,
+}
+
+impl Shared {
+    fn steps_since(&self, start: Option<Instant>) {
+        *self.stepping.lock().unwrap_or_else(PoisonError::into_inner) = start;
+    }
+
+    /// For how long the step has been computed that is under way.
+    pub(crate) fn stepping(&self) -> Option<Duration> {
+        self.stepping.lock().unwrap_or_else(PoisonError::into_inner).map(|start| start.elapsed())
+    }
 }
 
 /// The loop over one backend, one cache and one way to reach the experts.
@@ -162,7 +175,9 @@ where
         let steps = trace(plan, &mut self.live);
         // The experts' calls are told in the first one's trace.
         let entered = steps.first().and_then(Span::enter);
+        self.shared.steps_since(Some(start));
         let computed = self.compute(plan);
+        self.shared.steps_since(None);
         drop((entered, steps));
         let sampled = match computed {
             Ok(sampled) => sampled,
@@ -384,7 +399,8 @@ mod tests {
     ) -> (Vec<Vec<Result<v1::GenerateEvent, Status>>>, u64) {
         let metrics = Arc::new(WorkerMetrics::new(&Registry::new()));
         let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
-        let shared = Arc::new(Shared { load, draining, metrics: metrics.clone() });
+        let shared =
+            Arc::new(Shared { load, draining, stepping: Mutex::default(), metrics: metrics.clone() });
         let exchange = LocalExchange::new(&**backend).unwrap();
         let engine = Loop::new(backend.clone(), exchange, BOUNDS, blocks, shared).unwrap();
         let (commands, receiver) = mpsc::sync_channel(8);

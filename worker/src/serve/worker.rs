@@ -2,9 +2,9 @@
 
 use std::pin::Pin;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use expertmesh_engine::Backend;
@@ -76,7 +76,7 @@ impl Worker {
         let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
         let residency = Residency::new(backend.clone(), metrics.clone());
         let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
-        let shared = Arc::new(Shared { load, draining, metrics });
+        let shared = Arc::new(Shared { load, draining, stepping: Mutex::default(), metrics });
         let (commands, receiver) = sync_channel(COMMANDS);
         let state = WorkerState::new(
             identity.clone(),

@@ -39,7 +39,7 @@ async fn post() -> Post {
     let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), settings);
     let me = v1::Caller { name: "frontend-0".to_string(), ..v1::Caller::default() };
     let placement = CurrentPlacement::load(None).unwrap();
-    let service = ControlService { server: server.clone(), placement, me, grace: Duration::ZERO };
+    let service = ControlService { server: server.clone(), placement, me };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let mut serving = JoinSet::new();
@@ -82,14 +82,16 @@ async fn a_placement_is_taken_reported_and_never_replaced_by_an_older_one() {
 }
 
 #[tokio::test]
-async fn a_drained_frontend_says_so_to_everyone_who_asks() {
+async fn a_frontend_that_leaves_says_so_to_everyone_who_asks_and_nobody_else_makes_it_leave() {
     let post = post().await;
     let (mut control, mut health) =
         (ControlClient::new(post.channel.clone()), HealthClient::new(post.channel.clone()));
     let mut statuses = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     let serving = tonic_health::ServingStatus::Serving as i32;
     while statuses.message().await.unwrap().unwrap().status != serving {}
-    control.drain(v1::DrainRequest::default()).await.unwrap();
+    let told = control.drain(v1::DrainRequest::default()).await.unwrap_err();
+    assert_eq!((told.code(), post.server.readiness()), (Code::Unimplemented, Ok(())));
+    post.server.leave();
     assert_eq!(post.server.readiness(), Err("draining".to_string()));
     while statuses.message().await.unwrap().unwrap().status == serving {}
     let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();

@@ -321,7 +321,7 @@ async fn one_request_too_many_is_refused_at_once_and_a_client_that_leaves_makes_
 }
 
 #[tokio::test]
-async fn a_frontend_that_leaves_answers_and_closes_and_at_last_refuses() {
+async fn a_frontend_that_leaves_answers_what_comes_and_closes_its_connections() {
     let house = House::open(&[&[]], 8).await;
     assert_eq!(house.call("GET", "/health", "").await.status(), StatusCode::OK);
     house.server.leave();
@@ -330,8 +330,6 @@ async fn a_frontend_that_leaves_answers_and_closes_and_at_last_refuses() {
     let response = house.chat(json!({})).await;
     assert_eq!(response.status(), StatusCode::OK);
     assert_eq!(response.headers()[header::CONNECTION], "close");
-    house.server.close();
-    assert_eq!(house.chat(json!({})).await.status(), StatusCode::SERVICE_UNAVAILABLE);
 }
 
 #[tokio::test]

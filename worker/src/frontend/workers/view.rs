@@ -11,6 +11,7 @@ use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::inference_client::InferenceClient;
 use expertmesh_proto::v1::report_response::State;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tonic::transport::Channel;
 
@@ -33,6 +34,8 @@ struct Entry {
     client: Option<InferenceClient<Channel>>,
     since_report: u32,
     in_flight: Arc<AtomicU32>,
+    /// Tells the sequences that run there when it is lost.
+    lost: watch::Sender<bool>,
     watch: AbortHandle,
 }
 
@@ -55,6 +58,17 @@ pub(crate) struct Lease {
     pub(crate) process: Process,
     pub(crate) client: InferenceClient<Channel>,
     in_flight: Arc<AtomicU32>,
+    lost: watch::Receiver<bool>,
+}
+
+impl Lease {
+    /// Waits until the worker is lost: it said nothing any more, or its reports ended.
+    pub(crate) async fn lost(&mut self) {
+        // A worker that only left the placement, or moved within it, ends its streams itself.
+        if self.lost.wait_for(|lost| *lost).await.is_err() {
+            std::future::pending().await
+        }
+    }
 }
 
 impl Drop for Lease {
@@ -94,7 +108,8 @@ impl View {
         entry.since_report += 1;
         entry.in_flight.fetch_add(1, Ordering::Relaxed);
         let process = Process { slot, incarnation: load.incarnation };
-        Some(Lease { process, client, in_flight: entry.in_flight.clone() })
+        let lost = entry.lost.subscribe();
+        Some(Lease { process, client, in_flight: entry.in_flight.clone(), lost })
     }
 
     /// Takes a placement's workers; `watch` begins to watch one that is new, or that is found elsewhere now.
@@ -109,7 +124,8 @@ impl View {
                 Some(entry) if stays(&entry.placed) => entry.placed = worker.clone(),
                 _ => {
                     let (placed, in_flight, watch) = (worker.clone(), Arc::default(), watch(worker));
-                    let entry = Entry { placed, load: None, client: None, since_report: 0, in_flight, watch };
+                    let (load, client, lost) = (None, None, watch::Sender::new(false));
+                    let entry = Entry { placed, load, client, since_report: 0, in_flight, lost, watch };
                     self.workers.insert(worker.slot, entry);
                 }
             }
@@ -138,6 +154,9 @@ impl View {
         entry.client = Some(InferenceClient::new(channel.clone()));
         entry.load = Some(Load { readiness, running, waiting, incarnation });
         entry.since_report = 0;
+        if *entry.lost.borrow() {
+            entry.lost = watch::Sender::new(false);
+        }
         self.may_wait |= self.eligible() > 0;
     }
 
@@ -162,5 +181,6 @@ impl View {
             tracing::warn!(worker = entry.placed.name, %slot, problem, "worker lost");
         }
         entry.client = None;
+        entry.lost.send_replace(true);
     }
 }
