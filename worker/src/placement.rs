@@ -71,8 +71,8 @@ impl From<Refused> for Status {
 fn judge(current: &Placement, next: &Placement) -> Result<(), Refused> {
     let (epoch, current_epoch) = (next.epoch(), current.epoch());
     if epoch != current_epoch {
-        let later = epoch.is_later_than(current_epoch);
-        return later.then_some(()).ok_or(Refused::Stale { offered: epoch, current: current_epoch });
+        let replaces = epoch.replaces(current_epoch);
+        return replaces.then_some(()).ok_or(Refused::Stale { offered: epoch, current: current_epoch });
     }
     if next.hash() != current.hash() {
         let (offered, current) = (next.hash().to_string(), current.hash().to_string());

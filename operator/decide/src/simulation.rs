@@ -7,7 +7,7 @@ use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::expert_set::ExpertSet;
 use expertmesh_proto::incarnation::Incarnation;
-use expertmesh_proto::placement::Placement;
+use expertmesh_proto::placement::{PlacedWorker, Placement};
 use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 use proptest::prelude::*;
@@ -32,6 +32,8 @@ struct Process {
     draining: bool,
     sequences: u32,
     told: Option<Placement>,
+    /// What it says is resident, whatever is.
+    claims: Option<ExpertSet>,
     /// What its report stream last carried: it may lag behind.
     reported: Option<Report>,
     silent_since: Option<Timestamp>,
@@ -115,10 +117,7 @@ impl Simulation {
             match action {
                 Action::Resize(size) => self.resize(size),
                 Action::Place(placement) => {
-                    assert!(
-                        placement.epoch().is_later_than(self.written.epoch()),
-                        "an epoch never goes back"
-                    );
+                    assert!(placement.epoch().replaces(self.written.epoch()), "an epoch never goes back");
                     // As it is read again.
                     self.written = serde_json::from_str(&serde_json::to_string(&placement).unwrap()).unwrap();
                 }
@@ -159,10 +158,14 @@ impl Simulation {
                 let Some(process) = process.filter(|process| process.alive) else { return };
                 let same = (placement.epoch(), placement.hash())
                     == (process.follows.epoch(), process.follows.hash());
-                if !same && !placement.epoch().is_later_than(process.follows.epoch()) {
+                if !same && !placement.epoch().replaces(process.follows.epoch()) {
                     return;
                 }
                 process.told = Some(placement.clone());
+                let mine = placement.workers().iter().find(|worker| Member::Worker(worker.slot) == to);
+                if mine.is_some_and(|mine| !mine.draining) {
+                    process.draining = false; // as a worker that does not end
+                }
                 let kept = placement.workers().iter().filter(|worker| Member::Worker(worker.slot) == to);
                 let kept = kept.map(|worker| worker.experts.clone()).next().unwrap_or_default();
                 for experts in process.resident.0.iter_mut() {
@@ -193,6 +196,21 @@ impl Simulation {
                 ..Process::default()
             };
         }
+    }
+
+    /// Somebody else told a process a placement: of any epoch, with nothing in it or with everything on slot 0.
+    fn forge(&mut self, Forged { member, epoch, empty }: Forged) {
+        self.deaths = true;
+        let experts = if empty { ExpertSet::default() } else { all_experts() };
+        let worker =
+            PlacedWorker { slot: Slot(0), name: "w".into(), addresses: vec![], experts, draining: false };
+        let workers = if empty { vec![] } else { vec![worker] };
+        let count = self.workers.len();
+        let process = match member {
+            member if member < count => &mut self.workers[member],
+            _ => &mut self.frontend,
+        };
+        process.follows = Placement::new(epoch, workers).unwrap();
     }
 
     fn operator_restarts(&mut self) {
@@ -269,13 +287,14 @@ impl Process {
             self.silent_since.get_or_insert(now);
         } else if arrives {
             let state = if self.draining { State::Draining } else { State::Ready };
+            let drained = self.reported.as_ref().is_some_and(|report| report.state == State::Draining);
             self.reported = Some(Report {
                 state,
                 reason: String::new(),
                 epoch: self.follows.epoch(),
                 placement_hash: self.follows.hash().into(),
                 shape: (self.starting == 0).then_some(SHAPE),
-                resident: self.resident.clone(),
+                resident: self.claims.as_ref().unwrap_or(&self.resident).clone(),
                 resident_bytes: 0,
                 experts_loading: 0,
                 running: self.sequences,
@@ -289,8 +308,11 @@ impl Process {
                 age: None,
             });
             self.silent_since = None;
-            self.draining_since =
-                if self.draining { self.draining_since.or(Some(now)) } else { self.draining_since };
+            self.draining_since = match (self.draining, drained) {
+                (true, _) => self.draining_since.or(Some(now)),
+                (false, true) => None,
+                (false, false) => self.draining_since,
+            };
         }
     }
 }
@@ -377,7 +399,7 @@ fn a_lost_placement_is_written_again_above_what_workers_follow() {
     simulation.written = Placement::default();
     simulation.operator_restarts();
     simulation.settle();
-    assert!(simulation.written.epoch().is_later_than(before));
+    assert!(simulation.written.epoch().replaces(before));
 }
 
 #[test]
@@ -401,8 +423,29 @@ fn nobody_is_told_that_the_address_of_a_dead_worker_is_unknown() {
     }
 }
 
+/// A placement that no operator of ours wrote, and who follows it.
+#[derive(Debug, Clone)]
+struct Forged {
+    member: usize,
+    epoch: Epoch,
+    empty: bool,
+}
+
+fn all_experts() -> ExpertSet {
+    let layers = SHAPE.first_moe_layer..SHAPE.layers;
+    let of_layer = |layer| (0..SHAPE.experts).map(move |expert| ExpertId { layer, expert });
+    layers.flat_map(of_layer).collect()
+}
+
 #[derive(Debug, Clone)]
 enum Event {
+    /// What was written durably is gone, or of long ago.
+    Lost,
+    Forged(Forged),
+    /// A worker says that everything is resident, or nothing.
+    Claims(usize, bool),
+    /// A worker drains though nobody of ours asked it to.
+    Drains(usize),
     Ticks(u32),
     Scale(u32),
     Replicas(u32),
@@ -431,15 +474,59 @@ fn run(events: Vec<Event>, seed: u64) {
             Event::Scale(workers) => simulation.desired.workers = workers,
             Event::Replicas(replicas) => simulation.desired.min_replicas = replicas,
             Event::Kill(slot) => simulation.kill(slot, false),
+            Event::Lost => {
+                simulation.deaths = true; // what was told meanwhile may drop what is nowhere else
+                simulation.written = Placement::default();
+                simulation.operator_restarts();
+            }
+            Event::Forged(forged) => simulation.forge(forged),
+            Event::Claims(worker, all) => {
+                simulation.deaths = true;
+                let claims = if all { all_experts() } else { ExpertSet::default() };
+                simulation
+                    .workers
+                    .get_mut(worker)
+                    .into_iter()
+                    .for_each(|worker| worker.claims = Some(claims.clone()));
+            }
+            Event::Drains(worker) => {
+                simulation.deaths = true;
+                simulation.workers.get_mut(worker).into_iter().for_each(|worker| worker.draining = true);
+            }
             Event::OperatorRestarts => simulation.operator_restarts(),
         }
     }
+    // Whoever says that it holds nothing is waited for until it says otherwise.
+    let says_nothing = |claims: &mut ExpertSet| claims.is_empty();
+    simulation.workers.iter_mut().for_each(|worker| drop(worker.claims.take_if(says_nothing)));
     simulation.settle();
     let settled = decide(&simulation.desired, &simulation.observation(), simulation.now);
     assert_eq!(settled, Decision::default(), "a decision on what is as desired does nothing");
 }
 
+fn forgeries() -> impl Strategy<Value = Vec<Event>> {
+    let number = || prop_oneof![0..3u64, Just(u64::MAX), Just(1 << 63), any::<u64>()];
+    let epoch = (number(), number()).prop_map(|(term, counter)| Epoch { term, counter });
+    let forged = (0..8usize, epoch, any::<bool>());
+    let event = prop_oneof![
+        4 => (1u32..25).prop_map(Event::Ticks),
+        1 => (0u32..7).prop_map(Event::Scale),
+        1 => Just(Event::Lost),
+        1 => Just(Event::OperatorRestarts),
+        4 => forged.prop_map(|(member, epoch, empty)| Event::Forged(Forged { member, epoch, empty })),
+        2 => (0..7usize, any::<bool>()).prop_map(|(worker, all)| Event::Claims(worker, all)),
+        1 => (0..7usize).prop_map(Event::Drains),
+        1 => (0u32..6).prop_map(Event::Kill),
+    ];
+    proptest::collection::vec(event, 0..14)
+}
+
 proptest! {
+    #[test]
+    fn from_any_reports_the_fleet_reaches_what_is_desired(events in forgeries(), seed: u64) {
+        run(events, seed);
+    }
+
     #[test]
     fn whatever_is_asked_the_fleet_settles_and_no_expert_is_ever_lost(events in events(false), seed: u64) {
         run(events, seed);

@@ -30,7 +30,7 @@ pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision
         return Decision { actions: told(), waiting_for: "spec.paused to become false".into() };
     }
     if desired.workers == 0 {
-        return to_zero(seen);
+        return view.to_zero();
     }
     if seen.size < view.keep {
         let resize = vec![Action::Resize(view.keep)];
@@ -63,28 +63,6 @@ pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision
     }
 }
 
-/// All at once: each hands its sequences back, and they wait in the frontends. The placement stays as it is, so that whoever
-/// comes back knows what to load before anybody tells it.
-fn to_zero(seen: &Observation) -> Decision {
-    if seen.size > 0 {
-        let actions = vec![Action::Resize(0)];
-        return Decision { actions, waiting_for: "the workers to leave".into() };
-    }
-    // Frontends take requests once they follow a placement: one without workers will do.
-    if seen.placement.epoch().is_none()
-        && let Ok(nobody) = Placement::new(Epoch::FIRST, vec![])
-    {
-        let actions = [Action::Place(nobody.clone())].into_iter().chain(pushes(seen, &nobody)).collect();
-        return Decision { actions, waiting_for: "frontends to follow the placement".into() };
-    }
-    let follows =
-        |frontend: &Seen| frontend.report.as_ref().is_some_and(|report| report.follows(&seen.placement));
-    let behind = seen.frontends.iter().find(|frontend| !follows(frontend));
-    let waiting_for =
-        behind.map_or(String::new(), |frontend| format!("{} to follow the placement", frontend.name));
-    Decision { actions: pushes(seen, &seen.placement), waiting_for }
-}
-
 struct Change {
     /// The placement to write, where the written one is not as it should be.
     placement: Option<Placement>,
@@ -93,6 +71,30 @@ struct Change {
 }
 
 impl View<'_> {
+    /// All at once: each hands its sequences back, and they wait in the frontends. The placement stays as it is, so that whoever comes back
+    /// knows what to load before anybody tells it.
+    fn to_zero(&self) -> Decision {
+        let seen = self.seen;
+        if seen.size > 0 {
+            let actions = vec![Action::Resize(0)];
+            return Decision { actions, waiting_for: "the workers to leave".into() };
+        }
+        // Frontends take requests once they follow a placement: one without workers will do.
+        let written = &seen.placement;
+        if (written.epoch().is_none() || self.is_contradicted())
+            && let Ok(same) = Placement::new(self.next_epoch(), written.workers().to_vec())
+        {
+            let actions = [Action::Place(same.clone())].into_iter().chain(pushes(seen, &same)).collect();
+            return Decision { actions, waiting_for: "frontends to follow the placement".into() };
+        }
+        let follows =
+            |frontend: &Seen| frontend.report.as_ref().is_some_and(|report| report.follows(written));
+        let behind = seen.frontends.iter().find(|frontend| !follows(frontend));
+        let waiting_for =
+            behind.map_or(String::new(), |frontend| format!("{} to follow the placement", frontend.name));
+        Decision { actions: pushes(seen, written), waiting_for }
+    }
+
     fn change(&self, target: &BTreeMap<Slot, ExpertSet>) -> Change {
         let uncovered: BTreeMap<Slot, ExpertSet> =
             target.iter().map(|(&slot, wanted)| (slot, self.uncovered(slot, wanted))).collect();
@@ -204,16 +206,19 @@ impl View<'_> {
         self.seen.members().find_map(failed)
     }
 
-    /// Later than the written one and what anybody follows, so that nobody refuses it. (Where terms lie so far apart that none is later
-    /// than all, it is later than some: the next step goes on from there.)
+    /// One that replaces the written one and whatever anybody follows, so that nobody refuses it.
     fn next_epoch(&self) -> Epoch {
-        let next = self.seen.placement.epoch().next();
-        let reported = self.all_reports().map(|report| report.epoch);
-        reported.fold(next, |next, epoch| if next.is_later_than(epoch) { next } else { next.above(epoch) })
+        let written = self.seen.placement.epoch();
+        if !self.is_contradicted() {
+            return written.next();
+        }
+        let reported: Vec<Epoch> = self.all_reports().map(|report| report.epoch).collect();
+        written.above(&reported)
     }
 }
 
-/// Tells the placement, with the addresses of now, to everybody who can be reached and was not told it. Of a process
+/// Tells the placement, with the addresses of now, to everybody who can be reached and was not told it, follows another, or
+/// drains though it is kept. Of a process
 /// whose address is not known now, that of before is as good as any: nobody is told anew because of it.
 fn pushes(seen: &Observation, placement: &Placement) -> Vec<Action> {
     if placement.epoch().is_none() {
@@ -236,8 +241,18 @@ fn pushes(seen: &Observation, placement: &Placement) -> Vec<Action> {
         (told.epoch(), told.hash()) == (placement.epoch(), placement.hash())
             && pairs.all(|(now, told)| known(&now.slot).is_none_or(|addresses| *addresses == told.addresses))
     };
-    let untold =
-        |(_, member): &(Member, &Seen)| member.report.is_some() && !member.told.as_ref().is_some_and(is_told);
+    let kept = |member: &Member| match member {
+        Member::Worker(slot) => placement.worker(*slot).is_some_and(|worker| !worker.draining),
+        Member::Frontend(_) => false,
+    };
+    // What it took from us counts while it follows that: somebody else may have told it something since, or to drain.
+    let knows = |member: &Member, seen: &Seen, report: &Report| {
+        let called_back = report.state != State::Draining || !kept(member);
+        called_back && report.follows(&placement) && seen.told.as_ref().is_some_and(is_told)
+    };
+    let untold = |(member, seen): &(Member, &Seen)| {
+        seen.report.as_ref().is_some_and(|report| !knows(member, seen, report))
+    };
     seen.members().filter(untold).map(|(to, _)| Action::Push { to, placement: placement.clone() }).collect()
 }
 

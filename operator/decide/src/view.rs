@@ -52,14 +52,12 @@ impl View<'_> {
         })
     }
 
-    /// Whether somebody follows what was not written, and would not take what was: one of a later epoch, or another placement of the
+    /// Whether somebody follows what was not written, and would not take what was: a later one of the same term, or another of the
     /// same epoch.
     pub(crate) fn is_contradicted(&self) -> bool {
         let written = &self.seen.placement;
         self.all_reports().any(|report| {
-            !report.follows(written)
-                && !report.epoch.is_none()
-                && !written.epoch().is_later_than(report.epoch)
+            !report.follows(written) && !report.epoch.is_none() && !written.epoch().replaces(report.epoch)
         })
     }
 
