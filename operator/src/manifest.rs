@@ -323,4 +323,12 @@ mod tests {
         assert_eq!(workers.resources.requests["cpu"].0, "2");
         assert_eq!(workers.tolerations[0].operator.as_deref(), Some("Exists"));
     }
+
+    #[test]
+    fn what_is_no_file_or_nested_without_end_is_one_line() {
+        let error = read(Path::new("/dev/zero")).err().map(|error| error.to_string());
+        assert_eq!(error.as_deref(), Some("/dev/zero: a device or a pipe, not a file"));
+        let deep = format!("a: {}{}", "[".repeat(20000), "]".repeat(20000));
+        assert!(parse(&deep).unwrap_err().starts_with("recursion limit exceeded"));
+    }
 }

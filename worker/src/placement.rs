@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use expertmesh_model::files::{self, FileError};
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::Placement;
 use tokio::sync::watch;
@@ -17,12 +18,11 @@ pub(crate) struct CurrentPlacement(Arc<watch::Sender<Arc<Placement>>>);
 impl CurrentPlacement {
     /// Starts from a file (JSON), or from no placement where there is no file or it is empty.
     pub(crate) fn load(file: Option<&Path>) -> Result<Self, Fatal> {
-        let placement = match file.map(|path| (path, std::fs::read_to_string(path))) {
-            None => Placement::default(),
-            Some((_, Err(error))) if error.kind() == std::io::ErrorKind::NotFound => Placement::default(),
-            Some((_, Ok(text))) if text.trim().is_empty() => Placement::default(),
+        let placement = match file.map(|path| (path, files::read_json(path, files::TABLE))) {
+            None | Some((_, Err(FileError::Missing))) => Placement::default(),
+            Some((_, Ok(text))) if text.trim_ascii().is_empty() => Placement::default(),
             Some((path, Err(error))) => return Err(invalid(path, &error)),
-            Some((path, Ok(text))) => serde_json::from_str(&text).map_err(|error| invalid(path, &error))?,
+            Some((path, Ok(text))) => serde_json::from_slice(&text).map_err(|error| invalid(path, &error))?,
         };
         Ok(Self(Arc::new(watch::Sender::new(Arc::new(placement)))))
     }

@@ -1,5 +1,6 @@
 //! The model's chat template: messages to the prompt's text, as transformers renders it.
 
+mod bounds;
 mod environment;
 mod json;
 mod python;
@@ -13,6 +14,7 @@ use minijinja::{Environment, Value};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 
+use self::bounds::{Bounds, exhausted};
 use self::environment::{NAME, compile, raised};
 use crate::process::Fatal;
 
@@ -55,6 +57,10 @@ pub(crate) enum TemplateError {
     Raised(String),
     #[error("the chat template failed: {0}")]
     Failed(String),
+    #[error("the chat template does not come to an end: it was stopped after the work of {0} steps")]
+    Endless(u64),
+    #[error("the chat template writes more than {0} bytes for these messages")]
+    TooLong(usize),
     #[error("{0} is not for a client to set")]
     Given(String),
 }
@@ -65,6 +71,8 @@ impl TemplateError {
             Self::Absent => "NoChatTemplate",
             Self::Raised(_) => "ChatTemplateRefused",
             Self::Failed(_) => "ChatTemplateFailed",
+            Self::Endless(_) => "ChatTemplateEndless",
+            Self::TooLong(_) => "ChatTemplateTooLong",
             Self::Given(_) => "InvalidTemplateOption",
         }
     }
@@ -92,6 +100,13 @@ impl ChatTemplate {
         Ok(Self { environment, add_bos: config.add_bos_token.unwrap_or(false), tokens })
     }
 
+    #[cfg(test)]
+    pub(crate) fn of(source: &str) -> Self {
+        let environment = compile(Some(source.to_string()), now).unwrap();
+        let tokens = BTreeMap::from([("bos_token", "<s>".to_string())]);
+        Self { environment, add_bos: false, tokens }
+    }
+
     /// The token that a text without a template begins with, where the tokenizer adds one.
     pub(crate) fn leading_bos(&self) -> Option<&str> {
         self.tokens.get("bos_token").filter(|_| self.add_bos).map(String::as_str)
@@ -117,15 +132,24 @@ impl ChatTemplate {
         // Templates ask whether these are none, which what is undefined is not.
         context.insert("tools", Value::from(()));
         context.insert("documents", Value::from(()));
-        self.fill(Value::from_pairs(context))
+        let said = messages.iter().map(|message| message.content.len()).sum();
+        self.fill(Value::from_pairs(context), Bounds::of(messages.len(), said))
     }
 
-    fn fill(&self, context: Value) -> Result<String, TemplateError> {
-        let template = self.environment.get_template(NAME).map_err(|_| TemplateError::Absent)?;
-        template.render(context).map_err(|error| match raised(&error) {
-            Some(message) => TemplateError::Raised(message),
-            None => TemplateError::Failed(error.to_string()),
-        })
+    fn fill(&self, context: Value, bounds: Bounds) -> Result<String, TemplateError> {
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(bounds.fuel));
+        let template = environment.get_template(NAME).map_err(|_| TemplateError::Absent)?;
+        let mut out = bounds.output();
+        match template.render_captured_to(context, &mut out) {
+            Ok(_) => Ok(out.text()),
+            Err(_) if out.full() => Err(TemplateError::TooLong(bounds.bytes)),
+            Err(error) if exhausted(&error) => Err(TemplateError::Endless(bounds.fuel)),
+            Err(error) => Err(match raised(&error) {
+                Some(message) => TemplateError::Raised(message),
+                None => TemplateError::Failed(error.to_string()),
+            }),
+        }
     }
 }
 

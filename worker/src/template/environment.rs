@@ -3,7 +3,7 @@
 use jiff::civil::DateTime;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State, Value};
 
 use super::{json, python};
 
@@ -16,15 +16,20 @@ pub(super) fn compile(source: Option<String>, now: fn() -> DateTime) -> Result<E
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
-    environment.set_formatter(|out, _, value| Ok(out.write_str(&python::text(value))?));
+    environment.set_formatter(|out, state, value| Ok(out.write_str(&text(state, value)?)?));
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: &str| strftime(format, now()));
     environment.add_filter("tojson", to_json);
-    environment.add_filter("string", |value: &Value| python::text(value));
+    environment.add_filter("string", |state: &State, value: &Value| text(state, value));
     if let Some(source) = source {
         environment.add_template_owned(NAME, without_generation(&source))?;
     }
     Ok(environment)
+}
+
+/// A value as Python's `str` writes it, paid for by the template.
+fn text(state: &State, value: &Value) -> Result<String, Error> {
+    python::text(value, &|fuel| state.consume_fuel(fuel))
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -53,12 +58,12 @@ fn strftime(format: &str, now: DateTime) -> Result<String, Error> {
 }
 
 /// `json.dumps(value, ensure_ascii=False)` with transformers' options; minijinja's own filter escapes HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
+fn to_json(state: &State, value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators = match options.get::<Option<Value>>("separators")? {
         Some(pair) if !pair.is_none() => Some(json::Separators {
-            item: python::text(&pair.get_item_by_index(0)?),
-            key: python::text(&pair.get_item_by_index(1)?),
+            item: text(state, &pair.get_item_by_index(0)?)?,
+            key: text(state, &pair.get_item_by_index(1)?)?,
         }),
         _ => None,
     };
@@ -69,7 +74,7 @@ fn to_json(value: &Value, options: Kwargs) -> Result<String, Error> {
         sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
     };
     options.assert_all_used()?;
-    json.dumps(value)
+    json.dumps(value, &|fuel| state.consume_fuel(fuel))
 }
 
 /// `{% generation %}` marks what a model is trained on, and means nothing here: a block that is always rendered, with

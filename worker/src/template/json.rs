@@ -5,7 +5,7 @@ use std::fmt::Write;
 use minijinja::value::ValueKind;
 use minijinja::{Error, ErrorKind, Value};
 
-use super::python;
+use super::python::{self, Pay};
 
 /// The keyword arguments of Python's `json.dumps`.
 pub(super) struct Options {
@@ -27,23 +27,27 @@ pub(super) struct Separators {
 const WIDEST_INDENT: usize = 16;
 
 impl Options {
-    pub(super) fn dumps(&self, value: &Value) -> Result<String, Error> {
+    /// A value as text; each part of it is paid for before it is looked at.
+    pub(super) fn dumps(&self, value: &Value, pay: Pay) -> Result<String, Error> {
         let mut out = String::new();
-        self.write(value, 0, &mut out)?;
+        self.write(value, pay, 0, &mut out)?;
         Ok(out)
     }
 
-    fn write(&self, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    fn write(&self, value: &Value, pay: Pay, depth: usize, out: &mut String) -> Result<(), Error> {
+        let between = self.separators.as_ref().map_or(0, |between| between.item.len() + between.key.len());
+        let size = value.as_str().map_or(0, str::len) + between + WIDEST_INDENT * depth;
+        pay(1 + size as u64 / 16)?;
         match value.kind() {
             ValueKind::None => out.push_str("null"),
             ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number => out.push_str(&python::text(value)),
+            ValueKind::Number => out.push_str(&python::text(value, pay)?),
             ValueKind::String => self.string(value.as_str().unwrap_or_default(), out),
             ValueKind::Seq | ValueKind::Iterable => {
                 out.push('[');
                 for (at, item) in value.try_iter()?.enumerate() {
                     self.before(at, depth, out);
-                    self.write(&item, depth + 1, out)?;
+                    self.write(&item, pay, depth + 1, out)?;
                 }
                 self.end(']', depth, out);
             }
@@ -55,9 +59,9 @@ impl Options {
                 }
                 for (at, key) in keys.into_iter().enumerate() {
                     self.before(at, depth, out);
-                    self.string(&python::text(&key), out);
+                    self.string(&python::text(&key, pay)?, out);
                     out.push_str(self.separators.as_ref().map_or(": ", |separators| &separators.key));
-                    self.write(&value.get_item(&key)?, depth + 1, out)?;
+                    self.write(&value.get_item(&key)?, pay, depth + 1, out)?;
                 }
                 self.end('}', depth, out);
             }

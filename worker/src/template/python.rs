@@ -4,41 +4,57 @@ use minijinja::value::{ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
+/// Takes the fuel of so many steps, each worth 64 bytes; an error where there is none left.
+pub(super) type Pay<'a> = &'a dyn Fn(u64) -> Result<(), Error>;
+
 /// A value as Python's `str` writes it; what is undefined is nothing.
-pub(super) fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value, pay: Pay) -> Result<String, Error> {
     match value.kind() {
-        ValueKind::Undefined => String::new(),
-        ValueKind::String => value.as_str().unwrap_or_default().to_string(),
-        _ => repr(value),
+        ValueKind::Undefined => Ok(String::new()),
+        ValueKind::String => Ok(value.as_str().unwrap_or_default().to_string()),
+        _ => {
+            let mut out = String::new();
+            repr(value, pay, &mut out)?;
+            Ok(out)
+        }
     }
 }
 
-/// A value as Python's `repr` writes it.
-fn repr(value: &Value) -> String {
-    let items = |value: &Value| -> Vec<String> {
-        value.try_iter().map(|items| items.map(|item| repr(&item)).collect()).unwrap_or_default()
-    };
+/// A value as Python's `repr` writes it. A list may be far longer than what it was made of, so that each item is paid for
+/// before it is looked at.
+fn repr(value: &Value, pay: Pay, out: &mut String) -> Result<(), Error> {
+    let size = value.as_str().map_or(0, str::len);
+    pay(1 + size as u64 / 64)?;
     match value.kind() {
-        ValueKind::None => "None".to_string(),
-        ValueKind::Bool => if value.is_true() { "True" } else { "False" }.to_string(),
-        ValueKind::Number if !value.is_integer() => float(value),
-        ValueKind::String => quoted(value.as_str().unwrap_or_default()),
-        ValueKind::Seq if value.is_tuple() => match &items(value)[..] {
-            [one] => format!("({one},)"),
-            items => format!("({})", items.join(", ")),
-        },
-        ValueKind::Seq => format!("[{}]", items(value).join(", ")),
-        ValueKind::Map => {
-            let entry = |key: Value| {
-                let value = value.get_item(&key).unwrap_or_default();
-                format!("{}: {}", repr(&key), repr(&value))
-            };
-            let entries: Vec<String> =
-                value.try_iter().map(|keys| keys.map(entry).collect()).unwrap_or_default();
-            format!("{{{}}}", entries.join(", "))
+        ValueKind::None => out.push_str("None"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::Number if !value.is_integer() => out.push_str(&float(value)),
+        ValueKind::String => out.push_str(&quoted(value.as_str().unwrap_or_default())),
+        ValueKind::Seq | ValueKind::Iterable => {
+            let (open, close) = if value.is_tuple() { ('(', ')') } else { ('[', ']') };
+            out.push(open);
+            let mut count = 0;
+            for item in value.try_iter()? {
+                out.push_str(if count > 0 { ", " } else { "" });
+                repr(&item, pay, out)?;
+                count += 1;
+            }
+            out.push_str(if value.is_tuple() && count == 1 { "," } else { "" });
+            out.push(close);
         }
-        _ => value.to_string(),
+        ValueKind::Map => {
+            out.push('{');
+            for (at, key) in value.try_iter()?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                repr(&key, pay, out)?;
+                out.push_str(": ");
+                repr(&value.get_item(&key)?, pay, out)?;
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&value.to_string()),
     }
+    Ok(())
 }
 
 fn float(value: &Value) -> String {
@@ -111,8 +127,28 @@ pub(super) fn method(state: &mut State, value: &Value, method: &str, args: &[Val
             let zeros = width.min(MOST_ZEROS).saturating_sub(text.chars().count());
             Ok(format!("{sign}{}{digits}", "0".repeat(zeros)).into())
         }
+        "join" => {
+            let (items,): (&Value,) = from_args(args)?;
+            join(state, text, items).map(Value::from)
+        }
         _ => unknown_method_callback(state, value, method, args),
     }
+}
+
+/// What Python's `join` makes: an error where an item is no string.
+fn join(state: &State, separator: &str, items: &Value) -> Result<String, Error> {
+    let mut joined = String::new();
+    for (at, item) in items.try_iter()?.enumerate() {
+        let text = item.as_str().ok_or_else(|| {
+            let problem = format!("sequence item {at}: expected str instance, {} found", item.kind());
+            Error::new(ErrorKind::InvalidOperation, problem)
+        })?;
+        let separator = if at > 0 { separator } else { "" };
+        state.consume_fuel(1 + (separator.len() + text.len()) as u64 / 64)?;
+        joined.push_str(separator);
+        joined.push_str(text);
+    }
+    Ok(joined)
 }
 
 /// The widest field that `zfill` fills, more than any template asks for.
@@ -159,6 +195,7 @@ mod tests {
 
     #[test]
     fn values_are_written_as_python_writes_them() {
+        let text = |value: &Value| text(value, &|_| Ok(())).unwrap();
         assert_eq!(
             text(&Value::from(vec![Value::from("it's"), Value::from("a\"'\n\u{1}")])),
             "[\"it's\", 'a\"\\'\\n\\x01']"

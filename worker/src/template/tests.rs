@@ -7,8 +7,7 @@ fn user(content: &str) -> Message {
 }
 
 fn template(source: &str) -> ChatTemplate {
-    let environment = compile(Some(source.to_string()), now).unwrap();
-    ChatTemplate { environment, tokens: BTreeMap::from([("bos_token", "<s>".to_string())]), add_bos: false }
+    ChatTemplate::of(source)
 }
 
 #[derive(Deserialize)]
@@ -113,10 +112,44 @@ fn templates_render_as_jinja_renders_them_for_transformers() {
         let source = std::fs::read_to_string(golden.join(format!("{template}.jinja"))).unwrap();
         let environment = compile(Some(source), clock).unwrap();
         let chat = ChatTemplate { environment, tokens: BTreeMap::new(), add_bos: false };
-        match (chat.fill(context.clone()), rendered, raised) {
+        match (chat.fill(context.clone(), Bounds::of(100, 10_000)), rendered, raised) {
             (Ok(text), Some(rendered), _) => assert_eq!(text, rendered, "{template} of {context}"),
             (Err(TemplateError::Raised(message)), _, Some(raised)) => assert_eq!(message, raised),
             (found, rendered, raised) => panic!("{template}: {found:?}, not {rendered:?} or {raised:?}"),
         }
     }
+}
+
+#[test]
+fn a_template_that_never_ends_or_writes_too_much_is_stopped_and_says_so() {
+    let deep = "{% for i in range(9999) %}".repeat(3) + &"{% endfor %}".repeat(3);
+    let doubled = "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}";
+    let listed = |shown: &str| {
+        "{% set ns = namespace(x=['a']) %}{% for i in range(22) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ SHOWN }}".replace("SHOWN", shown)
+    };
+    let lists =
+        ["ns.x | tojson | length", "ns.x", "ns.x | string", "','.join(ns.x)", "ns.x | join('')"].map(listed);
+    let reason = |source: &str| match template(source).render(&[user("x")], false, &Map::new()) {
+        Ok(text) => panic!("{} bytes of {source}", text.len()),
+        Err(error) => error.reason(),
+    };
+    let replaced = "{{ ('x' * 99999).replace('', 'y' * 99999) }}";
+    for source in
+        lists.iter().map(String::as_str).chain([&deep[..], doubled, replaced, "{{ 'x' * 2000000000 }}"])
+    {
+        assert_eq!(reason(source), "ChatTemplateEndless", "{source}");
+    }
+    assert_eq!(reason("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"), "ChatTemplateFailed");
+    assert_eq!(reason("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}"), "ChatTemplateTooLong");
+    assert_ne!(reason("{% for i in range(10**9) %}x{% endfor %}"), "ChatTemplateRefused");
+    assert!(compile(Some(format!("{{{{ {}1{} }}}}", "(".repeat(20000), ")".repeat(20000))), now).is_err());
+}
+
+#[test]
+fn the_longest_conversations_are_rendered() {
+    let chat = ChatTemplate::load(&tiny_r1()).unwrap();
+    let many: Vec<Message> = (0..16384).map(|_| user("x")).collect();
+    assert!(chat.render(&many, true, &Map::new()).unwrap().len() > 16384);
+    let long = "word ".repeat(2 << 20);
+    assert!(chat.render(&[user(&long)], true, &Map::new()).unwrap().len() > long.len());
 }
