@@ -13,6 +13,7 @@ use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
 use expertmesh_model::sampling::Sampling;
 
 use self::request::{Generated, Request, output_failed};
+use crate::conversation::{Contents, Conversation};
 use crate::end::End;
 use crate::engine::{ComputedAs, ComputedWith, load};
 use crate::process::Fatal;
@@ -36,6 +37,9 @@ pub(crate) struct Args {
     /// Render the prompt with the model's chat template
     #[arg(long)]
     chat: bool,
+    /// Special tokens that the user's message spells are those tokens; without it they are text
+    #[arg(long, requires = "chat")]
+    special_tokens_in_content: bool,
     /// Stop after so many tokens; default: when the context is full
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
@@ -194,18 +198,18 @@ impl Generated {
 fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<u32>, Fatal> {
     let invalid = |problem: String| Fatal::new("InvalidPrompt", format!("--prompt: {problem}"));
     let template = ChatTemplate::load(&args.model)?;
-    let text = if args.chat {
-        let message = Message { role: Role::User, content: args.prompt.clone() };
-        let rendered = template.render(&[message], true, &serde_json::Map::new());
-        rendered.map_err(|error| Fatal::new(error.reason(), error.to_string()))?
+    let tokens = if args.chat {
+        let messages = vec![Message { role: Role::User, content: args.prompt.clone() }];
+        let conversation = Conversation { messages, open: true, options: serde_json::Map::new() };
+        let contents = Contents::spelling(args.special_tokens_in_content);
+        let rendered = conversation.render(&template, tokenizer, contents);
+        let tokens = rendered.and_then(|rendered| Ok(rendered.tokens(tokenizer)?));
+        tokens.map_err(|error| Fatal::new(error.reason(), error.to_string()))?
     } else {
-        args.prompt.clone()
+        let tokens = tokenizer.encode(&args.prompt).map_err(|error| invalid(error.to_string()))?;
+        let bos = template.leading_bos().and_then(|bos| tokenizer.id(bos));
+        bos.filter(|bos| tokens.first() != Some(bos)).into_iter().chain(tokens).collect()
     };
-    let mut tokens = tokenizer.encode(&text).map_err(|error| invalid(error.to_string()))?;
-    let bos = template.leading_bos().and_then(|bos| tokenizer.id(bos));
-    if let Some(bos) = bos.filter(|bos| !args.chat && tokens.first() != Some(bos)) {
-        tokens.insert(0, bos);
-    }
     let (count, most) = (tokens.len(), config.max_positions);
     match tokens.iter().find(|&&token| token as usize >= config.vocabulary) {
         Some(token) => Err(invalid(format!("tokenizer.json has token {token}, which the model has not"))),

@@ -2,6 +2,7 @@
 //! bytes can be fuzzed.
 
 mod collector;
+mod conversation;
 mod end;
 mod engine;
 mod frontend;

@@ -1,5 +1,6 @@
 //! Text to token ids and back, as the model's tokenizer.json says.
 
+pub(crate) mod literal;
 mod run;
 mod spelling;
 pub(crate) mod stream;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 use expertmesh_model::files::{self, FileError};
 
+use self::literal::Literal;
 use self::stream::TokenStream;
 use self::vocabulary::Vocabulary;
 use crate::process::Fatal;
@@ -49,6 +51,23 @@ impl Tokenizer {
         encoding
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(|error| TokenizerError(error.to_string()))
+    }
+
+    /// Marks the control tokens that texts spell, so that they stay text. The mark, where one was needed; an error where the
+    /// texts hold every character that could be one.
+    pub(crate) fn mark(&self, texts: &mut [Literal]) -> Result<Option<char>, TokenizerError> {
+        literal::mark(&self.0, texts).map_err(TokenizerError)
+    }
+
+    /// The tokens of a text with marks: what is marked is text, and other special tokens are recognised.
+    pub(crate) fn encode_marked(&self, text: &str, mark: char) -> Result<Vec<u32>, TokenizerError> {
+        literal::encode(&self.0, text, mark).map_err(|error| TokenizerError(error.to_string()))
+    }
+
+    /// Whether a token says something to the model rather than being text.
+    #[cfg(test)]
+    pub(crate) fn is_control(&self, id: u32) -> bool {
+        self.0.is_control(id)
     }
 
     /// The bytes that one token stands for, special or not; they need not be whole characters. None where the id is no

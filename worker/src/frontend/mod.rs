@@ -58,6 +58,7 @@ use self::resume::Patience;
 use self::server::{Server, Settings};
 use self::workers::Workers;
 use crate::collector;
+use crate::conversation::Contents;
 use crate::engine::ComputedAs;
 use crate::identity::fingerprint_message;
 use crate::metrics::frontend::FrontendMetrics;
@@ -99,6 +100,9 @@ pub(crate) struct Args {
     /// Positions of a sequence, prompt and answer together; without it, what the model was made for
     #[arg(long, env = "EXPERTMESH_MAX_CONTEXT_TOKENS")]
     max_context_tokens: Option<usize>,
+    /// Special tokens that the contents of a chat spell are those tokens, as in vLLM; without it they are text
+    #[arg(long, env = "EXPERTMESH_SPECIAL_TOKENS_IN_CONTENT")]
+    special_tokens_in_content: bool,
     /// Requests that are answered at once; more are refused with 429
     #[arg(long, env = "EXPERTMESH_MAX_REQUESTS", default_value_t = 1024)]
     max_requests: usize,
@@ -160,7 +164,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 async fn serve(args: Args) -> Result<(), Fatal> {
-    let model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
+    let mut model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
+    model.contents = Contents::spelling(args.special_tokens_in_content);
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
     let me = caller(&args)?;
     let registry = Registry::new();

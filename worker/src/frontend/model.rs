@@ -7,6 +7,7 @@ use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
 use expertmesh_proto::v1;
 
 use super::openai::ApiError;
+use crate::conversation::Contents;
 use crate::process::Fatal;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
@@ -25,6 +26,8 @@ pub(crate) struct Model {
     pub(crate) thinks: bool,
     /// The token that a plain prompt begins with, where the tokenizer says so.
     pub(crate) bos: Option<u32>,
+    /// What control tokens are that the contents of a chat spell.
+    pub(crate) contents: Contents,
     generation: GenerationConfig,
 }
 
@@ -49,6 +52,7 @@ impl Model {
             vocabulary: config.vocabulary as u32,
             thinks,
             bos,
+            contents: Contents::default(),
             generation,
         })
     }

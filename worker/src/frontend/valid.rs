@@ -11,7 +11,7 @@ mod sampling;
 use expertmesh_proto::v1;
 
 use self::body::{Reply, open};
-use self::prompt::{MAX_SEQUENCES, Prompt, encode};
+use self::prompt::{MAX_SEQUENCES, Prompt, tokens};
 use super::fields::On;
 use super::fields::read::Fields;
 use super::model::Model;
@@ -51,10 +51,10 @@ impl ValidRequest {
     /// Reads and checks the body of a chat completion. `drawn` is its seed where it names none.
     pub(crate) fn chat(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
         let fields = open(model, On::Chat, body)?;
-        let text = chat::prompt(model, &fields)?;
-        let tokens = encode(model, &text, "messages")?;
+        let prompt = chat::prompt(model, &fields)?;
+        let tokens = tokens(model, prompt.text(), "messages", || prompt.tokens(&model.tokenizer))?;
         let prompts = vec![Prompt::fit(model, tokens, limit(&fields)?, "messages")?];
-        let (logprobs, thoughts) = (chat::logprobs(&fields)?, chat::thoughts(model, &fields, &text)?);
+        let (logprobs, thoughts) = (chat::logprobs(&fields)?, chat::thoughts(model, &fields, prompt.text())?);
         Self::check(model, &fields, drawn, Asked { prompts, logprobs, thoughts })
     }
 

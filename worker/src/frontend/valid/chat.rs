@@ -9,6 +9,7 @@ use super::super::reasoning::{Reasoning, Shown, Thoughts};
 use super::body::missing;
 use super::message::ChatMessage;
 use super::sampling::top_logprobs;
+use crate::conversation::{Conversation, ConversationError, Rendered};
 use crate::template::TemplateError;
 
 /// The most messages of a conversation: in memory an empty one takes more than its text.
@@ -17,7 +18,7 @@ const MAX_MESSAGES: usize = 16384;
 const MAX_OPTIONS_BYTES: usize = 64 << 10;
 
 /// The conversation as the model's template renders it.
-pub(super) fn prompt(model: &Model, fields: &Fields) -> Result<String, ApiError> {
+pub(super) fn prompt(model: &Model, fields: &Fields) -> Result<Rendered, ApiError> {
     let messages: Option<Bounded<ChatMessage, MAX_MESSAGES>> = fields.parts("messages")?;
     let Bounded(messages) = messages.ok_or_else(|| missing("messages"))?;
     let messages = messages.into_iter().enumerate().map(|(at, message)| message.checked(at));
@@ -26,7 +27,9 @@ pub(super) fn prompt(model: &Model, fields: &Fields) -> Result<String, ApiError>
         return Err(ApiError::invalid("messages", "messages: there must be at least one"));
     }
     let open = fields.flag("add_generation_prompt")?.unwrap_or(true);
-    model.template.render(&messages, open, &options(fields)?).map_err(|error| template_error(&error))
+    let conversation = Conversation { messages, open, options: options(fields)? };
+    let rendered = conversation.render(&model.template, &model.tokenizer, model.contents);
+    rendered.map_err(|error| refusal(&error))
 }
 
 /// What the template is told beside the messages. `reasoning_effort` is one of these options, and its namesake among
@@ -68,7 +71,8 @@ pub(super) fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
     }
 }
 
-fn template_error(error: &TemplateError) -> ApiError {
-    let param = if matches!(error, TemplateError::Given(_)) { "chat_template_kwargs" } else { "messages" };
+fn refusal(error: &ConversationError) -> ApiError {
+    let given = matches!(error, ConversationError::Template(TemplateError::Given(_)));
+    let param = if given { "chat_template_kwargs" } else { "messages" };
     ApiError::invalid(param, format!("{param}: {error}"))
 }

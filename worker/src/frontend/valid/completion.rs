@@ -9,7 +9,7 @@ use super::super::fields::read::{Fields, bounded};
 use super::super::model::Model;
 use super::super::openai::ApiError;
 use super::body::missing;
-use super::prompt::{MAX_SEQUENCES, encode};
+use super::prompt::{MAX_SEQUENCES, tokens};
 use super::sampling::top_logprobs;
 
 /// The tokens of every prompt.
@@ -39,7 +39,7 @@ impl PromptField {
     /// The tokens of each prompt; a text `begins` with the model's first token, where there is one.
     fn tokens(self, model: &Model, begins: bool) -> Result<Vec<Vec<u32>>, ApiError> {
         let encode = |text: String| -> Result<Vec<u32>, ApiError> {
-            let tokens = encode(model, &text, "prompt")?;
+            let tokens = tokens(model, &text, "prompt", || model.tokenizer.encode(&text))?;
             let bos = model.bos.filter(|bos| begins && tokens.first() != Some(bos));
             Ok(bos.into_iter().chain(tokens).collect())
         };

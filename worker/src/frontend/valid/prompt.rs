@@ -2,6 +2,7 @@
 
 use super::super::model::Model;
 use super::super::openai::ApiError;
+use crate::tokenizer::TokenizerError;
 
 /// Sequences that one request may start: prompts times `n`.
 pub(crate) const MAX_SEQUENCES: usize = 128;
@@ -41,8 +42,13 @@ impl Prompt {
     }
 }
 
-/// The tokens of a text that may fit the context. `param` is the field that the text came in.
-pub(super) fn encode(model: &Model, text: &str, param: &'static str) -> Result<Vec<u32>, ApiError> {
+/// The tokens of a text that may fit the context, as `encode` finds them. `param` is the field that the text came in.
+pub(super) fn tokens(
+    model: &Model,
+    text: &str,
+    param: &'static str,
+    encode: impl FnOnce() -> Result<Vec<u32>, TokenizerError>,
+) -> Result<Vec<u32>, ApiError> {
     // Tokenizing takes time and some hundred bytes of memory for each byte: not where it is in vain.
     if text.len() > model.tokenizer.longest().saturating_mul(model.context) {
         let problem = format!(
@@ -52,5 +58,5 @@ pub(super) fn encode(model: &Model, text: &str, param: &'static str) -> Result<V
         );
         return Err(ApiError::ContextLength { param, problem });
     }
-    model.tokenizer.encode(text).map_err(|error| ApiError::invalid(param, format!("{param}: {error}")))
+    encode().map_err(|error| ApiError::invalid(param, format!("{param}: {error}")))
 }
