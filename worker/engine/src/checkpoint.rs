@@ -13,7 +13,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::fp8;
-use crate::mapping::{leave, map};
+use crate::mapping::{self, leave};
 use crate::math::widen;
 
 const SINGLE: &str = "model.safetensors";
@@ -32,7 +32,8 @@ pub struct SafetensorsFile {
 impl SafetensorsFile {
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let invalid = |problem: String| ModelError::InvalidCheckpoint { file: path.to_owned(), problem };
-        let map = map(path).map_err(|error| invalid(error.to_string()))?;
+        let map = mapping::open(path).and_then(|file| mapping::map(&file, path));
+        let map = map.map_err(|error| invalid(error.to_string()))?;
         files::not_a_pointer(&map).map_err(|error| invalid(error.to_string()))?;
         let (header, metadata) =
             SafeTensors::read_metadata(&map).map_err(|error| invalid(error.to_string()))?;

@@ -32,6 +32,8 @@ pub use cpu::rows::{CpuActivations, CpuRows};
 pub use deviation::{Deviation, LayerDeviation, Tolerance, mean_divergence, relative};
 pub use fingerprint::fingerprint;
 pub use forward::{Exchange, LocalExchange, Observer, Seen, forward};
+#[cfg(unix)]
+pub use mapping::lost::tell_lost_weights;
 pub use pack::mapped::PackedModel;
 pub use pack::prepare::{PrepareOptions, Prepared, prepare};
 pub use pending::Pending;

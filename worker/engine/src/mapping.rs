@@ -8,14 +8,28 @@ use std::path::Path;
 use expertmesh_model::files;
 use memmap2::{Mmap, UncheckedAdvice};
 
-/// Maps a file for reading.
-#[allow(unsafe_code, reason = "the one place that maps files")]
-pub(crate) fn map(path: &Path) -> io::Result<Mmap> {
+#[cfg(unix)]
+#[allow(unsafe_code, reason = "the handler of a signal")]
+pub(crate) mod lost;
+
+/// Opens what is to be mapped: a regular file.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     files::regular(path).map_err(io::Error::other)?;
-    let file = File::open(path)?;
+    File::open(path)
+}
+
+/// Maps a file for reading; `path` is what it is called where it is lost.
+#[allow(unsafe_code, reason = "the one place that maps files")]
+pub(crate) fn map(file: &File, path: &Path) -> io::Result<Mmap> {
     // SAFETY: the map is only read, and only as bytes. Model directories are read-only while they are served: that
-    // nobody writes or truncates their files is the deployment's promise (a truncated one would raise SIGBUS).
-    unsafe { Mmap::map(&file) }
+    // nobody writes their files is the deployment's promise; one that is cut ends the process by its name.
+    let map = unsafe { Mmap::map(file) }?;
+    #[cfg(unix)]
+    {
+        let start = map.as_ptr() as usize;
+        lost::watch(path, start..start + map.len());
+    }
+    Ok(map)
 }
 
 /// Has a mapped file read into huge pages, where its file system has them; elsewhere small ones do. Of the whole file,

@@ -1,6 +1,8 @@
 //! A packed model, its files mapped into memory.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +22,33 @@ pub struct PackedModel {
     index: Index,
     weights: WeightFormat,
     /// The mapped files, by their names in the directory.
-    files: HashMap<String, Arc<Mmap>>,
+    files: HashMap<String, MappedFile>,
+}
+
+/// A file of a packed model, mapped.
+struct MappedFile {
+    pages: Arc<Mmap>,
+    /// Keeps asking the very file that is mapped possible, whatever its name leads to by now.
+    file: File,
+}
+
+impl MappedFile {
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = mapping::open(path)?;
+        let pages = mapping::map(&file, path)?;
+        mapping::in_huge_pages(&pages);
+        Ok(Self { pages: Arc::new(pages), file })
+    }
+
+    /// Fails where the file has been cut since it was mapped. It may have grown: whoever packs more experts appends. One that was replaced by
+    /// another of its name is whole.
+    fn whole(&self) -> io::Result<()> {
+        let (then, now) = (self.pages.len() as u64, self.file.metadata()?.len());
+        if now < then {
+            return Err(io::Error::other(format!("cut while it was in use: {then} bytes then, {now} now")));
+        }
+        Ok(())
+    }
 }
 
 impl PackedModel {
@@ -32,14 +60,13 @@ impl PackedModel {
         for (place, (Extent { file, .. }, _)) in &index.blobs {
             if !files.contains_key(file) {
                 let path = directory.join(file);
-                let mapped = mapping::map(&path);
+                let mapped = MappedFile::open(&path);
                 let mapped = mapped.map_err(|error| invalid(&path, format!("{place}: {error}")))?;
-                mapping::in_huge_pages(&mapped);
-                files.insert(file.clone(), Arc::new(mapped));
+                files.insert(file.clone(), mapped);
             }
         }
         for (place, (extent, _)) in &index.blobs {
-            let bytes = files[&extent.file].len() as u64;
+            let bytes = files[&extent.file].pages.len() as u64;
             if extent.end() > bytes {
                 let problem = format!("{place} ends at {}, the file at {bytes}", extent.end());
                 return Err(invalid(&directory.join(&extent.file), problem));
@@ -92,6 +119,7 @@ impl PackedModel {
             invalid(&self.directory.join(&extent.file), format!("{place} at {}: {problem}", extent.offset))
         };
         let blob = self.view(extent);
+        self.files[&extent.file].whole().map_err(|error| invalid(error.to_string()))?;
         blob.read_in().map_err(|error| invalid(error.to_string()))?;
         let found = crc32c::crc32c(blob.bytes());
         match found == *crc32c {
@@ -118,6 +146,6 @@ impl PackedModel {
 
     fn view(&self, extent: &Extent) -> Blob {
         let range = extent.offset as usize..extent.end() as usize;
-        Blob::mapped(self.files[&extent.file].clone(), range)
+        Blob::mapped(self.files[&extent.file].pages.clone(), range)
     }
 }

@@ -347,7 +347,7 @@ fn broken_packed_models_name_the_file_and_the_blob() {
     let problem = broken(&|| out.change("layer-001.bin", |bytes| bytes.truncate(4096)));
     assert_eq!(problem, format!("layer-001.bin: expert 0 of layer 1 ends at {bytes}, the file at 4096"));
     let problem = broken(&|| fs::remove_file(out.0.join("layer-002.bin")).unwrap());
-    assert!(problem.starts_with("layer-002.bin: expert 0 of layer 2: No such file"), "{problem}");
+    assert!(problem.starts_with("layer-002.bin: expert 0 of layer 2: no such file"), "{problem}");
     let problem = broken(&|| fs::write(out.0.join("packed.json"), "{}").unwrap());
     assert_eq!(problem, "packed.json: missing field `bytes` at line 1 column 2");
     let problem = broken(&|| {
@@ -367,6 +367,48 @@ fn broken_packed_models_name_the_file_and_the_blob() {
     let config = ModelConfig::read(&out.0).unwrap();
     let errors = PackedModel::open(&out.0, &config).unwrap().unwrap().check(|_, _| ());
     assert_eq!(errors.len(), 1);
+}
+
+/// Where it is set, this test's process is the child whose file is cut.
+const CUT: &str = "EXPERTMESH_TEST_CUT";
+
+#[test]
+fn a_file_that_is_cut_while_it_is_mapped_is_an_error_or_the_end_with_its_name() {
+    if let Some(directory) = std::env::var_os(CUT) {
+        let out = std::mem::ManuallyDrop::new(Out(directory.into()));
+        let backend = with_all_experts(out.load(WeightFormat::Native).unwrap());
+        expertmesh_engine::tell_lost_weights(&out.0.join("last-words"));
+        let other = out.load(WeightFormat::Native).unwrap();
+        let cut = |file| fs::File::options().write(true).open(out.0.join(file)).unwrap().set_len(0).unwrap();
+        cut("layer-001.bin");
+        let (reason, problem) = out.reported(other.load(ExpertId::new(1, 1)).unwrap_err());
+        assert_eq!(reason, "InvalidPacked");
+        assert!(
+            problem.starts_with("layer-001.bin: expert 1 of layer 1 at ")
+                && problem.contains("cut while it was in use")
+        );
+        println!("an error first");
+        cut("dense.bin");
+        computed(&backend, "v2-lite");
+        unreachable!("its weights are gone");
+    }
+    let out = Out::of("cut", "v2-lite", WeightFormat::Int8);
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args([
+        "--nocapture",
+        "--exact",
+        "packed::a_file_that_is_cut_while_it_is_mapped_is_an_error_or_the_end_with_its_name",
+    ]);
+    let ended = child.env(CUT, &out.0).output().unwrap();
+    let [said, told] = [ended.stdout, ended.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    assert!(said.contains("an error first"), "{said}{told}");
+    assert_eq!(ended.status.code(), Some(1), "{said}{told}");
+    let words = format!(
+        "{}: the file was cut while it was in use; start again with the whole file\n",
+        out.0.join("dense.bin").display()
+    );
+    assert!(told.ends_with(&format!("expertmesh-worker: {words}")), "{told}");
+    assert_eq!(fs::read_to_string(out.0.join("last-words")).unwrap(), format!("WeightsLost: {words}"));
 }
 
 #[test]
