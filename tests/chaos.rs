@@ -108,6 +108,22 @@ async fn a_silent_worker_is_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_peers_are_all_gone_serves_every_expert_in_the_memory_that_it_may_take() {
+    let mut mesh = Mesh::start_with("budget", 3, &["--experts-mib", "1"]).await;
+    let own = mesh.until(0, "ready", |report| report.state() == State::Ready).await.resident_bytes;
+    mesh.workers[1].kill();
+    mesh.workers[2].kill();
+    let (tokens, some) = (Arc::new(AtomicUsize::new(0)), Arc::new(Notify::new()));
+    let mut answers = ask_worker_0(&mesh, Question::several(3), tokens, some).await;
+    while let Some(answer) = answers.join_next().await {
+        answer.unwrap();
+    }
+    let report = mesh.until(0, "ready all the same", |report| report.state() == State::Ready).await;
+    assert!(report.resident_bytes <= own.max(1 << 20), "{} of {own}", report.resident_bytes);
+    assert!(report.bytes_loaded > own, "it loaded what the others had");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_whose_peers_are_all_gone_serves_every_expert_itself() {
     let mut mesh = Mesh::start("alone", 3).await;
     mesh.workers[1].kill();

@@ -1,7 +1,7 @@
 //! What every process of a deployment does alike: logging, announcing its addresses, ending.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 use std::{fs, io};
@@ -47,14 +47,18 @@ pub(crate) fn exit_code(result: Result<ExitCode, Fatal>) -> ExitCode {
         Err(fatal) => fatal,
     };
     eprintln!("expertmesh-worker: {}", fatal.message);
-    let log = std::env::var("EXPERTMESH_TERMINATION_LOG").ok();
-    let path = Path::new(log.as_deref().unwrap_or(TERMINATION_LOG));
-    if (log.is_some() || path.exists())
-        && let Err(error) = fs::write(path, fatal.to_string())
+    if let Some(path) = last_words()
+        && let Err(error) = fs::write(&path, fatal.to_string())
     {
         eprintln!("expertmesh-worker: cannot write {}: {error}", path.display());
     }
     ExitCode::FAILURE
+}
+
+/// The file for this process's last words, where somebody reads one.
+pub(crate) fn last_words() -> Option<PathBuf> {
+    let asked = std::env::var_os("EXPERTMESH_TERMINATION_LOG").map(PathBuf::from);
+    asked.or_else(|| Some(PathBuf::from(TERMINATION_LOG)).filter(|path| path.exists()))
 }
 
 /// What tells this process from others that had its name.

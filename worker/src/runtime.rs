@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+#[cfg(unix)]
+use expertmesh_engine::tell_lost_weights;
+
 use crate::collector;
-use crate::process::{Fatal, exit_when_parent_is_gone, log};
+use crate::process::{Fatal, exit_when_parent_is_gone, last_words, log};
 
 /// How long tasks that do not end by themselves may hold the process: one may wait for a silent peer.
 const LINGER: Duration = Duration::from_secs(1);
@@ -24,6 +27,10 @@ pub(crate) fn run<T>(
 ) -> Result<T, Fatal> {
     log();
     exit_when_parent_is_gone();
+    #[cfg(unix)]
+    if let Some(path) = last_words() {
+        tell_lost_weights(&path);
+    }
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if let Some(threads) = service.threads {
         runtime.worker_threads(threads);

@@ -1,6 +1,6 @@
 //! Which experts are resident here. An expert is absent, loading or resident; one thread loads.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,15 @@ const RETRY: Duration = Duration::from_secs(2);
 pub(crate) struct LoadFailed {
     expert: ExpertId,
     message: String,
+}
+
+/// How much memory experts may take.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Room {
+    /// Bytes of all experts together; none where there is no bound.
+    pub(crate) budget: Option<u64>,
+    /// Bytes of one expert.
+    pub(crate) expert: u64,
 }
 
 /// A reading of the state, for reports.
@@ -49,6 +58,7 @@ pub(crate) struct Residency {
 
 #[derive(Default)]
 struct State {
+    room: Room,
     assigned: ExpertSet,
     /// Wanted by a row that waits.
     urgent: VecDeque<ExpertId>,
@@ -56,14 +66,18 @@ struct State {
     resident: BTreeMap<ExpertId, u64>,
     /// Resident but not assigned, with the last use.
     extras: BTreeMap<ExpertId, Instant>,
+    /// The last use of all that are resident, where there is a budget.
+    uses: BTreeMap<ExpertId, Instant>,
+    /// Assigned, and evicted for rows that waited: they come back where there is room, and nobody waits for that.
+    displaced: BTreeSet<ExpertId>,
     failed: BTreeMap<ExpertId, (Instant, LoadFailed)>,
     bytes_loaded: u64,
     stop: bool,
 }
 
 impl Residency {
-    pub(crate) fn new(store: Arc<dyn ExpertStore>, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
-        let (state, turn) = (Mutex::new(State::default()), Condvar::new());
+    pub(crate) fn new(store: Arc<dyn ExpertStore>, room: Room, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
+        let (state, turn) = (Mutex::new(State { room, ..State::default() }), Condvar::new());
         Arc::new(Self { store, metrics, state, turn, changed: watch::Sender::new(0) })
     }
 
@@ -142,7 +156,14 @@ impl Residency {
     pub(crate) fn run(&self) {
         let mut state = self.lock();
         while !state.stop {
-            if let Some(expert) = state.next() {
+            if let Some(wish) = state.next() {
+                let expert = wish.expert;
+                for expert in state.in_the_way(wish) {
+                    self.evict(&mut state, expert);
+                    if state.is_assigned(expert) {
+                        state.displaced.insert(expert);
+                    }
+                }
                 state.loading = Some(expert);
                 drop(state);
                 let result = self.store.load(expert);
@@ -153,9 +174,7 @@ impl Residency {
                 }
                 state.record(expert, result.map_err(|error| error.to_string()));
             } else if let Some(expert) = state.idle() {
-                self.store.evict(expert);
-                state.resident.remove(&expert);
-                state.extras.remove(&expert);
+                self.evict(&mut state, expert);
             } else {
                 let timeout = Duration::from_millis(500);
                 state = self
@@ -168,6 +187,13 @@ impl Residency {
             self.notify();
             state = self.lock();
         }
+    }
+
+    fn evict(&self, state: &mut State, expert: ExpertId) {
+        self.store.evict(expert);
+        state.resident.remove(&expert);
+        state.extras.remove(&expert);
+        state.uses.remove(&expert);
     }
 
     /// An expert was loaded. What the placement does not want here, somebody elected this worker for.
@@ -197,11 +223,13 @@ impl State {
         let extras = self.resident.keys().filter(|id| !experts.contains(**id));
         let used = |expert: &ExpertId| self.extras.get(expert).copied().unwrap_or_else(Instant::now);
         self.extras = extras.map(|expert| (*expert, used(expert))).collect();
+        self.displaced.retain(|expert| experts.contains(*expert));
         self.assigned = experts;
     }
 
     fn missing(&self) -> impl Iterator<Item = ExpertId> + '_ {
-        self.assigned.iter().filter(|expert| !self.resident.contains_key(expert))
+        let here = |expert: &ExpertId| self.resident.contains_key(expert) || self.displaced.contains(expert);
+        self.assigned.iter().filter(move |expert| !here(expert))
     }
 
     fn is_assigned(&self, expert: ExpertId) -> bool {
@@ -217,7 +245,11 @@ impl State {
         if let Some(used) = self.extras.get_mut(&expert) {
             *used = Instant::now();
         }
-        self.resident.contains_key(&expert)
+        let resident = self.resident.contains_key(&expert);
+        if resident && self.room.budget.is_some() {
+            self.uses.insert(expert, Instant::now());
+        }
+        resident
     }
 
     fn want(&mut self, expert: ExpertId) {
@@ -241,13 +273,40 @@ impl State {
         self.failed.get(&expert).map(|(_, failure)| Err(failure.clone()))
     }
 
-    fn next(&mut self) -> Option<ExpertId> {
+    fn next(&mut self) -> Option<Wish> {
         while let Some(expert) = self.urgent.pop_front() {
             if !self.resident.contains_key(&expert) {
-                return Some(expert);
+                return Some(Wish { expert, urgent: true });
             }
         }
-        self.missing().find(|expert| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY))
+        let again = |expert: &ExpertId| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY);
+        let displaced = self.displaced.iter().copied().filter(|_| self.has_room());
+        let placed = self.missing().chain(displaced).find(again);
+        placed.map(|expert| Wish { expert, urgent: false })
+    }
+
+    /// What goes so that one more expert fits into the budget: what the placement does not name, then, where rows wait for the wish, what
+    /// it names, the least recently used first; no more than what the wish takes. Where the placement names more than fits, that stays.
+    fn in_the_way(&self, wish: Wish) -> Vec<ExpertId> {
+        let Room { budget: Some(budget), expert } = self.room else { return vec![] };
+        let taken: u64 = self.resident.values().sum();
+        let mut over = taken.saturating_add(expert).saturating_sub(budget).min(expert);
+        let named = |id: &ExpertId| !self.extras.contains_key(id);
+        let mut candidates: Vec<_> =
+            self.resident.iter().filter(|(id, _)| wish.urgent || !named(id)).collect();
+        candidates.sort_unstable_by_key(|(id, _)| (named(id), self.uses.get(id), **id));
+        let too_much = |(_, bytes): &(&ExpertId, &u64)| {
+            let more = over > 0;
+            over = over.saturating_sub(**bytes);
+            more
+        };
+        candidates.into_iter().take_while(too_much).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether one more expert fits.
+    fn has_room(&self) -> bool {
+        let taken: u64 = self.resident.values().sum();
+        self.room.budget.is_none_or(|budget| taken.saturating_add(self.room.expert) <= budget)
     }
 
     fn idle(&self) -> Option<ExpertId> {
@@ -258,8 +317,12 @@ impl State {
         match result {
             Ok(bytes) => {
                 self.failed.remove(&expert);
+                self.displaced.remove(&expert);
                 self.resident.insert(expert, bytes);
                 self.bytes_loaded += bytes;
+                if self.room.budget.is_some() {
+                    self.uses.insert(expert, Instant::now());
+                }
                 if !self.is_assigned(expert) {
                     self.extras.insert(expert, Instant::now());
                 }
@@ -271,9 +334,57 @@ impl State {
     }
 }
 
+/// What is to be loaded next.
+#[derive(Debug, Clone, Copy)]
+struct Wish {
+    expert: ExpertId,
+    /// Whether rows wait for it.
+    urgent: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_placement_does_not_name_makes_room_first_and_the_rest_only_for_rows_that_wait() {
+        let id = |expert| ExpertId::new(1, expert);
+        let mut state = State { room: Room { budget: Some(30), expert: 10 }, ..State::default() };
+        state.assign([0, 1, 5].map(id).into_iter().collect());
+        [0, 1, 7].into_iter().for_each(|expert| state.record(id(expert), Ok(10)));
+        let (waited_for, placed) =
+            (Wish { expert: id(9), urgent: true }, Wish { expert: id(5), urgent: false });
+        assert_eq!((state.in_the_way(placed), state.in_the_way(waited_for)), (vec![id(7)], vec![id(7)]));
+        state.assign([0, 1, 5, 7].map(id).into_iter().collect());
+        state.touch(id(0));
+        state.touch(id(7));
+        assert_eq!(state.in_the_way(waited_for), [id(1)], "the least recently used");
+        state.record(id(1), Ok(10));
+        assert_eq!(state.in_the_way(waited_for), [id(0)], "what has just come stays for its rows");
+        state.touch(id(0));
+        state.touch(id(7));
+        assert_eq!(state.in_the_way(placed), [], "the placement has its way");
+        state.room.budget = Some(5);
+        assert_eq!(state.in_the_way(waited_for), [id(1)], "no more than what comes");
+        state.room.budget = None;
+        assert_eq!(state.in_the_way(waited_for), []);
+    }
+
+    #[test]
+    fn what_gave_way_is_not_missing_and_comes_back_where_there_is_room() {
+        let id = |expert| ExpertId::new(1, expert);
+        let mut state = State { room: Room { budget: Some(20), expert: 10 }, ..State::default() };
+        state.assign([0, 1].map(id).into_iter().collect());
+        state.record(id(1), Ok(10));
+        state.record(id(9), Ok(10));
+        state.displaced.insert(id(0));
+        assert_eq!(state.missing().count(), 0);
+        assert!(state.next().is_none(), "there is no room");
+        state.resident.remove(&id(9));
+        assert_eq!(state.next().map(|wish| (wish.expert, wish.urgent)), Some((id(0), false)));
+        state.record(id(0), Ok(10));
+        assert!(state.displaced.is_empty());
+    }
 
     #[test]
     fn only_use_keeps_what_the_placement_does_not_name() {

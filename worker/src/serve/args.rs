@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// Memory of the latent cache, in MiB; more where one sequence that fills its context needs it
     #[arg(long, default_value_t = 256)]
     pub(super) kv_cache_mib: u64,
+    /// Memory for experts, in MiB, those that dead peers held included; without it, what the limit of the cgroup leaves
+    #[arg(long, env = "EXPERTMESH_EXPERTS_MIB")]
+    pub(super) experts_mib: Option<u64>,
     /// Sequences in the batch
     #[arg(long, default_value = "64")]
     pub(super) max_running: NonZeroUsize,

@@ -5,6 +5,7 @@ mod control;
 mod gauges;
 mod inference;
 mod loading;
+mod memory;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -59,6 +60,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let capacity = Capacity {
         max_context,
         kv_cache_mib: args.kv_cache_mib,
+        experts_mib: args.experts_mib,
         running: args.max_running.get(),
         waiting: args.max_waiting.get(),
     };

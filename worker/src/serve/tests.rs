@@ -33,7 +33,8 @@ use crate::process::Fatal;
 use crate::traces::Parent;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const CAPACITY: Capacity = Capacity { max_context: 256, kv_cache_mib: 1, running: 4, waiting: 4 };
+const CAPACITY: Capacity =
+    Capacity { max_context: 256, experts_mib: None, kv_cache_mib: 1, running: 4, waiting: 4 };
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3")

@@ -23,13 +23,14 @@ use super::control::{self, ControlService, WorkerState};
 use super::gauges::{keep_gauges, keep_health};
 use super::inference::InferenceService;
 use super::loading::Loaded;
+use super::memory::{left_for_experts, limit};
 use super::run::{Command, Load, Loop, Shared};
 use super::threads;
 use crate::identity::Identity;
 use crate::mesh::dispatch::MeshExchange;
 use crate::mesh::exchange::{self, Exchange};
 use crate::mesh::peers::Peers;
-use crate::mesh::residency::Residency;
+use crate::mesh::residency::{Residency, Room};
 use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::Fatal;
@@ -45,6 +46,8 @@ pub(super) struct Capacity {
     /// Positions of a sequence, prompt and answer together.
     pub(super) max_context: usize,
     pub(super) kv_cache_mib: u64,
+    /// Memory for experts; what the cgroup's limit leaves where it is not said.
+    pub(super) experts_mib: Option<u64>,
     /// Sequences in the batch at most.
     pub(super) running: usize,
     /// Sequences that wait at most.
@@ -74,13 +77,20 @@ impl Worker {
         let metrics = Arc::new(WorkerMetrics::new(registry));
         let config = backend.config();
         let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
-        let residency = Residency::new(backend.clone(), metrics.clone());
+        let Capacity { max_context, kv_cache_mib, experts_mib, running, waiting } = capacity;
+        let blocks = blocks(&*backend, kv_cache_mib, max_context);
+        let (shape, layout) = (control::shape(config, backend.layout(), weights), backend.layout());
+        let cache = layout.kv_bytes(config, blocks * BLOCK_TOKENS);
+        let left = || Some(left_for_experts(limit()?, shape.dense_bytes, cache));
+        let budget = experts_mib.map(|mib| mib << 20).or_else(left);
+        let room = Room { budget, expert: shape.expert_bytes };
+        let residency = Residency::new(backend.clone(), room, metrics.clone());
         let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
         let shared = Arc::new(Shared { load, draining, stepping: Mutex::default(), metrics });
         let (commands, receiver) = sync_channel(COMMANDS);
         let state = WorkerState::new(
             identity.clone(),
-            control::shape(config, backend.layout(), weights),
+            shape,
             placement.clone(),
             residency.clone(),
             shared.clone(),
@@ -92,9 +102,7 @@ impl Worker {
         let (ends, ended) = mpsc::channel(1);
         let mesh =
             MeshExchange::new(peers.clone(), residency.clone(), placement.subscribe(), config.experts());
-        let Capacity { max_context, kv_cache_mib, running, waiting } = capacity;
         let bounds = Bounds { step_rows: backend.step_rows().min(MAX_TICKET_ROWS), running, waiting };
-        let blocks = blocks(&*backend, kv_cache_mib, max_context);
         let engine = Loop::new(backend.clone(), mesh, bounds, blocks, shared.clone())?;
         threads::start("engine", &ends, move || engine.run(&receiver))?;
         let (serving, queue, links) = (backend.clone(), backend.queue()?, peers.shared.clone());
