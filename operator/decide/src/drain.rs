@@ -48,8 +48,10 @@ impl View<'_> {
         let late = seen
             .draining_since
             .is_some_and(|since| elapsed(since, self.now) > self.desired.drain_timeout + PATIENCE);
-        let asked = report.state == State::Draining || self.seen.placement.worker(slot).is_none();
-        late || (asked && report.sequences() == 0)
+        // What it says counts once it follows the placement that lets it go: one on its way could still call it back.
+        let written = &self.seen.placement;
+        let asked = report.state == State::Draining || written.worker(slot).is_none();
+        late || (asked && report.follows(written) && report.sequences() == 0)
     }
 
     /// Asks those that leave to hand back their sequences, once their experts are elsewhere.

@@ -164,7 +164,9 @@ impl Simulation {
                 process.told = Some(placement.clone());
                 let mine = placement.workers().iter().find(|worker| Member::Worker(worker.slot) == to);
                 if mine.is_some_and(|mine| !mine.draining) {
-                    process.draining = false; // as a worker that does not end
+                    // As a worker that does not end: whoever asked it to drain is told that it is called back.
+                    process.draining_since = process.draining_since.filter(|_| !process.draining);
+                    process.draining = false;
                 }
                 let kept = placement.workers().iter().filter(|worker| Member::Worker(worker.slot) == to);
                 let kept = kept.map(|worker| worker.experts.clone()).next().unwrap_or_default();
@@ -176,8 +178,11 @@ impl Simulation {
             }
             Some(Action::Drain { slot }) => {
                 if let Some(worker) = self.workers.get_mut(slot.0 as usize).filter(|worker| worker.alive) {
-                    worker.draining = true;
-                    worker.draining_since.get_or_insert(self.now);
+                    // As a worker does, which refuses what its placement does not want.
+                    let kept = worker.follows.worker(slot).is_some_and(|placed| !placed.draining);
+                    worker.draining |= !kept;
+                    worker.draining_since =
+                        worker.draining.then(|| worker.draining_since.unwrap_or(self.now));
                 }
             }
             _ => {}
@@ -507,6 +512,8 @@ fn run(events: Vec<Event>, seed: u64) {
 fn forgeries() -> impl Strategy<Value = Vec<Event>> {
     let number = || prop_oneof![0..3u64, Just(u64::MAX), Just(1 << 63), any::<u64>()];
     let epoch = (number(), number()).prop_map(|(term, counter)| Epoch { term, counter });
+    // Nobody takes a placement of no epoch.
+    let epoch = epoch.prop_filter("none", |epoch| !epoch.is_none());
     let forged = (0..8usize, epoch, any::<bool>());
     let event = prop_oneof![
         4 => (1u32..25).prop_map(Event::Ticks),
