@@ -203,7 +203,7 @@ impl DispatchParts {
         if (part.layer, part.load) != (self.rows.layer, self.rows.load) {
             return Err(Invalid::new("dispatch.layer", "differs between the parts of a ticket").into());
         }
-        if dispatch_crc(&part) != part.crc32c {
+        if !is_whole(dispatch_crc(&part), part.crc32c) {
             return Err(Damaged { ticket: part.ticket, part: part.part }.into());
         }
         check_size(part.rows.len() + 5 * (part.experts.len() + part.row_experts.len()), "dispatch.rows")?;
@@ -249,7 +249,7 @@ impl AnswerParts {
         check_parts(part.parts, limits.max_parts())?;
         let parts = *self.parts.get_or_insert(part.parts);
         check_order(part.parts == parts, part.part, self.next, "answer.part")?;
-        if answer_crc(&part) != part.crc32c {
+        if !is_whole(answer_crc(&part), part.crc32c) {
             return Err(Damaged { ticket: part.ticket, part: part.part }.into());
         }
         check_size(part.rows.len() + 5 * part.not_resident.len(), "answer.rows")?;
@@ -350,6 +350,11 @@ fn from_bytes(bytes: &[u8], rows: usize, hidden: usize, field: &'static str) -> 
 /// CRC-32C (Castagnoli), as parts carry it.
 pub fn checksum(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes)
+}
+
+/// Whether a payload has the checksum that its message tells. For a fuzzer, which cannot guess one, always.
+fn is_whole(found: u32, told: u32) -> bool {
+    cfg!(fuzzing) || found == told
 }
 
 fn dispatch_crc(part: &v1::Dispatch) -> u32 {

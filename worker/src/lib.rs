@@ -6,6 +6,8 @@ mod conversation;
 mod end;
 mod engine;
 mod frontend;
+#[doc(hidden)]
+pub mod fuzz;
 mod generate;
 mod identity;
 mod inspect;

@@ -14,7 +14,7 @@ mod guests;
 mod hold;
 mod latencies;
 mod logprobs;
-mod model;
+pub(crate) mod model;
 mod openai;
 mod reading;
 mod reasoning;
@@ -32,7 +32,7 @@ mod sse;
 mod taken;
 mod tracked;
 mod update;
-mod valid;
+pub(crate) mod valid;
 pub(crate) mod workers;
 
 use std::net::SocketAddr;
