@@ -280,7 +280,8 @@ impl State {
             }
         }
         let again = |expert: &ExpertId| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY);
-        let displaced = self.displaced.iter().copied().filter(|_| self.has_room());
+        let back = !self.displaced.is_empty() && self.has_room();
+        let displaced = self.displaced.iter().copied().filter(|_| back);
         let placed = self.missing().chain(displaced).find(again);
         placed.map(|expert| Wish { expert, urgent: false })
     }
