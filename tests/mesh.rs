@@ -4,13 +4,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use expertmesh_proto::epoch::Epoch;
+use expertmesh_proto::expert_set::ExpertSet;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
 use expertmesh_proto::v1::finished::Reason;
 use expertmesh_proto::v1::report_response::State;
+use expertmesh_tests::frontend::metrics;
 use expertmesh_tests::mesh::{End, Mesh, apply, read, request, test_caller};
 use expertmesh_tests::reference::{Question, reference};
+use expertmesh_tests::wait_for;
 use tokio::task::JoinSet;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -43,6 +46,35 @@ async fn four_workers_answer_sixteen_requests_at_once_with_the_tokens_of_one_pro
             "worker {slot} keeps its share"
         );
     }
+}
+
+#[tokio::test]
+async fn a_worker_that_leaves_ends_once_its_peers_hold_what_it_held() {
+    let mut mesh = Mesh::start("relief", 3).await;
+    let addresses = mesh.addresses.clone();
+    for addresses in &addresses {
+        wait_for("links to both peers", || {
+            let metrics = metrics(addresses);
+            let up = metrics.lines().any(|line| line == "expertmesh_worker_peers_alive 2");
+            up.then_some(()).ok_or(metrics)
+        });
+    }
+    mesh.workers[1].signal("TERM");
+    assert!(mesh.workers[1].wait().success());
+    // Nobody asked for anything: what was loaded was loaded for the worker that left, before it ended.
+    let mut held = Vec::new();
+    for slot in [0, 2] {
+        let report = mesh.until(slot, "reporting", |_| true).await;
+        held.extend(ExpertSet::from_proto(&report.resident).unwrap().iter());
+        let relief = "expertmesh_worker_expert_loads_total{cause=\"relief\"} ";
+        let metrics = metrics(&addresses[slot as usize]);
+        let loads = metrics.lines().find_map(|line| line.strip_prefix(relief)).unwrap();
+        assert_ne!(loads, "0", "worker {slot} took nothing over");
+    }
+    assert_eq!(held.len(), 32 * 5, "each was loaded once");
+    held.sort_unstable();
+    held.dedup();
+    assert_eq!(held.len(), 32 * 5, "none is missing");
 }
 
 #[tokio::test]

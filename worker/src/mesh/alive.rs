@@ -1,7 +1,7 @@
 //! What all links of a worker share, and which of its peers are alive.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use expertmesh_proto::expert::Limits;
 use expertmesh_proto::slot::Slot;
@@ -16,12 +16,14 @@ pub(crate) struct Shared {
     pub(crate) limits: Limits,
     pub(crate) metrics: Arc<WorkerMetrics>,
     alive: watch::Sender<BTreeSet<Slot>>,
+    /// Those of them that said that they leave.
+    leaving: Mutex<BTreeSet<Slot>>,
 }
 
 impl Shared {
     pub(crate) fn new(identity: Identity, limits: Limits, metrics: Arc<WorkerMetrics>) -> Self {
         let alive = watch::Sender::new(BTreeSet::new());
-        Self { identity, limits, metrics, alive }
+        Self { identity, limits, metrics, alive, leaving: Mutex::default() }
     }
 
     /// The peer of this slot counts as alive until the result is dropped, also by a link that is torn down.
@@ -34,6 +36,16 @@ impl Shared {
     pub(crate) fn alive(&self) -> BTreeSet<Slot> {
         self.alive.borrow().clone()
     }
+
+    /// The peer of this slot says that it leaves. It counts as alive as long as its link is up.
+    pub(crate) fn leaves(&self, slot: Slot) {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner).insert(slot);
+    }
+
+    /// The slots whose link is up, without those that leave.
+    pub(crate) fn staying(&self) -> BTreeSet<Slot> {
+        &self.alive() - &*self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A peer's life, as long as its link is up.
@@ -45,5 +57,6 @@ pub(crate) struct Alive {
 impl Drop for Alive {
     fn drop(&mut self) {
         self.shared.alive.send_if_modified(|alive| alive.remove(&self.slot));
+        self.shared.leaving.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.slot);
     }
 }

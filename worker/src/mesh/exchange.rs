@@ -28,6 +28,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request as Call, Response as Reply, Status, Streaming};
 
 use super::alive::Shared;
+use super::relief::{Departure, Relying};
 use super::residency::Residency;
 use super::ticket::describe;
 use crate::traces::{self, Span, SpanKind};
@@ -61,8 +62,9 @@ pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
     pub(crate) residency: Arc<Residency>,
     pub(crate) jobs: mpsc::Sender<Job>,
-    /// True once this worker leaves: streams end when what they hold is answered.
-    pub(crate) leaving: watch::Receiver<bool>,
+    pub(crate) departure: watch::Receiver<Departure>,
+    /// How many streams count on this worker.
+    pub(crate) relying: watch::Sender<usize>,
 }
 
 impl Exchange {
@@ -87,13 +89,15 @@ impl ExpertExchange for Served {
         let hello = hello(&mut requests).await?;
         let identity = &exchange.shared.identity;
         identity.admit_peer(hello.caller.as_ref())?;
-        // Two more for the welcome and a heartbeat. It costs memory only where it is used.
-        let (responses, receiver) = mpsc::channel(MAX_TICKETS * exchange.shared.limits.max_parts() + 2);
+        // Three more, for the welcome, a heartbeat and the departure. It costs memory only where it is used.
+        let (responses, receiver) = mpsc::channel(MAX_TICKETS * exchange.shared.limits.max_parts() + 3);
         let welcome = v1::Welcome { callee: Some(identity.caller(0)), slot: identity.slot.0 };
         let welcome = v1::ExchangeResponse { message: Some(Response::Welcome(welcome)) };
         responses.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the peer left"))?;
+        let relying = Some(Relying::on(&exchange.relying));
         let pump = Pump {
             exchange,
+            relying,
             slot: Slot(hello.slot),
             session: hello.session,
             partial: BTreeMap::new(),
@@ -150,6 +154,8 @@ fn is_last_part(response: &Result<v1::ExchangeResponse, Status>) -> bool {
 /// One peer's stream: it always reads, and the peer takes the answers as it can.
 struct Pump {
     exchange: Arc<Exchange>,
+    /// Until the peer is relieved of this worker.
+    relying: Option<Relying>,
     slot: Slot,
     session: u64,
     partial: BTreeMap<u64, DispatchParts>,
@@ -168,28 +174,30 @@ impl Pump {
 
     async fn read(&mut self, mut requests: Streaming<v1::ExchangeRequest>) -> Result<(), Status> {
         let mut heartbeat = interval(HEARTBEAT);
-        let mut leaving = self.exchange.leaving.clone();
+        let mut departure = self.exchange.departure.clone();
         loop {
-            if *leaving.borrow() && self.under_way.load(Ordering::SeqCst) == 0 {
+            if *departure.borrow() == Departure::Ends && self.under_way.load(Ordering::SeqCst) == 0 {
                 return Ok(());
             }
             tokio::select! {
                 request = requests.message() => match request.map_err(invalid_if_oversized)?.and_then(|r| r.message) {
                     Some(Request::Dispatch(part)) => self.take(part)?,
+                    Some(Request::Relieved(_)) => self.relying = None,
                     Some(Request::Hello(_)) => return Err(Invalid::new("hello", "came twice").into()),
                     None => return Ok(()),
                 },
-                _ = heartbeat.tick() => self.beat(),
+                _ = heartbeat.tick() => self.beat(*departure.borrow()),
                 () = self.responses.closed() => return Ok(()),
-                _ = leaving.changed() => {}
+                _ = departure.changed() => self.beat(*departure.borrow_and_update()),
             }
         }
     }
 
-    /// A sign of life, where the peer has taken all others.
-    fn beat(&self) {
-        if self.responses.capacity() == self.responses.max_capacity() {
-            let beat = v1::ExchangeResponse { message: Some(Response::Heartbeat(v1::Heartbeat {})) };
+    /// A sign of life, where the peer has taken all others; that this worker leaves, while the peer counts on it.
+    fn beat(&self, departure: Departure) {
+        let leaving = departure != Departure::Stays && self.relying.is_some();
+        if leaving || self.responses.capacity() == self.responses.max_capacity() {
+            let beat = v1::ExchangeResponse { message: Some(Response::Heartbeat(v1::Heartbeat { leaving })) };
             let _ = self.responses.try_send(Ok(beat));
         }
     }

@@ -16,12 +16,13 @@ use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use super::alive::Shared;
+use super::relief::Relief;
 use super::ticket::Outgoing;
 use crate::metrics::labels::PeerFailure;
 
@@ -83,6 +84,14 @@ impl Link {
         tickets.for_each(|outgoing| outgoing.reply.send(Err(failure)));
     }
 
+    /// Tells a peer that leaves that nothing here counts on it any more.
+    fn relieve(&self) {
+        if let Some(up) = &*self.lock() {
+            let relieved = v1::ExchangeRequest { message: Some(Request::Relieved(v1::Relieved {})) };
+            let _ = up.requests.try_send(relieved);
+        }
+    }
+
     /// When the oldest ticket was sent.
     fn oldest(&self) -> Option<Instant> {
         self.lock().as_ref()?.pending.values().map(|pending| pending.since).min()
@@ -129,7 +138,7 @@ impl Up {
 
 /// Keeps the link up until the task is aborted. Every ticket handed in gets its outcome.
 pub(crate) async fn keep(
-    shared: Arc<Shared>,
+    (shared, relief): (Arc<Shared>, Arc<Relief>),
     slot: Slot,
     link: Arc<Link>,
     mut addresses: watch::Receiver<Vec<String>>,
@@ -148,7 +157,7 @@ pub(crate) async fn keep(
             Ok(stream) => {
                 tracing::info!(%slot, "peer is up");
                 let moved = moved(addresses.clone(), stream.address.clone());
-                let verdict = read(&shared, slot, session, &link, stream, moved).await;
+                let verdict = read(&shared, &relief, slot, &link, stream, moved).await;
                 (backoff, trouble) = (BACKOFF, Trouble::begins());
                 shared.metrics.mesh.failed(slot, verdict.failure);
                 match verdict.failure {
@@ -191,19 +200,28 @@ impl Trouble {
 /// The peer is alive for the engine while its answers are read; afterwards its tickets have their outcome.
 async fn read(
     shared: &Arc<Shared>,
+    relief: &Relief,
     slot: Slot,
-    session: u64,
     link: &Link,
     stream: Stream,
     moved: impl Future<Output = ()>,
 ) -> Verdict {
-    let Stream { requests, mut responses, .. } = stream;
+    let Stream { session, requests, mut responses, .. } = stream;
     link.open(session, requests);
     let mut closing = Closing { link, failure: PeerFailure::Down };
     let _alive = shared.is_up(slot);
+    let leaves = Notify::new();
+    let relieved = async {
+        leaves.notified().await;
+        shared.leaves(slot);
+        relief.of_those_that_leave(shared).await;
+        link.relieve();
+        std::future::pending().await
+    };
     let verdict = tokio::select! {
-        verdict = answers(&mut responses, link, &shared.limits) => verdict,
+        verdict = answers(&mut responses, link, &shared.limits, &leaves) => verdict,
         () = moved => Verdict::new(PeerFailure::Left, "it is placed elsewhere now"),
+        verdict = relieved => verdict,
     };
     closing.failure = verdict.failure;
     verdict
@@ -229,8 +247,13 @@ impl Drop for Closing<'_> {
     }
 }
 
-/// Reads until the peer's verdict.
-async fn answers(responses: &mut Streaming<v1::ExchangeResponse>, link: &Link, limits: &Limits) -> Verdict {
+/// Reads until the peer's verdict. Says where the peer `leaves`, and reads on.
+async fn answers(
+    responses: &mut Streaming<v1::ExchangeResponse>,
+    link: &Link,
+    limits: &Limits,
+    leaves: &Notify,
+) -> Verdict {
     loop {
         // Heartbeats come often enough to look for what is stuck.
         if link.oldest().is_some_and(|oldest| oldest.elapsed() >= STUCK) {
@@ -244,7 +267,12 @@ async fn answers(responses: &mut Streaming<v1::ExchangeResponse>, link: &Link, l
         };
         let taken = match message {
             Some(Response::Answer(answer)) => link.take(answer, limits),
-            Some(Response::Heartbeat(_)) => Ok(()),
+            Some(Response::Heartbeat(v1::Heartbeat { leaving })) => {
+                if leaving {
+                    leaves.notify_one();
+                }
+                Ok(())
+            }
             _ => Err(Verdict::new(PeerFailure::Invalid, "an unknown message")),
         };
         if let Err(verdict) = taken {
@@ -290,6 +318,7 @@ impl From<ConnectError> for Verdict {
 /// A peer that said welcome.
 struct Stream {
     address: String,
+    session: u64,
     requests: mpsc::Sender<v1::ExchangeRequest>,
     responses: Streaming<v1::ExchangeResponse>,
 }
@@ -310,8 +339,8 @@ async fn open(shared: &Shared, slot: Slot, session: u64, addresses: &[String]) -
 async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Result<Stream, Verdict> {
     let channel = channel::connect(address, &CONNECT).await?;
     let mut client = ExpertExchangeClient::new(channel).max_decoding_message_size(2 * MAX_PART_BYTES);
-    // One more for the hello. It costs memory only where it is used.
-    let (requests, receiver) = mpsc::channel(MAX_TICKETS * shared.limits.max_parts() + 1);
+    // Two more, for the hello and the relief. It costs memory only where it is used.
+    let (requests, receiver) = mpsc::channel(MAX_TICKETS * shared.limits.max_parts() + 2);
     let identity = &shared.identity;
     let hello = v1::Hello { caller: Some(identity.caller(0)), slot: identity.slot.0, session };
     let hello = v1::ExchangeRequest { message: Some(Request::Hello(hello)) };
@@ -326,5 +355,5 @@ async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Resu
         return Err(Verdict::new(PeerFailure::Fenced, message));
     }
     identity.admit_peer(welcome.callee.as_ref())?;
-    Ok(Stream { address: address.to_string(), requests, responses })
+    Ok(Stream { address: address.to_string(), session, requests, responses })
 }

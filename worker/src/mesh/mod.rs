@@ -5,6 +5,7 @@ pub(crate) mod dispatch;
 pub(crate) mod exchange;
 mod link;
 pub(crate) mod peers;
+pub(crate) mod relief;
 pub(crate) mod residency;
 mod route;
 mod ticket;

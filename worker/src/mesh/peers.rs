@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::alive::Shared;
 use super::link::{self, Link};
+use super::relief::Relief;
 use super::ticket::Outgoing;
 use crate::identity::Identity;
 use crate::metrics::worker::WorkerMetrics;
@@ -18,6 +19,7 @@ use crate::metrics::worker::WorkerMetrics;
 /// The peers of a worker, by slot.
 pub(crate) struct Peers {
     pub(crate) shared: Arc<Shared>,
+    relief: Arc<Relief>,
     links: Mutex<BTreeMap<Slot, Kept>>,
 }
 
@@ -29,9 +31,14 @@ struct Kept {
 }
 
 impl Peers {
-    pub(crate) fn new(identity: Identity, limits: Limits, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
-        let shared = Arc::new(Shared::new(identity, limits, metrics));
-        Arc::new(Self { shared, links: Mutex::default() })
+    pub(crate) fn new(
+        identity: Identity,
+        limits: Limits,
+        metrics: Arc<WorkerMetrics>,
+        relief: Relief,
+    ) -> Arc<Self> {
+        let (shared, relief) = (Arc::new(Shared::new(identity, limits, metrics)), Arc::new(relief));
+        Arc::new(Self { shared, relief, links: Mutex::default() })
     }
 
     /// The peers of the placement.
@@ -75,7 +82,8 @@ impl Peers {
 
     fn keep(&self, slot: Slot, addresses: Vec<String>) -> Kept {
         let (link, (addresses, changes)) = (Arc::new(Link::default()), watch::channel(addresses));
-        let task = tokio::spawn(link::keep(self.shared.clone(), slot, link.clone(), changes));
+        let task =
+            tokio::spawn(link::keep((self.shared.clone(), self.relief.clone()), slot, link.clone(), changes));
         Kept { link, addresses, task }
     }
 

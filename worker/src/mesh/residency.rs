@@ -70,6 +70,8 @@ struct State {
     uses: BTreeMap<ExpertId, Instant>,
     /// Assigned, and evicted for rows that waited: they come back where there is room, and nobody waits for that.
     displaced: BTreeSet<ExpertId>,
+    /// What rows will soon ask for: loaded where there is room, after all that is wanted now.
+    soon: BTreeSet<ExpertId>,
     failed: BTreeMap<ExpertId, (Instant, LoadFailed)>,
     bytes_loaded: u64,
     stop: bool,
@@ -141,6 +143,18 @@ impl Residency {
         }
     }
 
+    /// Loads experts that rows will soon ask for, and waits for those that there is room for.
+    pub(crate) async fn prefetch(&self, experts: &[ExpertId]) {
+        let mut changes = self.subscribe();
+        self.lock().expect(experts);
+        self.turn.notify_all();
+        while self.lock().come_soon(experts) {
+            // The sender lives in self: this cannot fail while we wait.
+            let _ = changes.changed().await;
+        }
+        self.lock().soon.retain(|expert| !experts.contains(expert));
+    }
+
     pub(crate) fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         Snapshot {
@@ -170,7 +184,9 @@ impl Residency {
                 state = self.lock();
                 state.loading = None;
                 if let Ok(bytes) = result {
-                    self.count(state.is_assigned(expert), bytes);
+                    let elected = if wish.urgent { LoadCause::Elected } else { LoadCause::Relief };
+                    let cause = if state.is_assigned(expert) { LoadCause::Placement } else { elected };
+                    self.metrics.experts.loaded(cause, bytes);
                 }
                 state.record(expert, result.map_err(|error| error.to_string()));
             } else if let Some(expert) = state.idle() {
@@ -196,12 +212,6 @@ impl Residency {
         state.uses.remove(&expert);
     }
 
-    /// An expert was loaded. What the placement does not want here, somebody elected this worker for.
-    fn count(&self, placed: bool, bytes: u64) {
-        let cause = if placed { LoadCause::Placement } else { LoadCause::Elected };
-        self.metrics.experts.loaded(cause, bytes);
-    }
-
     pub(crate) fn stop(&self) {
         self.lock().stop = true;
         self.turn.notify_all();
@@ -224,6 +234,7 @@ impl State {
         let used = |expert: &ExpertId| self.extras.get(expert).copied().unwrap_or_else(Instant::now);
         self.extras = extras.map(|expert| (*expert, used(expert))).collect();
         self.displaced.retain(|expert| experts.contains(*expert));
+        self.soon.clear();
         self.assigned = experts;
     }
 
@@ -266,6 +277,15 @@ impl State {
         }
     }
 
+    fn expect(&mut self, experts: &[ExpertId]) {
+        self.soon.extend(experts.iter().filter(|expert| !self.resident.contains_key(expert)));
+    }
+
+    /// Whether one of them is still to be loaded, and there is room for it.
+    fn come_soon(&self, experts: &[ExpertId]) -> bool {
+        self.has_room() && experts.iter().any(|expert| self.soon.contains(expert))
+    }
+
     fn settled(&self, expert: ExpertId) -> Option<Result<(), LoadFailed>> {
         if self.resident.contains_key(&expert) {
             return Some(Ok(()));
@@ -282,8 +302,9 @@ impl State {
         let again = |expert: &ExpertId| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY);
         let back = !self.displaced.is_empty() && self.has_room();
         let displaced = self.displaced.iter().copied().filter(|_| back);
-        let placed = self.missing().chain(displaced).find(again);
-        placed.map(|expert| Wish { expert, urgent: false })
+        let soon = self.soon.iter().copied().filter(|_| self.has_room());
+        let next = self.missing().chain(displaced).find(again).or_else(|| soon.min());
+        next.map(|expert| Wish { expert, urgent: false })
     }
 
     /// What goes so that one more expert fits into the budget: what the placement does not name, then, where rows wait for the wish, what
@@ -315,6 +336,7 @@ impl State {
     }
 
     fn record(&mut self, expert: ExpertId, result: Result<u64, String>) {
+        self.soon.remove(&expert);
         match result {
             Ok(bytes) => {
                 self.failed.remove(&expert);
@@ -385,6 +407,25 @@ mod tests {
         assert_eq!(state.next().map(|wish| (wish.expert, wish.urgent)), Some((id(0), false)));
         state.record(id(0), Ok(10));
         assert!(state.displaced.is_empty());
+    }
+
+    #[test]
+    fn what_rows_will_soon_ask_for_comes_last_and_only_where_there_is_room() {
+        let id = |expert| ExpertId::new(1, expert);
+        let mut state = State { room: Room { budget: Some(30), expert: 10 }, ..State::default() };
+        state.assign([0].map(id).into_iter().collect());
+        state.expect(&[7, 8, 9].map(id));
+        state.want(id(5));
+        let mut next = |result: Result<u64, String>| {
+            let Wish { expert, urgent } = state.next()?;
+            state.record(expert, result);
+            Some((expert.expert, urgent, state.come_soon(&[id(7), id(8), id(9)])))
+        };
+        assert_eq!(next(Ok(10)), Some((5, true, true)));
+        assert_eq!(next(Ok(10)), Some((0, false, true)));
+        assert_eq!(next(Err("damaged".into())), Some((7, false, true)), "it is not tried again");
+        assert_eq!(next(Ok(10)), Some((8, false, false)), "there is no room for the last");
+        assert_eq!(next(Ok(10)), None);
     }
 
     #[test]

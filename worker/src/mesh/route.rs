@@ -37,6 +37,13 @@ impl Holders {
         }
         held.into_iter().filter(|&(_, count)| count == experts).map(|(layer, _)| layer).collect()
     }
+
+    /// The experts that `me` should not hold, and is elected for where nobody is alive but `me` and those that stay.
+    pub(crate) fn inherited(&self, me: Slot, staying: &BTreeSet<Slot>) -> Vec<ExpertId> {
+        let known = Known { alive: staying, tried: &[], cold: &[] };
+        let others = self.by_expert.iter().filter(|(_, slots)| !slots.contains(&me));
+        others.map(|(&id, _)| id).filter(|&id| route(self, me, id, &known) == Target::Local).collect()
+    }
 }
 
 /// What an owner knows of all workers, itself included, when it looks for an expert.
@@ -184,6 +191,21 @@ mod tests {
             elected.insert(choice(1));
         }
         assert!(elected.len() > 1, "one worker would take all of a dead peer's experts");
+    }
+
+    #[test]
+    fn those_that_stay_inherit_what_only_those_that_leave_hold_each_what_it_will_be_elected_for() {
+        // Worker 0 leaves; worker 3 has a copy of its expert 0.
+        let holders = holders(4, Some(3));
+        let mut inherited = Vec::new();
+        for me in 1..4 {
+            let others: BTreeSet<Slot> = (1..4).filter(|&slot| slot != me).map(Slot).collect();
+            inherited.extend(holders.inherited(Slot(me), &others));
+        }
+        inherited.sort_unstable();
+        assert_eq!(inherited, (1..8).map(|expert| ExpertId::new(1, expert)).collect::<Vec<_>>());
+        assert!(holders.inherited(Slot(1), &slots(&[0, 2, 3])).is_empty(), "nobody leaves");
+        assert_eq!(holders.inherited(Slot(1), &slots(&[])).len(), 24, "all others leave");
     }
 
     #[test]

@@ -35,15 +35,18 @@ pub(crate) enum LoadCause {
     Placement,
     /// A row's owner elected this worker for it.
     Elected,
+    /// A peer that holds it leaves, and this worker is elected next.
+    Relief,
 }
 
 impl LoadCause {
-    pub(crate) const ALL: [Self; 2] = [Self::Placement, Self::Elected];
+    pub(crate) const ALL: [Self; 3] = [Self::Placement, Self::Elected, Self::Relief];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Placement => "placement",
             Self::Elected => "elected",
+            Self::Relief => "relief",
         }
     }
 }

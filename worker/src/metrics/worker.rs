@@ -101,7 +101,7 @@ impl ExpertMetrics {
     fn new(declare: &Declare<'_>) -> Self {
         let loads = declare.counters(
             "expertmesh_worker_expert_loads_total",
-            "Experts loaded, by cause: the placement wants them here, or a row's owner elected this worker.",
+            "Experts loaded, by cause: the placement wants them here, a row's owner elected this worker, or a peer that holds them leaves.",
             &["cause"],
         );
         for cause in LoadCause::ALL {

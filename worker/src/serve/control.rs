@@ -1,6 +1,6 @@
 //! `Control`: the placement to follow, what this worker says of itself, and how it leaves.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status};
 
 use super::run::{Command, Shared};
 use crate::identity::Identity;
+use crate::mesh::relief::Departure;
 use crate::mesh::residency::Residency;
 use crate::placement::CurrentPlacement;
 use crate::process::age_ms;
@@ -40,14 +41,10 @@ pub(crate) struct WorkerState {
     pub(crate) residency: Arc<Residency>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) commands: SyncSender<Command>,
-    /// The process ends: a later placement does not call it back.
-    pub(crate) stopping: AtomicBool,
     began: Instant,
     drained: watch::Sender<bool>,
     /// Held while what to load, or whether to drain, changes: the latest placement has the last word.
     turn: Mutex<()>,
-    /// True once this worker is drained and leaves: streams end.
-    left: watch::Sender<bool>,
 }
 
 /// What the operator is told of the model, which places its experts and counts their bytes.
@@ -71,8 +68,7 @@ impl WorkerState {
         shared: Arc<Shared>,
         commands: SyncSender<Command>,
     ) -> Arc<Self> {
-        let stopping = AtomicBool::new(false);
-        let (drained, left, turn) = (watch::Sender::new(false), watch::Sender::new(false), Mutex::new(()));
+        let (drained, turn) = (watch::Sender::new(false), Mutex::new(()));
         Arc::new(Self {
             identity,
             shape,
@@ -80,11 +76,9 @@ impl WorkerState {
             residency,
             shared,
             commands,
-            stopping,
             began: Instant::now(),
             drained,
             turn,
-            left,
         })
     }
 
@@ -188,13 +182,9 @@ impl WorkerState {
         self.shared.draining.load(Ordering::SeqCst)
     }
 
-    /// Ends the streams that peers, frontends and the operator hold.
-    pub(crate) fn leave(&self) {
-        self.left.send_replace(true);
-    }
-
-    pub(crate) fn left(&self) -> watch::Receiver<bool> {
-        self.left.subscribe()
+    /// Goes a step on the way out; with the last one, the streams of peers, frontends and the operator end.
+    pub(crate) fn depart(&self, departure: Departure) {
+        self.shared.departure.send_replace(departure);
     }
 
     fn apply(&self, placement: Placement) -> Result<(), Status> {
@@ -209,7 +199,7 @@ impl WorkerState {
         let placement = self.placement.get();
         let Some(mine) = placement.worker(self.identity.slot) else { return };
         self.residency.assign(mine.experts.clone());
-        if !mine.draining && !self.stopping.load(Ordering::SeqCst) {
+        if !mine.draining && *self.shared.departure.borrow() == Departure::Stays {
             self.set_draining(&turn, false);
         }
     }
@@ -284,12 +274,12 @@ impl Control for ControlService {
         let (reports, receiver) = mpsc::channel(1);
         let state = self.0.clone();
         tokio::spawn(async move {
-            let (mut changes, mut left) = (state.changes(), state.left());
-            while reports.send(Ok(state.report())).await.is_ok() && !*left.borrow() {
+            let (mut changes, mut departure) = (state.changes(), state.shared.departure.subscribe());
+            while reports.send(Ok(state.report())).await.is_ok() && *departure.borrow() != Departure::Ends {
                 let something = async {
                     tokio::select! {
                         () = changes.next() => {}
-                        _ = left.changed() => {}
+                        _ = departure.changed() => {}
                     }
                 };
                 beat_until(something, &reports, request.heartbeats).await;

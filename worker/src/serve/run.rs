@@ -16,6 +16,7 @@ use expertmesh_scheduler::{self as scheduler, Bounds, Plan, Planned, Scheduler, 
 use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tonic::Status;
 
+use crate::mesh::relief::Departure;
 use crate::metrics::labels::SequenceOutcome;
 use crate::metrics::worker::WorkerMetrics;
 use crate::traces::{self, Parent, Span, SpanKind};
@@ -82,12 +83,19 @@ pub(crate) struct Shared {
     pub(crate) load: watch::Sender<Load>,
     /// Whether new sequences are refused, since this worker leaves.
     pub(crate) draining: AtomicBool,
+    /// Once the process is on its way out, no placement calls it back.
+    pub(crate) departure: watch::Sender<Departure>,
     /// Since when the engine's thread computes a step; none between two.
     pub(crate) stepping: Mutex<Option<Instant>>,
     pub(crate) metrics: Arc<WorkerMetrics>,
 }
 
 impl Shared {
+    pub(crate) fn new(metrics: Arc<WorkerMetrics>) -> Self {
+        let (load, departure) = (watch::Sender::new(Load::default()), watch::Sender::default());
+        Self { load, draining: AtomicBool::new(false), departure, stepping: Mutex::default(), metrics }
+    }
+
     fn steps_since(&self, start: Option<Instant>) {
         *self.stepping.lock().unwrap_or_else(PoisonError::into_inner) = start;
     }
@@ -398,9 +406,7 @@ mod tests {
         blocks: usize,
     ) -> (Vec<Vec<Result<v1::GenerateEvent, Status>>>, u64) {
         let metrics = Arc::new(WorkerMetrics::new(&Registry::new()));
-        let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
-        let shared =
-            Arc::new(Shared { load, draining, stepping: Mutex::default(), metrics: metrics.clone() });
+        let shared = Arc::new(Shared::new(metrics.clone()));
         let exchange = LocalExchange::new(&**backend).unwrap();
         let engine = Loop::new(backend.clone(), exchange, BOUNDS, blocks, shared).unwrap();
         let (commands, receiver) = mpsc::sync_channel(8);

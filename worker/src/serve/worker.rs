@@ -2,9 +2,8 @@
 
 use std::pin::Pin;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use expertmesh_engine::Backend;
@@ -24,12 +23,13 @@ use super::gauges::{keep_gauges, keep_health};
 use super::inference::InferenceService;
 use super::loading::Loaded;
 use super::memory::{left_for_experts, limit};
-use super::run::{Command, Load, Loop, Shared};
+use super::run::{Command, Loop, Shared};
 use super::threads;
 use crate::identity::Identity;
 use crate::mesh::dispatch::MeshExchange;
 use crate::mesh::exchange::{self, Exchange};
 use crate::mesh::peers::Peers;
+use crate::mesh::relief::{Departure, Relief, relieved};
 use crate::mesh::residency::{Residency, Room};
 use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
@@ -37,6 +37,8 @@ use crate::process::Fatal;
 
 /// Commands that wait for the engine's thread.
 const COMMANDS: usize = 1024;
+/// How long peers may take to load what they will be elected for once this worker is gone.
+const RELIEF: Duration = Duration::from_secs(10);
 /// How long streams may take to end once they are told to.
 const ENDING: Duration = Duration::from_secs(2);
 
@@ -59,6 +61,8 @@ pub(super) struct Worker {
     pub(super) state: Arc<WorkerState>,
     exchange: Exchange,
     inference: InferenceService,
+    /// How many streams of peers count on this worker.
+    relying: watch::Receiver<usize>,
     /// The name of a thread that ended before it was told to.
     ended: mpsc::Receiver<&'static str>,
     /// What the device was lost by.
@@ -76,7 +80,6 @@ impl Worker {
         let Loaded { backend, weights, .. } = loaded;
         let metrics = Arc::new(WorkerMetrics::new(registry));
         let config = backend.config();
-        let peers = Peers::new(identity.clone(), limits(config), metrics.clone());
         let Capacity { max_context, kv_cache_mib, experts_mib, running, waiting } = capacity;
         let blocks = blocks(&*backend, kv_cache_mib, max_context);
         let (shape, layout) = (control::shape(config, backend.layout(), weights), backend.layout());
@@ -85,8 +88,13 @@ impl Worker {
         let budget = experts_mib.map(|mib| mib << 20).or_else(left);
         let room = Room { budget, expert: shape.expert_bytes };
         let residency = Residency::new(backend.clone(), room, metrics.clone());
-        let (load, draining) = (watch::Sender::new(Load::default()), AtomicBool::new(false));
-        let shared = Arc::new(Shared { load, draining, stepping: Mutex::default(), metrics });
+        let shared = Arc::new(Shared::new(metrics.clone()));
+        let relief = Relief {
+            residency: residency.clone(),
+            placement: placement.subscribe(),
+            departure: shared.departure.subscribe(),
+        };
+        let peers = Peers::new(identity.clone(), limits(config), metrics, relief);
         let (commands, receiver) = sync_channel(COMMANDS);
         let state = WorkerState::new(
             identity.clone(),
@@ -113,13 +121,16 @@ impl Worker {
         let links = peers.clone();
         tokio::spawn(async move { links.follow(placement.subscribe()).await });
         tokio::spawn(keep_gauges(state.clone(), peers.clone()));
-        let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, leaving: state.left() };
+        let relying = watch::Sender::new(0);
+        let (relied, departure) = (relying.subscribe(), shared.departure.subscribe());
+        let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, departure, relying };
         let vocabulary = config.vocabulary as u32;
         let inference = InferenceService { identity, vocabulary, max_context, commands, shared };
-        Ok(Self { state, exchange, inference, ended, failure: Box::new(move || backend.failure()) })
+        let failure = Box::new(move || backend.failure());
+        Ok(Self { state, exchange, inference, relying: relied, ended, failure })
     }
 
-    /// Serves until `stop`, then leaves: hands its sequences back, answers what peers wait for, and ends. A thread that
+    /// Serves until `stop`, then leaves: hands its sequences back, serves peers until they are relieved, and ends. A thread that
     /// ends by itself ends the worker, with the device's name where that was lost.
     pub(super) async fn serve(
         mut self,
@@ -145,9 +156,10 @@ impl Worker {
             ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
         }
         tracing::info!("leaving");
-        state.stopping.store(true, Ordering::SeqCst);
-        let _ = tokio::time::timeout(drain, state.drain()).await;
-        state.leave();
+        state.depart(Departure::Announced);
+        let relief = tokio::time::timeout(RELIEF, relieved(self.relying));
+        let _ = tokio::time::timeout(drain, async { tokio::join!(state.drain(), relief) }).await;
+        state.depart(Departure::Ends);
         let _ = finish.send(());
         // Open streams end by themselves now; one that does not is cut.
         let _ = tokio::time::timeout(ENDING, server).await;
