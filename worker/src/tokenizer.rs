@@ -1,5 +1,7 @@
 //! Text to token ids and back, as the model's tokenizer.json says.
 
+mod charsmap;
+mod file;
 pub(crate) mod literal;
 mod run;
 mod spelling;
@@ -32,8 +34,8 @@ impl Tokenizer {
         let file = model.join("tokenizer.json");
         let failed = |reason, error: &dyn Display| Fatal::new(reason, format!("{}: {error}", file.display()));
         let invalid = |error: &dyn Display| failed("InvalidTokenizer", error);
-        let mut tokenizer = match files::read_json(&file, files::TABLE) {
-            Ok(bytes) => tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| invalid(&error))?,
+        let tokenizer = match files::read_json(&file, files::TABLE) {
+            Ok(bytes) => file::read(&bytes).map_err(|error| invalid(&error))?,
             Err(FileError::Missing) => {
                 let read = tiktoken::read(model).map_err(|error| Fatal::new("InvalidTokenizer", error))?;
                 let missing = || format!("{}, and no {} either", FileError::Missing, tiktoken::RANKS);
@@ -41,7 +43,6 @@ impl Tokenizer {
             }
             Err(error) => return Err(invalid(&error)),
         };
-        tokenizer.with_padding(None).with_truncation(None).map_err(|error| invalid(&error))?;
         Ok(Self(Arc::new(Vocabulary::of(tokenizer))))
     }
 

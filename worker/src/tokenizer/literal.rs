@@ -10,6 +10,10 @@ use super::vocabulary::Vocabulary;
 /// What may be a mark: characters that Unicode keeps out of texts.
 const MARKS: [Range<u32>; 2] = [0xfdd0..0xfdf0, 0xfffe..0x1_0000];
 
+/// How often the texts are looked through: of tokens that overlap, each time half of what is left is marked. A normalizer
+/// that takes the marks away would never be done.
+const ROUNDS: usize = 64;
+
 /// A text of a client.
 pub(crate) struct Literal<'a> {
     pub(crate) text: &'a mut String,
@@ -27,7 +31,7 @@ pub(super) fn mark(vocabulary: &Vocabulary, texts: &mut [Literal]) -> Result<Opt
     let mark = MARKS.into_iter().flatten().filter_map(char::from_u32).find(unused);
     let mark = mark.ok_or("the contents hold all of Unicode's noncharacters")?;
     // Where tokens overlap, one is seen only when the one before it is not.
-    loop {
+    for _ in 0..ROUNDS {
         let found = found(vocabulary, texts);
         if found.is_empty() {
             return Ok(Some(mark));
@@ -36,6 +40,7 @@ pub(super) fn mark(vocabulary: &Vocabulary, texts: &mut [Literal]) -> Result<Opt
             texts[text].text.insert(at, mark);
         }
     }
+    Err("a control token stays one whatever is put into it".to_owned())
 }
 
 /// The tokens of a text with marks, as the tokenizer has them of the text without, were what is marked none of its control
@@ -79,7 +84,8 @@ fn found(vocabulary: &Vocabulary, texts: &[Literal]) -> Vec<Place> {
     let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
     let seen = pieces.into_iter().filter_map(|(_, (start, end), tokens)| {
         let id = tokens.as_ref()?.first()?.id;
-        let kept = vocabulary.is_kept(id) && texts[place(start).text].thinks;
+        let thinks = texts.get(place(start).text).is_some_and(|literal| literal.thinks);
+        let kept = vocabulary.is_kept(id) && thinks;
         (vocabulary.is_control(id) && !kept).then(|| within(&together, start..end))?
     });
     seen.map(place).collect()
@@ -120,6 +126,21 @@ mod tests {
         let mut literals: Vec<Literal> = texts.iter_mut().map(|text| Literal { text, thinks }).collect();
         let mark = tokenizer.mark(&mut literals).unwrap();
         (texts, mark)
+    }
+
+    #[test]
+    fn a_normalizer_that_takes_marks_away_is_an_error() {
+        let file = r#"{
+            "normalizer": {"type": "Replace", "pattern": {"Regex": "[\ufdd0]"}, "content": ""},
+            "model": {"type": "BPE", "vocab": {"a": 0, "<x>": 1}, "merges": []},
+            "added_tokens": [{"id": 1, "content": "<x>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": true, "special": true}]
+        }"#;
+        let vocabulary = Vocabulary::of(super::super::file::read(file.as_bytes()).unwrap());
+        let mark =
+            |text: &str| mark(&vocabulary, &mut [Literal { text: &mut text.to_owned(), thinks: false }]);
+        assert_eq!(mark("aa"), Ok(None));
+        assert_eq!(mark("a<x>"), Err("a control token stays one whatever is put into it".to_owned()));
     }
 
     #[test]

@@ -187,8 +187,12 @@ impl Window {
 
     /// The text of the tokens that wait, as it follows that of their context.
     fn text(&self, vocabulary: &Vocabulary) -> String {
-        let decode = |ids: &[u32]| vocabulary.tokenizer.decode(ids, false).unwrap_or_default();
         let ids: Vec<u32> = self.context.iter().chain(&self.waiting).copied().collect();
+        // There are decoders that cannot bear to be given nothing.
+        if ids.is_empty() {
+            return String::new();
+        }
+        let decode = |ids: &[u32]| vocabulary.tokenizer.decode(ids, false).unwrap_or_default();
         let context = self.context.map(|id| decode(&[id])).unwrap_or_default();
         decode(&ids).get(context.len()..).unwrap_or_default().to_owned()
     }

@@ -42,6 +42,12 @@ fn a_missing_or_broken_tokenizer_is_named() {
     std::fs::create_dir_all(&broken).unwrap();
     std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
     assert_eq!(Tokenizer::load(&broken).err().unwrap().reason, "InvalidTokenizer");
+    let merged = r#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}}"#;
+    std::fs::write(broken.join("tokenizer.json"), merged).unwrap();
+    let damaged = Tokenizer::load(&broken).err().unwrap();
+    assert_eq!(damaged.reason, "InvalidTokenizer");
+    let problem = r#"tokenizer.json: model: merges: "a" and "a": "aa" is not in the vocab"#;
+    assert!(damaged.message.ends_with(problem), "{}", damaged.message);
     // A layout of tiktoken's whose code nobody knows.
     std::fs::remove_file(broken.join("tokenizer.json")).unwrap();
     std::fs::write(broken.join("tiktoken.model"), "IQ== 0\nIg== 1\n").unwrap();

@@ -77,6 +77,15 @@ fn word_piece() -> Tokenizer {
     )
 }
 
+#[test]
+fn a_decoder_that_wants_tokens_is_not_asked_for_none() {
+    let decoder = json!({"type": "BPEDecoder", "suffix": "</w>"});
+    let tokenizer = tokenizer(&strings(["a</w>", "b", "c</w>"]), &decoder);
+    assert_eq!(streamed(&tokenizer, &[], &[]), "");
+    assert_eq!(streamed(&tokenizer, &[], &[0, 1, 2]), "a bc");
+    assert_eq!(streamed(&tokenizer, &[0], &[1, 2]), " bc");
+}
+
 /// One of every kind, and its name for messages.
 fn kinds() -> Vec<(&'static str, Tokenizer)> {
     vec![
