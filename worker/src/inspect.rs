@@ -1,13 +1,14 @@
-//! `expertmesh-worker inspect`: what a model is and takes, and what `serve` and `frontend` would refuse of it. Of a
-//! checkpoint's weights only headers and samples are read.
+//! `expertmesh-worker inspect`: what a model is and takes, and what `serve` and `frontend` would refuse of it: all that can be
+//! told without its weights, of which only headers and samples are read.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use expertmesh_engine::{Isa, PackedModel};
+use expertmesh_engine::{Isa, PackedModel, unloadable};
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
 use expertmesh_model::facts::{AttentionFacts, ModelFacts};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::generation::GenerationConfig;
@@ -18,6 +19,9 @@ use crate::engine::ComputedAs;
 use crate::process::Fatal;
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
+
+/// Tensors that are named where more are wrong, as all are beside a config.json of another model.
+const MOST_TENSORS: usize = 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -90,15 +94,30 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 /// What the starts of a worker and of a frontend fail with, by the ways in which they read a model.
 fn refused(model: &Path, config: &ModelConfig) -> Vec<Refusal> {
     let computed = ComputedAs { weights: WeightFormat::default(), numerics: Numerics::default() };
-    let read = [
-        config.placed_layers().map(drop).map_err(Fatal::from),
-        computed.fingerprint(model).map(drop),
-        GenerationConfig::read(model, config).map(drop).map_err(Fatal::from),
-        Tokenizer::load(model).map(drop),
-        ChatTemplate::load(model).map(drop),
-    ];
-    let refusal = |Fatal { reason, message }| Refusal { reason, message };
-    read.into_iter().filter_map(|read| read.err().map(refusal)).collect()
+    let mut refused: Vec<Fatal> = config.placed_layers().err().map(Fatal::from).into_iter().collect();
+    match computed.fingerprint(model) {
+        Ok(_) => refused.extend(tensors(model, config, computed.weights)),
+        Err(error) => refused.push(error),
+    }
+    refused.extend(GenerationConfig::read(model, config).err().map(Fatal::from));
+    refused.extend(Tokenizer::load(model).err());
+    refused.extend(ChatTemplate::load(model).err());
+    refused.into_iter().map(|Fatal { reason, message }| Refusal { reason, message }).collect()
+}
+
+/// The tensors that no worker could load, and how many more there are.
+fn tensors(model: &Path, config: &ModelConfig, weights: WeightFormat) -> Vec<Fatal> {
+    let errors = unloadable(model, config, weights).unwrap_or_else(|error| vec![error]);
+    let more = errors.len().saturating_sub(MOST_TENSORS);
+    let reason = errors.last().map_or("", ModelError::reason);
+    let mut told: Vec<Fatal> = errors.into_iter().take(MOST_TENSORS).map(Fatal::from).collect();
+    if more > 0 {
+        told.push(Fatal::new(
+            reason,
+            format!("{more} more tensors are missing, or of another shape or type"),
+        ));
+    }
+    told
 }
 
 fn packed_facts(packed: &PackedModel, check: bool) -> PackedFacts {
@@ -264,6 +283,40 @@ mod tests {
             "model.safetensors: a git-lfs pointer in the place of the file; run git lfs pull where the model was cloned"
         ));
         assert!(all[2].message.contains("tokenizer.json: a git-lfs pointer"));
+        fs::remove_dir_all(&copy).unwrap();
+    }
+
+    #[test]
+    fn tensors_that_are_wrong_are_named_and_where_all_are_counted() {
+        let copy = std::env::temp_dir().join(format!("expertmesh-inspect-tensors-{}", std::process::id()));
+        fs::create_dir_all(&copy).unwrap();
+        for file in ["model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+            fs::copy(tiny_r1().join(file), copy.join(file)).unwrap();
+        }
+        let config = fs::read_to_string(tiny_r1().join("config.json")).unwrap();
+        let told = |from: &str, to: &str| {
+            assert!(config.contains(from), "{from}");
+            fs::write(copy.join("config.json"), config.replace(from, to)).unwrap();
+            let refused = refused(&copy, &ModelConfig::read(&copy).unwrap());
+            refused.into_iter().map(|refusal| refusal.message).collect::<Vec<_>>()
+        };
+        let weights = copy.join("model.safetensors");
+        let weights = weights.display();
+        assert_eq!(
+            told("\"vocab_size\": 1536", "\"vocab_size\": 4096"),
+            [
+                format!(
+                    "tensor model.embed_tokens.weight in {weights}: expected shape [4096, 192], found [1536, 192]"
+                ),
+                format!("tensor lm_head.weight in {weights}: expected shape [4096, 192], found [1536, 192]"),
+            ]
+        );
+        let all = told("\"hidden_size\": 192", "\"hidden_size\": 512");
+        assert_eq!(all.len(), MOST_TENSORS + 1);
+        assert!(
+            all[MOST_TENSORS].ends_with(" more tensors are missing, or of another shape or type"),
+            "{all:?}"
+        );
         fs::remove_dir_all(&copy).unwrap();
     }
 }

@@ -19,6 +19,11 @@ use crate::math::widen;
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// The types that matrices, vectors and the scales of fp8 may have.
+const MATRIX: [Dtype; 4] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
+const VECTOR: [Dtype; 3] = [Dtype::BF16, Dtype::F16, Dtype::F32];
+const SCALES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F8_E8M0];
+
 /// A safetensors file that is mapped into memory.
 #[derive(Debug)]
 pub struct SafetensorsFile {
@@ -115,7 +120,8 @@ impl SafetensorsFile {
 /// All tensors of a model's directory.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
-    model: PathBuf,
+    /// The file that says which tensors there are.
+    listed: PathBuf,
     files: Vec<SafetensorsFile>,
     /// Which of `files` has a tensor.
     homes: HashMap<String, usize>,
@@ -203,7 +209,7 @@ impl Checkpoint {
         }
         let file = SafetensorsFile::open(&single)?;
         let homes = file.names().into_iter().map(|name| (name, 0)).collect();
-        Ok(Self { model: model.to_owned(), files: vec![file], homes })
+        Ok(Self { listed: single, files: vec![file], homes })
     }
 
     fn open_shards(model: &Path, index: &Path) -> Result<Self, ModelError> {
@@ -231,11 +237,11 @@ impl Checkpoint {
             files[home].info(&tensor)?;
             homes.insert(tensor, home);
         }
-        Ok(Self { model: model.to_owned(), files, homes })
+        Ok(Self { listed: index.to_owned(), files, homes })
     }
 
     fn home(&self, name: &str) -> Result<&SafetensorsFile, ModelError> {
-        let missing = || ModelError::MissingTensor { tensor: name.to_owned(), file: self.model.clone() };
+        let missing = || ModelError::MissingTensor { tensor: name.to_owned(), file: self.listed.clone() };
         self.homes.get(name).map(|&home| &self.files[home]).ok_or_else(missing)
     }
 
@@ -246,12 +252,31 @@ impl Checkpoint {
 
     /// A matrix of exactly this shape without NaN or infinity: bf16, f16, f32, or fp8 with the scales of its blocks.
     pub(crate) fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<Tensor<'_>, ModelError> {
-        let dtypes = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F8_E4M3];
-        let mut tensor = self.home(name)?.weights(name, &[rows, columns], &dtypes)?;
+        let mut tensor = self.home(name)?.weights(name, &[rows, columns], &MATRIX)?;
         if let Tensor::Fp8 { scales, .. } = &mut tensor {
             *scales = self.scales(name, rows, columns)?;
         }
         Ok(tensor)
+    }
+
+    /// An error where [`Self::matrix`] would have one for what the headers say.
+    pub(crate) fn has_matrix(&self, name: &str, rows: usize, columns: usize) -> Result<(), ModelError> {
+        let (dtype, _) = self.home(name)?.shaped(name, &[rows, columns], &MATRIX)?;
+        if dtype == Dtype::F8_E4M3 {
+            self.stored_scales(&scales_of(name), rows, columns)?;
+        }
+        Ok(())
+    }
+
+    /// An error where [`Self::widened`] would have one for what the headers say of a vector.
+    pub(crate) fn has_vector(&self, name: &str, width: usize) -> Result<(), ModelError> {
+        self.home(name)?.shaped(name, &[width], &VECTOR).map(drop)
+    }
+
+    /// The scales of a matrix as they are stored.
+    fn stored_scales(&self, name: &str, rows: usize, columns: usize) -> Result<(Dtype, &[u8]), ModelError> {
+        let shape = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
+        self.home(name)?.shaped(name, &shape, &SCALES)
     }
 
     /// The scales of an fp8 matrix: (⌈rows / 128⌉, ⌈columns / 128⌉), in f32, bf16 or ue8m0. Where
@@ -259,8 +284,7 @@ impl Checkpoint {
     fn scales(&self, matrix: &str, rows: usize, columns: usize) -> Result<Vec<f32>, ModelError> {
         let name = scales_of(matrix);
         let file = self.home(&name)?;
-        let shape = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
-        let scales = match file.shaped(&name, &shape, &[Dtype::F32, Dtype::BF16, Dtype::F8_E8M0])? {
+        let scales = match self.stored_scales(&name, rows, columns)? {
             (Dtype::F32, bytes) => bytes.as_chunks().0.iter().map(|&bits| f32::from_le_bytes(bits)).collect(),
             (Dtype::BF16, bytes) => {
                 bytes.as_chunks().0.iter().map(|&bits| widen(u16::from_le_bytes(bits))).collect()
@@ -279,7 +303,7 @@ impl Checkpoint {
 
     /// A small tensor, widened to f32: bf16, f16 or f32, of exactly this shape, without NaN or infinity.
     pub(crate) fn widened(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelError> {
-        let tensor = self.home(name)?.weights(name, shape, &[Dtype::BF16, Dtype::F16, Dtype::F32])?;
+        let tensor = self.home(name)?.weights(name, shape, &VECTOR)?;
         let mut values = vec![0.0; shape.iter().product()];
         tensor.widen_row(0, &mut values);
         Ok(values)

@@ -36,6 +36,7 @@ pub use forward::{Exchange, LocalExchange, Observer, Seen, forward};
 pub use mapping::lost::tell_lost_weights;
 pub use pack::mapped::PackedModel;
 pub use pack::prepare::{PrepareOptions, Prepared, prepare};
+pub use pack::source::unloadable;
 pub use pending::Pending;
 pub use reference::forward::{Gated, LayerTrace, Reference, Trace};
 pub use routes::{ExpertGroup, Grouped, Pair, Routes, group};

@@ -56,6 +56,30 @@ pub(crate) fn pack_pieces(checkpoint: &Checkpoint, parts: &Parts, take: &mut Tak
     Ok(())
 }
 
+/// What would keep a blob from being packed, by the tensors' names, shapes and types; none of their bytes is read.
+pub(crate) fn check_parts(checkpoint: &Checkpoint, parts: &Parts) -> Vec<ModelError> {
+    let mut errors = Vec::new();
+    let mut last = "";
+    for Part { kind, .. } in &parts.0 {
+        let matrices = match kind {
+            Kind::Matrix(shape, origin) => origin.tensors(shape),
+            Kind::Table { name, rows, width } => vec![(name.as_str(), [*rows, *width])],
+            Kind::Vector { name, width } => {
+                errors.extend(checkpoint.has_vector(name, *width).err());
+                continue;
+            }
+        };
+        for (name, [rows, columns]) in matrices {
+            // Heads take their rows of one tensor.
+            if name != last {
+                errors.extend(checkpoint.has_matrix(name, rows, columns).err());
+            }
+            last = name;
+        }
+    }
+    errors
+}
+
 /// A checkpoint's tensors, the last one kept: a head takes its rows of the one that the head before took its rows of.
 struct Tensors<'a> {
     checkpoint: &'a Checkpoint,
@@ -97,22 +121,20 @@ impl<'a> Tensors<'a> {
 
     fn matrix(&mut self, shape: &Shape, origin: &Origin) -> Result<Fill<'a>, ModelError> {
         let (outputs, inputs) = (shape.outputs, shape.inputs);
-        let rows_of =
-            |tensor, first| Box::new(Rows { tensor, columns: inputs, first }) as Box<dyn Source + 'a>;
-        let sources: Vec<Box<dyn Source + 'a>> = match origin {
-            Origin::Tensor(name) => vec![rows_of(self.get(name, outputs, inputs)?, 0)],
-            Origin::GateUp(gate, up) => {
-                vec![rows_of(self.get(gate, outputs, inputs)?, 0), rows_of(self.get(up, outputs, inputs)?, 0)]
-            }
-            Origin::ValueUp { kv_up, rows, first } => vec![rows_of(self.get(kv_up, *rows, inputs)?, *first)],
-            Origin::KeyAbsorb { kv_up, rows, first } => {
-                let tensor = self.get(kv_up, *rows, outputs)?;
-                let mut columns = vec![0.0; inputs * outputs];
-                let rows = columns.chunks_exact_mut(outputs).enumerate();
-                rows.for_each(|(row, out)| tensor.widen_row(first + row, out));
-                vec![Box::new(Transposed { columns, outputs })]
-            }
-        };
+        let mut sources: Vec<Box<dyn Source + 'a>> = Vec::new();
+        for (name, [rows, columns]) in origin.tensors(shape) {
+            let tensor = self.get(name, rows, columns)?;
+            sources.push(match origin {
+                Origin::Tensor(_) | Origin::GateUp(..) => Box::new(Rows { tensor, columns, first: 0 }),
+                Origin::ValueUp { first, .. } => Box::new(Rows { tensor, columns, first: *first }),
+                Origin::KeyAbsorb { first, .. } => {
+                    let mut columns = vec![0.0; inputs * outputs];
+                    let rows = columns.chunks_exact_mut(outputs).enumerate();
+                    rows.for_each(|(row, out)| tensor.widen_row(first + row, out));
+                    Box::new(Transposed { columns, outputs })
+                }
+            });
+        }
         let packing = Packing::new(*shape, sources);
         Ok(Box::new(move |first, out| packing.fill(first, out)))
     }

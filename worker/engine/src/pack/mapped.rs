@@ -134,7 +134,7 @@ impl PackedModel {
         }
     }
 
-    fn held(&self, place: Place) -> Result<&(Extent, u32), ModelError> {
+    pub(super) fn held(&self, place: Place) -> Result<&(Extent, u32), ModelError> {
         let absent = || match place {
             Place::Expert(layer, expert) => {
                 ModelError::ExpertNotPacked { layer, expert, model: self.directory.clone() }

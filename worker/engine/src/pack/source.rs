@@ -5,12 +5,12 @@ use std::path::Path;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
-use expertmesh_model::layout::plan::{Parts, Place};
+use expertmesh_model::layout::plan::{Parts, Place, Plan};
 
 use super::mapped::PackedModel;
 use crate::checkpoint::Checkpoint;
 use crate::cpu::blob::Blob;
-use crate::cpu::packing::pack_blob;
+use crate::cpu::packing::{check_parts, pack_blob};
 
 /// A model's directory that was opened to load blobs from.
 pub(crate) enum Source {
@@ -44,10 +44,37 @@ impl Source {
         }
     }
 
+    /// What would keep a blob from being loaded, as far as headers and indices say.
+    fn check(&self, place: Place, parts: &Parts) -> Vec<ModelError> {
+        match (self, place) {
+            (Self::Checkpoint(checkpoint), _) => check_parts(checkpoint, parts),
+            // A packed model may have but the experts that one worker is to hold.
+            (Self::Packed(_), Place::Expert(..)) => Vec::new(),
+            (Self::Packed(packed), Place::Ends | Place::Layer(_)) => {
+                packed.held(place).err().into_iter().collect()
+            }
+        }
+    }
+
     /// Gives a blob's pages back, since it is not needed soon.
     pub(crate) fn release(&self, place: Place) {
         if let Self::Packed(packed) = self {
             packed.release(place);
         }
     }
+}
+
+/// What would keep a model's blobs from being loaded: every tensor that is missing, or of another shape or type than its
+/// config.json says. Headers and indices are read, no weights.
+///
+/// # Errors
+/// Of the files themselves, where they cannot be opened.
+pub fn unloadable(
+    model: &Path,
+    config: &ModelConfig,
+    weights: WeightFormat,
+) -> Result<Vec<ModelError>, ModelError> {
+    let (source, format) = Source::open(model, config, weights)?;
+    let plan = Plan::new(config, format);
+    Ok(plan.places().flat_map(|place| source.check(place, &plan.parts(place))).collect())
 }

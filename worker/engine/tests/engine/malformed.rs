@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use expertmesh_engine::ExpertStore;
+use expertmesh_engine::{ExpertStore, unloadable};
+use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_model::fingerprint::ModelFingerprint;
@@ -314,6 +315,54 @@ fn the_tensors_of_every_family_are_named_when_they_are_missing() {
         assert_eq!(reason, "MissingTensor");
         assert!(message.starts_with(&format!("tensor {name} is missing from ")), "{message}");
     }
+}
+
+/// What keeps a model from being loaded with all its experts.
+fn refused(copy: &Copy) -> Option<ModelError> {
+    let loaded = copy.load().and_then(|backend| {
+        let experts = backend.config().experts() as u32;
+        let of = |layer| (0..experts).map(move |expert| ExpertId::new(layer as u32, expert));
+        let all: Vec<ExpertId> = backend.config().moe_layers().flat_map(of).collect();
+        backend.load_experts(&all, |_| ())
+    });
+    loaded.err()
+}
+
+#[test]
+fn what_loading_refuses_of_any_tensor_is_told_from_its_header() {
+    let mut told = 0;
+    for golden in ["v3-fp8", "v2", "v2-lite", "v3-mtp", "qwen3-moe", "mixtral", "olmoe"] {
+        let copy = Copy::of(golden, &format!("headers-{golden}"));
+        let config = ModelConfig::read(&copy.0).unwrap();
+        let whole = copy.tensors();
+        let headers = || unloadable(&copy.0, &config, WeightFormat::Native).unwrap();
+        assert_eq!(headers(), []);
+        // Every seventh: of all layers, and of all kinds.
+        for (at, (name, dtype, shape, _)) in whole.iter().enumerate().step_by(7) {
+            let retyped = match dtype.bitsize() {
+                8 => Dtype::U8,
+                16 => Dtype::I16,
+                _ => Dtype::I32,
+            };
+            for change in ["missing", "shape", "type"] {
+                let mut tensors = whole.clone();
+                match change {
+                    "missing" => drop(tensors.remove(at)),
+                    "shape" => tensors[at].2.push(1),
+                    _ => tensors[at].1 = retyped,
+                }
+                copy.write("model.safetensors", &tensors);
+                let error = refused(&copy);
+                assert_eq!(
+                    headers(),
+                    error.clone().into_iter().collect::<Vec<_>>(),
+                    "{golden} {name} {shape:?} {change}"
+                );
+                told += usize::from(error.is_some());
+            }
+        }
+    }
+    assert!(told > 300, "{told}");
 }
 
 #[test]

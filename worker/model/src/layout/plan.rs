@@ -100,6 +100,19 @@ pub enum Origin {
     ValueUp { kv_up: String, rows: usize, first: usize },
 }
 
+impl Origin {
+    /// The tensors by their names, each with its rows and columns, for a matrix of this shape.
+    pub fn tensors(&self, shape: &Shape) -> Vec<(&str, [usize; 2])> {
+        let (outputs, inputs) = (shape.outputs, shape.inputs);
+        match self {
+            Self::Tensor(name) => vec![(name, [outputs, inputs])],
+            Self::GateUp(gate, up) => vec![(gate, [outputs, inputs]), (up, [outputs, inputs])],
+            Self::KeyAbsorb { kv_up, rows, .. } => vec![(kv_up, [*rows, outputs])],
+            Self::ValueUp { kv_up, rows, .. } => vec![(kv_up, [*rows, inputs])],
+        }
+    }
+}
+
 /// A blob's parts, in the order of their bytes.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Parts(pub Vec<Part>);
@@ -163,6 +176,14 @@ pub struct Plan<'a> {
 impl<'a> Plan<'a> {
     pub fn new(config: &'a ModelConfig, weights: WeightFormat) -> Self {
         Self { config, names: Names::new(config), weights: weights.resolved(config) }
+    }
+
+    /// Every blob of the model: of no layer, of the layers, then of their experts.
+    pub fn places(&self) -> impl Iterator<Item = Place> {
+        let experts = self.config.moe_layers().flat_map(|layer| {
+            (0..self.config.experts() as u32).map(move |expert| Place::Expert(layer, expert))
+        });
+        [Place::Ends].into_iter().chain((0..self.config.layers).map(Place::Layer)).chain(experts)
     }
 
     /// The parts of a blob.
