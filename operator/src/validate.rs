@@ -22,7 +22,7 @@ use crate::api::{self, ModelDeployment, PodFields};
 pub(crate) struct ValidatedDeployment {
     /// DNS-1035, at most 40 characters; also the name that clients give the model.
     pub(crate) name: String,
-    /// Absolute, without `..`: in the image, or below `--root` under `up`.
+    /// Absolute, without `..` and without a slash at its end: in the image, or below `--root` under `up`.
     pub(crate) model_path: PathBuf,
     pub(crate) weights: WeightFormat,
     pub(crate) numerics: Numerics,
@@ -65,7 +65,7 @@ impl ValidatedDeployment {
             autoscaling: spec.autoscaling.as_ref().map(policy).transpose()?,
             memory: spec.workers.pod.resources.limits.get("memory").and_then(bytes),
             name,
-            model_path: PathBuf::from(spec.model.uri.trim_start_matches("file://")),
+            model_path: Path::new(spec.model.uri.trim_start_matches("file://")).components().collect(),
             weights: spec.model.weights.into(),
             numerics: spec.serving.numerics.into(),
             desired,

@@ -4,6 +4,8 @@
 //! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
 //! ever after: an upgrade of the operator restarts nothing.
 
+use std::path::Path;
+
 use expertmesh_model::canonical::{Commas, canonical};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
@@ -37,7 +39,7 @@ pub(crate) struct Revision {
 impl Revision {
     /// A new one: `image` is what pods without an image of their own get.
     pub(crate) fn new(owner: &Owner, deployment: &ValidatedDeployment, image: &str) -> Self {
-        let hash = hash(deployment);
+        let hash = hash(deployment, &deployment.model_path);
         let pod = |component, fields: &PodFields| {
             let image = fields.image.as_deref().unwrap_or(image);
             template(owner, &hash, &Process { component, deployment, fields, image })
@@ -64,14 +66,20 @@ impl Revision {
     }
 }
 
+/// What a deployment's revision may be recorded as: its name, and the one that it had where its URI ended in a slash and
+/// the slash was hashed.
+pub(crate) fn recorded_as(deployment: &ValidatedDeployment) -> [String; 2] {
+    [hash(deployment, &deployment.model_path), hash(deployment, &deployment.model_path.join(""))]
+}
+
 /// `<rev8>`: over what may not mix. A field that a later version adds must be left out at its default, so that it
 /// makes no new revision of what runs.
-pub(crate) fn hash(deployment: &ValidatedDeployment) -> String {
+fn hash(deployment: &ValidatedDeployment, model: &Path) -> String {
     let mut parts = json!({
         "drainMilliseconds": deployment.desired.drain_timeout.as_millis().to_string(),
         "frontend": deployment.frontend_pod,
         "maxContextTokens": deployment.max_context_tokens,
-        "model": deployment.model_path,
+        "model": model,
         "workers": deployment.worker_pod,
     });
     // Came later; a default is filled in by the API server, whether it was written or not.

@@ -9,6 +9,7 @@ use expertmesh_proto::slot::Slot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;
 
+use super::revision::recorded_as;
 use super::*;
 use crate::api::ModelDeployment;
 use crate::validate::ValidatedDeployment;
@@ -129,6 +130,25 @@ fn a_deployment_of_before_formats_could_be_chosen_keeps_its_revision() {
         .extend([WeightFormat::Native, WeightFormat::Int8].map(|weights| hash_with(weights, Numerics::Tile)));
     let distinct: BTreeSet<&String> = hashes.iter().collect();
     assert_eq!(distinct.len(), hashes.len(), "{hashes:?}");
+}
+
+#[test]
+fn a_slash_after_the_models_path_makes_no_revision_and_what_was_recorded_with_it_is_found() {
+    let deployment = |uri: &str| {
+        let object: ModelDeployment = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "tiny-r1"},
+            "spec": {"model": {"uri": uri}},
+        }))
+        .unwrap();
+        ValidatedDeployment::new(&object).unwrap()
+    };
+    for uri in ["file:///models/tiny-r1", "file:///models/tiny-r1/", "file:///models//./tiny-r1//"] {
+        let revision = Revision::new(&owner(), &deployment(uri), "expertmesh:1");
+        assert_eq!(revision.hash, "3e3a242a", "{uri}");
+        assert_eq!(recorded_as(&deployment(uri)), ["3e3a242a", "c488dd9c"], "{uri}");
+        let arguments = revision.workers.spec.unwrap().containers[0].args.clone().unwrap().join(" ");
+        assert!(arguments.contains("--model /models/tiny-r1 "), "{arguments}");
+    }
 }
 
 fn hash_with(weights: WeightFormat, numerics: Numerics) -> String {

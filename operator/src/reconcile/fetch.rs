@@ -98,8 +98,12 @@ impl Found {
 
     /// The revision that the spec asks for: as it was recorded, or a new one. None where no image is known for it.
     pub(super) fn wanted(&self, deployment: &ValidatedDeployment, image: Option<&str>) -> Option<Revision> {
-        let hash = revision::hash(deployment);
-        if let Some(recorded) = self.recorded(&hash) {
+        let mut names = revision::recorded_as(deployment);
+        // What is recorded under either name goes on; where both are, the one that this spelling had.
+        if self.object.spec.model.uri.ends_with('/') {
+            names.reverse();
+        }
+        if let Some(recorded) = names.iter().find_map(|name| self.recorded(name)) {
             return Some(recorded);
         }
         let has_images = deployment.worker_pod.image.is_some() && deployment.frontend_pod.image.is_some();
