@@ -1,4 +1,4 @@
-//! The small files of a model: read whole, where they are files of a size that such files have.
+//! Files that a user names: read whole where they are small, and only where they are files of a size that such files have.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -33,9 +33,8 @@ pub enum FileError {
 
 /// All bytes of a file, which has `most` at most.
 pub fn read(path: &Path, most: u64) -> Result<Vec<u8>, FileError> {
-    regular(path)?;
-    let mut bytes = Vec::new();
-    File::open(path).and_then(|file| file.take(most + 1).read_to_end(&mut bytes)).map_err(told)?;
+    let (file, mut bytes) = (open(path)?, Vec::new());
+    file.take(most + 1).read_to_end(&mut bytes).map_err(told)?;
     match bytes.len() as u64 > most {
         true => Err(FileError::TooLarge(most)),
         false => not_a_pointer(&bytes).map(|()| bytes),
@@ -49,6 +48,12 @@ pub fn read_json(path: &Path, most: u64) -> Result<Vec<u8>, FileError> {
         bytes.drain(..MARK.len());
     }
     Ok(bytes)
+}
+
+/// A file to be read piece by piece, which bounds the pieces.
+pub fn open(path: &Path) -> Result<File, FileError> {
+    regular(path)?;
+    File::open(path).map_err(told)
 }
 
 /// An error where there is no file at a path, or a device, a pipe or a directory, which no one is to open then: it may

@@ -1,10 +1,10 @@
 //! Public traces: Azure's LLM inference traces (CSV) and Mooncake's (JSONL), told apart by their first line.
 
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use expertmesh_model::files::{self, FileError};
 use jiff::Timestamp;
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
@@ -21,7 +21,7 @@ const MAX_MILLISECONDS: f64 = 100.0 * 366.0 * 86_400e3;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TraceError {
     #[error("{}: {error}", path.display())]
-    Read { path: PathBuf, error: io::Error },
+    Read { path: PathBuf, error: FileError },
     #[error("{}:{line}: {problem}", path.display())]
     Malformed { path: PathBuf, line: usize, problem: String },
     #[error("{}: no request in it", path.display())]
@@ -32,13 +32,14 @@ impl Trace {
     /// From a file of either format. Time begins at the earliest request.
     pub(crate) fn read(path: &Path) -> Result<Self, TraceError> {
         let unreadable = |error| TraceError::Read { path: path.into(), error };
-        parse(BufReader::new(File::open(path).map_err(unreadable)?), path)
+        parse(BufReader::new(files::open(path).map_err(unreadable)?), path)
     }
 }
 
 fn parse(mut file: impl BufRead, path: &Path) -> Result<Trace, TraceError> {
     let (mut format, mut rows, mut number, mut line) = (None, vec![], 0, String::new());
-    while next_line(&mut file, &mut line).map_err(|error| TraceError::Read { path: path.into(), error })? {
+    let unreadable = |error| TraceError::Read { path: path.into(), error: FileError::Io(error) };
+    while next_line(&mut file, &mut line).map_err(unreadable)? {
         number += 1;
         let text = line.trim_start_matches('\u{feff}').trim();
         if text.is_empty() {
@@ -198,6 +199,14 @@ mod tests {
             error("{\"timestamp\": 1, \"input_length\": 5000000, \"output_length\": 3}").contains("at most")
         );
         assert_eq!(error("\n"), "t: no request in it");
+    }
+
+    #[test]
+    fn what_is_no_file_is_told_at_once() {
+        let error = |path: &str| Trace::read(Path::new(path)).unwrap_err().to_string();
+        assert_eq!(error("/nowhere/trace.csv"), "/nowhere/trace.csv: no such file");
+        assert_eq!(error("/dev/zero"), "/dev/zero: a device or a pipe, not a file");
+        assert_eq!(error("/"), "/: a directory, not a file");
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! How long a worker takes: a step's time as a line through what `make bench` measured, and how long workers take to come and go.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
+use expertmesh_model::files;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -160,13 +160,15 @@ fn ours(summary: &Value, name: &str) -> anyhow::Result<f64> {
 }
 
 fn read(path: &Path) -> anyhow::Result<String> {
-    let size = fs::metadata(path).with_context(|| path.display().to_string())?.len();
-    ensure!(size <= MAX_BYTES, "{}: {size} bytes; at most {MAX_BYTES} are expected", path.display());
-    fs::read_to_string(path).with_context(|| path.display().to_string())
+    let named = || path.display().to_string();
+    let bytes = files::read(path, MAX_BYTES).with_context(named)?;
+    String::from_utf8(bytes).map_err(|error| error.utf8_error()).with_context(named)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn default() -> ServiceModel {
@@ -184,6 +186,15 @@ mod tests {
         let fitted = default().fitted(&path);
         fs::remove_file(path).unwrap();
         fitted
+    }
+
+    #[test]
+    fn what_is_no_small_file_is_told_at_once() {
+        let error = |path: &str| format!("{:#}", default().fitted(Path::new(path)).unwrap_err());
+        assert_eq!(error("/dev/zero"), "/dev/zero: a device or a pipe, not a file");
+        assert_eq!(error("/nowhere/summary.json"), "/nowhere/summary.json: no such file");
+        let large = format!("{:#}", fitted(&" ".repeat(MAX_BYTES as usize + 1)).unwrap_err());
+        assert!(large.ends_with(": more than 1048576 bytes, which no such file has"), "{large}");
     }
 
     #[test]
