@@ -3,13 +3,18 @@
 
 use std::path::Path;
 
+use expertmesh_engine::Sampler;
+use expertmesh_proto::v1;
 use serde_json::Map;
+use tokio::sync::mpsc;
 
 use crate::conversation::{Contents, Conversation};
 use crate::frontend::model::Model;
 use crate::frontend::valid::ValidRequest;
+use crate::serve::inference::RequestLimits;
 use crate::template::{ChatTemplate, Message, Role};
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::literal::Literal;
 
 /// A frontend's model, which requests are read for.
 pub struct Requests(Model);
@@ -40,6 +45,10 @@ pub fn vocabulary(model: &Path, text: &str) {
         tokenizer.bytes(token);
     }
     stream.finish();
+    let mut marked = text.to_owned();
+    if let Ok(Some(mark)) = tokenizer.mark(&mut [Literal { text: &mut marked, thinks: true }]) {
+        let _ = tokenizer.encode_marked(&marked, mark);
+    }
 }
 
 /// Reads the template of a model's directory, and renders a text as a user's and as an assistant's for `requests`' vocabulary.
@@ -52,4 +61,14 @@ pub fn template(model: &Path, text: &str, requests: &Requests) {
         let rendered = conversation.render(&template, &requests.0.tokenizer, contents);
         let _ = rendered.map(|rendered| rendered.tokens(&requests.0.tokenizer));
     }
+}
+
+/// Checks a request to a worker of a small model, and draws the first token of what it accepts.
+pub fn generate(request: v1::GenerateRequest) {
+    let limits = RequestLimits { vocabulary: 128, max_context: 64 };
+    let Ok(sequence) = limits.check(request, mpsc::channel(1).0) else { return };
+    let logits: Vec<f32> = (0..limits.vocabulary).map(|token| (token * 37 % 101) as f32 / 8.0).collect();
+    let token = Sampler::default().choose(&logits, &sequence.sampling, &sequence.history);
+    assert!(token < limits.vocabulary, "{token} is no token");
+    assert!(sequence.max_length > sequence.tokens.len() && sequence.max_length <= limits.max_context);
 }

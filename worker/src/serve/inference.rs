@@ -21,11 +21,17 @@ use crate::traces;
 /// More stop tokens than any client names.
 const MAX_STOP_TOKENS: usize = 128;
 
-pub(crate) struct InferenceService {
-    pub(crate) identity: Identity,
+/// What a request is checked against.
+pub(crate) struct RequestLimits {
+    /// Tokens are below it.
     pub(crate) vocabulary: u32,
     /// Positions of a sequence, prompt and answer together.
     pub(crate) max_context: usize,
+}
+
+pub(crate) struct InferenceService {
+    pub(crate) identity: Identity,
+    pub(crate) limits: RequestLimits,
     pub(crate) commands: SyncSender<Command>,
     pub(crate) shared: Arc<Shared>,
 }
@@ -43,7 +49,7 @@ impl Inference for InferenceService {
         self.identity.admit(request.caller.as_ref())?;
         let (events, receiver) = mpsc::channel(EVENTS);
         let spans = Spans::begin(&parent, &request);
-        let submission = Submission { spans, ..self.check(request, events)? };
+        let submission = Submission { spans, ..self.limits.check(request, events)? };
         self.submit(submission).inspect_err(|_| {
             self.shared.metrics.engine.ended(SequenceOutcome::Refused);
         })?;
@@ -61,8 +67,11 @@ impl InferenceService {
             TrySendError::Disconnected(_) => Status::unavailable("this worker leaves"),
         })
     }
+}
 
-    fn check(&self, request: v1::GenerateRequest, events: Events) -> Result<Submission, Invalid> {
+impl RequestLimits {
+    /// A sequence of a request that a worker can compute; an error names the field.
+    pub(crate) fn check(&self, request: v1::GenerateRequest, events: Events) -> Result<Submission, Invalid> {
         self.check_tokens(&request)?;
         check_limits(&request)?;
         let v1::GenerateRequest { tokens, max_tokens, min_tokens, stop_tokens, logprobs, .. } = request;

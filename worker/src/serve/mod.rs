@@ -3,7 +3,7 @@
 mod args;
 mod control;
 mod gauges;
-mod inference;
+pub(crate) mod inference;
 mod loading;
 mod memory;
 mod run;

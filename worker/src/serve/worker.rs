@@ -20,7 +20,7 @@ use tonic::service::Routes;
 
 use super::control::{self, ControlService, WorkerState};
 use super::gauges::{keep_gauges, keep_health};
-use super::inference::InferenceService;
+use super::inference::{InferenceService, RequestLimits};
 use super::loading::Loaded;
 use super::memory::{left_for_experts, limit};
 use super::run::{Command, Loop, Shared};
@@ -125,7 +125,8 @@ impl Worker {
         let (relied, departure) = (relying.subscribe(), shared.departure.subscribe());
         let exchange = Exchange { shared: peers.shared.clone(), residency, jobs, departure, relying };
         let vocabulary = config.vocabulary as u32;
-        let inference = InferenceService { identity, vocabulary, max_context, commands, shared };
+        let limits = RequestLimits { vocabulary, max_context };
+        let inference = InferenceService { identity, limits, commands, shared };
         let failure = Box::new(move || backend.failure());
         Ok(Self { state, exchange, inference, relying: relied, ended, failure })
     }
