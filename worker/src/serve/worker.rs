@@ -2,8 +2,8 @@
 
 use std::pin::Pin;
 use std::process::ExitCode;
-use std::sync::mpsc::sync_channel;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use expertmesh_engine::Backend;
