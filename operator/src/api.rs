@@ -3,6 +3,7 @@
 //! `expertmesh crd` prints the CustomResourceDefinition that follows from this file.
 
 mod autoscaling;
+mod frontend;
 
 use std::collections::BTreeMap;
 
@@ -19,6 +20,7 @@ pub(crate) use autoscaling::{
     Autoscaling, AutoscalingStatus, PolicyType, ScaleDecision, ScalingPolicy, ScalingRules, Schedule,
     SelectPolicy,
 };
+pub(crate) use frontend::Frontend;
 
 /// Serves a mixture-of-experts model from workers that share its experts.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -153,19 +155,6 @@ pub(crate) struct Experts {
         "'spec.experts.minReplicas (%d) must be at least 1'.format([self])".into()
     )))]
     pub(crate) min_replicas: i32,
-}
-
-/// The processes that speak the OpenAI API.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Frontend {
-    #[serde(default = "one")]
-    #[x_kube(validation = Rule::new("self >= 1 && self <= 256").message(Message::Expression(
-        "'spec.frontend.replicas (%d) must be from 1 to 256'.format([self])".into()
-    )))]
-    pub(crate) replicas: i32,
-    #[serde(flatten)]
-    pub(crate) pod: PodFields,
 }
 
 /// What a pod of workers or frontends gets beside what the operator decides. Processes ignore it.
@@ -323,12 +312,6 @@ impl Default for Workers {
 impl Default for Experts {
     fn default() -> Self {
         Self { min_replicas: one() }
-    }
-}
-
-impl Default for Frontend {
-    fn default() -> Self {
-        Self { replicas: one(), pod: PodFields::default() }
     }
 }
 

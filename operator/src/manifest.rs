@@ -281,6 +281,15 @@ mod tests {
             ),
             ("  experts: {minReplicas: 0}", "spec.experts.minReplicas (0) must be at least 1"),
             ("  frontend: {replicas: 0}", "spec.frontend.replicas (0) must be from 1 to 256"),
+            (
+                "  frontend: {addressSharePercent: 0}",
+                "spec.frontend.addressSharePercent (0) must be from 1 to 100",
+            ),
+            ("  frontend: {aliases: ['a b']}", "spec.frontend.aliases must be names without spaces"),
+            (
+                "  frontend: {corsOrigins: ['https://a.example/']}",
+                "spec.frontend.corsOrigins must be * or origins such as https://app.example",
+            ),
             ("  serving: {maxContextTokens: 0}", "spec.serving.maxContextTokens (0) must be at least 2"),
             (
                 "  serving: {tracing: {endpoint: 'https://c'}}",

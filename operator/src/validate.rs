@@ -35,6 +35,8 @@ pub(crate) struct ValidatedDeployment {
     pub(crate) tracing: Option<api::Tracing>,
     pub(crate) worker_pod: PodFields,
     pub(crate) frontend_pod: PodFields,
+    /// How frontends treat their clients, as options of theirs.
+    pub(crate) frontend_options: Vec<String>,
     _checked: (),
 }
 
@@ -74,6 +76,7 @@ impl ValidatedDeployment {
             tracing: spec.serving.tracing.clone(),
             worker_pod: spec.workers.pod.clone(),
             frontend_pod: spec.frontend.pod.clone(),
+            frontend_options: spec.frontend.options(),
             _checked: (),
         })
     }

@@ -149,7 +149,7 @@ impl ProcessFleet {
             ("--drain-timeout", drain.to_string()),
             ("--threads", share(compute_threads(), size).to_string()),
         ];
-        self.start("serve", name, arguments.to_vec())
+        self.start("serve", name, arguments.to_vec(), &[])
     }
 
     fn frontend(&mut self, index: u32) -> Child {
@@ -161,10 +161,11 @@ impl ProcessFleet {
             ("--drain-timeout", format!("{}ms", self.deployment.desired.drain_timeout.as_millis())),
             ("--drain-grace", "0s".into()),
         ];
-        self.start("frontend", format!("frontend-{index}"), arguments.to_vec())
+        let options = self.deployment.frontend_options.clone();
+        self.start("frontend", format!("frontend-{index}"), arguments.to_vec(), &options)
     }
 
-    fn start(&mut self, command: &str, name: String, own: Vec<(&str, String)>) -> Child {
+    fn start(&mut self, command: &str, name: String, own: Vec<(&str, String)>, options: &[String]) -> Child {
         self.started += 1;
         let mut arguments: Vec<OsString> = vec![command.into(), "--model".into(), self.model.clone().into()];
         let context =
@@ -175,6 +176,7 @@ impl ProcessFleet {
         for (flag, value) in common.into_iter().chain(own).chain(computed_as).chain(more) {
             arguments.extend([flag.into(), value.into()]);
         }
+        arguments.extend(options.iter().map(OsString::from));
         let files = self.state.path().join(format!("{}-{name}.x", self.started));
         Child::start(Launch {
             program: self.program.clone(),

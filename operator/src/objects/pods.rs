@@ -136,6 +136,7 @@ fn frontend_arguments(owner: &Owner, process: &Process) -> Vec<String> {
     arguments.extend(["--control".into(), anywhere(ports::GRPC_NUMBER)]);
     arguments.extend(computed_as(process));
     arguments.extend(limits(process));
+    arguments.extend(process.deployment.frontend_options.clone());
     arguments
 }
 

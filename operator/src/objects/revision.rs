@@ -92,6 +92,9 @@ fn hash(deployment: &ValidatedDeployment, model: &Path) -> String {
     if let Some(tracing) = &deployment.tracing {
         parts["tracing"] = json!(tracing);
     }
+    if !deployment.frontend_options.is_empty() {
+        parts["frontendOptions"] = json!(deployment.frontend_options);
+    }
     Sha256::digest(canonical(&parts, Commas::After))
         .iter()
         .take(4)

@@ -6,6 +6,7 @@ use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::PlacedWorker;
 use expertmesh_proto::slot::Slot;
+use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;
 
@@ -165,6 +166,7 @@ fn a_revision_is_what_may_not_mix_and_nothing_else() {
         "  frontend: {replicas: 2}\n",
         "  paused: true\n",
         "  serving: {drainTimeout: 5m}\n",
+        "  frontend: {addressSharePercent: 100, accessLog: Text, aliases: []}\n",
     ] {
         assert_eq!(revision(same).hash, base, "{same}");
     }
@@ -176,10 +178,29 @@ fn a_revision_is_what_may_not_mix_and_nothing_else() {
         "  workers: {image: 'other:1'}\n",
         "  workers: {resources: {requests: {cpu: '1'}}}\n",
         "  frontend: {podLabels: {a: b}}\n",
+        "  frontend: {aliases: [gpt-4o]}\n",
+        "  frontend: {accessLog: Json}\n",
     ];
     for other in others {
         assert_ne!(revision(other).hash, base, "{other}");
     }
+}
+
+#[test]
+fn how_clients_are_treated_is_said_by_options_of_the_frontend_alone() {
+    let fields = "{aliases: [gpt-4o, default], corsOrigins: ['https://a.example', 'https://b.example'], \
+                  addressSharePercent: 10, accessLog: Json, specialTokensInContent: true}";
+    let revision = revision(&format!("  frontend: {fields}\n"));
+    let arguments =
+        |template: &PodTemplateSpec| template.spec.clone().unwrap().containers.remove(0).args.unwrap();
+    let frontend = arguments(&revision.frontend).join(" ");
+    let expected = "--served-name gpt-4o --served-name default --cors-origins https://a.example,https://b.example \
+                    --address-share 10 --access-log json --special-tokens-in-content";
+    assert!(frontend.ends_with(expected), "{frontend}");
+    let workers = arguments(&revision.workers).join(" ");
+    assert!(!workers.contains("--served-name") && !workers.contains("--access-log"), "{workers}");
+    let none = deployment("  frontend: {corsOrigins: []}\n");
+    assert_eq!(none.frontend_options, ["--cors-origins", ""]);
 }
 
 #[test]
