@@ -1,5 +1,7 @@
 //! On a real Kubernetes: a model is applied, serves, survives, changes its size, and leaves nothing behind.
 
+mod told;
+
 use std::collections::BTreeSet;
 
 use expertmesh_tests::kubernetes::{

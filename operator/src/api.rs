@@ -40,7 +40,7 @@ pub(crate) use frontend::Frontend;
         status_replicas_path = ".status.replicas",
         label_selector_path = ".status.selector"
     ),
-    printcolumn(name = "Model", type_ = "string", json_path = ".spec.model.uri"),
+    printcolumn(name = "Model", type_ = "string", json_path = ".status.model", description = "the model that serves"),
     printcolumn(name = "Workers", type_ = "string", json_path = ".status.workers", description = "ready/wanted"),
     printcolumn(
         name = "Ready",
@@ -284,13 +284,32 @@ pub(crate) struct ModelDeploymentStatus {
     /// Experts of which every layer is resident on a live worker, of all, such as 32/32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) experts: Option<String>,
+    /// The URI of the model that serves: while another is made ready, the one before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) model: Option<String>,
     /// The revision that serves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) revision: Option<String>,
+    /// The revision that the spec asks for, while another one serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) next_revision: Option<NextRevisionStatus>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) placement: Option<PlacementStatus>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) autoscaling: Option<AutoscalingStatus>,
+}
+
+/// A revision that is being made ready beside the one that serves.
+#[derive(JsonSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct NextRevisionStatus {
+    /// Eight hexadecimal digits, as in the names of its objects.
+    pub(crate) name: String,
+    /// Its ready workers of those wanted, such as 1/4.
+    pub(crate) workers: String,
+    /// What of it fails first, and what to do about that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
 }
 
 /// The placement last written.

@@ -4,6 +4,7 @@
 //! still repeats within six minutes into a series.
 
 use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tracing::warn;
@@ -19,12 +20,14 @@ const LONGEST_NOTE: usize = 1000;
 pub(crate) enum Reason {
     Autoscaled,
     Created,
+    Degraded,
     GoalUnattainable,
     InvalidSpec,
     NotReady,
     Placed,
     Promoted,
     Ready,
+    RolloutFailed,
     ScaledDown,
     ScaledUp,
     ScalerConflict,
@@ -36,12 +39,14 @@ impl Reason {
         match self {
             Self::Autoscaled => "Autoscaled",
             Self::Created => "Created",
+            Self::Degraded => "Degraded",
             Self::GoalUnattainable => "GoalUnattainable",
             Self::InvalidSpec => "InvalidSpec",
             Self::NotReady => "NotReady",
             Self::Placed => "Placed",
             Self::Promoted => "Promoted",
             Self::Ready => "Ready",
+            Self::RolloutFailed => "RolloutFailed",
             Self::ScaledDown => "ScaledDown",
             Self::ScaledUp => "ScaledUp",
             Self::ScalerConflict => "ScalerConflict",
@@ -51,9 +56,11 @@ impl Reason {
 
     fn event_type(self) -> EventType {
         match self {
-            Self::GoalUnattainable
+            Self::Degraded
+            | Self::GoalUnattainable
             | Self::InvalidSpec
             | Self::NotReady
+            | Self::RolloutFailed
             | Self::ScalerConflict
             | Self::WorkerFailed => EventType::Warning,
             Self::Autoscaled
@@ -86,13 +93,18 @@ impl Note {
 pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Vec<Note> {
     let mut notes = Vec::new();
     if before.revision.is_none() && after.revision.is_some() {
-        notes.push(Note::new(Reason::Created, "Create", "workers, frontends and Services were created"));
+        notes.push(Note::new(
+            Reason::Created,
+            "Create",
+            "the StatefulSet of workers, the Deployment of frontends and the Services were created",
+        ));
     }
     notes.extend(autoscaled(before, after));
     notes.extend(resized(before, after));
     notes.extend(promoted(before, after));
     notes.extend(placed(before, after));
-    notes.extend(workers_failed(before, after));
+    let failed = invalid(before, after).or(rollout_failed(before, after)).or(workers_failed(before, after));
+    notes.extend(failed.or(degraded(before, after)));
     notes.extend(ready(before, after));
     for (kind, reason) in
         [(Kind::GoalUnattainable, Reason::GoalUnattainable), (Kind::ScalerConflict, Reason::ScalerConflict)]
@@ -131,7 +143,7 @@ fn resized(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Opt
 
 fn promoted(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
     let (from, to) = (before.revision.as_ref()?, after.revision.as_ref()?);
-    let text = format!("revision {to} serves instead of {from}");
+    let text = format!("revision {to} takes the place of {from}");
     (from != to).then(|| Note::new(Reason::Promoted, format!("Promote-{to}"), text))
 }
 
@@ -151,6 +163,32 @@ fn workers_failed(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus)
     (failed && !told).then(|| Note::new(Reason::WorkerFailed, format!("Run-{}", now.reason), text))
 }
 
+fn invalid(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
+    let is_invalid = |told: &&Condition| condition::Reason::InvalidSpec.is_of(told);
+    let now = condition(after, Kind::RolledOut).filter(is_invalid)?;
+    let told =
+        condition(before, Kind::RolledOut).filter(is_invalid).is_some_and(|was| was.message == now.message);
+    (!told).then(|| Note::new(Reason::InvalidSpec, "Validate", now.message.clone()))
+}
+
+/// What fails first of a revision that is being made ready, once for each reason.
+fn rollout_failed(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
+    let failing = |status: &ModelDeploymentStatus| {
+        let next = status.next_revision.as_ref().filter(|next| next.error.is_some())?;
+        Some((next.name.clone(), condition(status, Kind::RolledOut)?.reason.clone()))
+    };
+    let (name, reason) = failing(after).filter(|now| failing(before).as_ref() != Some(now))?;
+    let text = condition(after, Kind::RolledOut)?.message.clone();
+    Some(Note::new(Reason::RolloutFailed, format!("Roll-out-{name}-{reason}"), text))
+}
+
+fn degraded(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
+    let now = true_condition(after, Kind::Degraded)?;
+    let told = true_condition(before, Kind::Degraded).is_some_and(|was| was.reason == now.reason);
+    let text = format!("{}: {}", now.reason, now.message);
+    (!told).then(|| Note::new(Reason::Degraded, format!("Degrade-{}", now.reason), text))
+}
+
 fn ready(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
     let (was, now) = (condition(before, Kind::Ready), condition(after, Kind::Ready)?);
     let was_ready = was.is_some_and(|was| Truth::True.is_of(was));
@@ -160,11 +198,7 @@ fn ready(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Optio
         (true, false) => {
             Some(Note::new(Reason::NotReady, format!("Serve-{}", now.reason), now.message.clone()))
         }
-        (false, false) => {
-            let invalid = condition::Reason::InvalidSpec;
-            let is_news = invalid.is_of(now) && !was.is_some_and(|was| invalid.is_of(was));
-            is_news.then(|| Note::new(Reason::InvalidSpec, "Validate", now.message.clone()))
-        }
+        (false, false) => None,
     }
 }
 
@@ -212,7 +246,7 @@ fn shortened(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::PlacementStatus;
+    use crate::api::{NextRevisionStatus, PlacementStatus};
 
     fn status(
         workers: (&str, &str),
@@ -268,8 +302,27 @@ mod tests {
         let mut wrong = status(("False", "x"), ("False", "InvalidSpec"), 0, 0);
         (wrong.revision, wrong.placement) = (None, None);
         wrong.conditions.retain(|condition| condition.type_ == "Ready");
+        wrong.conditions[0].type_ = "RolledOut".into();
         assert_eq!(reasons(&ModelDeploymentStatus::default(), &wrong), ["InvalidSpec"]);
         assert_eq!(reasons(&wrong, &wrong), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_revision_that_fails_is_told_once_for_each_reason() {
+        let with_next = |error: Option<&str>, reason: &str| {
+            let mut status = status(("True", "AllReady"), ("True", "Serving"), 4, 3);
+            let name = "5e6f7a8b".to_string();
+            let (workers, error) = ("0/4".to_string(), error.map(str::to_string));
+            status.next_revision = Some(NextRevisionStatus { name, workers, error });
+            let mut told = status.conditions[0].clone();
+            (told.type_, told.status, told.reason) = ("RolledOut".into(), "False".into(), reason.into());
+            status.conditions.push(told);
+            status
+        };
+        let (starts, fails) = (with_next(None, "RevisionStarting"), with_next(Some("x"), "ModelNotFound"));
+        assert_eq!(reasons(&starts, &fails), ["RolloutFailed"]);
+        assert_eq!(reasons(&fails, &with_next(Some("y"), "ModelNotFound")), Vec::<&str>::new());
+        assert_eq!(reasons(&fails, &with_next(Some("x"), "OOMKilled")), ["RolloutFailed"]);
     }
 
     #[test]

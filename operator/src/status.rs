@@ -1,9 +1,11 @@
 //! The status, computed from what was seen. Pure: `reconcile` writes it, and only where it changed.
 
 pub(crate) mod condition;
-pub(crate) mod conditions;
+mod conditions;
+mod rollout;
 pub(crate) mod serving;
 pub(crate) mod situation;
+pub(crate) mod words;
 
 use expertmesh_decide::action::Desired;
 use expertmesh_decide::observation::Observation;
@@ -21,6 +23,7 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
     let Situation { owner, seen, desired, .. } = situation;
     let experts = Experts::count(seen, desired.min_replicas);
     let ready = signed(seen.ready_workers());
+    let has_revision = situation.is_written || situation.before.revision.is_some();
     ModelDeploymentStatus {
         observed_generation: situation.generation,
         conditions: conditions::all(situation, &experts),
@@ -30,7 +33,9 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
         ready_workers: ready,
         workers: Some(format!("{ready}/{}", desired.workers)),
         experts: experts.known.then(|| format!("{}/{}", experts.resident, experts.all)),
-        revision: Some(situation.serving.to_string()),
+        model: situation.model.clone().filter(|_| has_revision),
+        revision: has_revision.then(|| situation.serving.to_string()),
+        next_revision: rollout::next_revision(situation),
         placement: (!seen.placement.epoch().is_none()).then(|| PlacementStatus {
             epoch: i64::try_from(seen.placement.epoch().counter).unwrap_or(i64::MAX),
             hash: seen.placement.hash().to_string(),

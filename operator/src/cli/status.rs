@@ -6,6 +6,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use expertmesh_proto::duration::short;
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 
@@ -45,6 +46,13 @@ fn described(object: &ModelDeployment, now: Timestamp) -> String {
     let status = object.status.clone().unwrap_or_default();
     let mut lines = vec![format!("{}  {}", object.name_any(), readiness(&status))];
     let mut line = |name: &str, text: String| lines.push(format!("  {name:<11}{text}"));
+    if let (Some(model), Some(revision)) = (&status.model, &status.revision) {
+        line("model", format!("{model}, revision {revision}"));
+    }
+    let rollout = condition(&status, Kind::RolledOut).filter(|told| !Truth::True.is_of(told));
+    if let Some(told) = rollout {
+        line("rollout", rollout_of(&status, told));
+    }
     line("workers", workers(object, &status));
     if let Some(experts) = &status.experts {
         line("experts", format!("{experts} resident"));
@@ -53,7 +61,10 @@ fn described(object: &ModelDeployment, now: Timestamp) -> String {
         line("placement", format!("epoch {}, imbalance {}", placement.epoch, placement.imbalance));
     }
     let telling = [Kind::Progressing, Kind::Degraded, Kind::GoalUnattainable, Kind::ScalerConflict];
-    for condition in telling.into_iter().filter_map(|kind| true_condition(&status, kind)) {
+    let said = |told: &&Condition| rollout.is_some_and(|rollout| rollout.message == told.message);
+    for condition in
+        telling.into_iter().filter_map(|kind| true_condition(&status, kind)).filter(|told| !said(told))
+    {
         line("", format!("{} ({}): {}", condition.type_, condition.reason, condition.message));
     }
     if let Some(autoscaling) = &status.autoscaling {
@@ -70,6 +81,13 @@ fn readiness(status: &ModelDeploymentStatus) -> String {
         Some(ready) => format!("is not ready ({}): {}", ready.reason, ready.message),
         None => "has no status: does an operator run?".into(),
     }
+}
+
+/// How far the revision is that the spec asks for.
+fn rollout_of(status: &ModelDeploymentStatus, told: &Condition) -> String {
+    let next = status.next_revision.as_ref();
+    let progress = next.map_or("not done".into(), |next| format!("{} workers ready", next.workers));
+    format!("{progress} ({}): {}", told.reason, told.message)
 }
 
 fn workers(object: &ModelDeployment, status: &ModelDeploymentStatus) -> String {
@@ -100,6 +118,38 @@ fn decisions(decisions: &[ScaleDecision], now: Timestamp) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_revision_that_does_not_become_ready_has_a_line() {
+        let why = "revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d goes on serving";
+        let condition = |kind: &str, status: &str, reason: &str, message: &str| {
+            serde_json::json!({"type": kind, "status": status, "reason": reason, "message": message,
+                "lastTransitionTime": "2026-11-24T12:00:00Z"})
+        };
+        let object: ModelDeployment = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "tiny-r1"},
+            "spec": {"model": {"uri": "file:///models/nope"}, "workers": {"replicas": 2}},
+            "status": {
+                "conditions": [
+                    condition("Ready", "True", "Serving", "2 workers and 1 frontend answer at http://tiny-r1.default.svc"),
+                    condition("RolledOut", "False", "ModelNotFound", why),
+                    condition("Progressing", "True", "ModelNotFound", why),
+                    condition("Degraded", "True", "ModelNotFound", why),
+                ],
+                "model": "file:///models/tiny-r1",
+                "revision": "1a2b3c4d",
+                "nextRevision": {"name": "5e6f7a8b", "workers": "0/2", "error": "worker 0: no model"},
+                "workers": "2/2",
+            },
+        }))
+        .unwrap();
+        insta::assert_snapshot!(described(&object, "2026-11-24T12:00:00Z".parse().unwrap()), @r"
+        tiny-r1  is ready (Serving): 2 workers and 1 frontend answer at http://tiny-r1.default.svc
+          model      file:///models/tiny-r1, revision 1a2b3c4d
+          rollout    0/2 workers ready (ModelNotFound): revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d goes on serving
+          workers    2/2 ready
+        ");
+    }
 
     #[test]
     fn the_last_decisions_are_told_with_their_inputs_and_reasons() {

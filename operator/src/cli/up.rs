@@ -31,7 +31,7 @@ use crate::fleet::Fleet;
 use crate::fleet::process::ProcessFleet;
 use crate::fleet::process::lines::Lines;
 use crate::manifest;
-use crate::status::conditions::failing;
+use crate::status::words::failing;
 use crate::validate::ValidatedDeployment;
 
 /// How often to look where nothing is heard: also after edits of the file.

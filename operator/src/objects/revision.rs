@@ -59,6 +59,13 @@ impl Revision {
         Some(Self { hash, number: record.revision, ..written })
     }
 
+    /// The URI of its model, as its workers are told it.
+    pub(crate) fn model(&self) -> Option<String> {
+        let container = self.workers.spec.as_ref()?.containers.first()?;
+        let mut arguments = container.args.iter().flatten().skip_while(|argument| *argument != "--model");
+        Some(format!("file://{}", arguments.nth(1)?))
+    }
+
     /// The same, numbered after those that were made before.
     pub(crate) fn after(self, records: &[ControllerRevision]) -> Self {
         let last = records.iter().map(|record| record.revision).max().unwrap_or(0);

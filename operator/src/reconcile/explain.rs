@@ -5,20 +5,18 @@ use jiff::Timestamp;
 use super::error::{ErrorReason, ReconcileError};
 use crate::api::ModelDeploymentStatus;
 use crate::apply::ApiReason;
-use crate::status::condition::{Kind, Reason, Stamp, Verdict, condition};
+use crate::status::condition::{Kind, Reason, Stamp, Truth, Verdict, condition, true_condition};
+use crate::status::situation::Obstacle;
 
-/// What was seen, with what a failure means for it: nothing, where the next attempt may succeed.
-pub(super) fn explained(
-    before: &ModelDeploymentStatus,
-    mut seen: ModelDeploymentStatus,
-    generation: Option<i64>,
-    error: &ReconcileError,
-) -> ModelDeploymentStatus {
-    let both: &[Kind] = &[Kind::Ready, Kind::Progressing];
-    let (kinds, advice) = match error.reason() {
-        ErrorReason::InvalidSpec => (both, "; correct the spec (what already runs is left as it is)"),
-        ErrorReason::NoImage | ErrorReason::NameTaken => (both, ""),
-        ErrorReason::Api(ApiReason::Forbidden | ApiReason::Rejected) => (&both[1..], ""),
+/// What a failure says that lasts: nothing, where the next attempt may succeed.
+pub(super) fn obstacle(error: &ReconcileError) -> Option<Obstacle> {
+    let says = |advice: &str| verdict(error, advice);
+    match error.reason() {
+        ErrorReason::InvalidSpec => {
+            Some(Obstacle::Spec(says("; correct the spec (what already runs is left as it is)")))
+        }
+        ErrorReason::NoImage | ErrorReason::NameTaken => Some(Obstacle::Spec(says(""))),
+        ErrorReason::Api(ApiReason::Forbidden | ApiReason::Rejected) => Some(Obstacle::Writing(says(""))),
         ErrorReason::TimedOut
         | ErrorReason::Api(
             ApiReason::Conflict
@@ -26,51 +24,94 @@ pub(super) fn explained(
             | ApiReason::NotFound
             | ApiReason::Throttled
             | ApiReason::Unreachable,
-        ) => return seen,
-    };
-    // What was told before keeps its time: told again, it changes nothing.
-    for told in &mut seen.conditions {
-        let kind = kinds.iter().find(|kind| kind.as_str() == told.type_);
-        if let Some(was) = kind.and_then(|&kind| condition(before, kind)) {
-            *told = was.clone();
-        }
+        ) => None,
     }
-    let reason = Reason::Named(error.reason().name().into());
-    let stamp = Stamp { before: &seen, generation, now: Timestamp::now() };
-    stamp.blocked(kinds, &Verdict::no(reason, format!("{error}{advice}")))
+}
+
+/// The status after a reconcile that failed before it saw anything. What was said of what runs is left as it is; where nothing was
+/// said yet, every failure is.
+pub(super) fn explained(
+    before: &ModelDeploymentStatus,
+    generation: Option<i64>,
+    error: &ReconcileError,
+) -> ModelDeploymentStatus {
+    let obstacle = obstacle(error);
+    if obstacle.is_none() && condition(before, Kind::Ready).is_some() {
+        return before.clone();
+    }
+    let serves = true_condition(before, Kind::Ready).is_some();
+    let kinds: &[Kind] = &[Kind::Ready, Kind::RolledOut, Kind::Progressing];
+    let lasts = obstacle.is_some();
+    let verdict = match obstacle {
+        Some(Obstacle::Spec(verdict) | Obstacle::Writing(verdict)) => verdict,
+        None => verdict(error, ""),
+    };
+    let stamp = Stamp { before, generation, now: Timestamp::now() };
+    let status = stamp.blocked(if serves { &kinds[1..] } else { kinds }, &verdict);
+    let degraded = Verdict { truth: Truth::True, ..verdict };
+    if lasts { Stamp { before: &status, ..stamp }.blocked(&[Kind::Degraded], &degraded) } else { status }
+}
+
+fn verdict(error: &ReconcileError, advice: &str) -> Verdict {
+    Verdict::no(Reason::Named(error.reason().name().into()), format!("{error}{advice}"))
 }
 
 #[cfg(test)]
 mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
     use kube::core::Status;
-    use serde_json::json;
 
     use super::*;
     use crate::api::ModelDeployment;
     use crate::apply::ApiError;
 
-    fn rejected() -> ReconcileError {
-        let refusal = Status::failure("requests must not be above limits", "Invalid").with_code(422);
+    fn failed(code: u16) -> ReconcileError {
+        let refusal = Status::failure("requests must not be above limits", "Invalid").with_code(code);
         let error = kube::Error::Api(refusal.boxed());
         ApiError::new::<ModelDeployment>("apply", "m", error).into()
     }
 
+    fn told(status: &ModelDeploymentStatus) -> Vec<(&str, &str, &str)> {
+        let told = status.conditions.iter();
+        told.map(|told| (told.type_.as_str(), told.status.as_str(), told.reason.as_str())).collect()
+    }
+
     #[test]
-    fn a_failure_that_lasts_is_told_once_beside_what_is_seen() {
-        let condition = |kind: &str, time: &str| json!({"type": kind, "status": "True", "reason": "Waiting", "message": "", "lastTransitionTime": time});
-        let seen = |time| -> ModelDeploymentStatus {
-            let conditions = [condition("Ready", time), condition("Progressing", "2026-01-01T00:00:01Z")];
-            serde_json::from_value(json!({"url": "http://x", "conditions": conditions})).unwrap()
-        };
-        let explained = |before: &_, seen| explained(before, seen, Some(2), &rejected());
-        let mut first = explained(&ModelDeploymentStatus::default(), seen("2026-01-01T00:00:00Z"));
-        assert_eq!((first.observed_generation, first.url.as_deref()), (Some(2), Some("http://x")));
-        let told = |kind| super::condition(&first, kind).map(|told| (&*told.status, &*told.reason));
-        assert_eq!(told(Kind::Ready), Some(("True", "Waiting")));
-        assert_eq!(told(Kind::Progressing), Some(("False", "ApiRejected")));
+    fn a_failure_that_lasts_is_told_once() {
+        let mut first = explained(&ModelDeploymentStatus::default(), Some(2), &failed(422));
+        assert_eq!(
+            told(&first),
+            [
+                ("Ready", "False", "ApiRejected"),
+                ("RolledOut", "False", "ApiRejected"),
+                ("Progressing", "False", "ApiRejected"),
+                ("Degraded", "True", "ApiRejected")
+            ]
+        );
         let earlier = Time("2026-01-02T00:00:00Z".parse().unwrap());
         first.conditions.iter_mut().for_each(|told| told.last_transition_time = earlier.clone());
-        assert_eq!(explained(&first, seen("2026-01-02T00:00:00Z")), first, "nothing new to write");
+        assert_eq!(explained(&first, Some(2), &failed(422)), first, "nothing new to write");
+    }
+
+    #[test]
+    fn a_failure_that_passes_is_told_where_nothing_was_told_before_and_nowhere_else() {
+        let first = explained(&ModelDeploymentStatus::default(), Some(1), &failed(500));
+        assert_eq!(
+            told(&first),
+            ["Ready", "RolledOut", "Progressing"].map(|kind| (kind, "False", "ApiFailed"))
+        );
+        assert_eq!(explained(&first, Some(2), &failed(503)), first);
+    }
+
+    #[test]
+    fn ready_speaks_of_requests_also_while_a_new_spec_is_refused() {
+        let mut serving = explained(&ModelDeploymentStatus::default(), Some(1), &failed(500));
+        serving.conditions[0].status = "True".into();
+        let refused = explained(&serving, Some(2), &failed(403));
+        assert_eq!(refused.conditions[0], serving.conditions[0]);
+        assert_eq!(
+            told(&refused)[1..3],
+            ["RolledOut", "Progressing"].map(|kind| (kind, "False", "ApiForbidden"))
+        );
     }
 }

@@ -28,7 +28,7 @@ pub(super) async fn explain(
     error: &ReconcileError,
 ) -> Result<(), ApiError> {
     let before = found.status();
-    let after = explained(&before, before.clone(), found.object.metadata.generation, error);
+    let after = explained(&before, found.object.metadata.generation, error);
     write(context, found, &before, &after).await
 }
 
@@ -49,7 +49,8 @@ pub(super) async fn malformed(
     let before = legible(raw.data.get("status"));
     let text = format!("{error}; correct it (what already runs is left as it is)");
     let stamp = Stamp { before: &before, generation: invalid.metadata.generation, now: Timestamp::now() };
-    let after = stamp.blocked(&[Kind::Ready, Kind::Progressing], &Verdict::no(Reason::InvalidSpec, text));
+    let after = stamp
+        .blocked(&[Kind::Ready, Kind::RolledOut, Kind::Progressing], &Verdict::no(Reason::InvalidSpec, text));
     if before != after {
         let patch = Patch::Apply(status_patch(&key.name, &json!(after)));
         let parameters = PatchParams::apply(EXPERTMESH).force();

@@ -15,8 +15,8 @@ use tracing::info;
 use crate::api::{AutoscalingStatus, ModelDeployment, ScaleDecision};
 use crate::apply::ApiError;
 use crate::metrics::labels;
-use crate::status::conditions::failing;
 use crate::status::situation::Scaling;
+use crate::status::words::failing;
 use crate::validate::ValidatedDeployment;
 
 use super::context::Context;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::act::{Acted, Decided};
 use super::context::Context;
-use super::explain::explained;
+use super::explain::obstacle;
 use super::fetch::Found;
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
@@ -39,23 +39,24 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     let wanted = &acted.sides.wanted.observed;
     let next = NextRevision { hash: &wanted.revision.hash, seen: &wanted.seen };
     let before = found.status();
-    let mut after = status(&Situation {
+    let obstacle = acted.result.as_ref().err().and_then(obstacle);
+    let after = status(&Situation {
         owner: &found.owner,
         generation: found.object.metadata.generation,
         desired: &deployment.desired,
         serving: &plan.serving,
+        model: serving.revision.model(),
         seen: &serving.seen,
         decision,
-        next: acted.sides.old.is_some().then_some(next),
+        next: plan.next.is_some().then_some(next),
+        obstacle: obstacle.as_ref(),
+        is_written: acted.result.is_ok(),
         scaling,
         before: &before,
         now: Timestamp::now(),
     });
     let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
     context.metrics.deployments.show(&key, figures);
-    if let Err(error) = &acted.result {
-        after = explained(&before, after, found.object.metadata.generation, error);
-    }
     context.metrics.deployments.show_conditions(&key, &after.conditions);
     write(context, found, &before, &after).await?;
     let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();

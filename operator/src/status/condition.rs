@@ -9,6 +9,8 @@ use crate::api::ModelDeploymentStatus;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Ready,
+    /// Whether the revision that the spec asks for is the one that serves.
+    RolledOut,
     ModelPrepared,
     WorkersAvailable,
     ExpertsAvailable,
@@ -24,6 +26,7 @@ impl Kind {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ready => "Ready",
+            Self::RolledOut => "RolledOut",
             Self::ModelPrepared => "ModelPrepared",
             Self::WorkersAvailable => "WorkersAvailable",
             Self::ExpertsAvailable => "ExpertsAvailable",
@@ -144,9 +147,9 @@ pub(crate) fn true_condition(status: &ModelDeploymentStatus, kind: Kind) -> Opti
 /// What is to be said in a condition, before it has its times.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Verdict {
-    pub(super) truth: Truth,
-    pub(super) reason: Reason,
-    pub(super) message: String,
+    pub(crate) truth: Truth,
+    pub(crate) reason: Reason,
+    pub(crate) message: String,
 }
 
 impl Verdict {

@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
-use expertmesh_decide::action::{Action, Decision};
-use expertmesh_decide::observation::{Failure, FailureReason, Observation, Seen};
-use expertmesh_decide::report::State;
+use expertmesh_decide::observation::Seen;
 use expertmesh_proto::slot::Slot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use super::condition::{Kind, Reason, Stamp, Truth, Verdict, true_condition};
+use super::rollout::{changes, next_fails, progressing, rolled_out};
 use super::serving::{Experts, all_workers_ready, answering, reaches_a_worker, those_that_stay_are_ready};
-use super::situation::{NextRevision, Scaling, Situation};
+use super::situation::{Obstacle, Scaling, Situation};
+use super::words::{counted, failed_verdict, first_failure, first_failure_of_any, not_ready_because};
 
 /// How long the first worker may take to come back before Ready says that it does not.
 const WAKES_WITHIN: Duration = Duration::from_secs(60);
@@ -22,8 +22,11 @@ pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
     let scaling = situation.scaling.map(|scaling| {
         [(Kind::GoalUnattainable, unattainable(scaling)), (Kind::ScalerConflict, conflict(scaling))]
     });
+    let ready = ready_or_refused(situation, ready(situation, &workers, &experts_available));
+    let rolled_out = rolled_out(situation, &ready);
     let verdicts = [
-        (Kind::Ready, ready(situation, &workers, &experts_available)),
+        (Kind::Ready, ready),
+        (Kind::RolledOut, rolled_out),
         (Kind::ModelPrepared, model_prepared(situation)),
         (Kind::WorkersAvailable, workers),
         (Kind::ExpertsAvailable, experts_available),
@@ -46,6 +49,14 @@ fn conflict(scaling: &Scaling) -> Verdict {
     match &scaling.conflict {
         Some(who) => Verdict::yes(Reason::OtherWriter, who),
         None => Verdict::no(Reason::Alone, "nobody else sets spec.workers.replicas"),
+    }
+}
+
+/// Where the only revision there is cannot even be written, that is why nothing is ready.
+fn ready_or_refused(situation: &Situation, ready: Verdict) -> Verdict {
+    match situation.obstacle {
+        Some(Obstacle::Writing(verdict)) if !ready.is_yes() && situation.next.is_none() => verdict.clone(),
+        Some(_) | None => ready,
     }
 }
 
@@ -164,17 +175,6 @@ fn workers_available(situation: &Situation) -> Verdict {
     )
 }
 
-fn not_ready_because(worker: &Seen) -> Option<String> {
-    match &worker.report {
-        None if worker.addresses.is_empty() => Some("its pod has not started".into()),
-        None if worker.told.is_some() => Some("it has fallen silent".into()),
-        None => Some("it does not answer yet".into()),
-        Some(report) if report.state == State::Ready => None,
-        Some(report) if report.reason.is_empty() => Some("it is not ready".into()),
-        Some(report) => Some(report.reason.clone()),
-    }
-}
-
 fn experts_available(situation: &Situation, experts: &Experts) -> Verdict {
     let Experts { known, all, resident, missing, loading } = *experts;
     if situation.desired.workers == 0 {
@@ -195,42 +195,16 @@ fn experts_available(situation: &Situation, experts: &Experts) -> Verdict {
     }
 }
 
-fn progressing(situation: &Situation) -> Verdict {
-    if situation.desired.paused {
-        return Verdict::no(Reason::Paused, "spec.paused is true: nothing is scaled or placed");
-    }
-    if let Some(NextRevision { hash: revision, seen }) = situation.next {
-        let why = first_failure(seen).map(|(worker, failure)| (failure, described(&worker, failure)));
-        return match why {
-            Some((failure, text)) => {
-                Verdict::no(reason_of(failure), format!("revision {revision} does not become ready: {text}"))
-            }
-            None => Verdict::yes(
-                Reason::RevisionStarting,
-                format!("revision {revision} serves as soon as it is ready"),
-            ),
-        };
-    }
-    let waiting = &situation.decision.waiting_for;
-    match (waiting.is_empty(), changes(situation.decision)) {
-        (true, false) => Verdict::no(Reason::AsDesired, "nothing is left to do"),
-        (true, true) => Verdict::yes(Reason::Acting, "placing experts"),
-        (false, _) => Verdict::yes(Reason::Waiting, waiting.clone()),
-    }
-}
-
-/// Whether anything will be otherwise. To tell a process what it follows already, after a restart of this one, is no change.
-fn changes(decision: &Decision) -> bool {
-    decision.actions.iter().any(|action| !matches!(action, Action::Push { .. }))
-}
-
-/// Whether it serves with less than was asked for.
+/// Whether it serves with less than was asked for, or with another revision, for good.
 fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
-    let frontends = situation.seen.frontends.iter();
-    let failed_frontend = frontends
-        .filter_map(|frontend| Some((format!("frontend {}", frontend.name), frontend.failure.as_ref()?)));
-    if let Some((who, failure)) = first_failure(situation.seen).or(failed_frontend.into_iter().next()) {
+    if let Some(Obstacle::Spec(verdict) | Obstacle::Writing(verdict)) = situation.obstacle {
+        return Verdict { truth: Truth::True, ..verdict.clone() };
+    }
+    if let Some((who, failure)) = first_failure_of_any(situation.seen) {
         return Verdict { truth: Truth::True, ..failed_verdict(&who, failure) };
+    }
+    if let Some(verdict) = next_fails(situation) {
+        return verdict;
     }
     if experts.known && experts.missing > 0 && experts.loading == 0 && !changes(situation.decision) {
         let copies = counted(situation.desired.min_replicas as usize, "worker");
@@ -238,51 +212,4 @@ fn degraded(situation: &Situation, experts: &Experts) -> Verdict {
         return Verdict::yes(Reason::UnderReplicated, text);
     }
     Verdict::no(Reason::Healthy, "nothing has failed")
-}
-
-/// A worker that is not ready and cannot run, and what to do about it.
-pub(crate) fn failing(seen: &Observation) -> Option<String> {
-    let mut workers = seen.workers.range(..Slot(seen.size));
-    workers.find_map(|(slot, worker)| {
-        let is_ready = worker.report.as_ref().is_some_and(|report| report.state == State::Ready);
-        let failure = worker.failure.as_ref().filter(|_| !is_ready)?;
-        Some(described(&format!("worker {slot}"), failure))
-    })
-}
-
-/// The failure of the lowest slot that has one.
-fn first_failure(seen: &Observation) -> Option<(String, &Failure)> {
-    let mut workers = seen.workers.range(..Slot(seen.size));
-    workers.find_map(|(slot, worker)| Some((format!("worker {slot}"), worker.failure.as_ref()?)))
-}
-
-fn failed_verdict(who: &str, failure: &Failure) -> Verdict {
-    Verdict::no(reason_of(failure), described(who, failure))
-}
-
-fn described(who: &str, failure: &Failure) -> String {
-    let advice = match failure.reason {
-        FailureReason::ReplicasUnschedulable => "; lower spec.workers.resources or add nodes",
-        FailureReason::ImagePullBackOff
-        | FailureReason::InvalidImageName
-        | FailureReason::ErrImageNeverPull => {
-            "; check the image and imagePullSecrets of spec.workers and spec.frontend"
-        }
-        FailureReason::OomKilled => "; raise the memory limit in resources, or the number of workers",
-        FailureReason::ModelNotFound => "; check spec.model.uri",
-        FailureReason::ProcessEnded | FailureReason::Other(_) => "",
-    };
-    format!("{who}: {}{advice}", failure.message)
-}
-
-fn counted(count: usize, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
-}
-
-/// A condition's reason has its own alphabet, and may not be empty.
-fn reason_of(failure: &Failure) -> Reason {
-    let reason: String =
-        failure.reason.name().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '_').take(128).collect();
-    let is_reason = reason.starts_with(|c: char| c.is_ascii_alphabetic());
-    Reason::Named(if is_reason { reason } else { "Failed".into() })
 }

@@ -7,17 +7,23 @@ use jiff::Timestamp;
 use crate::api::{AutoscalingStatus, ModelDeploymentStatus};
 use crate::objects::names::Owner;
 
+use super::condition::Verdict;
+
 /// Everything that a status depends on.
 pub(crate) struct Situation<'a> {
     pub(crate) owner: &'a Owner,
     pub(crate) generation: Option<i64>,
     pub(crate) desired: &'a Desired,
-    /// The revision that clients reach, and what of it is seen.
+    /// The revision that clients reach, its model's URI, and what of it is seen.
     pub(crate) serving: &'a str,
+    pub(crate) model: Option<String>,
     pub(crate) seen: &'a Observation,
     pub(crate) decision: &'a Decision,
     /// The revision that is to serve next, where one is being made ready.
     pub(crate) next: Option<NextRevision<'a>>,
+    pub(crate) obstacle: Option<&'a Obstacle>,
+    /// Whether all objects are written: a first revision is none before.
+    pub(crate) is_written: bool,
     pub(crate) scaling: Option<&'a Scaling>,
     pub(crate) before: &'a ModelDeploymentStatus,
     pub(crate) now: Timestamp,
@@ -28,6 +34,15 @@ pub(crate) struct Situation<'a> {
 pub(crate) struct NextRevision<'a> {
     pub(crate) hash: &'a str,
     pub(crate) seen: &'a Observation,
+}
+
+/// What keeps the spec from being carried out, and does not pass by itself: a verdict that says no.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Obstacle {
+    /// The spec asks for what cannot be; which revision it would be is not known.
+    Spec(Verdict),
+    /// The API server does not take what the spec's revision is made of.
+    Writing(Verdict),
 }
 
 /// What the autoscaler came to.

@@ -14,6 +14,7 @@ use super::*;
 use crate::objects::names::Owner;
 use crate::status::condition::{Kind, Reason, Stamp, Verdict, condition};
 use crate::status::serving::serves;
+use crate::status::situation::{NextRevision, Obstacle};
 
 const SHAPE: ModelShape =
     ModelShape { first_moe_layer: 1, layers: 3, experts: 4, expert_bytes: 10, dense_bytes: 100 };
@@ -98,15 +99,36 @@ fn computed_after(
     seen: &Observation,
     now: Timestamp,
 ) -> ModelDeploymentStatus {
+    computed_with(before, desired, seen, None, None, now)
+}
+
+/// Of a healthy deployment whose spec asks for another revision, or for what cannot be.
+fn rolling(next: Option<&Observation>, obstacle: Option<Obstacle>) -> ModelDeploymentStatus {
+    let before = computed(&desired(2), &healthy());
+    let next = next.map(|seen| NextRevision { hash: "5e6f7a8b", seen });
+    computed_with(&before, &desired(2), &healthy(), next, obstacle.as_ref(), at("2026-11-24T13:00:00Z"))
+}
+
+fn computed_with(
+    before: &ModelDeploymentStatus,
+    desired: &Desired,
+    seen: &Observation,
+    next: Option<NextRevision>,
+    obstacle: Option<&Obstacle>,
+    now: Timestamp,
+) -> ModelDeploymentStatus {
     let (owner, decision) = (owner(), Decision::default());
     let situation = Situation {
         owner: &owner,
         generation: Some(7),
         desired,
         serving: "1a2b3c4d",
+        model: Some("file:///models/tiny-r1".into()),
         seen,
         decision: &decision,
-        next: None,
+        next,
+        obstacle,
+        is_written: true,
         scaling: None,
         before,
         now,
@@ -247,6 +269,73 @@ fn an_invalid_spec_is_said_without_forgetting_what_runs() {
     };
     let status = blocked(&before, "2026-11-24T13:00:00Z");
     assert_eq!(told(&status, Kind::Ready), ("False".into(), "InvalidSpec".into(), "spec.x must be y".into()));
-    assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 6));
+    assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 7));
     assert_eq!(blocked(&status, "2026-11-24T14:00:00Z"), status);
+}
+
+#[test]
+fn a_revision_that_starts_is_not_rolled_out_and_says_how_far_it_is() {
+    let mut seen = healthy();
+    seen.workers.insert(Slot(1), Seen::default());
+    insta::assert_yaml_snapshot!(rolling(Some(&seen), None));
+}
+
+#[test]
+fn a_revision_that_cannot_run_is_told_everywhere_but_in_ready() {
+    let mut seen = healthy();
+    let words = failure("ModelNotFound", "no model at /models/nope");
+    seen.workers.insert(Slot(0), Seen { failure: words, ..Seen::default() });
+    let status = rolling(Some(&seen), None);
+    let text = "revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d goes on serving";
+    for (kind, truth) in [(Kind::RolledOut, "False"), (Kind::Progressing, "True"), (Kind::Degraded, "True")] {
+        assert_eq!(told(&status, kind), (truth.into(), "ModelNotFound".into(), text.into()), "{kind:?}");
+    }
+    assert_eq!(told(&status, Kind::Ready).0, "True");
+    let next = status.next_revision.unwrap();
+    assert_eq!((next.name.as_str(), next.workers.as_str()), ("5e6f7a8b", "1/2"));
+    assert_eq!(next.error.as_deref(), Some("worker 0: no model at /models/nope; check spec.model.uri"));
+    assert_eq!(
+        (status.model.as_deref(), status.revision.as_deref()),
+        (Some("file:///models/tiny-r1"), Some("1a2b3c4d"))
+    );
+}
+
+#[test]
+fn a_spec_that_cannot_be_leaves_ready_to_speak_of_requests() {
+    let status = rolling(None, Some(Obstacle::Spec(Verdict::no(Reason::InvalidSpec, "spec.x must be y"))));
+    for (kind, truth) in [(Kind::RolledOut, "False"), (Kind::Progressing, "False"), (Kind::Degraded, "True")]
+    {
+        assert_eq!(
+            told(&status, kind),
+            (truth.into(), "InvalidSpec".into(), "spec.x must be y".into()),
+            "{kind:?}"
+        );
+    }
+    assert_eq!(told(&status, Kind::Ready).0, "True");
+}
+
+#[test]
+fn what_the_api_server_does_not_take_of_a_first_revision_is_why_it_is_not_ready() {
+    let obstacle =
+        Obstacle::Writing(Verdict::no(Reason::Named("ApiRejected".into()), "cannot apply StatefulSet m"));
+    let seen = Observation::default();
+    let status = computed_with(
+        &ModelDeploymentStatus::default(),
+        &desired(2),
+        &seen,
+        None,
+        Some(&obstacle),
+        at("2026-11-24T13:00:00Z"),
+    );
+    assert_eq!(
+        told(&status, Kind::Ready),
+        ("False".into(), "ApiRejected".into(), "cannot apply StatefulSet m".into())
+    );
+    assert_eq!(told(&status, Kind::Degraded).0, "True");
+    let beside = rolling(Some(&seen), Some(obstacle));
+    assert_eq!(
+        (told(&beside, Kind::Ready).0, told(&beside, Kind::RolledOut).1),
+        ("True".into(), "ApiRejected".into())
+    );
+    assert_eq!(beside.next_revision.unwrap().error.as_deref(), Some("cannot apply StatefulSet m"));
 }

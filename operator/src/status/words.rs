@@ -1,0 +1,76 @@
+//! What is said of processes that fail, or that are not ready yet.
+
+use expertmesh_decide::observation::{Failure, FailureReason, Observation, Seen};
+use expertmesh_decide::report::State;
+use expertmesh_proto::slot::Slot;
+
+use super::condition::{Reason, Verdict};
+
+/// A worker that is not ready and cannot run, and what to do about it.
+pub(crate) fn failing(seen: &Observation) -> Option<String> {
+    let mut workers = seen.workers.range(..Slot(seen.size));
+    workers.find_map(|(slot, worker)| {
+        let is_ready = worker.report.as_ref().is_some_and(|report| report.state == State::Ready);
+        let failure = worker.failure.as_ref().filter(|_| !is_ready)?;
+        Some(described(&format!("worker {slot}"), failure))
+    })
+}
+
+/// The failure of the lowest slot that has one.
+pub(super) fn first_failure(seen: &Observation) -> Option<(String, &Failure)> {
+    let mut workers = seen.workers.range(..Slot(seen.size));
+    workers.find_map(|(slot, worker)| Some((format!("worker {slot}"), worker.failure.as_ref()?)))
+}
+
+/// The same; where no worker has failed, of the first frontend that has.
+pub(super) fn first_failure_of_any(seen: &Observation) -> Option<(String, &Failure)> {
+    let mut frontends = seen.frontends.iter();
+    let frontend = || {
+        frontends
+            .find_map(|frontend| Some((format!("frontend {}", frontend.name), frontend.failure.as_ref()?)))
+    };
+    first_failure(seen).or_else(frontend)
+}
+
+pub(super) fn failed_verdict(who: &str, failure: &Failure) -> Verdict {
+    Verdict::no(reason_of(failure), described(who, failure))
+}
+
+pub(super) fn described(who: &str, failure: &Failure) -> String {
+    let advice = match failure.reason {
+        FailureReason::ReplicasUnschedulable => "; lower spec.workers.resources or add nodes",
+        FailureReason::ImagePullBackOff
+        | FailureReason::InvalidImageName
+        | FailureReason::ErrImageNeverPull => {
+            "; check the image and imagePullSecrets of spec.workers and spec.frontend"
+        }
+        FailureReason::OomKilled => "; raise the memory limit in resources, or the number of workers",
+        FailureReason::ModelNotFound => "; check spec.model.uri",
+        FailureReason::ProcessEnded | FailureReason::Other(_) => "",
+    };
+    format!("{who}: {}{advice}", failure.message)
+}
+
+pub(super) fn counted(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// A condition's reason has its own alphabet, and may not be empty.
+pub(super) fn reason_of(failure: &Failure) -> Reason {
+    let reason: String =
+        failure.reason.name().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '_').take(128).collect();
+    let is_reason = reason.starts_with(|c: char| c.is_ascii_alphabetic());
+    Reason::Named(if is_reason { reason } else { "Failed".into() })
+}
+
+/// Why a worker is not ready; none where it is.
+pub(super) fn not_ready_because(worker: &Seen) -> Option<String> {
+    match &worker.report {
+        None if worker.addresses.is_empty() => Some("its pod has not started".into()),
+        None if worker.told.is_some() => Some("it has fallen silent".into()),
+        None => Some("it does not answer yet".into()),
+        Some(report) if report.state == State::Ready => None,
+        Some(report) if report.reason.is_empty() => Some("it is not ready".into()),
+        Some(report) => Some(report.reason.clone()),
+    }
+}
