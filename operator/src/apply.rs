@@ -154,33 +154,40 @@ pub(crate) async fn revision(client: &Client, objects: &OfRevision) -> Result<()
     Ok(())
 }
 
-/// The next step towards the end of a revision. Its frontends end first, for their requests need workers.
-pub(crate) async fn retire(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
+/// The next step towards the end of a revision; true where it is the first. The frontends of one that answered requests end first, for
+/// their requests need workers.
+pub(crate) async fn retire(
+    client: &Client,
+    owner: &Owner,
+    revision: &str,
+    is_proven: bool,
+) -> Result<bool, ApiError> {
     let name = owner.of_revision(revision);
-    delete::<Deployment>(client, owner, revision).await?;
+    let is_first = delete::<Deployment>(client, owner, revision).await?;
     let frontends = ListParams::default().labels(&query(&owner.selector_of(Component::Frontend, revision)));
     let pods = Api::<Pod>::namespaced(client.clone(), &owner.namespace).list_metadata(&frontends).await;
-    if pods.map_err(|error| ApiError::new::<Pod>("list", &name, error))?.items.is_empty() {
+    let pods = pods.map_err(|error| ApiError::new::<Pod>("list", &name, error))?.items;
+    if pods.is_empty() || !is_proven {
         // The placement first: a revision without a StatefulSet is not looked for again. Pods do without it.
         delete::<ConfigMap>(client, owner, revision).await?;
         delete::<StatefulSet>(client, owner, revision).await?;
     }
-    Ok(())
+    Ok(is_first)
 }
 
 /// Forgets a revision that could be rolled back to.
 pub(crate) async fn forget(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
-    delete::<ControllerRevision>(client, owner, revision).await
+    delete::<ControllerRevision>(client, owner, revision).await.map(drop)
 }
 
-/// Deletes a revision's object of this kind, its dependents in the background. One that is already gone is no error.
-async fn delete<K: Object>(client: &Client, owner: &Owner, revision: &str) -> Result<(), ApiError> {
+/// Deletes a revision's object of this kind, its dependents in the background; false where it was gone already.
+async fn delete<K: Object>(client: &Client, owner: &Owner, revision: &str) -> Result<bool, ApiError> {
     let api: Api<K> = Api::namespaced(client.clone(), &owner.namespace);
     let name = owner.of_revision(revision);
     match api.delete(&name, &DeleteParams::background()).await {
-        Ok(_) => Ok(()),
+        Ok(_) => Ok(true),
         Err(error) => match ApiError::new::<K>("delete", &name, error) {
-            gone if gone.reason() == ApiReason::NotFound => Ok(()),
+            gone if gone.reason() == ApiReason::NotFound => Ok(false),
             error => Err(error),
         },
     }

@@ -11,11 +11,12 @@ use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
+use kube::ResourceExt;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::names::{Component, Owner, REVISION};
+use super::names::{Component, Owner, REVISION, UNPROVEN};
 use super::pods::{Process, template};
 use crate::api::PodFields;
 use crate::validate::ValidatedDeployment;
@@ -23,7 +24,7 @@ use crate::validate::ValidatedDeployment;
 /// How many ControllerRevisions are kept.
 pub(crate) const KEPT: usize = 5;
 
-/// A revision as it is written into its ControllerRevision, but for the first two fields, which are that object's own.
+/// A revision as it is written into its ControllerRevision, but for the first three fields, which are that object's own.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Revision {
     /// The revision's name: eight hexadecimal digits.
@@ -32,6 +33,9 @@ pub(crate) struct Revision {
     /// The record's number: a later revision has a higher one.
     #[serde(skip)]
     pub(crate) number: i64,
+    /// Whether it ever answered a request. Records of before this was noted say nothing, and count as proven.
+    #[serde(skip)]
+    pub(crate) is_proven: bool,
     pub(crate) workers: PodTemplateSpec,
     pub(crate) frontend: PodTemplateSpec,
 }
@@ -46,6 +50,7 @@ impl Revision {
         };
         Self {
             number: 1,
+            is_proven: false,
             workers: pod(Component::Worker, &deployment.worker_pod),
             frontend: pod(Component::Frontend, &deployment.frontend_pod),
             hash,
@@ -56,7 +61,8 @@ impl Revision {
     pub(crate) fn recorded(record: &ControllerRevision) -> Option<Self> {
         let hash = record.metadata.labels.as_ref()?.get(REVISION)?.clone();
         let written = serde_json::from_value(record.data.as_ref()?.0.clone()).ok()?;
-        Some(Self { hash, number: record.revision, ..written })
+        let is_proven = !record.annotations().contains_key(UNPROVEN);
+        Some(Self { hash, number: record.revision, is_proven, ..written })
     }
 
     /// The URI of its model, as its workers are told it.

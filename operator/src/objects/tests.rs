@@ -238,3 +238,15 @@ fn names_stay_within_what_kubernetes_takes() {
     assert!(owner.of_revision("1a2b3c4d").len() + 11 <= 63);
     assert!(owner.worker_pod("1a2b3c4d", Slot(1023)).len() <= 63);
 }
+
+#[test]
+fn a_record_says_of_a_revision_that_it_never_answered_until_it_did() {
+    let size = Size { workers: 1, frontends: 1, placement: None };
+    let mut revision = revision("");
+    let record = |revision: &Revision| of_revision(&owner(), revision, size).record;
+    assert_eq!(Revision::recorded(&record(&revision)).map(|found| found.is_proven), Some(false));
+    revision.is_proven = true;
+    let proven = record(&revision);
+    assert_eq!(Revision::recorded(&proven).map(|found| found.is_proven), Some(true));
+    assert_eq!(proven.metadata.annotations, None, "as records of before this was noted");
+}

@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{Component, Owner, PLACEMENT_KEY, matching};
+use super::names::{Component, Owner, PLACEMENT_KEY, UNPROVEN, matching};
 use super::revision::Revision;
 
 /// Workers: an ordinal is a slot of the placement. Pods are replaced by whoever deletes them, never by a template's change.
@@ -65,10 +65,14 @@ pub(crate) fn config_map(owner: &Owner, revision: &str, placement: Option<&Place
     }
 }
 
-/// What the revision is, for good: images and defaults as they were when it was made.
+/// What the revision is, for good: images and defaults as they were when it was made; and, until then, that it never answered.
 pub(crate) fn controller_revision(owner: &Owner, revision: &Revision) -> ControllerRevision {
+    let unproven = || [(UNPROVEN.to_string(), "true".to_string())].into();
     ControllerRevision {
-        metadata: metadata(owner, Component::Worker, revision),
+        metadata: ObjectMeta {
+            annotations: (!revision.is_proven).then(unproven),
+            ..metadata(owner, Component::Worker, revision)
+        },
         revision: revision.number,
         data: serde_json::to_value(revision).ok().map(RawExtension),
     }

@@ -11,7 +11,7 @@ use super::memory::SharedFleet;
 use crate::apply::ApiError;
 use crate::fleet::Fleet;
 use crate::objects::revision::Revision;
-use crate::status::serving::serves;
+use crate::status::serving::{answers, serves};
 use crate::validate::ValidatedDeployment;
 
 /// How long after a promotion clients may still be sent to the old revision.
@@ -43,9 +43,10 @@ pub(super) struct Observed {
 }
 
 impl Observed {
-    async fn new(context: &Context, found: &Found, revision: Revision) -> Result<Self, ApiError> {
+    async fn new(context: &Context, found: &Found, mut revision: Revision) -> Result<Self, ApiError> {
         let fleet = context.fleet(&found.owner, &revision.hash);
         let seen = fleet.lock().await.observe().await?;
+        revision.is_proven |= answers(&seen);
         Ok(Self { revision, fleet, seen })
     }
 }
@@ -58,16 +59,19 @@ pub(super) async fn observe(
     wanted: Revision,
 ) -> Result<(Sides<Observed>, Rollout), ApiError> {
     let wanted = Observed::new(context, found, wanted).await?;
+    let before = found.serving.as_ref().filter(|serving| **serving != wanted.revision.hash);
+    let before = match before.and_then(|serving| found.recorded(serving)) {
+        Some(serving) => Some(Observed::new(context, found, serving).await?),
+        None => None,
+    };
+    let paused = deployment.desired.paused;
     let plan = rollout(Revisions {
         wanted: &wanted.revision.hash,
         serving: found.serving.as_deref(),
         running: &found.running,
-        wanted_serves: !deployment.desired.paused && serves(&deployment.desired, &wanted.seen),
+        serving_is_proven: paused || before.as_ref().is_none_or(|before| before.revision.is_proven),
+        wanted_serves: !paused && serves(&deployment.desired, &wanted.seen),
         just_promoted: context.memory.promoted_within(&found.owner.key(), PROMOTION_SPREADS),
     });
-    let old = match found.recorded(&plan.serving).filter(|_| plan.next.is_some()) {
-        Some(serving) => Some(Observed::new(context, found, serving).await?),
-        None => None,
-    };
-    Ok((Sides { wanted, old }, plan))
+    Ok((Sides { wanted, old: before.filter(|_| plan.next.is_some()) }, plan))
 }

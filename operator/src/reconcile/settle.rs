@@ -1,6 +1,7 @@
 //! Applies what a deployment has once, sends clients to the revision that serves, and ends what no revision needs.
 
 use expertmesh_decide::rollout::Rollout;
+use tracing::info;
 
 use super::context::Context;
 use super::fetch::Found;
@@ -21,11 +22,20 @@ pub(super) async fn settle(
     let key = found.owner.key();
     let objects = objects::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
     apply::shared(&context.client, &objects).await?;
-    if found.serving.as_ref().is_some_and(|serving| *serving != plan.serving) {
+    let before = found.serving.as_ref().filter(|serving| **serving != plan.serving);
+    if before.is_some_and(|before| !plan.retired.contains(before)) {
         context.memory.promoted(&key);
     }
     for revision in &plan.retired {
-        apply::retire(&context.client, &found.owner, revision).await?;
+        let is_proven = found.recorded(revision).is_none_or(|revision| revision.is_proven);
+        if apply::retire(&context.client, &found.owner, revision, is_proven).await? {
+            info!(
+                namespace = key.namespace,
+                name = key.name,
+                revision,
+                "ending a revision that is not needed any more"
+            );
+        }
     }
     for revision in found.forgettable(plan.next.as_ref().unwrap_or(&plan.serving)) {
         apply::forget(&context.client, &found.owner, &revision).await?;
