@@ -78,10 +78,13 @@ struct Deployed {
 /// The whole story, one step a line. An error is one that the status does not tell of yet.
 async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileError> {
     // validate, pin the revision (no IO)
-    let (mut deployment, revision) = validate(found, context.image.as_deref())?;
+    let Meant { mut deployment, revision, mistake } = validate(found, context.image.as_deref())?;
 
     // observe (reads from the API server, and what processes reported)
-    let (observed, plan) = observe(context, found, &deployment, revision).await?;
+    let (observed, mut plan) = observe(context, found, &deployment, revision).await?;
+    if mistake.is_some() {
+        plan.retired.clear(); // one of them may be what the spec asks for, once it is corrected
+    }
 
     // settle: what the deployment has once, promotion, the end of old revisions (writes to the API server)
     settle(context, found, &deployment, &plan).await?;
@@ -97,19 +100,41 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
     let acted = act(context, found, &deployment, decided).await.and(scaled.result);
 
     // tell: status, Events, metrics (writes to the API server)
-    let tale = Tale { deployment: &deployment, plan: &plan, acted: &acted, scaling: scaled.scaling.as_ref() };
+    let (mistake, scaling) = (mistake.as_ref(), scaled.scaling.as_ref());
+    let tale = Tale { deployment: &deployment, plan: &plan, acted: &acted, mistake, scaling };
     let again = tell(context, found, tale).await?;
     Ok(Deployed { result: acted.result, again })
 }
 
-/// The deployment as it is meant, and its revision: as it was recorded, or a new one.
-fn validate(found: &Found, image: Option<&str>) -> Result<(ValidatedDeployment, Revision), ReconcileError> {
-    let deployment = ValidatedDeployment::new(&found.object)?;
-    if found.name_is_taken {
+/// What a spec asks for, as far as it can be carried out.
+struct Meant {
+    deployment: ValidatedDeployment,
+    /// As it was recorded, or a new one.
+    revision: Revision,
+    /// Why the spec is not carried out: the revision is then the one that serves, which is looked after meanwhile.
+    mistake: Option<ReconcileError>,
+}
+
+fn validate(found: &Found, image: Option<&str>) -> Result<Meant, ReconcileError> {
+    let validated = ValidatedDeployment::new(&found.object);
+    if validated.is_ok() && found.name_is_taken {
         return Err(ReconcileError::NameTaken(found.owner.name.clone()));
     }
-    let revision = found.wanted(&deployment, image).ok_or(ReconcileError::NoImage)?;
-    Ok((deployment, revision))
+    let mistake = match validated {
+        Ok(deployment) => match found.wanted(&deployment, image) {
+            Some(revision) => return Ok(Meant { deployment, revision, mistake: None }),
+            None => ReconcileError::NoImage,
+        },
+        Err(error) => error.into(),
+    };
+    let serving = found.serving.as_ref().and_then(|serving| found.recorded(serving));
+    let deployment = ValidatedDeployment::as_far_as_right(&found.object);
+    match (serving, deployment) {
+        (Some(revision), Some(deployment)) if !found.name_is_taken => {
+            Ok(Meant { deployment, revision, mistake: Some(mistake) })
+        }
+        _ => Err(mistake),
+    }
 }
 
 /// When to try again after a reconcile that failed: after ever longer, or not before the object is another.

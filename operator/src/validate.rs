@@ -15,9 +15,12 @@ use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::duration::parse;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use crate::api::{self, ModelDeployment, PodFields};
+use crate::api::{self, ModelDeployment, ModelDeploymentSpec, PodFields};
 
-/// A ModelDeployment that keeps every rule, with its defaults applied. Only [`ValidatedDeployment::new`] makes one.
+/// The time to drain where what is written is none: the default of `spec.serving.drainTimeout`.
+const UNLESS_SAID: Duration = Duration::from_secs(300);
+
+/// A ModelDeployment that keeps every rule, with its defaults applied. Its own functions alone make one.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct ValidatedDeployment {
     /// DNS-1035, at most 40 characters; also the name that clients give the model.
@@ -57,14 +60,42 @@ impl ValidatedDeployment {
             ValidationError::Rule(messages.join("; "))
         })?;
         let spec = &object.spec;
+        let drain_timeout = duration("spec.serving.drainTimeout", &spec.serving.drain_timeout)?;
+        let autoscaling = spec.autoscaling.as_ref().map(policy).transpose()?;
+        Ok(Self::of(name, spec, drain_timeout, autoscaling))
+    }
+
+    /// What of a spec with a mistake can be followed all the same, so that what runs is looked after: sizes within their bounds, and of the
+    /// autoscaler what can be read. None without a name.
+    pub(crate) fn as_far_as_right(object: &ModelDeployment) -> Option<Self> {
+        let mut spec = object.spec.clone();
+        spec.workers.replicas = spec.workers.replicas.clamp(0, 1024);
+        spec.frontend.replicas = spec.frontend.replicas.clamp(1, 256);
+        spec.experts.min_replicas = spec.experts.min_replicas.clamp(1, spec.workers.replicas.max(1));
+        let drain_timeout = duration("spec.serving.drainTimeout", &spec.serving.drain_timeout);
+        let drain_timeout = drain_timeout.unwrap_or(UNLESS_SAID);
+        let autoscaling = spec.autoscaling.as_mut().and_then(|autoscaling| {
+            autoscaling.schedules.retain(|written| schedule(written).is_ok());
+            let bounds = 0..=autoscaling.max_workers;
+            policy(autoscaling).ok().filter(|_| bounds.contains(&autoscaling.min_workers))
+        });
+        Some(Self::of(object.metadata.name.clone()?, &spec, drain_timeout, autoscaling))
+    }
+
+    fn of(
+        name: String,
+        spec: &ModelDeploymentSpec,
+        drain_timeout: Duration,
+        autoscaling: Option<Policy>,
+    ) -> Self {
         let desired = Desired {
             workers: spec.workers.replicas.unsigned_abs(),
             min_replicas: spec.experts.min_replicas.unsigned_abs(),
-            drain_timeout: duration("spec.serving.drainTimeout", &spec.serving.drain_timeout)?,
+            drain_timeout,
             paused: spec.paused,
         };
-        Ok(Self {
-            autoscaling: spec.autoscaling.as_ref().map(policy).transpose()?,
+        Self {
+            autoscaling,
             memory: spec.workers.pod.resources.limits.get("memory").and_then(bytes),
             name,
             model_path: Path::new(spec.model.uri.trim_start_matches("file://")).components().collect(),
@@ -78,7 +109,7 @@ impl ValidatedDeployment {
             frontend_pod: spec.frontend.pod.clone(),
             frontend_options: spec.frontend.options(),
             _checked: (),
-        })
+        }
     }
 
     /// Whether nothing differs but what is decided anew at every step.
@@ -113,9 +144,8 @@ fn duration(field: &str, text: &str) -> Result<Duration, ValidationError> {
 
 fn policy(spec: &api::Autoscaling) -> Result<Policy, ValidationError> {
     let field = |name: &str| format!("spec.autoscaling.{name}");
-    let schedule = |(at, schedule): (usize, &api::Schedule)| {
-        let api::Schedule { time_zone, start, end, min_workers } = schedule;
-        Schedule::new(time_zone, start, end, min_workers.unsigned_abs())
+    let schedule = |(at, written): (usize, &api::Schedule)| {
+        schedule(written)
             .map_err(|problem| ValidationError::Rule(format!("{}[{at}].{problem}", field("schedules"))))
     };
     let behavior = spec.behavior.clone().unwrap_or_default();
@@ -132,6 +162,11 @@ fn policy(spec: &api::Autoscaling) -> Result<Policy, ValidationError> {
         down: rules(behavior.scale_down, Rules::down()),
         schedules: spec.schedules.iter().enumerate().map(schedule).collect::<Result<_, _>>()?,
     })
+}
+
+fn schedule(written: &api::Schedule) -> Result<Schedule, String> {
+    let api::Schedule { time_zone, start, end, min_workers } = written;
+    Schedule::new(time_zone, start, end, min_workers.unsigned_abs())
 }
 
 fn rules(given: Option<api::ScalingRules>, default: Rules) -> Rules {
@@ -245,5 +280,19 @@ mod tests {
             error.starts_with("spec.autoscaling.schedules[0].end (0 25 * * *) in timeZone UTC: "),
             "{error}"
         );
+    }
+
+    #[test]
+    fn of_a_spec_with_a_mistake_the_rest_is_followed() {
+        let yaml = "apiVersion: expertmesh.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {name: m}\n\
+            spec: {model: {uri: 'file:///m'}, workers: {replicas: 3}, frontend: {replicas: 0}, experts: {minReplicas: 9},\n  \
+            serving: {drainTimeout: soon}, autoscaling: {maxWorkers: 6, schedules: [\n    \
+            {start: '0 8 * * *', end: '0 25 * * *', minWorkers: 2}, {start: '0 8 * * *', end: '0 20 * * *', minWorkers: 2}]}}";
+        let object: ModelDeployment = serde_yaml::from_str(yaml).unwrap();
+        assert!(ValidatedDeployment::new(&object).is_err());
+        let rest = ValidatedDeployment::as_far_as_right(&object).unwrap();
+        assert_eq!((rest.desired.workers, rest.desired.min_replicas, rest.frontends), (3, 3, 1));
+        assert_eq!(rest.desired.drain_timeout, UNLESS_SAID);
+        assert_eq!(rest.autoscaling.unwrap().schedules.len(), 1);
     }
 }

@@ -13,7 +13,7 @@ pub(super) fn obstacle(error: &ReconcileError) -> Option<Obstacle> {
     let says = |advice: &str| verdict(error, advice);
     match error.reason() {
         ErrorReason::InvalidSpec => {
-            Some(Obstacle::Spec(says("; correct the spec (what already runs is left as it is)")))
+            Some(Obstacle::Spec(says("; correct the spec (what already runs is looked after as before)")))
         }
         ErrorReason::NoImage | ErrorReason::NameTaken => Some(Obstacle::Spec(says(""))),
         ErrorReason::Api(ApiReason::Forbidden | ApiReason::Rejected) => Some(Obstacle::Writing(says(""))),

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::act::{Acted, Decided};
 use super::context::Context;
+use super::error::ReconcileError;
 use super::explain::obstacle;
 use super::fetch::Found;
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
@@ -28,18 +29,20 @@ pub(super) struct Tale<'a> {
     pub(super) deployment: &'a ValidatedDeployment,
     pub(super) plan: &'a Rollout,
     pub(super) acted: &'a Acted,
+    /// Why the spec is not carried out.
+    pub(super) mistake: Option<&'a ReconcileError>,
     pub(super) scaling: Option<&'a Scaling>,
 }
 
 /// Tells how the deployment is, and says when to look again.
 pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Result<Duration, ApiError> {
-    let Tale { deployment, plan, acted, scaling } = tale;
+    let Tale { deployment, plan, acted, mistake, scaling } = tale;
     let key = found.owner.key();
     let Decided { observed: serving, decision } = acted.sides.serving();
     let wanted = &acted.sides.wanted.observed;
     let next = NextRevision { hash: &wanted.revision.hash, seen: &wanted.seen };
     let before = found.status();
-    let obstacle = acted.result.as_ref().err().and_then(obstacle);
+    let obstacle = mistake.or(acted.result.as_ref().err()).and_then(obstacle);
     let after = status(&Situation {
         owner: &found.owner,
         generation: found.object.metadata.generation,
