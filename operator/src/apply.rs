@@ -18,7 +18,7 @@
 //! | networking.k8s.io   | networkpolicies               | list watch create patch            | here, `watch.rs`                           |
 //! | (core)              | pods                          | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs`    |
 //! | (core)              | nodes                         | get                                | `fleet/kubernetes.rs`                      |
-//! | events.k8s.io       | events                        | create patch                       | `events.rs`                                |
+//! | events.k8s.io       | events                        | list watch create patch            | `events.rs`, `refusals.rs`                 |
 //! | coordination.k8s.io | leases (in its own namespace) | get create update                  | `lease.rs`                                 |
 //!
 //! Server-side apply needs `patch`, and `create` where the object does not exist yet. Owner references do not block

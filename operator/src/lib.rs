@@ -16,6 +16,7 @@ mod metrics;
 mod objects;
 mod programs;
 mod reconcile;
+mod refusals;
 mod status;
 mod validate;
 mod watch;

@@ -28,6 +28,7 @@ use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY};
 use crate::reconcile::context::Context;
 use crate::reconcile::error::ReconcileError;
 use crate::reconcile::{after_error, reconcile};
+use crate::refusals::follow;
 
 /// Deployments that are reconciled at the same time.
 const CONCURRENCY: u16 = 8;
@@ -90,8 +91,9 @@ pub(crate) async fn watch(
         namespaces.iter().map(|name| Some(name.as_str())).collect()
     };
     let controllers: Vec<_> =
-        scopes.into_iter().map(|scope| controller(&context.client, scope, &triggers)).collect();
+        scopes.iter().map(|&scope| controller(&context.client, scope, &triggers)).collect();
     let stores: Vec<_> = controllers.iter().map(Controller::store).collect();
+    let following = scopes.iter().map(|scope| follow_refusals(&context, *scope)).collect::<Vec<_>>();
     let running = controllers.into_iter().map(|controller| {
         let results =
             controller.graceful_shutdown_on(stop.clone()).run(reconcile, after_error, context.clone());
@@ -104,7 +106,21 @@ pub(crate) async fn watch(
     tokio::select! {
         _ = join_all(running) => {}
         () = sweep(&context, &stores, synced) => {}
+        _ = join_all(following) => {}
     }
+}
+
+/// Hears for ever which pods are refused, and why.
+async fn follow_refusals(context: &Context, namespace: Option<&str>) {
+    let refused = |reference: Reference| {
+        // A full queue holds a request for a reconcile already.
+        let _ = context.trigger.try_send(reference);
+    };
+    let failed = |error: &watcher::Error| {
+        context.metrics.reconciles.watch_failed(WatchFailure::WatchFailed);
+        warn!("the watch of refusals broke and is begun again: {error}");
+    };
+    follow(&context.refusals, &scoped(&context.client, namespace), refused, failed).await;
 }
 
 fn controller(client: &Client, namespace: Option<&str>, triggers: &Triggers) -> Controller<Watched> {

@@ -29,6 +29,8 @@ pub struct Seen {
     pub name: String,
     /// `host:port` of its gRPC services, in the order to try; empty while unknown.
     pub addresses: Vec<String>,
+    /// Whether it was started, as far as its fleet knows; what is started may yet be silent.
+    pub is_started: bool,
     /// What it last said, while the stream of its reports is up.
     pub report: Option<Report>,
     /// Since when it is silent (or was first missed); none while its reports arrive.
@@ -55,10 +57,23 @@ pub struct Failure {
 /// a variant of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FailureReason {
+    /// Its container refers to a ConfigMap, a Secret or a key that is not there.
+    CreateContainerConfigError,
     ErrImageNeverPull,
+    /// Its node cannot give it a volume.
+    FailedMount,
     ImagePullBackOff,
     InvalidImageName,
+    /// The next six: the API server does not let its pod be made.
+    LimitRange,
+    NoPriorityClass,
+    NoServiceAccount,
+    PodRefused,
+    PodSecurity,
+    QuotaExceeded,
     ModelNotFound,
+    /// Nobody hears of the node that it is on.
+    NodeLost,
     /// Its container took more memory than it may.
     OomKilled,
     /// It ended without last words: by a signal, or a panic.
@@ -71,10 +86,19 @@ impl FailureReason {
     /// The reason that has this name.
     pub fn named(name: &str) -> Self {
         let known = [
+            Self::CreateContainerConfigError,
             Self::ErrImageNeverPull,
+            Self::FailedMount,
             Self::ImagePullBackOff,
             Self::InvalidImageName,
+            Self::LimitRange,
+            Self::NoPriorityClass,
+            Self::NoServiceAccount,
+            Self::PodRefused,
+            Self::PodSecurity,
+            Self::QuotaExceeded,
             Self::ModelNotFound,
+            Self::NodeLost,
             Self::OomKilled,
             Self::ProcessEnded,
             Self::ReplicasUnschedulable,
@@ -86,7 +110,16 @@ impl FailureReason {
     /// The reason's name, stable and machine-readable.
     pub fn name(&self) -> &str {
         match self {
+            Self::CreateContainerConfigError => "CreateContainerConfigError",
             Self::ErrImageNeverPull => "ErrImageNeverPull",
+            Self::FailedMount => "FailedMount",
+            Self::LimitRange => "LimitRange",
+            Self::NoPriorityClass => "NoPriorityClass",
+            Self::NoServiceAccount => "NoServiceAccount",
+            Self::PodRefused => "PodRefused",
+            Self::PodSecurity => "PodSecurity",
+            Self::QuotaExceeded => "QuotaExceeded",
+            Self::NodeLost => "NodeLost",
             Self::ImagePullBackOff => "ImagePullBackOff",
             Self::InvalidImageName => "InvalidImageName",
             Self::ModelNotFound => "ModelNotFound",

@@ -83,6 +83,7 @@ impl Simulation {
             addresses: process.reported.iter().map(|_| format!("{name}.{}:1", process.address)).collect(),
             name,
             report: process.reported.clone(),
+            is_started: process.alive && process.starting == 0,
             silent_since: process.silent_since,
             draining_since: process.draining_since,
             told: process.told.clone(),

@@ -84,6 +84,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
         image: arguments.image,
         operator_namespace: std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| namespace),
         memory: Memory::default(),
+        refusals: Arc::default(),
         client,
         metrics,
         trigger,

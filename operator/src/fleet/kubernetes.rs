@@ -1,17 +1,19 @@
 //! One revision of a deployment on Kubernetes: a StatefulSet of workers, frontends, and the streams to both.
 
 mod pods;
+pub(crate) mod refused;
 pub(crate) mod streams;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use expertmesh_decide::action::Action;
 use expertmesh_decide::autoscale::autoscaler::Look;
 use expertmesh_decide::autoscale::limits::Change;
 use expertmesh_decide::autoscale::policy::{Policy, Size};
 use expertmesh_decide::autoscale::verdict::Verdict;
-use expertmesh_decide::observation::{Member, Observation, Seen};
+use expertmesh_decide::observation::{Failure, Member, Observation, Seen};
 use expertmesh_decide::report::State;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::slot::Slot;
@@ -26,6 +28,7 @@ use super::Fleet;
 use crate::apply::{self, ApiError, Object};
 use crate::objects::names::{Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
 use crate::objects::workloads::config_map;
+use crate::refusals::Refusals;
 
 use streams::{Caller, SharedAutoscaler, Streams};
 
@@ -33,6 +36,7 @@ pub(crate) struct KubernetesFleet {
     client: Client,
     owner: Owner,
     revision: String,
+    refusals: Arc<Refusals>,
     streams: Streams,
     autoscaler: SharedAutoscaler,
     /// Whether nothing was observed yet.
@@ -60,6 +64,7 @@ impl KubernetesFleet {
         client: Client,
         owner: Owner,
         revision: &str,
+        refusals: Arc<Refusals>,
         caller: &Caller,
         changed: impl Fn(Option<&Look>) + Send + 'static,
     ) -> Self {
@@ -69,6 +74,7 @@ impl KubernetesFleet {
             client,
             owner,
             revision: revision.into(),
+            refusals,
             streams,
             autoscaler,
             fresh: true,
@@ -149,16 +155,23 @@ impl KubernetesFleet {
         Ok(found.map_err(|error| ApiError::new::<Pod>("list", &self.name(), error))?.items)
     }
 
-    fn worker(&self, slot: Slot, pod: Option<&Pod>) -> Seen {
+    fn worker(&self, slot: Slot, pod: Option<&Pod>, refused: Option<&Failure>) -> Seen {
         let name = self.owner.worker_pod(&self.revision, slot);
         let addresses = pods::addresses(&self.owner, Component::Worker, &name, pod);
-        Seen { name, addresses, failure: pod.and_then(pods::failure), ..Seen::default() }
+        let failure = pod.map_or_else(|| refused.cloned(), |pod| self.failure(pod));
+        Seen { name, addresses, is_started: pod.is_some_and(pods::is_started), failure, ..Seen::default() }
     }
 
     fn frontend(&self, pod: &Pod) -> Seen {
         let name = pod.name_any();
         let addresses = pods::addresses(&self.owner, Component::Frontend, &name, Some(pod));
-        Seen { name, addresses, failure: pods::failure(pod), ..Seen::default() }
+        let (is_started, failure) = (pods::is_started(pod), self.failure(pod));
+        Seen { name, addresses, is_started, failure, ..Seen::default() }
+    }
+
+    fn failure(&self, pod: &Pod) -> Option<Failure> {
+        let unprepared = || refused::unprepared(pod, |uid| self.refusals.of(uid));
+        pods::failure(pod).or_else(|| (!pods::is_started(pod)).then(unprepared).flatten())
     }
 
     async fn resize(&self, size: u32) -> Result<(), ApiError> {
@@ -177,6 +190,7 @@ impl Fleet for KubernetesFleet {
 
     async fn observe(&mut self) -> Result<Observation, ApiError> {
         let set: Option<StatefulSet> = self.get(&self.name()).await?;
+        let refusal = set.as_ref().and_then(|set| self.refusals.of(set.metadata.uid.as_ref()?));
         let size =
             set.and_then(|set| set.spec?.replicas).and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
         let placement = self.placement().await?;
@@ -184,15 +198,19 @@ impl Fleet for KubernetesFleet {
         let frontends = self.pods(Component::Frontend).await?;
         let now = Timestamp::now();
         self.overdue = workers.iter().filter(|pod| pods::is_overdue(pod, now)).filter_map(overdue).collect();
+        let refused = refusal.and_then(|refusal| refused::still_refused(refusal, &workers));
         // One that ends is seen no more: what it still says is no promise.
         let lives = |pod: &&Pod| !pods::is_terminating(pod) && !pods::has_ended(pod);
         let by_slot: BTreeMap<Slot, &Pod> =
             workers.iter().filter(lives).filter_map(|pod| Some((pods::slot(pod)?, pod))).collect();
+        // Until one that ends has ended, none is made in its place.
+        let ending: BTreeSet<Slot> = workers.iter().filter_map(pods::slot).collect();
+        let missing = |slot: Slot| refused.as_ref().filter(|_| !ending.contains(&slot));
         let mut seen = Observation {
             placement,
             size,
             workers: Slot::first(size)
-                .map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied())))
+                .map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied(), missing(slot))))
                 .collect(),
             frontends: frontends.iter().filter(lives).map(|pod| self.frontend(pod)).collect(),
         };

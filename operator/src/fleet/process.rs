@@ -212,6 +212,7 @@ impl Fleet for ProcessFleet {
             let mut seen = Seen {
                 name: child.name().to_string(),
                 addresses: child.address().into_iter().collect(),
+                is_started: child.address().is_some(),
                 failure: child.failure(),
                 ..Seen::default()
             };

@@ -1,5 +1,7 @@
 //! The clients, settings and memory that every reconcile needs.
 
+use std::sync::Arc;
+
 use expertmesh_decide::autoscale::autoscaler::Look;
 use kube::Client;
 use kube::runtime::reflector::ObjectRef;
@@ -12,6 +14,7 @@ use crate::fleet::kubernetes::streams::Caller;
 use crate::key::{Key, Watched};
 use crate::metrics::Metrics;
 use crate::objects::names::Owner;
+use crate::refusals::Refusals;
 
 /// What all reconciles of this process share.
 pub(crate) struct Context {
@@ -27,6 +30,7 @@ pub(crate) struct Context {
     /// Asks for a reconcile when a worker or frontend reports a change.
     pub(crate) trigger: mpsc::Sender<ObjectRef<Watched>>,
     pub(crate) memory: Memory,
+    pub(crate) refusals: Arc<Refusals>,
 }
 
 impl Context {
@@ -45,7 +49,8 @@ impl Context {
                     let _ = trigger.try_send(key.reference());
                 }
             };
-            KubernetesFleet::new(self.client.clone(), owner.clone(), revision, &self.caller, changed)
+            let (client, refusals) = (self.client.clone(), self.refusals.clone());
+            KubernetesFleet::new(client, owner.clone(), revision, refusals, &self.caller, changed)
         };
         self.memory.fleet(&key, &owner.reference.uid, revision, new)
     }

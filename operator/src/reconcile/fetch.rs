@@ -21,6 +21,8 @@ pub(super) struct Found {
     pub(super) object: ModelDeployment,
     pub(super) owner: Owner,
     pub(super) records: Vec<ControllerRevision>,
+    /// The Deployments of frontends, of all revisions.
+    deployments: Vec<Deployment>,
     /// Revisions of which there is a StatefulSet or a Deployment.
     pub(super) running: Vec<String>,
     /// The revision that the Service for clients selects.
@@ -53,13 +55,21 @@ pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiErro
     let owner = Owner { namespace: key.namespace.clone(), name: key.name.clone(), reference };
     let records = list::<ControllerRevision>(client, key).await?;
     let stateful_sets = revisions(&list::<StatefulSet>(client, key).await?);
-    let deployments = revisions(&list::<Deployment>(client, key).await?);
-    let running: Vec<String> = stateful_sets.union(&deployments).cloned().collect();
+    let deployments = list::<Deployment>(client, key).await?;
+    let running: Vec<String> = stateful_sets.union(&revisions(&deployments)).cloned().collect();
     let service = service(client, key).await?;
     let name_is_taken = service.as_ref().is_some_and(|service| !is_ours(service, key));
     let selected = service.and_then(|service| service.spec?.selector?.remove(REVISION));
     let serving = selected.or_else(|| served_before(&object, &running));
-    Ok(Fetched::Found(Box::new(Found { object, owner, records, running, serving, name_is_taken })))
+    Ok(Fetched::Found(Box::new(Found {
+        object,
+        owner,
+        records,
+        deployments,
+        running,
+        serving,
+        name_is_taken,
+    })))
 }
 
 async fn list<K: Object>(client: &Client, key: &Key) -> Result<Vec<K>, ApiError> {
@@ -114,6 +124,11 @@ impl Found {
     /// The revision of this hash, where it was recorded before.
     pub(super) fn recorded(&self, hash: &str) -> Option<Revision> {
         self.records.iter().filter_map(Revision::recorded).find(|revision| revision.hash == hash)
+    }
+
+    /// The frontends of a revision, where there are any.
+    pub(super) fn frontends(&self, hash: &str) -> Option<&Deployment> {
+        self.deployments.iter().find(|found| found.labels().get(REVISION).is_some_and(|found| found == hash))
     }
 
     /// Records of revisions that nothing runs from, beyond the latest that are kept.

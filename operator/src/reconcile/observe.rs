@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use expertmesh_decide::observation::Observation;
+use expertmesh_decide::observation::{Observation, Seen};
 use expertmesh_decide::rollout::{Revisions, Rollout, rollout};
 
 use super::context::Context;
@@ -10,6 +10,7 @@ use super::fetch::Found;
 use super::memory::SharedFleet;
 use crate::apply::ApiError;
 use crate::fleet::Fleet;
+use crate::fleet::kubernetes::refused::frontends_refused;
 use crate::objects::revision::Revision;
 use crate::status::serving::{answers, serves};
 use crate::validate::ValidatedDeployment;
@@ -45,7 +46,13 @@ pub(super) struct Observed {
 impl Observed {
     async fn new(context: &Context, found: &Found, mut revision: Revision) -> Result<Self, ApiError> {
         let fleet = context.fleet(&found.owner, &revision.hash);
-        let seen = fleet.lock().await.observe().await?;
+        let mut seen = fleet.lock().await.observe().await?;
+        let missing = found.frontends(&revision.hash).and_then(frontends_refused);
+        seen.frontends.extend(missing.map(|failure| Seen {
+            name: found.owner.of_revision(&revision.hash),
+            failure: Some(failure),
+            ..Seen::default()
+        }));
         revision.is_proven |= answers(&seen);
         Ok(Self { revision, fleet, seen })
     }

@@ -46,7 +46,20 @@ pub(super) fn described(who: &str, failure: &Failure) -> String {
         }
         FailureReason::OomKilled => "; raise the memory limit in resources, or the number of workers",
         FailureReason::ModelNotFound => "; check spec.model.uri",
-        FailureReason::ProcessEnded | FailureReason::Other(_) => "",
+        FailureReason::CreateContainerConfigError | FailureReason::FailedMount => {
+            "; create what it names, or correct the reference"
+        }
+        FailureReason::LimitRange => "; set resources within the namespace's LimitRange, or change that",
+        FailureReason::NoPriorityClass => "; create it, or correct priorityClassName",
+        FailureReason::NoServiceAccount => "; it is made anew within a minute: see who deletes it",
+        FailureReason::PodRefused => "; a policy of the cluster refuses it: see its own words",
+        FailureReason::PodSecurity => {
+            "; pods keep to the level `restricted` unless something adds to them: see which webhook does"
+        }
+        FailureReason::QuotaExceeded => {
+            "; set resources for all that the ResourceQuota limits, lower them or the number of workers, or raise the quota"
+        }
+        FailureReason::NodeLost | FailureReason::ProcessEnded | FailureReason::Other(_) => "",
     };
     format!("{who}: {}{advice}", failure.message)
 }
@@ -66,7 +79,7 @@ pub(super) fn reason_of(failure: &Failure) -> Reason {
 /// Why a worker is not ready; none where it is.
 pub(super) fn not_ready_because(worker: &Seen) -> Option<String> {
     match &worker.report {
-        None if worker.addresses.is_empty() => Some("its pod has not started".into()),
+        None if !worker.is_started => Some("its pod has not started".into()),
         None if worker.told.is_some() => Some("it has fallen silent".into()),
         None => Some("it does not answer yet".into()),
         Some(report) if report.state == State::Ready => None,

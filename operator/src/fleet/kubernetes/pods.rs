@@ -28,6 +28,14 @@ pub(super) fn is_ready(pod: &Pod) -> bool {
     conditions.any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
+/// Whether the process in it runs, as its kubelet sees it, or has run.
+pub(super) fn is_started(pod: &Pod) -> bool {
+    let mut containers =
+        status(pod).and_then(|status| status.container_statuses.as_ref()).into_iter().flatten();
+    let ours = containers.find(is_ours);
+    ours.is_some_and(|container| container.state.as_ref().is_some_and(|state| state.waiting.is_none()))
+}
+
 /// Ended for good: evicted, or on a node that was shut down.
 pub(super) fn has_ended(pod: &Pod) -> bool {
     matches!(status(pod).and_then(|status| status.phase.as_deref()), Some("Failed" | "Succeeded"))
