@@ -17,7 +17,7 @@
 //! | policy              | poddisruptionbudgets          | list watch create patch            | here, `watch.rs`                           |
 //! | networking.k8s.io   | networkpolicies               | list watch create patch            | here, `watch.rs`                           |
 //! | (core)              | pods                          | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs`    |
-//! | (core)              | nodes                         | get                                | `fleet/kubernetes.rs`                      |
+//! | (core)              | nodes                         | get                                | `fleet/kubernetes.rs` and `nodes.rs`       |
 //! | events.k8s.io       | events                        | list watch create patch            | `events.rs`, `refusals.rs`                 |
 //! | coordination.k8s.io | leases (in its own namespace) | get create update                  | `lease.rs`                                 |
 //!

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::api::{ModelDeploymentStatus, ScaleDecision};
 use crate::status::condition::{self, Kind, Truth, condition, is_waiting, true_condition};
@@ -32,6 +32,7 @@ pub(crate) enum Reason {
     ScaledUp,
     ScalerConflict,
     WorkerFailed,
+    WorkerLost,
 }
 
 impl Reason {
@@ -51,6 +52,7 @@ impl Reason {
             Self::ScaledUp => "ScaledUp",
             Self::ScalerConflict => "ScalerConflict",
             Self::WorkerFailed => "WorkerFailed",
+            Self::WorkerLost => "WorkerLost",
         }
     }
 
@@ -62,7 +64,8 @@ impl Reason {
             | Self::NotReady
             | Self::RolloutFailed
             | Self::ScalerConflict
-            | Self::WorkerFailed => EventType::Warning,
+            | Self::WorkerFailed
+            | Self::WorkerLost => EventType::Warning,
             Self::Autoscaled
             | Self::Created
             | Self::Placed
@@ -104,7 +107,7 @@ pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymen
     notes.extend(promoted(before, after));
     notes.extend(placed(before, after));
     let failed = invalid(before, after).or(rollout_failed(before, after)).or(workers_failed(before, after));
-    notes.extend(failed.or(degraded(before, after)));
+    notes.extend(failed.or(worker_lost(before, after)).or(degraded(before, after)));
     notes.extend(ready(before, after));
     for (kind, reason) in
         [(Kind::GoalUnattainable, Reason::GoalUnattainable), (Kind::ScalerConflict, Reason::ScalerConflict)]
@@ -182,6 +185,15 @@ fn rollout_failed(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus)
     Some(Note::new(Reason::RolloutFailed, format!("Roll-out-{name}-{reason}"), text))
 }
 
+/// One of all that were ready is not, and nothing says that it failed: it fell silent, or restarts.
+fn worker_lost(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
+    true_condition(before, Kind::WorkersAvailable)?;
+    let starts = |told: &&Condition| condition::Reason::WorkersStarting.is_of(told);
+    let now = condition(after, Kind::WorkersAvailable).filter(starts)?;
+    let fewer = after.ready_workers < before.ready_workers && before.revision == after.revision;
+    fewer.then(|| Note::new(Reason::WorkerLost, "Lose", now.message.clone()))
+}
+
 fn degraded(before: &ModelDeploymentStatus, after: &ModelDeploymentStatus) -> Option<Note> {
     let now = true_condition(after, Kind::Degraded)?;
     let told = true_condition(before, Kind::Degraded).is_some_and(|was| was.reason == now.reason);
@@ -215,8 +227,10 @@ impl Events {
         Self { recorder: Recorder::new(client, reporter) }
     }
 
+    /// Posts them and logs them: an Event is gone after an hour.
     pub(crate) async fn post(&self, regarding: &ObjectReference, notes: &[Note]) {
         for note in notes {
+            log(regarding, note);
             let event = Event {
                 type_: note.reason.event_type(),
                 reason: note.reason.as_str().into(),
@@ -234,6 +248,15 @@ impl Events {
                 );
             }
         }
+    }
+}
+
+fn log(regarding: &ObjectReference, note: &Note) {
+    let (namespace, name) = (regarding.namespace.as_deref(), regarding.name.as_deref());
+    let (reason, text) = (note.reason.as_str(), &note.text);
+    match note.reason.event_type() {
+        EventType::Warning => warn!(namespace, name, reason, "{text}"),
+        EventType::Normal => info!(namespace, name, reason, "{text}"),
     }
 }
 
@@ -305,6 +328,20 @@ mod tests {
         wrong.conditions[0].type_ = "RolledOut".into();
         assert_eq!(reasons(&ModelDeploymentStatus::default(), &wrong), ["InvalidSpec"]);
         assert_eq!(reasons(&wrong, &wrong), Vec::<&str>::new());
+    }
+
+    #[test]
+    fn a_worker_that_falls_silent_is_told_and_one_that_leaves_is_not() {
+        let of = |available, ready| ModelDeploymentStatus {
+            ready_workers: ready,
+            ..status(available, ("True", "Serving"), 4, 3)
+        };
+        let before = of(("True", "AllReady"), 4);
+        assert_eq!(reasons(&before, &of(("False", "WorkersStarting"), 3)), ["WorkerLost"]);
+        assert_eq!(reasons(&before, &of(("False", "OOMKilled"), 3)), ["WorkerFailed"]);
+        let shrinks = of(("False", "WorkersScaling"), 4);
+        assert_eq!(reasons(&before, &shrinks), Vec::<&str>::new());
+        assert_eq!(reasons(&shrinks, &of(("False", "WorkersStarting"), 3)), Vec::<&str>::new());
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What the operator says where something goes wrong: conditions to wait for, Events, a line of `expertmesh status`.
 
-use expertmesh_tests::kubernetes::{Deployment, Namespace, condition, run};
+use expertmesh_tests::kubernetes::{
+    CutOff, Deployment, Namespace, OPERATOR, SYSTEM, condition, kubectl, operator_pods, run, sample,
+};
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::{skipped, wait_for};
 use serde_json::{Value, json};
@@ -87,4 +89,176 @@ fn a_revision_that_cannot_run_is_told_by_conditions_events_and_the_status_and_th
     let status = told(&deployment, "RolledOut", "True", "Serving", &[]);
     assert_eq!((&status["revision"], &status["nextRevision"]), (&revision, &Value::Null));
     load.end();
+}
+
+fn quota(namespace: &Namespace, hard: &Value) {
+    let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": {"hard": hard}});
+    namespace.apply(&quota).unwrap();
+}
+
+#[test]
+fn pods_that_admission_refuses_are_told_in_its_words_with_what_to_do() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("refused");
+    quota(&namespace, &json!({"limits.cpu": "8"}));
+    let mut object = sample("m");
+    object["spec"]["workers"]["replicas"] = json!(1);
+    namespace.apply(&object).unwrap();
+    let deployment = namespace.deployment("m");
+    let words =
+        ["failed quota: q: must specify limits.cpu", "set resources for all that the ResourceQuota limits"];
+    let status = told(&deployment, "Ready", "False", "QuotaExceeded", &words);
+    assert_eq!(condition(&status, "RolledOut")["reason"], "QuotaExceeded", "{status:#}");
+    assert_eq!(condition(&status, "Degraded")["reason"], "QuotaExceeded", "{status:#}");
+    posted(&deployment, "WorkerFailed", words[0]);
+    assert!(!status.to_string().contains("does not answer yet"), "no pod runs: {status:#}");
+
+    namespace.kubectl(&["delete", "resourcequota", "q"]).unwrap();
+    deployment.wait_until_ready();
+    patch(&deployment, &json!({"workers": {"priorityClassName": "does-not-exist"}}));
+    let words = [
+        "no PriorityClass with name does-not-exist was found",
+        "correct priorityClassName",
+        "goes on serving",
+    ];
+    let status = told(&deployment, "RolledOut", "False", "NoPriorityClass", &words);
+    assert_eq!(condition(&status, "Ready")["status"], "True", "{status:#}");
+    assert_eq!(condition(&status, "Degraded")["reason"], "NoPriorityClass", "{status:#}");
+    posted(&deployment, "RolloutFailed", words[0]);
+
+    let limits = json!([{"type": "Container", "max": {"memory": "96Mi"}}]);
+    let range = json!({"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "l"}, "spec": {"limits": limits}});
+    namespace.apply(&range).unwrap();
+    let frontend = json!({"resources": {"limits": {"memory": "400Mi"}}});
+    patch(&deployment, &json!({"workers": {"priorityClassName": null}, "frontend": frontend}));
+    let words = ["maximum memory usage per Container is 96Mi", "within the namespace's LimitRange"];
+    let status = told(&deployment, "RolledOut", "False", "LimitRange", &words);
+    assert_eq!(condition(&status, "Ready")["status"], "True", "{status:#}");
+}
+
+#[test]
+fn pods_that_cannot_start_or_find_no_node_are_told_from_those_that_do_not_answer_yet() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("pending");
+    let apply = |name: &str, change: fn(&mut Value)| {
+        let mut object = sample(name);
+        object["spec"]["workers"]["replicas"] = json!(1);
+        change(&mut object["spec"]["workers"]);
+        namespace.apply(&object).unwrap();
+    };
+    apply("big", |workers| workers["resources"] = json!({"requests": {"memory": "900Gi"}}));
+    apply("badimage", |workers| workers["image"] = json!("registry.invalid/nope:1"));
+    for (name, reason, words) in [
+        (
+            "big",
+            "ReplicasUnschedulable",
+            ["Insufficient memory", "lower spec.workers.resources or add nodes"],
+        ),
+        ("badimage", "ImagePullBackOff", ["registry.invalid/nope:1", "check the image and imagePullSecrets"]),
+    ] {
+        let deployment = namespace.deployment(name);
+        let status = told(&deployment, "Ready", "False", reason, &words);
+        assert_eq!(condition(&status, "Degraded")["reason"], reason, "{status:#}");
+        posted(&deployment, "WorkerFailed", words[0]);
+    }
+}
+
+#[test]
+fn a_revision_that_never_answered_gives_its_room_to_the_next() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("quota");
+    quota(&namespace, &json!({"requests.memory": "700Mi", "limits.memory": "4Gi"}));
+    let mut object = sample("m");
+    let of =
+        |memory: &str| json!({"requests": {"cpu": "20m", "memory": memory}, "limits": {"memory": "512Mi"}});
+    object["spec"]["workers"] = json!({"replicas": 4, "resources": of("256Mi")});
+    object["spec"]["frontend"] =
+        json!({"resources": {"requests": {"cpu": "20m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}}});
+    namespace.apply(&object).unwrap();
+    let deployment = namespace.deployment("m");
+    let status = told(&deployment, "WorkersAvailable", "False", "QuotaExceeded", &["exceeded quota: q"]);
+    let first = status["revision"].clone();
+    assert_eq!(namespace.pods("worker").len(), 2, "as many as have room");
+
+    patch(&deployment, &json!({"workers": {"resources": of("128Mi")}}));
+    deployment.wait_until_sized(4);
+    let status = told(&deployment, "RolledOut", "True", "Serving", &[]);
+    assert_ne!(status["revision"], first);
+}
+
+#[test]
+fn a_mistake_in_a_new_spec_is_told_in_progressing_while_what_serves_is_looked_after() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("cron");
+    let deployment = namespace.deploy("c", |spec| spec["workers"]["replicas"] = json!(2));
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 2);
+    // The API server takes it: five fields of the right shape.
+    let schedule = |start: &str| json!([{"start": start, "end": "0 20 * * *", "minWorkers": 2}]);
+    let autoscaling = |min: u32, start: &str| json!({"autoscaling": {"minWorkers": min, "maxWorkers": 4, "advisory": false, "schedules": schedule(start)}});
+    patch(&deployment, &autoscaling(2, "0 8 30 2 *"));
+    let words = ["spec.autoscaling.schedules[0].start (0 8 30 2 *) never comes", "correct the spec"];
+    let status = told(&deployment, "Progressing", "False", "InvalidSpec", &words);
+    assert_eq!(condition(&status, "RolledOut")["reason"], "InvalidSpec", "{status:#}");
+    assert_eq!(condition(&status, "Ready")["status"], "True", "requests are answered: {status:#}");
+    posted(&deployment, "InvalidSpec", words[0]);
+    assert!(!is_met(&deployment, "RolledOut"));
+
+    patch(&deployment, &autoscaling(3, "0 8 30 2 *"));
+    deployment.wait_until_sized(3);
+    let victim = namespace.pods("worker").remove(1);
+    namespace.kubectl(&["delete", "pod", &victim.name, "--force", "--grace-period=0"]).unwrap();
+    wait_for("another pod in its place", || {
+        let pods = namespace.pods("worker");
+        let healed = pods.iter().any(|pod| pod.name == victim.name && pod.uid != victim.uid && pod.ready);
+        if healed { Ok(()) } else { Err(format!("{pods:?}")) }
+    });
+    deployment.wait_until_sized(3);
+    patch(&deployment, &json!({"autoscaling": null, "workers": {"replicas": 2}}));
+    deployment.wait_until_sized(2);
+    told(&deployment, "RolledOut", "True", "Serving", &[]);
+    load.end();
+}
+
+#[test]
+fn a_lost_node_is_named_with_its_pods_and_what_to_do_which_brings_others_in_their_place() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::alone("lost");
+    let deployment = namespace.deploy("tiny", |_| {});
+    let (workers, frontend) = (namespace.pods("worker"), namespace.pods("frontend").remove(0));
+    let bystanders = [&frontend.node, &operator_pods().remove(0).node];
+    let lost = workers
+        .iter()
+        .find(|pod| !bystanders.contains(&&pod.node))
+        .expect("workers are spread over the nodes");
+    let Some(cut) = CutOff::node(&lost.node) else {
+        eprintln!("skipped: a node can be cut off in the test cluster only");
+        return;
+    };
+    let taint = "node.kubernetes.io/out-of-service=nodeshutdown:NoExecute";
+    let command = format!("kubectl taint nodes {} {taint}", lost.node);
+    let words = [lost.node.as_str(), &lost.name, "is not ready since", &command];
+    let status = told(&deployment, "Degraded", "True", "NodeLost", &words);
+    assert_eq!(condition(&status, "Ready")["status"], "True", "the others answer");
+    posted(&deployment, "WorkerFailed", &command);
+    let log = kubectl(&["logs", "--namespace", SYSTEM, OPERATOR, "--tail=-1"]).unwrap();
+    assert!(log.contains(&command), "{log}");
+
+    kubectl(&["taint", "nodes", &lost.node, taint]).unwrap();
+    let healed = std::panic::catch_unwind(|| deployment.wait_until_sized(4));
+    drop(cut);
+    kubectl(&["taint", "nodes", &lost.node, &format!("{taint}-")]).unwrap();
+    healed.unwrap();
+    let homes: Vec<String> = namespace.pods("worker").into_iter().map(|pod| pod.node).collect();
+    assert!(!homes.contains(&lost.node), "{homes:?}");
 }

@@ -1,5 +1,6 @@
 //! One revision of a deployment on Kubernetes: a StatefulSet of workers, frontends, and the streams to both.
 
+mod nodes;
 mod pods;
 pub(crate) mod refused;
 pub(crate) mod streams;
@@ -30,6 +31,7 @@ use crate::objects::names::{Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
 use crate::objects::workloads::config_map;
 use crate::refusals::Refusals;
 
+use nodes::Nodes;
 use streams::{Caller, SharedAutoscaler, Streams};
 
 pub(crate) struct KubernetesFleet {
@@ -37,6 +39,7 @@ pub(crate) struct KubernetesFleet {
     owner: Owner,
     revision: String,
     refusals: Arc<Refusals>,
+    nodes: Nodes,
     streams: Streams,
     autoscaler: SharedAutoscaler,
     /// Whether nothing was observed yet.
@@ -75,6 +78,7 @@ impl KubernetesFleet {
             owner,
             revision: revision.into(),
             refusals,
+            nodes: Nodes::default(),
             streams,
             autoscaler,
             fresh: true,
@@ -226,6 +230,8 @@ impl Fleet for KubernetesFleet {
             self.streams.hear(&ready).await;
             self.streams.complete(&mut seen, runs).await;
         }
+        let all: Vec<&Pod> = workers.iter().chain(&frontends).collect();
+        self.nodes.blame(&self.client, &mut seen, &all).await?;
         let reached: BTreeSet<_> =
             frontends.iter().filter(|pod| pods::is_ready(pod)).map(ResourceExt::name_any).collect();
         for frontend in seen.frontends.iter_mut().filter(|frontend| !reached.contains(&frontend.name)) {
