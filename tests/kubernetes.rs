@@ -240,6 +240,16 @@ fn a_spec_that_cannot_work_is_told_why() {
     assert!(message.contains(told), "{message}");
     let message = refused(|spec| spec["workers"]["replcas"] = json!(3));
     assert!(message.contains("unknown field \"spec.workers.replcas\""), "{message}");
+    let message = refused(|spec| spec["workers"]["resources"]["requests"]["memory"] = json!("2Gi"));
+    let told = "resources.requests.memory (2Gi) must not be above resources.limits.memory (1Gi)";
+    assert!(message.contains(told), "{message}");
+    let message = refused(|spec| spec["workers"]["podLabels"] = json!({"team": "a b c"}));
+    assert!(message.contains("podLabels: a value must be of letters, digits"), "{message}");
+    let message = refused(|spec| {
+        let schedule = json!({"start": "0 24 * * *", "end": "0 8 * * *", "minWorkers": 1});
+        spec["autoscaling"] = json!({"maxWorkers": 4, "schedules": [schedule]});
+    });
+    assert!(message.contains("start (0 24 * * *) must be minute, hour, day of the month"), "{message}");
     let message = refused(|spec| spec["model"]["uri"] = json!("models/tiny-r1"));
     assert!(
         message.contains("spec.model.uri (models/tiny-r1) must be file:// and an absolute path"),
@@ -256,9 +266,15 @@ fn an_object_that_cannot_be_read_stops_no_other() {
     malform(&namespace);
     let deployment = namespace.deploy("even", |spec| {
         spec["workers"]["replicas"] = json!(1);
-        spec["workers"]["resources"]["requests"]["cpu"] = json!(1); // a number, as people write it
+        spec["workers"]["resources"]["requests"]["cpu"] = json!(0.5); // numbers, as people write them
+        spec["workers"]["resources"]["limits"]["cpu"] = json!(1);
     });
     deployment.reach().api.check(&Question::greedy("What is 46 + 37?")).unwrap();
+    let generation = || namespace.get(&["statefulsets"])["items"][0]["metadata"]["generation"].clone();
+    let before = generation();
+    namespace.kubectl(&["annotate", "mdep", "even", "looked=at"]).unwrap();
+    deployment.wait_until_ready();
+    assert_eq!(generation(), before, "an amount that is written in other words is no change");
 }
 
 /// An object that the API server takes and no program with its schema can read: its status names an impossible time zone.

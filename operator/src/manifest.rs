@@ -111,6 +111,8 @@ fn check(schema: &Value, value: &Value, path: &str) -> Result<(), String> {
     match value {
         Value::Object(fields) => {
             let of_any = schema.get("additionalProperties");
+            let anything = json!({});
+            let of_any = of_any.or(schema.get("x-kubernetes-preserve-unknown-fields").map(|_| &anything));
             let known = schema["properties"].as_object();
             for (field, value) in fields.iter().filter(|(_, value)| !value.is_null()) {
                 let schema = known.and_then(|known| known.get(field)).or(of_any);
@@ -296,6 +298,30 @@ mod tests {
                 "spec.serving.tracing.endpoint (https://c) must be http:// and a host with its port, such as http://collector.monitoring:4317",
             ),
             (
+                "  workers: {resources: {requests: {memory: 2Gi}, limits: {memory: 1Gi}}}",
+                "resources.requests.memory (2Gi) must not be above resources.limits.memory (1Gi)",
+            ),
+            (
+                "  frontend: {resources: {requests: {cpu: 0.5}, limits: {cpu: 200m}}}",
+                "spec.frontend.resources.requests.cpu (0.5) must not be above limits.cpu (200m)",
+            ),
+            (
+                "  workers: {resources: {requests: {cpu: much}}}",
+                "spec.workers.resources.requests.cpu (much) must be an amount, such as 2, 500m or 1Gi",
+            ),
+            (
+                "  workers: {podLabels: {team: a b c}}",
+                "podLabels: a value must be of letters, digits, -, _ and ., and begin and end with a letter or digit",
+            ),
+            (
+                "  frontend: {nodeSelector: {disk: -fast}}",
+                "nodeSelector: a value must be of letters, digits, -, _ and ., and begin and end with a letter or digit",
+            ),
+            (
+                "  autoscaling: {maxWorkers: 2, schedules: [{start: '0 24 * * *', end: '0 8 * * *', minWorkers: 1}]}",
+                "spec.autoscaling.schedules: start (0 24 * * *) must be minute, hour, day of the month, month and day of the week, such as 0 8 * * 1-5",
+            ),
+            (
                 "  serving: {drainTimeout: soon}",
                 "spec.serving.drainTimeout (soon) must be a duration from 1s to 24h, such as 90s or 5m",
             ),
@@ -330,6 +356,8 @@ mod tests {
         let pod = "  workers: {image: a/b:c, resources: {requests: {cpu: 2, memory: 1Gi}}, tolerations: [{operator: Exists}]}";
         let workers = validate(&deployment("m", pod)).unwrap().worker_pod;
         assert_eq!(workers.resources.requests["cpu"].0, "2");
+        let half = "  workers: {resources: {requests: {cpu: 0.5, nvidia.com/gpu: 1}}}";
+        assert_eq!(validate(&deployment("m", half)).unwrap().worker_pod.resources.requests["cpu"].0, "0.5");
         assert_eq!(workers.tolerations[0].operator.as_deref(), Some("Exists"));
     }
 

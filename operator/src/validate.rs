@@ -15,7 +15,7 @@ use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::duration::parse;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use crate::api::{self, ModelDeployment, ModelDeploymentSpec, PodFields};
+use crate::api::{self, ModelDeployment, ModelDeploymentSpec, PodFields, Resources};
 
 /// The time to drain where what is written is none: the default of `spec.serving.drainTimeout`.
 const UNLESS_SAID: Duration = Duration::from_secs(300);
@@ -60,6 +60,8 @@ impl ValidatedDeployment {
             ValidationError::Rule(messages.join("; "))
         })?;
         let spec = &object.spec;
+        resources("spec.workers.resources", &spec.workers.pod.resources)?;
+        resources("spec.frontend.resources", &spec.frontend.pod.resources)?;
         let drain_timeout = duration("spec.serving.drainTimeout", &spec.serving.drain_timeout)?;
         let autoscaling = spec.autoscaling.as_ref().map(policy).transpose()?;
         Ok(Self::of(name, spec, drain_timeout, autoscaling))
@@ -96,7 +98,14 @@ impl ValidatedDeployment {
         };
         Self {
             autoscaling,
-            memory: spec.workers.pod.resources.limits.get("memory").and_then(bytes),
+            memory: spec
+                .workers
+                .pod
+                .resources
+                .limits
+                .get("memory")
+                .and_then(amount)
+                .map(|bytes| bytes as u64),
             name,
             model_path: Path::new(spec.model.uri.trim_start_matches("file://")).components().collect(),
             weights: spec.model.weights.into(),
@@ -192,25 +201,53 @@ fn rules(given: Option<api::ScalingRules>, default: Rules) -> Rules {
     }
 }
 
-/// The bytes of an amount of memory such as 1Gi, 512M or 1e9; none where the text is no such amount.
-fn bytes(Quantity(text): &Quantity) -> Option<u64> {
-    const SUFFIXES: [(&str, f64); 12] = [
+/// The rules of the API server for what its schema cannot know: all are amounts, and no request is above its limit.
+fn resources(field: &str, resources: &Resources) -> Result<(), ValidationError> {
+    let of = [("requests", &resources.requests), ("limits", &resources.limits)];
+    for (part, (resource, written)) in
+        of.iter().flat_map(|(part, all)| all.iter().map(move |one| (part, one)))
+    {
+        if amount(written).is_none() {
+            let text = format!(
+                "{field}.{part}.{resource} ({}) must be an amount, such as 2, 500m or 1Gi",
+                written.0
+            );
+            return Err(ValidationError::Rule(text));
+        }
+    }
+    for (resource, request) in &resources.requests {
+        let above = |limit: &&Quantity| amount(request) > amount(limit);
+        if let Some(limit) = resources.limits.get(resource).filter(above) {
+            let text = format!("({}) must not be above limits.{resource} ({})", request.0, limit.0);
+            return Err(ValidationError::Rule(format!("{field}.requests.{resource} {text}")));
+        }
+    }
+    Ok(())
+}
+
+/// An amount such as 1Gi, 512M, 500m or 1e9, in bytes or whatever is counted; none where the text is no such amount.
+fn amount(Quantity(text): &Quantity) -> Option<f64> {
+    const SUFFIXES: [(&str, f64); 16] = [
         ("Ki", 1024.0),
         ("Mi", 1_048_576.0),
         ("Gi", 1_073_741_824.0),
         ("Ti", 1_099_511_627_776.0),
         ("Pi", 1_125_899_906_842_624.0),
+        ("Ei", 1_152_921_504_606_846_976.0),
+        ("n", 1e-9),
+        ("u", 1e-6),
+        ("m", 1e-3),
         ("k", 1e3),
         ("M", 1e6),
         ("G", 1e9),
         ("T", 1e12),
         ("P", 1e15),
-        ("m", 1e-3),
+        ("E", 1e18),
         ("", 1.0),
     ];
     let read =
         |(suffix, factor): &(&str, f64)| Some(text.strip_suffix(suffix)?.parse::<f64>().ok()? * factor);
-    SUFFIXES.iter().find_map(read).filter(|bytes| *bytes >= 0.0).map(|bytes| bytes as u64)
+    SUFFIXES.iter().find_map(read).filter(|amount| amount.is_finite() && *amount >= 0.0)
 }
 
 #[cfg(test)]
@@ -218,20 +255,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn amounts_of_memory_are_read_as_kubernetes_reads_them() {
-        let read = |text: &str| bytes(&Quantity(text.into()));
-        assert_eq!(
-            ["1Gi", "512M", "128Mi", "1e9", "1000", "1500m", "much"].map(read),
-            [
-                Some(1 << 30),
-                Some(512_000_000),
-                Some(128 << 20),
-                Some(1_000_000_000),
-                Some(1000),
-                Some(1),
-                None
-            ]
-        );
+    fn amounts_are_read_as_kubernetes_reads_them() {
+        for (text, expected) in [
+            ("1Gi", Some(1_073_741_824.0)),
+            ("512M", Some(512e6)),
+            ("1e9", Some(1e9)),
+            ("1E", Some(1e18)),
+            ("1000", Some(1000.0)),
+            ("1500m", Some(1.5)),
+            (".5", Some(0.5)),
+            ("much", None),
+            ("-1", None),
+            ("inf", None),
+        ] {
+            assert_eq!(amount(&Quantity(text.into())), expected, "{text}");
+        }
     }
 
     fn autoscaled(fields: &str) -> Result<Option<Policy>, String> {
@@ -277,7 +315,12 @@ mod tests {
             "{maxWorkers: 6, schedules: [{start: '0 8 * * *', end: '0 25 * * *', minWorkers: 2}]}";
         let error = refused(schedules);
         assert!(
-            error.starts_with("spec.autoscaling.schedules[0].end (0 25 * * *) in timeZone UTC: "),
+            error.starts_with("spec.autoscaling.schedules: end (0 25 * * *) must be minute, hour, "),
+            "{error}"
+        );
+        let error = refused(&schedules.replace("0 25 * * *", "0 8 * * 9"));
+        assert!(
+            error.starts_with("spec.autoscaling.schedules[0].end (0 8 * * 9) in timeZone UTC: "),
             "{error}"
         );
     }

@@ -5,6 +5,9 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Five fields, the first two within an hour and a day. What a month has is for the operator to find out.
+const CRON: &str = "self.matches('^ *([*]|[0-5]?[0-9](-[0-5]?[0-9])?)(/[0-9]+)?(,([*]|[0-5]?[0-9](-[0-5]?[0-9])?)(/[0-9]+)?)* +([*]|([01]?[0-9]|2[0-3])(-([01]?[0-9]|2[0-3]))?)(/[0-9]+)?(,([*]|([01]?[0-9]|2[0-3])(-([01]?[0-9]|2[0-3]))?)(/[0-9]+)?)*( +[-0-9A-Za-z*/,?#]+){3} *$')";
+
 /// What clients are to be given, and within which bounds workers may be had for it.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -99,11 +102,13 @@ pub(crate) enum SelectPolicy {
 #[derive(KubeSchema, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ScalingPolicy {
+    /// What `value` counts.
     #[serde(rename = "type")]
     pub(crate) kind: PolicyType,
     /// Workers, or percent of those at the period's beginning.
     #[x_kube(validation = Rule::new("self >= 1 && self <= 10000").message("value must be from 1 to 10000"))]
     pub(crate) value: i32,
+    /// In any time of so many seconds.
     #[x_kube(validation = Rule::new("self >= 1 && self <= 1800").message("periodSeconds must be from 1 to 1800"))]
     pub(crate) period_seconds: i32,
 }
@@ -124,9 +129,17 @@ pub(crate) struct Schedule {
     pub(crate) time_zone: String,
     /// Minute, hour, day of the month, month, day of the week, as in a crontab: 0 8 * * 1-5
     #[schemars(length(min = 9, max = 128))]
+    #[x_kube(validation = Rule::new(CRON).message(Message::Expression(
+        "'spec.autoscaling.schedules: start (' + self + ') must be minute, hour, day of the month, month and day of the week, such as 0 8 * * 1-5'".into()
+    )))]
     pub(crate) start: String,
+    /// As `start`: when the minimum is that of `minWorkers` above again.
     #[schemars(length(min = 9, max = 128))]
+    #[x_kube(validation = Rule::new(CRON).message(Message::Expression(
+        "'spec.autoscaling.schedules: end (' + self + ') must be minute, hour, day of the month, month and day of the week, such as 0 18 * * 1-5'".into()
+    )))]
     pub(crate) end: String,
+    /// At least so many workers meanwhile.
     #[x_kube(validation = Rule::new("self >= 1 && self <= 1024").message("spec.autoscaling.schedules: minWorkers must be from 1 to 1024"))]
     pub(crate) min_workers: i32,
 }
@@ -159,10 +172,15 @@ pub(crate) struct AutoscalingStatus {
 #[derive(JsonSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ScaleDecision {
+    /// When it was written.
     pub(crate) time: Time,
+    /// Workers before it.
     pub(crate) from: i32,
+    /// Workers that were asked for.
     pub(crate) to: i32,
+    /// Why, in one word.
     pub(crate) reason: String,
+    /// The same in a line, with its inputs.
     pub(crate) message: String,
 }
 
