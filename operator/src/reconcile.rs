@@ -26,7 +26,7 @@ use crate::validate::ValidatedDeployment;
 
 use act::{act, decide};
 use context::Context;
-use error::{LONGEST, ReconcileError};
+use error::{LONGEST, ReconcileError, TELLING};
 use fetch::{Fetched, Found, fetch};
 use observe::observe;
 use scale::scale;
@@ -37,8 +37,15 @@ use tell::{Tale, tell};
 pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     let (key, began) = (Key::of(&object), Instant::now());
     context.metrics.reconciles.begun(&key);
-    let result = tokio::time::timeout(LONGEST, step(&context, &key)).await;
-    let result = result.unwrap_or(Err(ReconcileError::TimedOut));
+    let result = match tokio::time::timeout(LONGEST, step(&context, &key)).await {
+        Ok(result) => result,
+        Err(_) => {
+            // A first apply is told of it, if that ends.
+            let telling = refuse::explain_unread(&context, &key, &ReconcileError::TimedOut);
+            let _ = tokio::time::timeout(TELLING, telling).await;
+            Err(ReconcileError::TimedOut)
+        }
+    };
     let label = result.as_ref().map(|_| ()).map_err(ReconcileError::reason);
     context.metrics.reconciles.ended(label, began.elapsed());
     if result.is_ok() {
@@ -49,10 +56,15 @@ pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Re
 
 async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
     // fetch (reads from the API server)
-    let found = match fetch(&context.client, key).await? {
-        Fetched::Found(found) => found,
-        Fetched::Malformed(invalid) => return refuse::malformed(context, key, &invalid).await,
-        Fetched::Gone => {
+    let found = match fetch(&context.client, key).await {
+        Ok(Fetched::Found(found)) => found,
+        Ok(Fetched::Malformed(invalid)) => return refuse::malformed(context, key, &invalid).await,
+        Err(error) => {
+            let error = error.into();
+            refuse::explain_unread(context, key, &error).await?;
+            return Err(error);
+        }
+        Ok(Fetched::Gone) => {
             context.forget(key);
             return Ok(Action::await_change());
         }
@@ -61,7 +73,7 @@ async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
         Ok(deployed) => deployed.result.map(|()| Action::requeue(deployed.again)),
         Err(error) => {
             // explain (writes the status)
-            refuse::explain(context, &found, &error).await?;
+            refuse::explain(context, &found.object, &error).await?;
             Err(error)
         }
     }

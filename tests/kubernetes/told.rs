@@ -128,14 +128,52 @@ fn pods_that_admission_refuses_are_told_in_its_words_with_what_to_do() {
     assert_eq!(condition(&status, "Degraded")["reason"], "NoPriorityClass", "{status:#}");
     posted(&deployment, "RolloutFailed", words[0]);
 
+    let of_frontends =
+        json!({"workers": {"priorityClassName": null}, "frontend": {"priorityClassName": "missing"}});
+    patch(&deployment, &of_frontends);
+    let words = ["frontend m-", "no PriorityClass with name missing was found"];
+    told(&deployment, "RolledOut", "False", "NoPriorityClass", &words);
+
     let limits = json!([{"type": "Container", "max": {"memory": "96Mi"}}]);
     let range = json!({"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "l"}, "spec": {"limits": limits}});
     namespace.apply(&range).unwrap();
-    let frontend = json!({"resources": {"limits": {"memory": "400Mi"}}});
-    patch(&deployment, &json!({"workers": {"priorityClassName": null}, "frontend": frontend}));
+    let frontend = json!({"priorityClassName": null, "resources": {"limits": {"memory": "400Mi"}}});
+    patch(&deployment, &json!({"frontend": frontend}));
     let words = ["maximum memory usage per Container is 96Mi", "within the namespace's LimitRange"];
     let status = told(&deployment, "RolledOut", "False", "LimitRange", &words);
     assert_eq!(condition(&status, "Ready")["status"], "True", "{status:#}");
+}
+
+#[test]
+fn a_stateful_set_that_the_api_server_does_not_take_is_told_and_not_called_created() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("rejected");
+    let mut object = sample("m");
+    object["spec"]["workers"]["replicas"] = json!(1);
+    object["spec"]["workers"]["podAnnotations"] = json!({"not a key": "x"});
+    namespace.apply(&object).unwrap();
+    let deployment = namespace.deployment("m");
+    let words = ["cannot apply StatefulSet", "annotations", "not a key"];
+    let status = told(&deployment, "Ready", "False", "ApiRejected", &words);
+    for (kind, truth) in [("RolledOut", "False"), ("Progressing", "False"), ("Degraded", "True")] {
+        let found = condition(&status, kind);
+        assert_eq!(
+            (&found["status"], &found["reason"]),
+            (&json!(truth), &json!("ApiRejected")),
+            "{status:#}"
+        );
+    }
+    posted(&deployment, "Degraded", words[0]);
+    let created = || {
+        namespace.get(&["events", "--field-selector=reason=Created,involvedObject.name=m"])["items"].clone()
+    };
+    assert_eq!(created(), json!([]));
+
+    patch(&deployment, &json!({"workers": {"podAnnotations": null}}));
+    deployment.wait_until_ready();
+    posted(&deployment, "Created", "the StatefulSet of workers");
 }
 
 #[test]

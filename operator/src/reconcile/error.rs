@@ -8,6 +8,9 @@ use crate::validate::ValidationError;
 /// However slow the API server or a worker is, a reconcile ends.
 pub(super) const LONGEST: Duration = Duration::from_secs(30);
 
+/// So long it may take beyond that to say so.
+pub(super) const TELLING: Duration = Duration::from_secs(5);
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReconcileError {
     #[error(transparent)]

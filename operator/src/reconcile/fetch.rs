@@ -40,10 +40,18 @@ pub(super) enum Fetched {
     Gone,
 }
 
-pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiError> {
+/// The deployment alone, where there is one; it may not be one that this version can read.
+pub(super) async fn object(
+    client: &Client,
+    key: &Key,
+) -> Result<Option<DeserializeGuard<ModelDeployment>>, ApiError> {
     let api: Api<DeserializeGuard<ModelDeployment>> = Api::namespaced(client.clone(), &key.namespace);
     let failed = |error| ApiError::new::<ModelDeployment>("get", &key.name, error);
-    let object = match api.get_opt(&key.name).await.map_err(failed)? {
+    api.get_opt(&key.name).await.map_err(failed)
+}
+
+pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiError> {
+    let object = match object(client, key).await? {
         None => return Ok(Fetched::Gone),
         Some(DeserializeGuard(Err(invalid))) => return Ok(Fetched::Malformed(Box::new(invalid))),
         Some(DeserializeGuard(Ok(object))) => object,

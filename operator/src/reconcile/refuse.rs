@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
 use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams};
+use kube::core::DeserializeGuard;
 use kube::core::error_boundary::InvalidObject;
 use kube::runtime::controller::Action;
 use serde_json::{Value, json};
@@ -12,7 +13,7 @@ use tracing::warn;
 use super::context::Context;
 use super::error::ReconcileError;
 use super::explain::explained;
-use super::fetch::Found;
+use super::fetch::object;
 use super::tell::{status_patch, write};
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
@@ -24,12 +25,24 @@ use crate::status::condition::{Kind, Reason, Stamp, Verdict};
 /// Says in the status why a reconcile failed before it saw anything.
 pub(super) async fn explain(
     context: &Context,
-    found: &Found,
+    object: &ModelDeployment,
     error: &ReconcileError,
 ) -> Result<(), ApiError> {
-    let before = found.status();
-    let after = explained(&before, found.object.metadata.generation, error);
-    write(context, found, &before, &after).await
+    let before = object.status.clone().unwrap_or_default();
+    let after = explained(&before, object.metadata.generation, error);
+    write(context, object, &before, &after).await
+}
+
+/// The same of one that was not even read to its end.
+pub(super) async fn explain_unread(
+    context: &Context,
+    key: &Key,
+    error: &ReconcileError,
+) -> Result<(), ApiError> {
+    match object(&context.client, key).await? {
+        Some(DeserializeGuard(Ok(object))) => explain(context, &object, error).await,
+        Some(DeserializeGuard(Err(_))) | None => Ok(()),
+    }
 }
 
 /// An object that is no ModelDeployment gets its status all the same, through the raw API.

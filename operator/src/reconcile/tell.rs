@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use expertmesh_decide::rollout::Rollout;
 use jiff::Timestamp;
-use kube::Resource;
 use kube::api::{Api, Patch, PatchParams};
+use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
 
 use super::act::{Acted, Decided};
@@ -61,7 +61,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
     context.metrics.deployments.show(&key, figures);
     context.metrics.deployments.show_conditions(&key, &after.conditions);
-    write(context, found, &before, &after).await?;
+    write(context, &found.object, &before, &after).await?;
     let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
     let is_idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
     Ok(if is_idle { LATER } else { context.memory.pause(&key, before != after) })
@@ -70,20 +70,20 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
 /// Writes a status where it changed, by server-side apply, so that a field that is left out goes away.
 pub(super) async fn write(
     context: &Context,
-    found: &Found,
+    object: &ModelDeployment,
     before: &ModelDeploymentStatus,
     after: &ModelDeploymentStatus,
 ) -> Result<(), ApiError> {
     if before == after {
         return Ok(());
     }
-    let name = &found.owner.name;
-    let api: Api<ModelDeployment> = Api::namespaced(context.client.clone(), &found.owner.namespace);
+    let (name, namespace) = (&object.name_any(), object.namespace().unwrap_or_default());
+    let api: Api<ModelDeployment> = Api::namespaced(context.client.clone(), &namespace);
     let patch = status_patch(name, &json!(after));
     let parameters = PatchParams::apply(EXPERTMESH).force();
     let written = api.patch_status(name, &parameters, &Patch::Apply(patch)).await;
     written.map_err(|error| ApiError::new::<ModelDeployment>("write the status of", name, error))?;
-    context.events.post(&found.object.object_ref(&()), &events::transitions(before, after)).await;
+    context.events.post(&object.object_ref(&()), &events::transitions(before, after)).await;
     Ok(())
 }
 
