@@ -154,8 +154,8 @@ pub(crate) async fn revision(client: &Client, objects: &OfRevision) -> Result<()
     Ok(())
 }
 
-/// The next step towards the end of a revision; true where it is the first. The frontends of one that answered requests end first, for
-/// their requests need workers.
+/// The next step towards the end of a revision; true where it is the first. The frontends of one that was Ready end first, for their
+/// requests need workers.
 pub(crate) async fn retire(
     client: &Client,
     owner: &Owner,

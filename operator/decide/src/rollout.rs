@@ -9,7 +9,7 @@ pub struct Revisions<'a> {
     pub serving: Option<&'a str>,
     /// The revisions of which something runs, in any order.
     pub running: &'a [String],
-    /// Whether requests were ever answered by the serving one.
+    /// Whether the serving one ever was Ready: with all of its workers, or at zero with what takes requests.
     pub serving_is_proven: bool,
     /// Whether requests would be answered by the wanted one.
     pub wanted_serves: bool,
@@ -30,7 +30,7 @@ pub struct Rollout {
 
 /// New beside old; promoted once it would answer; the old one ends afterwards, when nobody is sent to it any more. The
 /// first serves from the start, since nothing else does. One that was never promoted ends as soon as it is not wanted. One that serves
-/// and never answered a request gives way at once: nobody counts on it, and the wanted one may need its room.
+/// and was never Ready gives way at once: nobody was told to count on it, and the wanted one may need its room.
 pub fn rollout(revisions: Revisions) -> Rollout {
     let Revisions { wanted, serving, running, serving_is_proven, wanted_serves, just_promoted } = revisions;
     let before = serving.filter(|serving| *serving != wanted);
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_never_answered_gives_way_at_once() {
+    fn one_that_was_never_ready_gives_way_at_once() {
         let running = ["b".to_string(), "c".to_string()];
         let decided = rollout(Revisions {
             wanted: "c",
@@ -131,7 +131,7 @@ mod tests {
     proptest! {
         /// Decisions in a row, each carried out, with whatever between them.
         #[test]
-        fn what_ever_answered_serves_until_another_would_and_what_never_did_takes_no_room(events in events()) {
+        fn what_ever_was_ready_serves_until_another_would_and_what_never_was_takes_no_room(events in events()) {
             let (mut wanted, mut answers, mut just_promoted) = (0, false, false);
             let mut serving: Option<String> = None;
             let (mut running, mut proven): (Vec<String>, Vec<String>) = (vec![], vec![]);
@@ -155,11 +155,11 @@ mod tests {
                 prop_assert!(!decided.retired.iter().any(|name| name == NAMES[wanted]), "what is wanted stays");
                 let before = serving.clone().filter(|before| *before != decided.serving);
                 if let Some(before) = before.as_ref().filter(|before| is_proven(before)) {
-                    prop_assert!(answers, "{before} answered, and goes before another does");
+                    prop_assert!(answers, "{before} was Ready, and goes before another is");
                     prop_assert!(!decided.retired.contains(before), "clients are on their way to it");
                 }
                 if let Some(before) = before.as_ref().filter(|before| !is_proven(before) && running.contains(before)) {
-                    prop_assert!(decided.retired.contains(before), "{before} never answered");
+                    prop_assert!(decided.retired.contains(before), "{before} was never Ready");
                 }
                 prop_assert!(decided.next.is_none() || serving.as_ref().is_some_and(is_proven));
                 just_promoted |= before.is_some_and(|before| !decided.retired.contains(&before));

@@ -174,7 +174,7 @@ impl KubernetesFleet {
     }
 
     fn failure(&self, pod: &Pod) -> Option<Failure> {
-        let unprepared = || refused::unprepared(pod, |uid| self.refusals.of(uid));
+        let unprepared = || refused::unprepared(pod, Timestamp::now(), |uid| self.refusals.of(uid));
         pods::failure(pod).or_else(|| (!pods::is_started(pod)).then(unprepared).flatten())
     }
 

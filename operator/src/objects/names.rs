@@ -13,7 +13,7 @@ pub(crate) const COMPONENT: &str = "app.kubernetes.io/component";
 pub(crate) const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 pub(crate) const PART_OF: &str = "app.kubernetes.io/part-of";
 pub(crate) const REVISION: &str = "expertmesh.dev/revision";
-/// On the record of a revision that never answered a request.
+/// On the record of a revision that was never Ready.
 pub(crate) const UNPROVEN: &str = "expertmesh.dev/unproven";
 /// The value of `name`, `managed-by` and `part-of`, and the field manager.
 pub(crate) const EXPERTMESH: &str = "expertmesh";

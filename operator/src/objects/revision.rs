@@ -33,7 +33,7 @@ pub(crate) struct Revision {
     /// The record's number: a later revision has a higher one.
     #[serde(skip)]
     pub(crate) number: i64,
-    /// Whether it ever answered a request. Records of before this was noted say nothing, and count as proven.
+    /// Whether it ever was Ready. Records of before this was noted say nothing, and count as proven.
     #[serde(skip)]
     pub(crate) is_proven: bool,
     pub(crate) workers: PodTemplateSpec,

@@ -240,7 +240,7 @@ fn names_stay_within_what_kubernetes_takes() {
 }
 
 #[test]
-fn a_record_says_of_a_revision_that_it_never_answered_until_it_did() {
+fn a_record_says_of_a_revision_that_it_was_never_ready_until_it_was() {
     let size = Size { workers: 1, frontends: 1, placement: None };
     let mut revision = revision("");
     let record = |revision: &Revision| of_revision(&owner(), revision, size).record;

@@ -65,7 +65,7 @@ pub(crate) fn config_map(owner: &Owner, revision: &str, placement: Option<&Place
     }
 }
 
-/// What the revision is, for good: images and defaults as they were when it was made; and, until then, that it never answered.
+/// What the revision is, for good: images and defaults as they were when it was made; and, until it was, that it was never Ready.
 pub(crate) fn controller_revision(owner: &Owner, revision: &Revision) -> ControllerRevision {
     let unproven = || [(UNPROVEN.to_string(), "true".to_string())].into();
     ControllerRevision {

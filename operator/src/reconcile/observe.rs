@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use expertmesh_decide::action::Desired;
 use expertmesh_decide::observation::{Observation, Seen};
 use expertmesh_decide::rollout::{Revisions, Rollout, rollout};
 
@@ -12,7 +13,8 @@ use crate::apply::ApiError;
 use crate::fleet::Fleet;
 use crate::fleet::kubernetes::refused::frontends_refused;
 use crate::objects::revision::Revision;
-use crate::status::serving::{answers, serves};
+use crate::status::condition::{Kind, true_condition};
+use crate::status::serving::serves;
 use crate::validate::ValidatedDeployment;
 
 /// How long after a promotion clients may still be sent to the old revision.
@@ -44,7 +46,12 @@ pub(super) struct Observed {
 }
 
 impl Observed {
-    async fn new(context: &Context, found: &Found, mut revision: Revision) -> Result<Self, ApiError> {
+    async fn new(
+        context: &Context,
+        found: &Found,
+        desired: &Desired,
+        mut revision: Revision,
+    ) -> Result<Self, ApiError> {
         let fleet = context.fleet(&found.owner, &revision.hash);
         let mut seen = fleet.lock().await.observe().await?;
         let missing = found.frontends(&revision.hash).and_then(frontends_refused);
@@ -53,9 +60,15 @@ impl Observed {
             failure: Some(failure),
             ..Seen::default()
         }));
-        revision.is_proven |= answers(&seen);
+        revision.is_proven |= serves(desired, &seen) || was_ready(found, &revision.hash);
         Ok(Self { revision, fleet, seen })
     }
+}
+
+/// Whether the status calls this revision Ready.
+fn was_ready(found: &Found, hash: &str) -> bool {
+    let status = found.status();
+    status.revision.as_deref() == Some(hash) && true_condition(&status, Kind::Ready).is_some()
 }
 
 /// What is seen of the revisions, and what is to become of each.
@@ -65,10 +78,10 @@ pub(super) async fn observe(
     deployment: &ValidatedDeployment,
     wanted: Revision,
 ) -> Result<(Sides<Observed>, Rollout), ApiError> {
-    let wanted = Observed::new(context, found, wanted).await?;
+    let wanted = Observed::new(context, found, &deployment.desired, wanted).await?;
     let before = found.serving.as_ref().filter(|serving| **serving != wanted.revision.hash);
     let before = match before.and_then(|serving| found.recorded(serving)) {
-        Some(serving) => Some(Observed::new(context, found, serving).await?),
+        Some(serving) => Some(Observed::new(context, found, &deployment.desired, serving).await?),
         None => None,
     };
     let paused = deployment.desired.paused;

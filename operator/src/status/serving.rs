@@ -17,12 +17,6 @@ pub(crate) fn serves(desired: &Desired, seen: &Observation) -> bool {
         && experts.resident == experts.all
 }
 
-/// Whether a request would be answered, by however few.
-pub(crate) fn answers(seen: &Observation) -> bool {
-    let mut reports = seen.frontends.iter().filter_map(|frontend| frontend.report.as_ref());
-    seen.ready_workers() > 0 && reports.any(|report| report.state == State::Ready && reaches_a_worker(report))
-}
-
 pub(super) fn all_workers_ready(desired: &Desired, seen: &Observation) -> bool {
     seen.size == desired.workers && those_that_stay_are_ready(desired, seen)
 }

@@ -1,12 +1,15 @@
 //! Why pods are not made, and why those that are do not start, as those say who make them. Pure.
 
 use expertmesh_decide::observation::{Failure, FailureReason};
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 
 use crate::refusals::Refusal;
 
+/// How long a kubelet may take to prepare a pod before what it lacks counts: it often has to wait for a ConfigMap that is new, too.
+const PREPARES_WITHIN: SignedDuration = SignedDuration::from_secs(20);
 /// How many characters are kept of a refusal.
 const LONGEST_MESSAGE: usize = 500;
 
@@ -26,8 +29,16 @@ pub(crate) fn frontends_refused(deployment: &Deployment) -> Option<Failure> {
     Some(refused(failures.next()?.message.as_deref().unwrap_or("a pod cannot be made")))
 }
 
-/// What a kubelet lacks to start a pod.
-pub(super) fn unprepared(pod: &Pod, refusal: impl Fn(&str) -> Option<Refusal>) -> Option<Failure> {
+/// What a kubelet lacks to start a pod, where that lasts.
+pub(super) fn unprepared(
+    pod: &Pod,
+    now: Timestamp,
+    refusal: impl Fn(&str) -> Option<Refusal>,
+) -> Option<Failure> {
+    let made = pod.metadata.creation_timestamp.as_ref()?.0;
+    if now.duration_since(made) < PREPARES_WITHIN {
+        return None;
+    }
     let refusal = refusal(&pod.uid()?)?;
     Some(Failure {
         reason: FailureReason::named(&refusal.reason),
@@ -64,7 +75,6 @@ fn shortened(message: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
     use serde_json::json;
 
     use super::*;
@@ -137,16 +147,20 @@ mod tests {
 
     #[test]
     fn what_a_kubelet_lacks_is_said_of_the_pod_that_lacks_it() {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"uid": "a"}})).unwrap();
+        let of = |uid: &str| -> Pod {
+            let metadata = json!({"uid": uid, "creationTimestamp": "2026-11-24T12:00:00Z"});
+            serde_json::from_value(json!({"metadata": metadata})).unwrap()
+        };
+        let (soon, late) = ("2026-11-24T12:00:19Z".parse().unwrap(), "2026-11-24T12:00:20Z".parse().unwrap());
         let lacks = |uid: &str| {
             let message =
                 "MountVolume.SetUp failed for volume \"keys\": secret \"keys\" not found".to_string();
             (uid == "a").then(|| Refusal { reason: "FailedMount".into(), message, at: Timestamp::UNIX_EPOCH })
         };
-        let failure = unprepared(&pod, lacks).unwrap();
+        let failure = unprepared(&of("a"), late, lacks).unwrap();
         assert_eq!(failure.reason, FailureReason::FailedMount);
         assert!(failure.message.ends_with("secret \"keys\" not found"));
-        let other: Pod = serde_json::from_value(json!({"metadata": {"uid": "b"}})).unwrap();
-        assert_eq!(unprepared(&other, lacks), None);
+        assert_eq!(unprepared(&of("a"), soon, lacks), None, "it may come yet");
+        assert_eq!(unprepared(&of("b"), late, lacks), None);
     }
 }
