@@ -4,7 +4,7 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{PodFields, one};
+use super::pods::PodFields;
 
 /// The processes that speak the OpenAI API, and how they treat their clients.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -98,6 +98,10 @@ impl Default for Frontend {
             pod: PodFields::default(),
         }
     }
+}
+
+fn one() -> i32 {
+    1
 }
 
 fn whole() -> i32 {
