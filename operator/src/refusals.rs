@@ -38,19 +38,21 @@ impl Refusals {
         self.lock().get(uid).cloned()
     }
 
-    /// Remembers the Event, where it is later than what is known; true where it is.
+    /// Remembers the Event, where it is not earlier than what is known; true where it says something new.
     fn note(&self, event: &Event) -> bool {
         let Some((uid, refusal)) = refusal(event) else { return false };
         let mut all = self.lock();
-        if all.get(uid).is_some_and(|known| known.at > refusal.at || *known == refusal) {
+        let known = all.get(uid);
+        if known.is_some_and(|known| known.at > refusal.at) {
             return false;
         }
+        let is_news = known.is_none_or(|known| known.message != refusal.message);
         all.insert(uid.into(), refusal);
         if all.len() > MOST {
             let earliest = all.iter().min_by_key(|(_, refusal)| refusal.at).map(|(uid, _)| uid.clone());
             earliest.map(|uid| all.remove(&uid));
         }
-        true
+        is_news
     }
 
     /// Forgets an Event that is gone, as all are after an hour.

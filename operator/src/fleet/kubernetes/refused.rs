@@ -51,7 +51,8 @@ pub(super) fn unprepared(
 fn refused(message: &str) -> Failure {
     let created = message.strip_prefix("create Pod ").and_then(|rest| rest.split_once(" failed error: "));
     let said = created.map_or(message, |(_, said)| said);
-    let said = said.strip_prefix("Error creating: ").unwrap_or(said);
+    // Without the pod's name: of several that are missing, any was the last to be tried.
+    let said = said.split_once(" is forbidden: ").map_or(said, |(_, why)| why);
     let says = |words: &[&str]| words.iter().any(|words| said.contains(words));
     let reason = if says(&["exceeded quota", "failed quota"]) {
         FailureReason::QuotaExceeded
@@ -66,7 +67,7 @@ fn refused(message: &str) -> Failure {
     } else {
         FailureReason::PodRefused
     };
-    Failure { reason, message: shortened(said), restarts: 0 }
+    Failure { reason, message: shortened(&format!("its pod is refused: {said}")), restarts: 0 }
 }
 
 fn shortened(message: &str) -> String {
@@ -86,7 +87,7 @@ mod tests {
                 "create Pod m-1a2b3c4d-0 in StatefulSet m-1a2b3c4d failed error: pods \"m-1a2b3c4d-0\" is forbidden: {words}"
             );
             let failure = refused(&note);
-            assert_eq!(failure.message, format!("pods \"m-1a2b3c4d-0\" is forbidden: {words}"));
+            assert_eq!(failure.message, format!("its pod is refused: {words}"));
             failure.reason
         };
         for (words, reason) in [
@@ -107,8 +108,8 @@ mod tests {
             assert_eq!(told(words), reason, "{words}");
         }
         assert_eq!(
-            refused("Error creating: pods \"m\" is forbidden: x").message,
-            "pods \"m\" is forbidden: x"
+            refused("admission webhook denied it").message,
+            "its pod is refused: admission webhook denied it"
         );
     }
 
