@@ -66,7 +66,7 @@ fn a_revision_that_cannot_run_is_told_by_conditions_events_and_the_status_and_th
     patch(&deployment, &json!({"model": {"uri": "file:///models/nope"}}));
     assert!(!is_met(&deployment, "RolledOut"), "right after the change");
 
-    let words = ["no model at /models/nope", "check spec.model.uri", "goes on serving"];
+    let words = ["no model at /models/nope", "check spec.model.uri", "stays in its place"];
     let status = told(&deployment, "RolledOut", "False", "ModelNotFound", &words);
     let next = &status["nextRevision"];
     assert_eq!(next["workers"], "0/2", "{status:#}");
@@ -121,7 +121,7 @@ fn pods_that_admission_refuses_are_told_in_its_words_with_what_to_do() {
     let words = [
         "no PriorityClass with name does-not-exist was found",
         "correct priorityClassName",
-        "goes on serving",
+        "stays in its place",
     ];
     let status = told(&deployment, "RolledOut", "False", "NoPriorityClass", &words);
     assert_eq!(condition(&status, "Ready")["status"], "True", "{status:#}");

@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn a_revision_that_does_not_become_ready_has_a_line() {
-        let why = "revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d goes on serving";
+        let why = "revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d stays in its place";
         let condition = |kind: &str, status: &str, reason: &str, message: &str| {
             serde_json::json!({"type": kind, "status": status, "reason": reason, "message": message,
                 "lastTransitionTime": "2026-11-24T12:00:00Z"})
@@ -146,7 +146,7 @@ mod tests {
         insta::assert_snapshot!(described(&object, "2026-11-24T12:00:00Z".parse().unwrap()), @r"
         tiny-r1  is ready (Serving): 2 workers and 1 frontend answer at http://tiny-r1.default.svc
           model      file:///models/tiny-r1, revision 1a2b3c4d
-          rollout    0/2 workers ready (ModelNotFound): revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d goes on serving
+          rollout    0/2 workers ready (ModelNotFound): revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d stays in its place
           workers    2/2 ready
         ");
     }

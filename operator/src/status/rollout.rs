@@ -14,7 +14,7 @@ pub(super) fn rolled_out(situation: &Situation, ready: &Verdict) -> Verdict {
         (Some(Obstacle::Spec(verdict)), _) | (Some(Obstacle::Writing(verdict)), Some(_)) => verdict.clone(),
         (_, Some(next)) if situation.desired.paused => Verdict::no(
             Reason::Paused,
-            format!("spec.paused is true: revision {} waits, {serving} serves", next.hash),
+            format!("spec.paused is true: revision {} waits, {serving} stays", next.hash),
         ),
         (_, Some(next)) => {
             Verdict { truth: Truth::False, ..under_way(serving, next, situation.desired.workers) }
@@ -57,14 +57,15 @@ fn under_way(serving: &str, next: &NextRevision, workers: u32) -> Verdict {
     let NextRevision { hash, seen } = next;
     if let Some((who, failure)) = first_failure_of_any(seen) {
         let text = described(&who, failure);
-        let text = format!("revision {hash} does not become ready: {text}; {serving} goes on serving");
+        let text = format!("revision {hash} does not become ready: {text}; {serving} stays in its place");
         return Verdict::yes(reason_of(failure), text);
     }
     let lag = seen.workers.iter().find_map(|(slot, worker)| Some((slot, not_ready_because(worker)?)));
     let lag = lag.map_or(String::new(), |(slot, why)| format!(", worker {slot}: {why}"));
     let (ready, workers) = (seen.ready_workers(), counted(workers as usize, "worker"));
-    let text =
-        format!("revision {hash} serves as soon as it is ready: {ready} of {workers}{lag}; {serving} serves");
+    let text = format!(
+        "revision {hash} serves as soon as it is ready: {ready} of {workers}{lag}; {serving} stays until then"
+    );
     Verdict::yes(Reason::RevisionStarting, text)
 }
 

@@ -286,7 +286,7 @@ fn a_revision_that_cannot_run_is_told_everywhere_but_in_ready() {
     let words = failure("ModelNotFound", "no model at /models/nope");
     seen.workers.insert(Slot(0), Seen { failure: words, ..Seen::default() });
     let status = rolling(Some(&seen), None);
-    let text = "revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d goes on serving";
+    let text = "revision 5e6f7a8b does not become ready: worker 0: no model at /models/nope; check spec.model.uri; 1a2b3c4d stays in its place";
     for (kind, truth) in [(Kind::RolledOut, "False"), (Kind::Progressing, "True"), (Kind::Degraded, "True")] {
         assert_eq!(told(&status, kind), (truth.into(), "ModelNotFound".into(), text.into()), "{kind:?}");
     }
