@@ -171,8 +171,9 @@ fn check_step(step: &Map<String, Value>) -> Result<usize, String> {
     if step.contains_key("pad_token") {
         return Err("pad_token: a decoder of speech".to_owned());
     }
-    if let Some(map) = text("precompiled_charsmap") {
-        return charsmap::growth(map).map_err(|problem| format!("precompiled_charsmap: {problem}"));
+    if text("type") == Some("Precompiled") || step.contains_key("precompiled_charsmap") {
+        let map = text("precompiled_charsmap").ok_or_else(|| "it is no text".to_owned());
+        return map.and_then(charsmap::growth).map_err(|problem| format!("precompiled_charsmap: {problem}"));
     }
     let replaced = step.get("pattern").zip(text("content"));
     Ok(match (text("prepend"), replaced) {
@@ -269,6 +270,7 @@ mod tests {
             ),
             ("normalizer", keep, r"normalizer: pattern: \K may put the beginning of a match behind its end"),
             ("normalizer", charsmap, "normalizer: precompiled_charsmap: it ends too early"),
+            ("normalizer", json!({"type": "Precompiled"}), "normalizer: precompiled_charsmap: it is no text"),
             ("normalizer", deep, "normalizer: more than 16 steps within each other"),
             (
                 "normalizer",

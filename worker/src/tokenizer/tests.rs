@@ -1,3 +1,4 @@
+mod damaged;
 pub(crate) mod streams;
 
 use std::path::PathBuf;
