@@ -9,3 +9,4 @@ pub(crate) mod relief;
 pub(crate) mod residency;
 mod route;
 mod ticket;
+pub(crate) mod uses;

@@ -9,6 +9,7 @@ use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::expert_set::ExpertSet;
 use tokio::sync::watch;
 
+use super::uses::Uses;
 use crate::metrics::labels::LoadCause;
 use crate::metrics::worker::WorkerMetrics;
 
@@ -49,6 +50,7 @@ pub(crate) struct Snapshot {
 /// The experts that are resident here, or are to be.
 pub(crate) struct Residency {
     store: Arc<dyn ExpertStore>,
+    uses: Arc<Uses>,
     metrics: Arc<WorkerMetrics>,
     state: Mutex<State>,
     /// Wakes the loader thread, and those that wait for it.
@@ -56,18 +58,16 @@ pub(crate) struct Residency {
     changed: watch::Sender<u64>,
 }
 
-#[derive(Default)]
 struct State {
     room: Room,
+    uses: Arc<Uses>,
     assigned: ExpertSet,
     /// Wanted by a row that waits.
     urgent: VecDeque<ExpertId>,
     loading: Option<ExpertId>,
     resident: BTreeMap<ExpertId, u64>,
-    /// Resident but not assigned, with the last use.
+    /// Resident but not assigned, since when.
     extras: BTreeMap<ExpertId, Instant>,
-    /// The last use of all that are resident, where there is a budget.
-    uses: BTreeMap<ExpertId, Instant>,
     /// Assigned, and evicted for rows that waited: they come back where there is room, and nobody waits for that.
     displaced: BTreeSet<ExpertId>,
     /// What rows will soon ask for: loaded where there is room, after all that is wanted now.
@@ -78,9 +78,15 @@ struct State {
 }
 
 impl Residency {
-    pub(crate) fn new(store: Arc<dyn ExpertStore>, room: Room, metrics: Arc<WorkerMetrics>) -> Arc<Self> {
-        let (state, turn) = (Mutex::new(State { room, ..State::default() }), Condvar::new());
-        Arc::new(Self { store, metrics, state, turn, changed: watch::Sender::new(0) })
+    pub(crate) fn new(
+        store: Arc<dyn ExpertStore>,
+        room: Room,
+        uses: Uses,
+        metrics: Arc<WorkerMetrics>,
+    ) -> Arc<Self> {
+        let uses = Arc::new(uses);
+        let (state, turn) = (Mutex::new(State::new(room, uses.clone())), Condvar::new());
+        Arc::new(Self { store, uses, metrics, state, turn, changed: watch::Sender::new(0) })
     }
 
     /// Counts changes of the state.
@@ -96,16 +102,14 @@ impl Residency {
 
     /// Rows are about to use these experts of a layer: those that are here are not idle.
     pub(crate) fn used(&self, layer: u32, experts: &[u32]) {
-        let mut state = self.lock();
-        for &expert in experts {
-            state.touch(ExpertId::new(layer, expert));
-        }
+        self.uses.touch(layer, experts);
     }
 
     /// Waits until the expert is resident. For the engine's own thread.
     pub(crate) fn ensure(&self, expert: ExpertId) -> Result<(), LoadFailed> {
+        self.uses.touch(expert.layer, &[expert.expert]);
         let mut state = self.lock();
-        if state.touch(expert) {
+        if state.resident.contains_key(&expert) {
             return Ok(());
         }
         state.want(expert);
@@ -123,8 +127,9 @@ impl Residency {
     pub(crate) async fn ensured(&self, expert: ExpertId) -> Result<(), LoadFailed> {
         let mut changes = self.subscribe();
         {
+            self.uses.touch(expert.layer, &[expert.expert]);
             let mut state = self.lock();
-            if state.touch(expert) {
+            if state.resident.contains_key(&expert) {
                 return Ok(());
             }
             state.want(expert);
@@ -209,7 +214,6 @@ impl Residency {
         self.store.evict(expert);
         state.resident.remove(&expert);
         state.extras.remove(&expert);
-        state.uses.remove(&expert);
     }
 
     pub(crate) fn stop(&self) {
@@ -228,11 +232,28 @@ impl Residency {
 }
 
 impl State {
-    /// What was superfluous before goes on being idle since then.
+    fn new(room: Room, uses: Arc<Uses>) -> Self {
+        Self {
+            room,
+            uses,
+            assigned: ExpertSet::default(),
+            urgent: VecDeque::new(),
+            loading: None,
+            resident: BTreeMap::new(),
+            extras: BTreeMap::new(),
+            displaced: BTreeSet::new(),
+            soon: BTreeSet::new(),
+            failed: BTreeMap::new(),
+            bytes_loaded: 0,
+            stop: false,
+        }
+    }
+
+    /// What was superfluous before goes on being so since then.
     fn assign(&mut self, experts: ExpertSet) {
         let extras = self.resident.keys().filter(|id| !experts.contains(**id));
-        let used = |expert: &ExpertId| self.extras.get(expert).copied().unwrap_or_else(Instant::now);
-        self.extras = extras.map(|expert| (*expert, used(expert))).collect();
+        let since = |expert: &ExpertId| self.extras.get(expert).copied().unwrap_or_else(Instant::now);
+        self.extras = extras.map(|expert| (*expert, since(expert))).collect();
         self.displaced.retain(|expert| experts.contains(*expert));
         self.soon.clear();
         self.assigned = experts;
@@ -250,17 +271,6 @@ impl State {
     /// Of what is missing; an expert that only a peer wanted says nothing about this worker.
     fn failure(&self) -> Option<String> {
         self.missing().find_map(|expert| Some(self.failed.get(&expert)?.1.to_string()))
-    }
-
-    fn touch(&mut self, expert: ExpertId) -> bool {
-        if let Some(used) = self.extras.get_mut(&expert) {
-            *used = Instant::now();
-        }
-        let resident = self.resident.contains_key(&expert);
-        if resident && self.room.budget.is_some() {
-            self.uses.insert(expert, Instant::now());
-        }
-        resident
     }
 
     fn want(&mut self, expert: ExpertId) {
@@ -316,7 +326,7 @@ impl State {
         let named = |id: &ExpertId| !self.extras.contains_key(id);
         let mut candidates: Vec<_> =
             self.resident.iter().filter(|(id, _)| wish.urgent || !named(id)).collect();
-        candidates.sort_unstable_by_key(|(id, _)| (named(id), self.uses.get(id), **id));
+        candidates.sort_unstable_by_key(|(id, _)| (named(id), self.uses.last(**id), **id));
         let too_much = |(_, bytes): &(&ExpertId, &u64)| {
             let more = over > 0;
             over = over.saturating_sub(**bytes);
@@ -332,7 +342,14 @@ impl State {
     }
 
     fn idle(&self) -> Option<ExpertId> {
-        self.extras.iter().find(|(_, used)| used.elapsed() > EXTRA_IDLE).map(|(&expert, _)| expert)
+        let long =
+            |expert: &ExpertId| self.idle_since(*expert).is_some_and(|since| since.elapsed() > EXTRA_IDLE);
+        self.extras.keys().copied().find(long)
+    }
+
+    /// Since when an expert that the placement does not name is not used.
+    fn idle_since(&self, expert: ExpertId) -> Option<Instant> {
+        self.extras.get(&expert).map(|since| self.uses.last(expert).max(*since))
     }
 
     fn record(&mut self, expert: ExpertId, result: Result<u64, String>) {
@@ -343,9 +360,7 @@ impl State {
                 self.displaced.remove(&expert);
                 self.resident.insert(expert, bytes);
                 self.bytes_loaded += bytes;
-                if self.room.budget.is_some() {
-                    self.uses.insert(expert, Instant::now());
-                }
+                self.uses.touch(expert.layer, &[expert.expert]);
                 if !self.is_assigned(expert) {
                     self.extras.insert(expert, Instant::now());
                 }
@@ -369,23 +384,31 @@ struct Wish {
 mod tests {
     use super::*;
 
+    fn state(budget: Option<u64>) -> State {
+        State::new(Room { budget, expert: 10 }, Arc::new(Uses::new(2, 16)))
+    }
+
+    fn touch(state: &State, expert: u32) {
+        state.uses.touch(1, &[expert]);
+    }
+
     #[test]
     fn what_the_placement_does_not_name_makes_room_first_and_the_rest_only_for_rows_that_wait() {
         let id = |expert| ExpertId::new(1, expert);
-        let mut state = State { room: Room { budget: Some(30), expert: 10 }, ..State::default() };
+        let mut state = state(Some(30));
         state.assign([0, 1, 5].map(id).into_iter().collect());
         [0, 1, 7].into_iter().for_each(|expert| state.record(id(expert), Ok(10)));
         let (waited_for, placed) =
             (Wish { expert: id(9), urgent: true }, Wish { expert: id(5), urgent: false });
         assert_eq!((state.in_the_way(placed), state.in_the_way(waited_for)), (vec![id(7)], vec![id(7)]));
         state.assign([0, 1, 5, 7].map(id).into_iter().collect());
-        state.touch(id(0));
-        state.touch(id(7));
+        touch(&state, 0);
+        touch(&state, 7);
         assert_eq!(state.in_the_way(waited_for), [id(1)], "the least recently used");
         state.record(id(1), Ok(10));
         assert_eq!(state.in_the_way(waited_for), [id(0)], "what has just come stays for its rows");
-        state.touch(id(0));
-        state.touch(id(7));
+        touch(&state, 0);
+        touch(&state, 7);
         assert_eq!(state.in_the_way(placed), [], "the placement has its way");
         state.room.budget = Some(5);
         assert_eq!(state.in_the_way(waited_for), [id(1)], "no more than what comes");
@@ -396,7 +419,7 @@ mod tests {
     #[test]
     fn what_gave_way_is_not_missing_and_comes_back_where_there_is_room() {
         let id = |expert| ExpertId::new(1, expert);
-        let mut state = State { room: Room { budget: Some(20), expert: 10 }, ..State::default() };
+        let mut state = state(Some(20));
         state.assign([0, 1].map(id).into_iter().collect());
         state.record(id(1), Ok(10));
         state.record(id(9), Ok(10));
@@ -412,7 +435,7 @@ mod tests {
     #[test]
     fn what_rows_will_soon_ask_for_comes_last_and_only_where_there_is_room() {
         let id = |expert| ExpertId::new(1, expert);
-        let mut state = State { room: Room { budget: Some(30), expert: 10 }, ..State::default() };
+        let mut state = state(Some(30));
         state.assign([0].map(id).into_iter().collect());
         state.expect(&[7, 8, 9].map(id));
         state.want(id(5));
@@ -431,26 +454,25 @@ mod tests {
     #[test]
     fn only_use_keeps_what_the_placement_does_not_name() {
         let mut assigned = ExpertSet::from_iter([ExpertId::new(1, 0)]);
-        let mut state = State {
-            resident: [(ExpertId::new(1, 0), 10), (ExpertId::new(1, 7), 10)].into(),
-            ..State::default()
-        };
+        let mut state = state(None);
+        state.resident = [(ExpertId::new(1, 0), 10), (ExpertId::new(1, 7), 10)].into();
         state.assign(assigned.clone());
-        let since = state.extras[&ExpertId::new(1, 7)];
-        assert_eq!(state.extras.len(), 1);
+        let idle = |state: &State, expert| state.idle_since(ExpertId::new(1, expert));
+        let since = idle(&state, 7);
+        assert!(since.is_some() && idle(&state, 0).is_none());
         std::thread::sleep(Duration::from_millis(1));
         state.assign(assigned.clone());
-        assert_eq!(state.extras[&ExpertId::new(1, 7)], since, "the same placement once more is no use");
-        assert!(state.touch(ExpertId::new(1, 7)));
-        assert!(state.extras[&ExpertId::new(1, 7)] > since);
+        assert_eq!(idle(&state, 7), since, "the same placement once more is no use");
+        touch(&state, 7);
+        assert!(idle(&state, 7) > since);
         assigned.insert(ExpertId::new(1, 7));
         state.assign(assigned);
-        assert!(state.extras.is_empty());
+        assert_eq!(idle(&state, 7), None);
     }
 
     #[test]
     fn what_failed_is_told_while_it_is_missing_here() {
-        let mut state = State::default();
+        let mut state = state(None);
         state.assigned.insert(ExpertId::new(1, 0));
         state.record(ExpertId::new(1, 5), Err("elected and damaged".into()));
         assert_eq!(state.failure(), None);

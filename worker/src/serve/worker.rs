@@ -31,6 +31,7 @@ use crate::mesh::exchange::{self, Exchange};
 use crate::mesh::peers::Peers;
 use crate::mesh::relief::{Departure, Relief, relieved};
 use crate::mesh::residency::{Residency, Room};
+use crate::mesh::uses::Uses;
 use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::Fatal;
@@ -87,7 +88,8 @@ impl Worker {
         let left = || Some(left_for_experts(limit()?, shape.dense_bytes, cache));
         let budget = experts_mib.map(|mib| mib << 20).or_else(left);
         let room = Room { budget, expert: shape.expert_bytes };
-        let residency = Residency::new(backend.clone(), room, metrics.clone());
+        let uses = Uses::new(config.layers, config.experts());
+        let residency = Residency::new(backend.clone(), room, uses, metrics.clone());
         let shared = Arc::new(Shared::new(metrics.clone()));
         let relief = Relief {
             residency: residency.clone(),
