@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use expertmesh_tests::cage::Cage;
 use expertmesh_tests::frontend::Frontend;
 use expertmesh_tests::http;
 use expertmesh_tests::mesh::Mesh;
@@ -159,6 +160,16 @@ fn peak(id: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") / 1024
 }
 
+/// A frontend, which ends before its cage.
+fn caged(frontend: Frontend) -> (Result<Cage, String>, Frontend) {
+    let cage = Cage::around(frontend.process.id(), MEMORY);
+    match &cage {
+        Ok(cage) => eprintln!("{MEMORY} MiB at most, by {}", cage.path().display()),
+        Err(problem) => eprintln!("no bound by the kernel ({problem}): the peak is only looked at"),
+    }
+    (cage, frontend)
+}
+
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
     times[times.len() / 2]
@@ -168,7 +179,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 async fn an_honest_client_is_answered_whatever_another_one_does() {
     let seconds = std::env::var("EXPERTMESH_SOAK_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
     let mut mesh = Mesh::start("abuse", 1).await;
-    let mut frontend = Frontend::start(&mut mesh).await;
+    let (cage, mut frontend) = caged(Frontend::start(&mut mesh).await);
     let questions = Question::several(4);
     questions.iter().for_each(|question| drop(reference(question)));
     let ask = |question: &Question| {
@@ -193,8 +204,9 @@ async fn an_honest_client_is_answered_whatever_another_one_does() {
     let after = median(questions.iter().cycle().take(20).map(ask).collect());
     frontend.process.assert_runs();
     let peak = peak(frontend.process.id());
+    let within = cage.as_ref().ok().and_then(Cage::peak);
     eprintln!(
-        "usual {usual:?}; under {blows} blows {meanwhile:?}, worst {worst:?} of {answers}; after {after:?}; {peak} MiB at most"
+        "usual {usual:?}; under {blows} blows {meanwhile:?}, worst {worst:?} of {answers}; after {after:?}; {peak} MiB at most, {within:?} in the group"
     );
     assert!(peak < MEMORY, "{peak} MiB");
     assert!(worst < Duration::from_secs(10), "{worst:?}");

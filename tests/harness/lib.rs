@@ -1,5 +1,6 @@
 //! What the tests share: the project's processes, the model they serve, and what one process says it answers.
 
+pub mod cage;
 pub mod dashboards;
 pub mod frontend;
 pub mod http;
