@@ -13,7 +13,8 @@ use expertmesh_tests::mesh::{Mesh, apply};
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::promtool::sum;
 use expertmesh_tests::reference::{Question, reference};
-use expertmesh_tests::{http, root, skipped, wait_for};
+use expertmesh_tests::{http, root, skipped, tiny_r1, wait_for};
+use serde_json::{Value, json};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_unmodified_openai_client_is_answered_whole_and_streamed() {
@@ -183,4 +184,54 @@ async fn the_log_names_a_request_and_tells_its_tokens_and_no_word_of_it() {
         assert!(!log.contains("unmistakable"), "{log}");
         Ok(())
     });
+}
+
+/// Templates that pay no fuel for what they do: lists double until the engine copies them, are put into each other, and are
+/// compared item by item.
+const WITHOUT_MEASURE: [(&str, &str); 3] = [
+    (
+        "grow",
+        "{% set n = namespace(x=[0]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x | length }}",
+    ),
+    (
+        "nest",
+        "{% set n = namespace(x=[0]) %}{% for i in range(40000) %}{% set n.x = [[[[[[[[n.x]]]]]]]] %}{% endfor %}",
+    ),
+    (
+        "compare",
+        "{% set n = namespace(x=[0], y=[0]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}{{ n.x == n.y }}",
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_template_without_measure_costs_its_own_request_and_nothing_else() {
+    let mut mesh = Mesh::start("template", 1).await;
+    let placement = mesh.place(|_, _| true).await;
+    let model = mesh.scratch.path().join("model");
+    std::fs::create_dir_all(&model).unwrap();
+    for file in ["config.json", "generation_config.json", "tokenizer.json"] {
+        std::fs::copy(tiny_r1().join(file), model.join(file)).unwrap();
+    }
+    let config = std::fs::read_to_string(tiny_r1().join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    let own = config["chat_template"].as_str().unwrap().to_owned();
+    let cases = WITHOUT_MEASURE
+        .map(|(said, does)| format!("{{% if messages[0].content == '{said}' %}}{does}{{% endif %}}"));
+    config["chat_template"] = Value::String(cases.concat() + &own);
+    std::fs::write(model.join("tokenizer_config.json"), config.to_string()).unwrap();
+
+    let mut frontend = Frontend::of(&model, &mesh, &placement);
+    let question = Question::several(1).remove(0);
+    for (said, _) in WITHOUT_MEASURE {
+        frontend.api.check(&question).unwrap();
+        let body = json!({"messages": [{"role": "user", "content": said}], "max_tokens": 1});
+        let (status, answer) = http::post(&frontend.api.completions(), &body).unwrap();
+        let message = answer["error"]["message"].as_str().unwrap_or_default();
+        assert!(
+            status == 400 && message.starts_with("messages: the chat template takes more "),
+            "{said}: {status}: {answer}"
+        );
+    }
+    frontend.api.check(&question).unwrap();
+    frontend.process.assert_runs();
 }

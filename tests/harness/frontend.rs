@@ -1,5 +1,7 @@
 //! A frontend as a process, in front of the workers of a [`Mesh`].
 
+use std::path::Path;
+
 use expertmesh_proto::placement::Placement;
 
 use crate::http;
@@ -24,9 +26,14 @@ impl Frontend {
 
     /// Starts one that follows a placement; waits until it is ready.
     pub fn follow(mesh: &Mesh, placement: &Placement) -> Self {
-        let (placement, model) = (mesh.placement_file(placement), tiny_r1());
+        Self::of(&tiny_r1(), mesh, placement)
+    }
+
+    /// The same with another model's directory: of the workers' model, but for its small files.
+    pub fn of(model: &Path, mesh: &Mesh, placement: &Placement) -> Self {
+        let placement = mesh.placement_file(placement);
         let path = |path: &std::path::Path| path.to_str().expect("a UTF-8 path").to_string();
-        let (placement, model) = (path(&placement), path(&model));
+        let (placement, model) = (path(&placement), path(model));
         let what = ["frontend", "--served-name", "tiny-r1", "--model", &model, "--placement", &placement];
         let anywhere = "127.0.0.1:0";
         let listening = ["--listen", anywhere, "--control", anywhere, "--metrics", anywhere];

@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use crate::template::{ChatTemplate, Message, Role, TemplateError};
+use crate::template::ChatTemplate;
+use crate::template::error::TemplateError;
+use crate::template::message::{Message, Role};
 use crate::tokenizer::literal::Literal;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 

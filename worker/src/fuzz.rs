@@ -12,7 +12,8 @@ use crate::conversation::{Contents, Conversation};
 use crate::frontend::model::Model;
 use crate::frontend::valid::ValidRequest;
 use crate::serve::inference::RequestLimits;
-use crate::template::{ChatTemplate, Message, Role};
+use crate::template::ChatTemplate;
+use crate::template::message::{Message, Role};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::literal::Literal;
 

@@ -18,7 +18,8 @@ use crate::end::End;
 use crate::engine::{ComputedAs, ComputedWith, load};
 use crate::process::Fatal;
 use crate::stop::Checked;
-use crate::template::{ChatTemplate, Message, Role};
+use crate::template::ChatTemplate;
+use crate::template::message::{Message, Role};
 use crate::text::Text;
 use crate::tokenizer::Tokenizer;
 

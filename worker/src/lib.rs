@@ -17,6 +17,7 @@ mod placement;
 mod prepare;
 mod probes;
 mod process;
+mod render;
 mod reports;
 mod runtime;
 mod sampling;
@@ -52,6 +53,9 @@ enum Command {
     Inspect(inspect::Args),
     /// Pack a checkpoint into a directory that is mapped instead of read.
     Prepare(prepare::Args),
+    /// Render chat templates for a frontend.
+    #[command(hide = true)]
+    Render(render::Args),
     /// Print the worker's and the frontend's part of docs/metrics.md.
     #[command(hide = true)]
     Metrics,
@@ -71,6 +75,7 @@ pub fn main() -> ExitCode {
             print!("{}", metrics::sections());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Render(args) => render::run(args),
         Command::Verify(args) => verify::run(args),
     };
     process::exit_code(result)

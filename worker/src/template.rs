@@ -1,21 +1,27 @@
 //! The model's chat template: messages to the prompt's text, as transformers renders it.
 
+pub(crate) mod apart;
 mod bounds;
 mod environment;
+pub(crate) mod error;
 mod json;
+pub(crate) mod message;
 mod python;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use expertmesh_model::files::{self, FileError};
 use minijinja::value::Serde;
 use minijinja::{Environment, Value};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Map;
 
+use self::apart::Apart;
 use self::bounds::{Bounds, exhausted};
 use self::environment::{NAME, compile, raised};
+use self::error::TemplateError;
+use self::message::Message;
 use crate::process::Fatal;
 
 /// The special tokens that a template may use, under the names that tokenizer_config.json gives them.
@@ -24,58 +30,14 @@ const TOKENS: [&str; 7] =
 /// What every template is given beside [`TOKENS`].
 const GIVEN: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
-/// Who speaks in a conversation, as templates name them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Role {
-    System,
-    User,
-    Assistant,
-}
-
-/// A message of a conversation, as templates take it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct Message {
-    pub(crate) role: Role,
-    pub(crate) content: String,
-}
-
 /// A model's chat template, compiled; a model may have none.
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     /// The model's special tokens by their names in [`TOKENS`]. One that it lacks is undefined, which renders as nothing.
     tokens: BTreeMap<&'static str, String>,
     add_bos: bool,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum TemplateError {
-    #[error("the model has no chat template")]
-    Absent,
-    /// The template itself refuses the conversation (`raise_exception`).
-    #[error("{0}")]
-    Raised(String),
-    #[error("the chat template failed: {0}")]
-    Failed(String),
-    #[error("the chat template does not come to an end: it was stopped after the work of {0} steps")]
-    Endless(u64),
-    #[error("the chat template writes more than {0} bytes for these messages")]
-    TooLong(usize),
-    #[error("{0} is not for a client to set")]
-    Given(String),
-}
-
-impl TemplateError {
-    pub(crate) fn reason(&self) -> &'static str {
-        match self {
-            Self::Absent => "NoChatTemplate",
-            Self::Raised(_) => "ChatTemplateRefused",
-            Self::Failed(_) => "ChatTemplateFailed",
-            Self::Endless(_) => "ChatTemplateEndless",
-            Self::TooLong(_) => "ChatTemplateTooLong",
-            Self::Given(_) => "InvalidTemplateOption",
-        }
-    }
+    /// Where it is rendered, where that is not here.
+    apart: Option<Apart>,
 }
 
 impl ChatTemplate {
@@ -97,14 +59,20 @@ impl ChatTemplate {
             None => (file, config.chat_template.and_then(Source::chat)),
         };
         let environment = compile(source, now).map_err(|error| invalid(&file, &error))?;
-        Ok(Self { environment, add_bos: config.add_bos_token.unwrap_or(false), tokens })
+        let add_bos = config.add_bos_token.unwrap_or(false);
+        Ok(Self { environment, add_bos, tokens, apart: None })
+    }
+
+    /// The same, rendered by processes of `program`, which is this one. The model's directory is the one that it was read of.
+    pub(crate) fn apart(self, program: PathBuf, model: &Path) -> Self {
+        Self { apart: Some(Apart::new(program, model)), ..self }
     }
 
     #[cfg(test)]
     pub(crate) fn of(source: &str) -> Self {
         let environment = compile(Some(source.to_string()), now).unwrap();
         let tokens = BTreeMap::from([("bos_token", "<s>".to_string())]);
-        Self { environment, add_bos: false, tokens }
+        Self { environment, add_bos: false, tokens, apart: None }
     }
 
     /// The token that a text without a template begins with, where the tokenizer adds one.
@@ -123,6 +91,9 @@ impl ChatTemplate {
         let given = |name: &&String| GIVEN.contains(&name.as_str()) || TOKENS.contains(&name.as_str());
         if let Some(name) = options.keys().find(given) {
             return Err(TemplateError::Given(name.clone()));
+        }
+        if let Some(apart) = self.apart.as_ref().filter(|_| self.environment.get_template(NAME).is_ok()) {
+            return apart.render(messages, open, options);
         }
         let options = options.iter().map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
         let tokens = self.tokens.iter().map(|(&name, token)| (name, Value::from(token.as_str())));

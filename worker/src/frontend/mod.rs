@@ -166,6 +166,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 async fn serve(args: Args) -> Result<(), Fatal> {
     let mut model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
     model.contents = Contents::spelling(args.special_tokens_in_content);
+    let program = std::env::current_exe().map_err(|error| Fatal::new("StartFailed", error.to_string()))?;
+    model.template = model.template.apart(program, &args.model);
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
     let me = caller(&args)?;
     let registry = Registry::new();

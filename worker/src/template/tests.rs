@@ -1,3 +1,4 @@
+use super::message::Role;
 use super::*;
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::tests::tiny_r1;
@@ -111,7 +112,7 @@ fn templates_render_as_jinja_renders_them_for_transformers() {
     for Recorded { template, context, rendered, raised } in cases {
         let source = std::fs::read_to_string(golden.join(format!("{template}.jinja"))).unwrap();
         let environment = compile(Some(source), clock).unwrap();
-        let chat = ChatTemplate { environment, tokens: BTreeMap::new(), add_bos: false };
+        let chat = ChatTemplate { environment, tokens: BTreeMap::new(), add_bos: false, apart: None };
         match (chat.fill(context.clone(), Bounds::of(100, 10_000)), rendered, raised) {
             (Ok(text), Some(rendered), _) => assert_eq!(text, rendered, "{template} of {context}"),
             (Err(TemplateError::Raised(message)), _, Some(raised)) => assert_eq!(message, raised),

@@ -10,7 +10,7 @@ use super::body::missing;
 use super::message::ChatMessage;
 use super::sampling::top_logprobs;
 use crate::conversation::{Conversation, ConversationError, Rendered};
-use crate::template::TemplateError;
+use crate::template::error::TemplateError;
 
 /// The most messages of a conversation: in memory an empty one takes more than its text.
 const MAX_MESSAGES: usize = 16384;
@@ -72,7 +72,12 @@ pub(super) fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
 }
 
 fn refusal(error: &ConversationError) -> ApiError {
-    let given = matches!(error, ConversationError::Template(TemplateError::Given(_)));
-    let param = if given { "chat_template_kwargs" } else { "messages" };
+    let param = match error {
+        ConversationError::Template(TemplateError::NotStarted(_)) => {
+            return ApiError::Internal(error.to_string());
+        }
+        ConversationError::Template(TemplateError::Given(_)) => "chat_template_kwargs",
+        ConversationError::Template(_) | ConversationError::Tokenizer(_) => "messages",
+    };
     ApiError::invalid(param, format!("{param}: {error}"))
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::super::fields::read::bounded;
 use super::super::openai::ApiError;
-use crate::template::{Message, Role};
+use crate::template::message::{Message, Role};
 
 /// The most parts of one message's content.
 const MAX_PARTS: usize = 4096;
