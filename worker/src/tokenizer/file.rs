@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
+use tokenizers::utils::SysRegex;
 use tokenizers::{
     AddedToken, DecoderWrapper, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper,
     PreTokenizerWrapper, Tokenizer,
@@ -176,6 +177,9 @@ fn check_step(step: &Map<String, Value>) -> Result<usize, String> {
         return map.and_then(charsmap::growth).map_err(|problem| format!("precompiled_charsmap: {problem}"));
     }
     let replaced = step.get("pattern").zip(text("content"));
+    if text("prepend") == Some("") || replaced.is_some_and(|(pattern, _)| replaces_nothing(pattern)) {
+        return Err("it stands for nothing, or takes the place of nothing".to_owned());
+    }
     Ok(match (text("prepend"), replaced) {
         (Some(prepended), _) => 1 + prepended.len(),
         (None, Some((pattern, content))) => match pattern["String"].as_str().map_or(0, str::len) {
@@ -184,6 +188,15 @@ fn check_step(step: &Map<String, Value>) -> Result<usize, String> {
         },
         (None, None) => 1,
     })
+}
+
+/// Whether a pattern matches between characters, as far as a text of many of them tells: what is put there has no place in
+/// the text that it was, and the step after looks for one.
+fn replaces_nothing(pattern: &Value) -> bool {
+    let Some(regex) = pattern["Regex"].as_str() else { return pattern["String"] == "" };
+    let many: String = (' '..='~').chain("\n\t▁é世🦀  ".chars()).chain('a'..='z').collect();
+    let found = |regex: SysRegex| regex.find_iter(&many).any(|(start, end)| start >= end);
+    SysRegex::new(regex).is_ok_and(found)
 }
 
 #[cfg(test)]
@@ -234,7 +247,7 @@ mod tests {
         let strip = json!({"type": "Strip", "content": "a", "start": 0, "stop": 2});
         let mut space = added("x");
         (space["lstrip"], space["content"]) = (json!(true), json!(" "));
-        let keep = json!({"type": "Replace", "pattern": {"Regex": r"(?=ab\K)"}, "content": ""});
+        let keep = json!({"type": "Split", "pattern": {"Regex": r"(?=ab\K)"}, "behavior": "Isolated", "invert": false});
         let twice = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
         let charsmap = json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"});
         let speech = json!({"type": "CTC", "pad_token": "a", "word_delimiter_token": "b", "cleanup": true});
@@ -268,9 +281,23 @@ mod tests {
                 json!({"type": "FixedLength", "length": 0}),
                 "pre_tokenizer: length: pieces of 0 characters have no end",
             ),
-            ("normalizer", keep, r"normalizer: pattern: \K may put the beginning of a match behind its end"),
+            (
+                "pre_tokenizer",
+                keep,
+                r"pre_tokenizer: pattern: \K may put the beginning of a match behind its end",
+            ),
             ("normalizer", charsmap, "normalizer: precompiled_charsmap: it ends too early"),
             ("normalizer", json!({"type": "Precompiled"}), "normalizer: precompiled_charsmap: it is no text"),
+            (
+                "normalizer",
+                json!({"type": "Replace", "pattern": {"Regex": "(?=a)"}, "content": "x"}),
+                "normalizer: it stands for nothing, or takes the place of nothing",
+            ),
+            (
+                "normalizer",
+                json!({"type": "Prepend", "prepend": ""}),
+                "normalizer: it stands for nothing, or takes the place of nothing",
+            ),
             ("normalizer", deep, "normalizer: more than 16 steps within each other"),
             (
                 "normalizer",

@@ -89,7 +89,7 @@ fn whole() -> Vec<Value> {
         file(
             json!({"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}),
             json!([{"type": "ByteLevel"}]),
-            json!([{"type": "Delimiter", "delimiter": "b"}, {"type": "UnicodeScripts"}, {"type": "WhitespaceSplit"},
+            json!([{"type": "CharDelimiterSplit", "delimiter": "b"}, {"type": "UnicodeScripts"}, {"type": "WhitespaceSplit"},
                 split("b", "MergedWithPrevious"), {"type": "Punctuation", "behavior": "Contiguous"}]),
             json!([bytes]),
         ),
