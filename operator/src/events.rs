@@ -31,6 +31,7 @@ pub(crate) enum Reason {
     ScaledDown,
     ScaledUp,
     ScalerConflict,
+    WriterConflict,
     WorkerFailed,
     WorkerLost,
 }
@@ -51,6 +52,7 @@ impl Reason {
             Self::ScaledDown => "ScaledDown",
             Self::ScaledUp => "ScaledUp",
             Self::ScalerConflict => "ScalerConflict",
+            Self::WriterConflict => "WriterConflict",
             Self::WorkerFailed => "WorkerFailed",
             Self::WorkerLost => "WorkerLost",
         }
@@ -64,6 +66,7 @@ impl Reason {
             | Self::NotReady
             | Self::RolloutFailed
             | Self::ScalerConflict
+            | Self::WriterConflict
             | Self::WorkerFailed
             | Self::WorkerLost => EventType::Warning,
             Self::Autoscaled
@@ -109,12 +112,14 @@ pub(crate) fn transitions(before: &ModelDeploymentStatus, after: &ModelDeploymen
     let failed = invalid(before, after).or(rollout_failed(before, after)).or(workers_failed(before, after));
     notes.extend(failed.or(worker_lost(before, after)).or(degraded(before, after)));
     notes.extend(ready(before, after));
-    for (kind, reason) in
-        [(Kind::GoalUnattainable, Reason::GoalUnattainable), (Kind::ScalerConflict, Reason::ScalerConflict)]
-    {
+    for (kind, reason, action) in [
+        (Kind::GoalUnattainable, Reason::GoalUnattainable, "Autoscale"),
+        (Kind::ScalerConflict, Reason::ScalerConflict, "Autoscale"),
+        (Kind::WriterConflict, Reason::WriterConflict, "Write"),
+    ] {
         let is_new = true_condition(before, kind).is_none();
         let now = true_condition(after, kind).filter(|_| is_new);
-        notes.extend(now.map(|now| Note::new(reason, "Autoscale", now.message.clone())));
+        notes.extend(now.map(|now| Note::new(reason, action, now.message.clone())));
     }
     notes
 }

@@ -20,6 +20,7 @@ mod refusals;
 mod status;
 mod validate;
 mod watch;
+mod written;
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! What happens when something changed: fetch → validate → observe → settle → scale → decide → act → tell.
+//! What happens when something changed: fetch → validate → claim → observe → settle → scale → decide → act → tell.
 //!
 //! Every step can be repeated, and one that finds everything as it should be writes nothing.
 
@@ -14,6 +14,7 @@ mod scale;
 mod settle;
 mod tell;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -92,6 +93,9 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
     // validate, pin the revision (no IO)
     let Meant { mut deployment, revision, mistake } = validate(found, context.image.as_deref())?;
 
+    // claim: no name is somebody else's (reads from the API server what is not known, takes back what was lost)
+    claim(context, found, &deployment, &revision).await?;
+
     // observe (reads from the API server, and what processes reported)
     let (observed, mut plan) = observe(context, found, &deployment, revision).await?;
     if mistake.is_some() {
@@ -118,6 +122,22 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
     Ok(Deployed { result: acted.result, again })
 }
 
+/// All names are this deployment's, or free, before the first write; unless it is paused, when nothing is written.
+async fn claim(
+    context: &Context,
+    found: &Found,
+    deployment: &ValidatedDeployment,
+    wanted: &Revision,
+) -> Result<(), ReconcileError> {
+    if deployment.desired.paused {
+        return Ok(());
+    }
+    let recorded = found.records.iter().filter_map(Revision::recorded).map(|revision| revision.hash);
+    let revisions: BTreeSet<String> = recorded.chain([wanted.hash.clone()]).collect();
+    let revisions: Vec<&str> = revisions.iter().map(String::as_str).collect();
+    Ok(context.writer.claim_all(&found.owner, &revisions).await?)
+}
+
 /// What a spec asks for, as far as it can be carried out.
 struct Meant {
     deployment: ValidatedDeployment,
@@ -129,9 +149,6 @@ struct Meant {
 
 fn validate(found: &Found, image: Option<&str>) -> Result<Meant, ReconcileError> {
     let validated = ValidatedDeployment::new(&found.object);
-    if validated.is_ok() && found.name_is_taken {
-        return Err(ReconcileError::NameTaken(found.owner.name.clone()));
-    }
     let mistake = match validated {
         Ok(deployment) => match found.wanted(&deployment, image) {
             Some(revision) => return Ok(Meant { deployment, revision, mistake: None }),
@@ -142,9 +159,7 @@ fn validate(found: &Found, image: Option<&str>) -> Result<Meant, ReconcileError>
     let serving = found.serving.as_ref().and_then(|serving| found.recorded(serving));
     let deployment = ValidatedDeployment::as_far_as_right(&found.object);
     match (serving, deployment) {
-        (Some(revision), Some(deployment)) if !found.name_is_taken => {
-            Ok(Meant { deployment, revision, mistake: Some(mistake) })
-        }
+        (Some(revision), Some(deployment)) => Ok(Meant { deployment, revision, mistake: Some(mistake) }),
         _ => Err(mistake),
     }
 }

@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 
 use crate::key::Watched;
 use crate::metrics::labels::WatchFailure;
+use crate::objects::Object;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY};
 use crate::reconcile::context::Context;
 use crate::reconcile::error::ReconcileError;
@@ -90,8 +91,7 @@ pub(crate) async fn watch(
     } else {
         namespaces.iter().map(|name| Some(name.as_str())).collect()
     };
-    let controllers: Vec<_> =
-        scopes.iter().map(|&scope| controller(&context.client, scope, &triggers)).collect();
+    let controllers: Vec<_> = scopes.iter().map(|&scope| controller(&context, scope, &triggers)).collect();
     let stores: Vec<_> = controllers.iter().map(Controller::store).collect();
     let following = scopes.iter().map(|scope| follow_refusals(&context, *scope)).collect::<Vec<_>>();
     let running = controllers.into_iter().map(|controller| {
@@ -123,16 +123,17 @@ async fn follow_refusals(context: &Context, namespace: Option<&str>) {
     follow(&context.refusals, &scoped(&context.client, namespace), refused, failed).await;
 }
 
-fn controller(client: &Client, namespace: Option<&str>, triggers: &Triggers) -> Controller<Watched> {
+fn controller(context: &Context, namespace: Option<&str>, triggers: &Triggers) -> Controller<Watched> {
+    let client = &context.client;
     let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={EXPERTMESH}"));
     Controller::new(scoped(client, namespace), watcher::Config::default())
         .with_config(controller::Config::default().concurrency(CONCURRENCY))
-        .owns::<StatefulSet>(scoped(client, namespace), ours.clone())
-        .owns::<Deployment>(scoped(client, namespace), ours.clone())
-        .owns::<ConfigMap>(scoped(client, namespace), ours.clone())
-        .owns::<Service>(scoped(client, namespace), ours.clone())
-        .owns::<PodDisruptionBudget>(scoped(client, namespace), ours.clone())
-        .owns::<NetworkPolicy>(scoped(client, namespace), ours.clone())
+        .watches::<StatefulSet, _>(scoped(client, namespace), ours.clone(), changed(context))
+        .watches::<Deployment, _>(scoped(client, namespace), ours.clone(), changed(context))
+        .watches::<ConfigMap, _>(scoped(client, namespace), ours.clone(), changed(context))
+        .watches::<Service, _>(scoped(client, namespace), ours.clone(), changed(context))
+        .watches::<PodDisruptionBudget, _>(scoped(client, namespace), ours.clone(), changed(context))
+        .watches::<NetworkPolicy, _>(scoped(client, namespace), ours.clone(), changed(context))
         .watches::<Pod, _>(scoped(client, namespace), ours, |pod| deployment_of(&pod))
         .reconcile_on(triggers.of(namespace))
 }
@@ -148,9 +149,18 @@ where
     }
 }
 
-fn deployment_of(pod: &Pod) -> Option<Reference> {
-    let name = pod.labels().get(INSTANCE)?;
-    Some(ObjectRef::new(name).within(&pod.namespace()?))
+/// What a change of an object that is ours asks for: its deployment's reconcile, whoever owns the object by now.
+fn changed<K: Object>(context: &Context) -> impl Fn(K) -> Option<Reference> + Send + Sync + 'static {
+    let writer = context.writer.clone();
+    move |object| {
+        writer.saw(&object);
+        deployment_of(&object)
+    }
+}
+
+fn deployment_of<K: Object>(object: &K) -> Option<Reference> {
+    let name = object.labels().get(INSTANCE)?;
+    Some(ObjectRef::new(name).within(&object.namespace()?))
 }
 
 /// Waits for the first complete reading, then forgets again and again what is gone.

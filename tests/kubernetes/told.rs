@@ -8,7 +8,7 @@ use expertmesh_tests::{skipped, wait_for};
 use serde_json::{Value, json};
 
 /// Waits for a condition to say this.
-fn told(deployment: &Deployment, kind: &str, truth: &str, reason: &str, words: &[&str]) -> Value {
+pub(super) fn told(deployment: &Deployment, kind: &str, truth: &str, reason: &str, words: &[&str]) -> Value {
     wait_for(&format!("{kind} to be {truth}: {reason}"), || {
         let status = deployment.status();
         let found = condition(&status, kind);

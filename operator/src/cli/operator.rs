@@ -19,6 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
 
+use crate::apply::Writer;
 use crate::events::Events;
 use crate::fleet::kubernetes::streams::Caller;
 use crate::lease::{Election, LeaseError};
@@ -85,6 +86,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
         operator_namespace: std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| namespace),
         memory: Memory::default(),
         refusals: Arc::default(),
+        writer: Writer::new(client.clone(), metrics.reconciles.undone.clone()),
         client,
         metrics,
         trigger,

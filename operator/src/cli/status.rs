@@ -60,7 +60,13 @@ fn described(object: &ModelDeployment, now: Timestamp) -> String {
     if let Some(placement) = &status.placement {
         line("placement", format!("epoch {}, imbalance {}", placement.epoch, placement.imbalance));
     }
-    let telling = [Kind::Progressing, Kind::Degraded, Kind::GoalUnattainable, Kind::ScalerConflict];
+    let telling = [
+        Kind::Progressing,
+        Kind::Degraded,
+        Kind::GoalUnattainable,
+        Kind::ScalerConflict,
+        Kind::WriterConflict,
+    ];
     let said = |told: &&Condition| rollout.is_some_and(|rollout| rollout.message == told.message);
     for condition in
         telling.into_iter().filter_map(|kind| true_condition(&status, kind)).filter(|told| !said(told))

@@ -21,12 +21,13 @@ use expertmesh_proto::slot::Slot;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
+use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions};
-use kube::{Client, ResourceExt};
 use tracing::{info, warn};
 
 use super::Fleet;
-use crate::apply::{self, ApiError, Object};
+use crate::apply::{ApiError, Writer};
+use crate::objects::Object;
 use crate::objects::names::{Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
 use crate::objects::workloads::config_map;
 use crate::refusals::Refusals;
@@ -35,7 +36,7 @@ use nodes::Nodes;
 use streams::{Caller, SharedAutoscaler, Streams};
 
 pub(crate) struct KubernetesFleet {
-    client: Client,
+    writer: Writer,
     owner: Owner,
     revision: String,
     refusals: Arc<Refusals>,
@@ -64,7 +65,7 @@ impl KubernetesFleet {
     /// `changed` is called, some moments later, when a process reports something that a decision could depend on, and with
     /// every look of the autoscaler.
     pub(crate) fn new(
-        client: Client,
+        writer: Writer,
         owner: Owner,
         revision: &str,
         refusals: Arc<Refusals>,
@@ -74,7 +75,7 @@ impl KubernetesFleet {
         let autoscaler = SharedAutoscaler::default();
         let streams = Streams::new(caller, autoscaler.clone(), changed);
         Self {
-            client,
+            writer,
             owner,
             revision: revision.into(),
             refusals,
@@ -103,7 +104,7 @@ impl KubernetesFleet {
     /// starts no successor before.
     pub(crate) async fn end_overdue(&mut self) -> Result<(), ApiError> {
         for Overdue { pod, uid, node } in std::mem::take(&mut self.overdue) {
-            let nodes: Api<Node> = Api::all(self.client.clone());
+            let nodes: Api<Node> = Api::all(self.writer.client.clone());
             let found = nodes
                 .get_metadata_opt(&node)
                 .await
@@ -129,7 +130,7 @@ impl KubernetesFleet {
     }
 
     fn api<K: Object>(&self) -> Api<K> {
-        Api::namespaced(self.client.clone(), &self.owner.namespace)
+        Api::namespaced(self.writer.client.clone(), &self.owner.namespace)
     }
 
     async fn get<K: Object>(&self, name: &str) -> Result<Option<K>, ApiError> {
@@ -231,7 +232,7 @@ impl Fleet for KubernetesFleet {
             self.streams.complete(&mut seen, runs).await;
         }
         let all: Vec<&Pod> = workers.iter().chain(&frontends).collect();
-        self.nodes.blame(&self.client, &mut seen, &all).await?;
+        self.nodes.blame(&self.writer.client, &mut seen, &all).await?;
         let reached: BTreeSet<_> =
             frontends.iter().filter(|pod| pods::is_ready(pod)).map(ResourceExt::name_any).collect();
         for frontend in seen.frontends.iter_mut().filter(|frontend| !reached.contains(&frontend.name)) {
@@ -249,8 +250,8 @@ impl Fleet for KubernetesFleet {
             match action {
                 Action::Resize(size) => self.resize(*size).await?,
                 Action::Place(placement) => {
-                    apply::apply(&self.client, &config_map(&self.owner, &self.revision, Some(placement)))
-                        .await?;
+                    let placement = config_map(&self.owner, &self.revision, Some(placement));
+                    self.writer.apply(&self.owner, &placement).await?;
                 }
                 Action::Push { to, placement } => pushes.push((to, placement)),
                 Action::Drain { slot } => self.streams.drain(*slot).await,

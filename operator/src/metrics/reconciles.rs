@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use expertmesh_decide::action;
 use expertmesh_metrics::declare::Declare;
-use prometheus::{HistogramVec, IntCounterVec, IntGauge};
+use prometheus::{HistogramVec, IntCounter, IntCounterVec, IntGauge};
 
 use super::labels::WatchFailure;
 use crate::key::Key;
@@ -20,6 +20,8 @@ pub(crate) struct Reconciles {
     errors: IntCounterVec,
     watch_errors: IntCounterVec,
     actions: IntCounterVec,
+    /// How often an object was changed back that somebody else had changed.
+    pub(crate) undone: IntCounter,
     leader: IntGauge,
     queue_depth: IntGauge,
     /// Deployments that are to be reconciled since a report, and were not yet.
@@ -54,6 +56,10 @@ impl Reconciles {
                 "expertmesh_actions_total",
                 "Actions taken on fleets, by kind.",
                 &["kind"],
+            ),
+            undone: declare.counter(
+                "expertmesh_objects_undone_total",
+                "Objects that somebody else had changed, and that were changed back.",
             ),
             leader: declare.gauge(
                 "expertmesh_leader",

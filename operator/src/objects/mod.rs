@@ -10,14 +10,36 @@ pub(crate) mod workloads;
 #[cfg(test)]
 mod tests;
 
+use std::fmt::Debug;
+
 use expertmesh_proto::placement::Placement;
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, StatefulSet};
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 
+use kube::Resource;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use names::Owner;
 use revision::Revision;
+
+/// What every kind of object that we write is able to do.
+pub(crate) trait Object:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + Debug + Serialize + DeserializeOwned
+{
+}
+
+impl<K> Object for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + Debug
+        + Serialize
+        + DeserializeOwned
+{
+}
 
 /// The objects that a deployment has once, whatever its revisions.
 #[derive(Debug, Clone, PartialEq)]

@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{Component, Owner, PLACEMENT_KEY, UNPROVEN, matching};
+use super::names::{Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, matching};
 use super::revision::Revision;
 
 /// Workers: an ordinal is a slot of the placement. Pods are replaced by whoever deletes them, never by a template's change.
@@ -67,11 +67,14 @@ pub(crate) fn config_map(owner: &Owner, revision: &str, placement: Option<&Place
 
 /// What the revision is, for good: images and defaults as they were when it was made; and, until it was, that it was never Ready.
 pub(crate) fn controller_revision(owner: &Owner, revision: &Revision) -> ControllerRevision {
+    let mut labels = owner.labels();
+    labels.insert(REVISION.into(), revision.hash.clone());
     let unproven = || [(UNPROVEN.to_string(), "true".to_string())].into();
     ControllerRevision {
         metadata: ObjectMeta {
             annotations: (!revision.is_proven).then(unproven),
-            ..metadata(owner, Component::Worker, revision)
+            // Without a component: a StatefulSet adopts records that its selector finds.
+            ..owner.metadata(owner.of_revision(&revision.hash), labels)
         },
         revision: revision.number,
         data: serde_json::to_value(revision).ok().map(RawExtension),

@@ -10,7 +10,7 @@ use super::context::Context;
 use super::error::ReconcileError;
 use super::fetch::Found;
 use super::observe::{Observed, Sides};
-use crate::apply::{self, ApiError};
+use crate::apply::ApiError;
 use crate::fleet::Fleet;
 use crate::objects::{self, Size};
 use crate::validate::ValidatedDeployment;
@@ -62,7 +62,7 @@ async fn advance(
 ) -> Result<(), ApiError> {
     if !deployment.desired.paused {
         let objects = objects::of_revision(&found.owner, &observed.revision, size(deployment, observed));
-        apply::revision(&context.client, &objects).await?;
+        context.writer.revision(&found.owner, &objects).await?;
     }
     for action in &decision.actions {
         note(context, found, observed, action);

@@ -8,6 +8,7 @@ use kube::runtime::reflector::ObjectRef;
 use tokio::sync::mpsc;
 
 use super::memory::{Memory, SharedFleet};
+use crate::apply::Writer;
 use crate::events::Events;
 use crate::fleet::kubernetes::KubernetesFleet;
 use crate::fleet::kubernetes::streams::Caller;
@@ -19,6 +20,7 @@ use crate::refusals::Refusals;
 /// What all reconciles of this process share.
 pub(crate) struct Context {
     pub(crate) client: Client,
+    pub(crate) writer: Writer,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,
     /// Who this process is to workers and frontends.
@@ -49,8 +51,8 @@ impl Context {
                     let _ = trigger.try_send(key.reference());
                 }
             };
-            let (client, refusals) = (self.client.clone(), self.refusals.clone());
-            KubernetesFleet::new(client, owner.clone(), revision, refusals, &self.caller, changed)
+            let (writer, refusals) = (self.writer.clone(), self.refusals.clone());
+            KubernetesFleet::new(writer, owner.clone(), revision, refusals, &self.caller, changed)
         };
         self.memory.fleet(&key, &owner.reference.uid, revision, new)
     }
@@ -58,6 +60,7 @@ impl Context {
     /// Ends what is remembered and shown of a deployment that is gone.
     pub(super) fn forget(&self, key: &Key) {
         self.memory.forget(key);
+        self.writer.forget_all(key);
         self.metrics.forget(key);
     }
 

@@ -21,8 +21,6 @@ pub(crate) enum ReconcileError {
         "spec.workers.image and spec.frontend.image: one is missing, and the operator was given no --image for it"
     )]
     NoImage,
-    #[error("the Service {0} is somebody else's: choose another metadata.name, or delete it")]
-    NameTaken(String),
     #[error(transparent)]
     Api(#[from] ApiError),
     #[error("did not end within {}s", LONGEST.as_secs())]
@@ -34,7 +32,6 @@ pub(crate) enum ReconcileError {
 pub(crate) enum ErrorReason {
     InvalidSpec,
     NoImage,
-    NameTaken,
     Api(ApiReason),
     TimedOut,
 }
@@ -45,7 +42,6 @@ impl ErrorReason {
         match self {
             Self::InvalidSpec => "InvalidSpec",
             Self::NoImage => "NoImage",
-            Self::NameTaken => "NameTaken",
             Self::Api(reason) => reason.name(),
             Self::TimedOut => "TimedOut",
         }
@@ -57,7 +53,6 @@ impl ReconcileError {
         match self {
             Self::Invalid(_) | Self::Malformed(_) => ErrorReason::InvalidSpec,
             Self::NoImage => ErrorReason::NoImage,
-            Self::NameTaken(_) => ErrorReason::NameTaken,
             Self::Api(error) => ErrorReason::Api(error.reason()),
             Self::TimedOut => ErrorReason::TimedOut,
         }

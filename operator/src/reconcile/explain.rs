@@ -15,7 +15,7 @@ pub(super) fn obstacle(error: &ReconcileError) -> Option<Obstacle> {
         ErrorReason::InvalidSpec => {
             Some(Obstacle::Spec(says("; correct the spec (what already runs is looked after as before)")))
         }
-        ErrorReason::NoImage | ErrorReason::NameTaken => Some(Obstacle::Spec(says(""))),
+        ErrorReason::NoImage | ErrorReason::Api(ApiReason::NameTaken) => Some(Obstacle::Spec(says(""))),
         ErrorReason::Api(ApiReason::Forbidden | ApiReason::Rejected) => Some(Obstacle::Writing(says(""))),
         ErrorReason::TimedOut
         | ErrorReason::Api(

@@ -10,11 +10,13 @@ use kube::core::{DeserializeGuard, error_boundary::InvalidObject};
 use kube::{Client, Resource, ResourceExt};
 
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
-use crate::apply::{ApiError, Object};
+use crate::apply::ApiError;
 use crate::key::Key;
+use crate::objects::Object;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY, Owner, REVISION};
 use crate::objects::revision::{self, Revision};
 use crate::validate::ValidatedDeployment;
+use crate::written::{Whose, whose};
 
 /// A deployment as the API server has it, and what runs of it.
 pub(super) struct Found {
@@ -27,8 +29,6 @@ pub(super) struct Found {
     pub(super) running: Vec<String>,
     /// The revision that the Service for clients selects.
     pub(super) serving: Option<String>,
-    /// Whether a Service of this name is not ours to change.
-    pub(super) name_is_taken: bool,
 }
 
 /// What the API server has under a deployment's name.
@@ -66,18 +66,11 @@ pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiErro
     let deployments = list::<Deployment>(client, key).await?;
     let running: Vec<String> = stateful_sets.union(&revisions(&deployments)).cloned().collect();
     let service = service(client, key).await?;
-    let name_is_taken = service.as_ref().is_some_and(|service| !is_ours(service, key));
-    let selected = service.and_then(|service| service.spec?.selector?.remove(REVISION));
+    let is_ours =
+        |service: &Service| !matches!(whose(&service.metadata, key, &owner.reference), Whose::Others(_));
+    let selected = service.filter(is_ours).and_then(|service| service.spec?.selector?.remove(REVISION));
     let serving = selected.or_else(|| served_before(&object, &running));
-    Ok(Fetched::Found(Box::new(Found {
-        object,
-        owner,
-        records,
-        deployments,
-        running,
-        serving,
-        name_is_taken,
-    })))
+    Ok(Fetched::Found(Box::new(Found { object, owner, records, deployments, running, serving })))
 }
 
 async fn list<K: Object>(client: &Client, key: &Key) -> Result<Vec<K>, ApiError> {
@@ -93,14 +86,6 @@ fn revisions<K: Object>(objects: &[K]) -> BTreeSet<String> {
 async fn service(client: &Client, key: &Key) -> Result<Option<Service>, ApiError> {
     let api: Api<Service> = Api::namespaced(client.clone(), &key.namespace);
     api.get_opt(&key.name).await.map_err(|error| ApiError::new::<Service>("get", &key.name, error))
-}
-
-/// Labelled as this deployment's (another's may be called `<name>-workers`), or owned by a ModelDeployment of this name: perhaps by one before this one.
-fn is_ours(service: &Service, key: &Key) -> bool {
-    let mut owners = service.owner_references().iter();
-    let is = |label, value: &str| service.labels().get(label).is_some_and(|found| found == value);
-    (is(MANAGED_BY, EXPERTMESH) && is(INSTANCE, &key.name))
-        || owners.any(|owner| owner.kind == ModelDeployment::kind(&()) && owner.name == key.name)
 }
 
 /// What the status says, where the Service was deleted: what serves must not be taken for what nobody uses.
@@ -151,22 +136,9 @@ impl Found {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
-
-    #[test]
-    fn a_service_is_ours_by_its_label_or_by_an_owner_of_this_name() {
-        let key = Key { namespace: "ns".into(), name: "m".into() };
-        let is_ours =
-            |metadata: Value| is_ours(&serde_json::from_value(json!({"metadata": metadata})).unwrap(), &key);
-        let owned = |kind: &str, name: &str| json!({"ownerReferences": [{"apiVersion": "v1", "kind": kind, "name": name, "uid": "earlier"}]});
-        assert!(is_ours(json!({"labels": {MANAGED_BY: EXPERTMESH, INSTANCE: "m"}})));
-        assert!(!is_ours(json!({"labels": {MANAGED_BY: EXPERTMESH, INSTANCE: "n"}})));
-        assert!(is_ours(owned("ModelDeployment", "m")));
-        assert!(!is_ours(owned("ModelDeployment", "n")) && !is_ours(owned("Gateway", "m")));
-        assert!(!is_ours(json!({"name": "m", "labels": {MANAGED_BY: "Helm"}})));
-    }
 
     #[test]
     fn what_served_before_its_service_was_deleted_still_serves_as_long_as_it_runs() {

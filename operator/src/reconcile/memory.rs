@@ -13,7 +13,7 @@ use crate::key::Key;
 /// The pauses before a reconcile that failed is tried again.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(60));
 /// The pauses between looks while something is under way.
-const LOOK: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(16));
+const LOOK: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60));
 
 pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
 
@@ -128,9 +128,9 @@ mod tests {
     #[test]
     fn looks_that_find_nothing_new_are_ever_further_apart_until_one_does() {
         let (memory, key) = (Memory::default(), Key { namespace: "ns".into(), name: "m".into() });
-        let pauses =
-            [true, false, false, false, false, true].map(|changed| memory.pause(&key, changed).as_secs());
-        assert_eq!(pauses, [2, 4, 8, 16, 16, 2]);
+        let pauses = [true, false, false, false, false, false, false, true]
+            .map(|changed| memory.pause(&key, changed).as_secs());
+        assert_eq!(pauses, [2, 4, 8, 16, 32, 60, 60, 2]);
     }
 
     #[test]

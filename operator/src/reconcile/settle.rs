@@ -5,7 +5,7 @@ use tracing::info;
 
 use super::context::Context;
 use super::fetch::Found;
-use crate::apply::{self, ApiError};
+use crate::apply::ApiError;
 use crate::objects;
 use crate::validate::ValidatedDeployment;
 
@@ -21,14 +21,14 @@ pub(super) async fn settle(
     }
     let key = found.owner.key();
     let objects = objects::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
-    apply::shared(&context.client, &objects).await?;
+    context.writer.shared(&found.owner, &objects).await?;
     let before = found.serving.as_ref().filter(|serving| **serving != plan.serving);
     if before.is_some_and(|before| !plan.retired.contains(before)) {
         context.memory.promoted(&key);
     }
     for revision in &plan.retired {
         let is_proven = found.recorded(revision).is_none_or(|revision| revision.is_proven);
-        if apply::retire(&context.client, &found.owner, revision, is_proven).await? {
+        if context.writer.retire(&found.owner, revision, is_proven).await? {
             info!(
                 namespace = key.namespace,
                 name = key.name,
@@ -38,7 +38,7 @@ pub(super) async fn settle(
         }
     }
     for revision in found.forgettable(plan.next.as_ref().unwrap_or(&plan.serving)) {
-        apply::forget(&context.client, &found.owner, &revision).await?;
+        context.writer.forget(&found.owner, &revision).await?;
     }
     let running = [Some(plan.serving.as_str()), plan.next.as_deref()];
     context.memory.keep_fleets(&key, &running.into_iter().flatten().collect::<Vec<_>>());

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
+use tracing::warn;
 
 use super::act::{Acted, Decided};
 use super::context::Context;
@@ -17,12 +18,15 @@ use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
 use crate::events;
 use crate::objects::names::EXPERTMESH;
+use crate::status::condition::{Kind, true_condition};
 use crate::status::situation::{NextRevision, Scaling, Situation};
 use crate::status::{figures, status};
 use crate::validate::ValidatedDeployment;
 
 /// When to look again where nothing is under way. Watches and reports tell of changes at once.
-const LATER: Duration = Duration::from_secs(60);
+const LATER: Duration = Duration::from_secs(600);
+/// When to look again where somebody else writes the same objects.
+const CONFLICTED: Duration = Duration::from_secs(60);
 
 /// What a status is made of.
 pub(super) struct Tale<'a> {
@@ -43,6 +47,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     let next = NextRevision { hash: &wanted.revision.hash, seen: &wanted.seen };
     let before = found.status();
     let obstacle = mistake.or(acted.result.as_ref().err()).and_then(obstacle);
+    let other_writer = context.writer.conflict(&key);
     let after = status(&Situation {
         owner: &found.owner,
         generation: found.object.metadata.generation,
@@ -55,6 +60,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         obstacle: obstacle.as_ref(),
         is_written: acted.result.is_ok(),
         scaling,
+        other_writer: other_writer.as_ref(),
         before: &before,
         now: Timestamp::now(),
     });
@@ -64,7 +70,11 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     write(context, &found.object, &before, &after).await?;
     let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
     let is_idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
-    Ok(if is_idle { LATER } else { context.memory.pause(&key, before != after) })
+    if let (Some(conflict), None) = (&other_writer, true_condition(&before, Kind::WriterConflict)) {
+        warn!(namespace = key.namespace, name = key.name, "{conflict}");
+    }
+    let later = if other_writer.is_some() { CONFLICTED } else { LATER };
+    Ok(if is_idle { later } else { context.memory.pause(&key, before != after) })
 }
 
 /// Writes a status where it changed, by server-side apply, so that a field that is left out goes away.

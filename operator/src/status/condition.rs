@@ -19,6 +19,8 @@ pub(crate) enum Kind {
     /// There only with `spec.autoscaling`, as is the next one.
     GoalUnattainable,
     ScalerConflict,
+    /// There only since somebody else first wrote the deployment's objects again and again.
+    WriterConflict,
 }
 
 impl Kind {
@@ -34,6 +36,7 @@ impl Kind {
             Self::Degraded => "Degraded",
             Self::GoalUnattainable => "GoalUnattainable",
             Self::ScalerConflict => "ScalerConflict",
+            Self::WriterConflict => "WriterConflict",
         }
     }
 }

@@ -6,7 +6,7 @@ use expertmesh_decide::observation::Seen;
 use expertmesh_proto::slot::Slot;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
-use super::condition::{Kind, Reason, Stamp, Truth, Verdict, true_condition};
+use super::condition::{Kind, Reason, Stamp, Truth, Verdict, condition, true_condition};
 use super::rollout::{changes, next_fails, progressing, rolled_out};
 use super::serving::{Experts, all_workers_ready, answering, reaches_a_worker, those_that_stay_are_ready};
 use super::situation::{Obstacle, Scaling, Situation};
@@ -34,7 +34,8 @@ pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
         (Kind::Degraded, degraded(situation, experts)),
     ];
     let stamp = Stamp { before: situation.before, generation: situation.generation, now: situation.now };
-    let verdicts = verdicts.into_iter().chain(scaling.into_iter().flatten());
+    let written = written_by_others(situation).map(|verdict| (Kind::WriterConflict, verdict));
+    let verdicts = verdicts.into_iter().chain(scaling.into_iter().flatten()).chain(written);
     verdicts.map(|(kind, verdict)| stamp.condition(kind, verdict)).collect()
 }
 
@@ -49,6 +50,14 @@ fn conflict(scaling: &Scaling) -> Verdict {
     match &scaling.conflict {
         Some(who) => Verdict::yes(Reason::OtherWriter, who),
         None => Verdict::no(Reason::Alone, "nobody else sets spec.workers.replicas"),
+    }
+}
+
+fn written_by_others(situation: &Situation) -> Option<Verdict> {
+    match situation.other_writer {
+        Some(conflict) => Some(Verdict::yes(Reason::OtherWriter, conflict.to_string())),
+        None => condition(situation.before, Kind::WriterConflict)
+            .map(|_| Verdict::no(Reason::Alone, "nobody else writes the deployment's objects")),
     }
 }
 

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 
 use crate::api::{AutoscalingStatus, ModelDeploymentStatus};
 use crate::objects::names::Owner;
+use crate::written::Conflict;
 
 use super::condition::Verdict;
 
@@ -25,6 +26,8 @@ pub(crate) struct Situation<'a> {
     /// Whether all objects are written: a first revision is none before.
     pub(crate) is_written: bool,
     pub(crate) scaling: Option<&'a Scaling>,
+    /// Who else writes the deployment's objects again and again.
+    pub(crate) other_writer: Option<&'a Conflict>,
     pub(crate) before: &'a ModelDeploymentStatus,
     pub(crate) now: Timestamp,
 }

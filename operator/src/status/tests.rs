@@ -130,6 +130,7 @@ fn computed_with(
         obstacle,
         is_written: true,
         scaling: None,
+        other_writer: None,
         before,
         now,
     };

@@ -1,0 +1,194 @@
+//! Whose an object is: what is somebody else's stays as it is, what is ours comes back, and two writers of one object are told.
+
+use expertmesh_tests::kubernetes::{
+    Deployment, Namespace, SYSTEM, condition, metrics, operator_pods, sample, scale_operator,
+};
+use expertmesh_tests::openai::Load;
+use expertmesh_tests::reference::Question;
+use expertmesh_tests::{skipped, wait_for};
+use serde_json::{Value, json};
+
+use super::told::told;
+
+/// Objects of a platform team's under names that a deployment `tiny` needs, too.
+fn foreign() -> [Value; 4] {
+    let metadata = |name: &str| json!({"name": name, "labels": {"owner": "platform-team"}});
+    let theirs = json!({"matchLabels": {"app": "theirs"}});
+    [
+        json!({"apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": metadata("tiny-workers"),
+            "spec": {"minAvailable": 3, "selector": theirs}}),
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata("tiny-workers"),
+            "spec": {"clusterIP": "None", "selector": {"app": "theirs"}, "ports": [{"port": 80}]}}),
+        json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata("tiny-frontends"),
+            "spec": {"podSelector": theirs, "policyTypes": ["Ingress"]}}),
+        json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata("tiny-pods")}),
+    ]
+}
+
+/// The objects of ours in a namespace, as `kind/name`; pods and what others make of ours left out.
+fn ours(namespace: &Namespace) -> Vec<String> {
+    let kinds = "statefulsets,deployments,controllerrevisions,configmaps,services,serviceaccounts,poddisruptionbudgets,networkpolicies";
+    let selector = "--selector=app.kubernetes.io/managed-by=expertmesh,app.kubernetes.io/instance=tiny";
+    let list = namespace.get(&[kinds, selector]);
+    let objects = list["items"].as_array().into_iter().flatten();
+    let is_owned_by_a_workload = |object: &&Value| {
+        let owners = object["metadata"]["ownerReferences"].as_array().into_iter().flatten();
+        owners.into_iter().any(|owner| owner["kind"] == "StatefulSet" || owner["kind"] == "Deployment")
+    };
+    let named = |object: &Value| {
+        let kind = object["kind"].as_str().unwrap_or_default();
+        format!("{kind}/{}", object["metadata"]["name"].as_str().unwrap_or_default())
+    };
+    objects.filter(|object| !is_owned_by_a_workload(object)).map(named).collect()
+}
+
+#[test]
+fn what_is_somebody_elses_is_neither_changed_nor_deleted_and_named() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("foreign");
+    for object in foreign() {
+        namespace.apply(&object).unwrap();
+    }
+    let before = namespace.everything();
+    namespace.apply(&sample("tiny")).unwrap();
+    let deployment = namespace.deployment("tiny");
+    // One after the other is named, and goes at its owner's will.
+    let kinds = [
+        "ServiceAccount tiny-pods",
+        "NetworkPolicy tiny-frontends",
+        "Service tiny-workers",
+        "PodDisruptionBudget tiny-workers",
+    ];
+    for taken in kinds {
+        let words = format!(
+            "{taken} is somebody else's (kubectl-client-side-apply wrote it): choose another metadata.name, or delete it"
+        );
+        told(&deployment, "Ready", "False", "NameTaken", &[&words]);
+        assert_eq!(ours(&namespace), Vec::<String>::new(), "nothing is written before all names are free");
+        let still = namespace.everything();
+        let gone =
+            |object: &(String, String)| !object.0.starts_with("ModelDeployment/") && !before.contains(object);
+        assert_eq!(still.into_iter().find(gone), None, "something was changed or made");
+        namespace.kubectl(&["delete", &taken.replace(' ', "/")]).unwrap();
+    }
+    deployment.wait_until_ready();
+    namespace.kubectl(&["delete", &deployment.reference()]).unwrap();
+    wait_for("nothing to be left", || match namespace.everything() {
+        left if left.is_empty() => Ok(()),
+        left => Err(format!("{left:?}")),
+    });
+}
+
+#[test]
+fn a_deployment_whose_name_is_another_ones_and_a_suffix_is_told_and_touches_nothing() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("suffix");
+    let first = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    namespace.apply(&sample("tiny-workers")).unwrap();
+    let second = namespace.deployment("tiny-workers");
+    told(
+        &second,
+        "Ready",
+        "False",
+        "NameTaken",
+        &["Service tiny-workers is somebody else's (ModelDeployment tiny owns it)"],
+    );
+    namespace.kubectl(&["delete", &second.reference()]).unwrap();
+    wait_for("the second one's end", || match namespace.kubectl(&["get", &second.reference()]) {
+        Err(_) => Ok(()),
+        Ok(found) => Err(found),
+    });
+    first.reach().api.check(&Question::greedy("What is 4 + 5?")).unwrap();
+}
+
+/// What a restore from a backup makes of every object of ours: one without an owner.
+fn orphan(namespace: &Namespace) -> Vec<String> {
+    let objects = ours(namespace);
+    for object in &objects {
+        let patch = json!({"metadata": {"ownerReferences": null}}).to_string();
+        namespace.kubectl(&["patch", object, "--type=merge", "--patch", &patch]).unwrap();
+    }
+    objects
+}
+
+#[test]
+fn what_a_restore_leaves_without_owners_is_taken_back_and_goes_with_its_deployment() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::alone("restored");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(2));
+    let load = Load::start(&deployment.reach().api, 2);
+    scale_operator(0);
+    let orphans = orphan(&namespace);
+    assert!(orphans.len() > 8, "{orphans:?}");
+    load.go_on_for(2);
+    scale_operator(1);
+    wait_for("every object to have its owner", || {
+        let lost: Vec<&String> =
+            orphans.iter().filter(|object| !is_owned(&namespace, &deployment, object)).collect();
+        if lost.is_empty() { Ok(()) } else { Err(format!("{lost:?}")) }
+    });
+    load.go_on_for(2);
+    load.end();
+    namespace.kubectl(&["delete", &deployment.reference()]).unwrap();
+    wait_for("nothing to be left", || match namespace.everything() {
+        left if left.is_empty() => Ok(()),
+        left => Err(format!("{left:?}")),
+    });
+}
+
+/// Whether the deployment is the only owner.
+fn is_owned(namespace: &Namespace, deployment: &Deployment, object: &str) -> bool {
+    let found = namespace.get(&[object]);
+    let owners = found["metadata"]["ownerReferences"].as_array().cloned().unwrap_or_default();
+    owners.len() == 1
+        && owners[0]["kind"] == "ModelDeployment"
+        && owners[0]["name"] == deployment.name.as_str()
+}
+
+#[test]
+fn who_else_writes_an_object_is_named_and_answered_at_a_slow_pace() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("writers");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    let changed = json!({"spec": {"policyTypes": ["Ingress", "Egress"]}}).to_string();
+    let change = [
+        "patch",
+        "networkpolicy/tiny-workers",
+        "--type=merge",
+        "--field-manager=intruder",
+        "--patch",
+        &changed,
+    ];
+    let policy = || namespace.get(&["networkpolicy/tiny-workers"]);
+    let is_ours = |policy: &Value| policy["spec"]["policyTypes"] == json!(["Ingress"]);
+    assert!(is_ours(&policy()), "{}", policy());
+    // Changed back at once, as often as somebody errs; after the third time it is a conflict.
+    for _ in 0..3 {
+        namespace.kubectl(&change).unwrap();
+        wait_for("the policy to be changed back", || {
+            let policy = policy();
+            if is_ours(&policy) { Ok(()) } else { Err(policy.to_string()) }
+        });
+    }
+    let words = "NetworkPolicy tiny-workers is changed back again and again by intruder; let only one of the two write it";
+    let status = told(&deployment, "WriterConflict", "True", "OtherWriter", &[words]);
+    assert_eq!(condition(&status, "Ready")["status"], "True");
+    let operator = operator_pods().remove(0).name;
+    let counts = |name: &str| {
+        let metrics = metrics(SYSTEM, &operator)?;
+        let line = metrics.lines().find(|line| line.starts_with(name)).map(ToString::to_string);
+        line.ok_or(metrics)
+    };
+    wait_for("the conflict to be counted", || {
+        let line = counts("expertmesh_objects_undone_total ")?;
+        if line.ends_with(" 0") { Err(line) } else { Ok(()) }
+    });
+}
