@@ -166,9 +166,9 @@ fn without_the_operator_serving_goes_on_and_pods_heal_and_when_it_is_back_it_cha
     load.end();
 
     wait_for("others to have written what they see", || {
-        let (set, budget) = (namespace.get(&["statefulsets"]), namespace.get(&["poddisruptionbudgets"]));
-        let counts =
-            [&set["items"][0]["status"]["readyReplicas"], &budget["items"][0]["status"]["currentHealthy"]];
+        let budget = namespace.get(&["poddisruptionbudgets/tiny-workers"]);
+        let set = namespace.get(&["statefulsets"]);
+        let counts = [&set["items"][0]["status"]["readyReplicas"], &budget["status"]["currentHealthy"]];
         if counts.iter().all(|count| **count == 4) { Ok(()) } else { Err(format!("{counts:?}")) }
     });
     let everything = settled(&namespace);

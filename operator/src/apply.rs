@@ -246,6 +246,7 @@ impl Writer {
         self.claim::<Service>(owner, &owner.workers()).await?;
         self.claim::<Service>(owner, &owner.name).await?;
         self.claim::<PodDisruptionBudget>(owner, &owner.workers()).await?;
+        self.claim::<PodDisruptionBudget>(owner, &owner.frontends()).await?;
         for revision in revisions {
             let name = owner.of_revision(revision);
             self.claim::<ControllerRevision>(owner, &name).await?;
@@ -264,7 +265,10 @@ impl Writer {
         }
         self.apply(owner, &objects.workers_service).await?;
         self.apply(owner, &objects.client_service).await?;
-        self.apply(owner, &objects.disruption_budget).await
+        for budget in &objects.disruption_budgets {
+            self.apply(owner, budget).await?;
+        }
+        Ok(())
     }
 
     /// All of a revision; its record before what runs from it.

@@ -1,7 +1,7 @@
 //! Whose an object is: what is somebody else's stays as it is, what is ours comes back, and two writers of one object are told.
 
 use expertmesh_tests::kubernetes::{
-    Deployment, Namespace, SYSTEM, condition, metrics, operator_pods, sample, scale_operator,
+    Deployment, Namespace, SYSTEM, condition, kubectl, metrics, operator_pods, run, sample, scale_operator,
 };
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::reference::Question;
@@ -191,4 +191,30 @@ fn who_else_writes_an_object_is_named_and_answered_at_a_slow_pace() {
         let line = counts("expertmesh_objects_undone_total ")?;
         if line.ends_with(" 0") { Err(line) } else { Ok(()) }
     });
+}
+
+#[test]
+fn a_second_release_for_some_namespaces_works_beside_the_first_with_rights_in_these_alone() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::alone("second");
+    scale_operator(0); // which watches all namespaces
+    let arguments = ["install", "second", "charts/expertmesh", "--namespace", &namespace.name, "--wait"];
+    let watched = format!("watchNamespaces={{{}}}", namespace.name);
+    run("helm", &[&arguments[..], &["--set", &watched]].concat(), None).unwrap();
+    let user = format!("--as=system:serviceaccount:{}:second-expertmesh", namespace.name);
+    let may = |scope: &str| {
+        kubectl(&["auth", "can-i", "patch", "statefulsets.apps", "--namespace", scope, &user]).is_ok()
+    };
+    assert!(may(&namespace.name) && !may("default"));
+    namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    namespace.kubectl(&["delete", &namespace.deployment("tiny").reference()]).unwrap();
+    wait_for("nothing of it to be left", || match ours(&namespace) {
+        left if left.is_empty() => Ok(()),
+        left => Err(format!("{left:?}")),
+    });
+    run("helm", &["uninstall", "second", "--namespace", &namespace.name, "--wait"], None).unwrap();
+    kubectl(&["get", "crd", "modeldeployments.expertmesh.dev"]).expect("it is the first release's");
+    scale_operator(1);
 }

@@ -29,9 +29,6 @@ use crate::reconcile::context::Context;
 use crate::reconcile::memory::Memory;
 use crate::watch::{Triggers, watch};
 
-/// The name of the Lease: of the operators in its namespace, one works at a time.
-const LEASE: &str = "expertmesh-operator";
-
 /// Drive ModelDeployments on the cluster of the pod it runs in, or else of KUBECONFIG.
 #[derive(Args)]
 pub(crate) struct Operator {
@@ -50,6 +47,9 @@ pub(crate) struct Operator {
     /// This process's name in the Lease and in Events, which no other may have: in a cluster, the pod's.
     #[arg(long, env = "POD_NAME", value_name = "NAME")]
     name: Option<String>,
+    /// The name of the Lease: of the operators that have it in its namespace, one works at a time.
+    #[arg(long, default_value = "expertmesh-operator", value_name = "NAME")]
+    lease: String,
     /// Where the Lease is: in a cluster, the pod's namespace; else KUBECONFIG's.
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE")]
     lease_namespace: Option<String>,
@@ -66,7 +66,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     let incarnation = Incarnation::draw().context("no random number")?;
     let name = arguments.name.unwrap_or_else(|| format!("expertmesh-{}-{incarnation:x}", std::process::id()));
     let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
-    let mut election = Election::new(leases, LEASE, &name);
+    let mut election = Election::new(leases, &arguments.lease, &name);
     standing.set(Stand::By);
     tokio::select! {
         () = election.win() => {}

@@ -193,6 +193,7 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
     let own = objects::of_revision(&owner, &revision, size);
     let shared = objects::shared(&owner, &revision.hash, None);
+    let [worker_budget, frontend_budget] = &shared.disruption_budgets;
     let [workers_policy, frontends_policy] = &shared.network_policies;
     vec![
         named(&own.workers, &own.workers.metadata),
@@ -201,7 +202,8 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
         named(&own.record, &own.record.metadata),
         named(&shared.client_service, &shared.client_service.metadata),
         named(&shared.workers_service, &shared.workers_service.metadata),
-        named(&shared.disruption_budget, &shared.disruption_budget.metadata),
+        named(worker_budget, &worker_budget.metadata),
+        named(frontend_budget, &frontend_budget.metadata),
         named(&shared.service_account, &shared.service_account.metadata),
         named(workers_policy, &workers_policy.metadata),
         named(frontends_policy, &frontends_policy.metadata),

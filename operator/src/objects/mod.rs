@@ -23,7 +23,7 @@ use kube::Resource;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use names::Owner;
+use names::{Component, Owner};
 use revision::Revision;
 
 /// What every kind of object that we write is able to do.
@@ -47,7 +47,7 @@ pub(crate) struct Shared {
     pub(crate) service_account: ServiceAccount,
     pub(crate) workers_service: Service,
     pub(crate) client_service: Service,
-    pub(crate) disruption_budget: PodDisruptionBudget,
+    pub(crate) disruption_budgets: [PodDisruptionBudget; 2],
     pub(crate) network_policies: [NetworkPolicy; 2],
 }
 
@@ -74,7 +74,8 @@ pub(crate) fn shared(owner: &Owner, serving: &str, operator_namespace: Option<&s
         service_account: network::service_account(owner),
         workers_service: network::workers_service(owner),
         client_service: network::client_service(owner, serving),
-        disruption_budget: network::disruption_budget(owner),
+        disruption_budgets: [Component::Worker, Component::Frontend]
+            .map(|component| network::disruption_budget(owner, component)),
         network_policies: [
             network::workers_policy(owner, operator_namespace),
             network::frontends_policy(owner, operator_namespace),

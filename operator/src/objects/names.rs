@@ -56,7 +56,7 @@ impl Owner {
         format!("{}-workers", self.name)
     }
 
-    /// `<name>-frontends`: what the frontends' NetworkPolicy is called.
+    /// `<name>-frontends`: the frontends' PodDisruptionBudget and NetworkPolicy.
     pub(crate) fn frontends(&self) -> String {
         format!("{}-frontends", self.name)
     }

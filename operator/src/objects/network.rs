@@ -58,13 +58,17 @@ fn port(name: &str, port: i32, target: &str) -> ServicePort {
     }
 }
 
-/// At most one worker is evicted at a time; one that is not ready anyway may always be.
-pub(crate) fn disruption_budget(owner: &Owner) -> PodDisruptionBudget {
+/// At most one worker, and one frontend, is evicted at a time; one that is not ready anyway may always be.
+pub(crate) fn disruption_budget(owner: &Owner, component: Component) -> PodDisruptionBudget {
+    let name = match component {
+        Component::Worker => owner.workers(),
+        Component::Frontend => owner.frontends(),
+    };
     PodDisruptionBudget {
-        metadata: owner.metadata(owner.workers(), owner.labels_of(Component::Worker, None)),
+        metadata: owner.metadata(name, owner.labels_of(component, None)),
         spec: Some(PodDisruptionBudgetSpec {
             max_unavailable: Some(IntOrString::Int(1)),
-            selector: Some(matching(owner.selector(Component::Worker))),
+            selector: Some(matching(owner.selector(component))),
             unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
             ..PodDisruptionBudgetSpec::default()
         }),

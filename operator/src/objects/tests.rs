@@ -55,7 +55,7 @@ fn the_objects_of_a_deployment() {
     insta::assert_yaml_snapshot!("service-account", objects.service_account);
     insta::assert_yaml_snapshot!("workers-service", objects.workers_service);
     insta::assert_yaml_snapshot!("client-service", objects.client_service);
-    insta::assert_yaml_snapshot!("disruption-budget", objects.disruption_budget);
+    insta::assert_yaml_snapshot!("disruption-budgets", objects.disruption_budgets);
     insta::assert_yaml_snapshot!("network-policies", objects.network_policies);
 }
 
