@@ -18,6 +18,7 @@ up: build ## build, and serve deploy/samples/tiny-r1.yaml by processes of this m
 
 test: setup lint check-generated ## every check and every test; names at its end what it had to skip
 	tests/orphans.sh
+	@grep -q '^cargo-deny:' target/skip || $(MAKE) --no-print-directory audit
 	$(CARGO) test --release --workspace --no-run
 	@if grep -q '^kubernetes:' target/skip; then with=; else with=tests/cluster/with.sh; helm lint --strict --quiet charts/expertmesh; fi && \
 	 EXPERTMESH_SKIP=$$(cut -d: -f1 target/skip | paste -sd,) $$with $(CARGO) test --release --workspace

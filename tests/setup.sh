@@ -2,7 +2,7 @@
 # setup.sh: what the tests need beside Rust. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
 # Python client; the test cluster's binaries through the Go module proxy). What stays missing it names in one line, with the tests that
 # will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, prometheus, scalers,
-# promtool, openai, tokenizer.
+# promtool, openai, tokenizer, cargo-deny.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 TOOLS=target/tools # promtool, without the service that their package would start
@@ -23,6 +23,7 @@ main() {
   set_up kubernetes
   set_up prometheus
   set_up scalers
+  set_up cargo-deny
   [ -s $SKIP ] || return 0
   echo "setup: tests will be skipped: $(sed 's/: /, since /' $SKIP | paste -sd ';' | sed 's/;/; /g')" >&2
 }
@@ -50,6 +51,9 @@ get_promtool() {
   rm -rf $TOOLS/tmp
   return $result
 }
+
+has_cargo-deny() { [ -x $TOOLS/bin/cargo-deny ] || command -v cargo-deny >/dev/null; }
+get_cargo-deny() { echo "cargo-deny is not installed, and to build it takes minutes (make audit does)" && return 1; }
 
 has_openai() { cmp -s tests/requirements.txt $VENV/installed.txt; }
 get_openai() {
