@@ -2,11 +2,13 @@
 //! brings them as they are.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use expertmesh_tests::dashboards::{self, Dashboard};
-use expertmesh_tests::kubernetes::{Namespace, run};
+use expertmesh_tests::kubernetes::{Namespace, condition, run};
 use expertmesh_tests::openai::Load;
-use expertmesh_tests::process::Scratch;
+use expertmesh_tests::process::{Process, Scratch};
+use expertmesh_tests::prometheus;
 use expertmesh_tests::promql::{self, Selector};
 use expertmesh_tests::reference::Question;
 use expertmesh_tests::{root, skipped, wait_for};
@@ -365,6 +367,59 @@ fn every_query_of_the_dashboards_has_an_answer_while_a_model_serves() {
         let silent = dashboards::silent(&namespace.name, "tiny")?;
         if silent.is_empty() { Ok(()) } else { Err(format!("{silent:#?}")) }
     });
+    load.end();
+}
+
+#[test]
+fn a_frozen_worker_is_told_by_a_condition_a_metric_and_an_alert() {
+    if skipped("kubernetes") || skipped("prometheus") {
+        return;
+    }
+    let namespace = Namespace::new("frozen");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(3));
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 3);
+    let silences = format!("expertmesh_frontend_worker_silences_total{{namespace=\"{}\"}}", namespace.name);
+    wait_for("the counter of silences to be scraped", || match prometheus::query(&silences)?.len() {
+        0 => Err("not yet".into()),
+        _ => Ok(()),
+    });
+    let frozen = namespace.pods("worker").remove(1).name;
+    let processes =
+        run("pgrep", &["--full", &format!("^expertmesh-worker serve --name {frozen} ")], None).unwrap();
+    let process: u32 = processes.trim().parse().expect("one process of that name");
+    let since = Instant::now();
+    Process::signal_to(process, "STOP");
+    let told = |what: &str| println!("{what} after {} ms", since.elapsed().as_millis());
+    let frontend = namespace.pods("frontend").remove(0).name;
+    wait_for("a frontend to count the silence", || {
+        let metrics = namespace.metrics(&frontend)?;
+        let counted = |line: &str| {
+            line.starts_with("expertmesh_frontend_worker_silences_total") && !line.ends_with(" 0")
+        };
+        if metrics.lines().any(counted) { Ok(()) } else { Err(metrics) }
+    });
+    told("the metric");
+    wait_for("a condition that names the worker", || {
+        let available = condition(&deployment.status(), "WorkersAvailable");
+        let message = text(&available, "message");
+        let named =
+            text(&available, "status") == "False" && message.contains("worker 1: it has fallen silent");
+        if named { Ok(()) } else { Err(available.to_string()) }
+    });
+    told("the condition");
+    let alert = format!(
+        "ALERTS{{alertname=\"ExpertMeshWorkerSilent\",alertstate=\"firing\",namespace=\"{}\"}}",
+        namespace.name
+    );
+    wait_for("the alert", || match prometheus::query(&alert)?.len() {
+        0 => Err("it does not fire".into()),
+        _ => Ok(()),
+    });
+    told("the alert, scraped and evaluated every two seconds,");
+    Process::signal_to(process, "CONT");
+    deployment.wait_until_sized(3);
+    load.go_on_for(1);
     load.end();
 }
 
