@@ -140,6 +140,7 @@ start_etcd() {
 
 # Aggregator routing lets the API server reach aggregated APIs and webhooks in pods: it has no kube-proxy at its side.
 start_apiserver() {
+  audit_policy >"$STATE/audit-policy.yaml"
   start apiserver "$BIN/kube-apiserver" --etcd-servers=http://127.0.0.1:23790 \
     --bind-address="$HOST_IP" --advertise-address="$HOST_IP" --secure-port=6443 --service-cluster-ip-range="$SERVICES" \
     --tls-cert-file="$PKI/apiserver.crt" --tls-private-key-file="$PKI/apiserver.key" --client-ca-file="$PKI/ca.crt" \
@@ -151,7 +152,22 @@ start_apiserver() {
     --proxy-client-cert-file="$PKI/front-proxy.crt" --proxy-client-key-file="$PKI/front-proxy.key" \
     --requestheader-client-ca-file="$PKI/ca.crt" --requestheader-allowed-names=front-proxy \
     --requestheader-username-headers=X-Remote-User --requestheader-group-headers=X-Remote-Group \
-    --requestheader-extra-headers-prefix=X-Remote-Extra-
+    --requestheader-extra-headers-prefix=X-Remote-Extra- \
+    --audit-policy-file="$STATE/audit-policy.yaml" --audit-log-path="$STATE/logs/audit.log"
+}
+
+# A line for each of the operator's requests, but for watches and its Lease: tests count them.
+audit_policy() {
+  cat <<'YAML'
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- {level: None, verbs: [watch]}
+- {level: None, resources: [{group: coordination.k8s.io}]}
+- {level: Metadata, users: ["system:serviceaccount:expertmesh-system:expertmesh"]}
+- {level: None}
+YAML
 }
 
 # client NAME: the three ways in which a part of the control plane is told its kubeconfig.

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Once, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -326,10 +326,7 @@ pub struct CutOff {
 impl CutOff {
     /// `None` on somebody else's cluster, whose nodes are not ours to cut.
     pub fn node(name: &str) -> Option<Self> {
-        let state = root().join("target/cluster/state");
-        let ours = std::env::var("KUBECONFIG")
-            .is_ok_and(|path| Path::new(&path) == root().join("target/cluster/kubeconfig"));
-        let switch = std::fs::read_to_string(state.join("switch.pid")).ok().filter(|_| ours)?;
+        let switch = std::fs::read_to_string(own_cluster()?.join("switch.pid")).ok()?;
         let cut = Self { switch: switch.trim().into(), node: name.into() };
         cut.set("down");
         Some(cut)
@@ -345,6 +342,21 @@ impl Drop for CutOff {
     fn drop(&mut self) {
         self.set("up");
     }
+}
+
+/// How many requests the operator has made about a namespace, watches left out; `None` on somebody else's cluster, which keeps no such log
+/// for us.
+pub fn requests_about(namespace: &Namespace) -> Option<usize> {
+    let log = std::fs::read_to_string(own_cluster()?.join("logs/audit.log")).ok()?;
+    let namespace = format!("\"namespace\":\"{}\"", namespace.name);
+    Some(log.lines().filter(|line| line.contains(&namespace)).count())
+}
+
+/// The state of the test cluster, where this is one.
+fn own_cluster() -> Option<PathBuf> {
+    let ours = std::env::var("KUBECONFIG")
+        .is_ok_and(|path| Path::new(&path) == root().join("target/cluster/kubeconfig"));
+    ours.then(|| root().join("target/cluster/state"))
 }
 
 /// The lives of pods.

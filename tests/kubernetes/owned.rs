@@ -1,7 +1,10 @@
 //! Whose an object is: what is somebody else's stays as it is, what is ours comes back, and two writers of one object are told.
 
+use std::time::Instant;
+
 use expertmesh_tests::kubernetes::{
-    Deployment, Namespace, SYSTEM, condition, kubectl, metrics, operator_pods, run, sample, scale_operator,
+    Deployment, Namespace, SYSTEM, condition, kubectl, metrics, operator_pods, requests_about, run, sample,
+    scale_operator,
 };
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::reference::Question;
@@ -190,6 +193,28 @@ fn who_else_writes_an_object_is_named_and_answered_at_a_slow_pace() {
     wait_for("the conflict to be counted", || {
         let line = counts("expertmesh_objects_undone_total ")?;
         if line.ends_with(" 0") { Err(line) } else { Ok(()) }
+    });
+}
+
+#[test]
+fn a_deployment_at_rest_is_not_asked_about_for_more_than_a_minute() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("rest");
+    namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(2));
+    let Some(mut count) = requests_about(&namespace) else {
+        println!("skipped: this cluster keeps no log of requests for us");
+        return;
+    };
+    assert!(count > 0, "what made it is in the log");
+    let mut since = Instant::now();
+    wait_for("more than a minute without a request", || {
+        let now = requests_about(&namespace).unwrap_or_default();
+        if now != count {
+            (count, since) = (now, Instant::now());
+        }
+        if since.elapsed().as_secs() > 65 { Ok(()) } else { Err(format!("{count} requests so far")) }
     });
 }
 
