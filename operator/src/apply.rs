@@ -147,9 +147,12 @@ impl Writer {
             }
             Turn::Write | Turn::Leave => None,
         };
+        let was_known = self.written.uid(&key, &named).is_some();
         let written = match self.patch(owner, object).await {
-            // Another object has the name by now, or none.
-            Err(error) if error.reason() == ApiReason::Conflict => {
+            // Another object may have the name by now, or none: a uid is then in conflict, or immutable.
+            Err(error)
+                if was_known && matches!(error.reason(), ApiReason::Conflict | ApiReason::Rejected) =>
+            {
                 self.written.forget(&key, &named);
                 self.patch(owner, object).await?
             }
