@@ -376,7 +376,7 @@ fn a_frozen_worker_is_told_by_a_condition_a_metric_and_an_alert() {
         return;
     }
     let namespace = Namespace::new("frozen");
-    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(3));
+    let deployment = namespace.deploy("frozen", |spec| spec["workers"]["replicas"] = json!(3));
     let reached = deployment.reach();
     let load = Load::start(&reached.api, 3);
     let silences = format!("expertmesh_frontend_worker_silences_total{{namespace=\"{}\"}}", namespace.name);

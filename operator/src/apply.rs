@@ -202,7 +202,7 @@ impl Writer {
             }
         }
         if let Some(uid) = &found.uid {
-            self.written.claimed(&key, named, uid.clone());
+            self.written.claimed(&key, named, uid.clone(), found.resource_version.clone());
         }
         Ok(found.uid)
     }

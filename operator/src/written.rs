@@ -112,6 +112,16 @@ struct Known {
     uid: String,
     applied: Option<Applied>,
     undone: Undone,
+    /// The version that was read, or that the watch showed last.
+    shown: Option<String>,
+}
+
+impl Known {
+    /// Whether the object was shown as it was written, and nothing since.
+    fn is_unchanged(&self) -> bool {
+        let written = self.applied.as_ref().and_then(|applied| applied.resource_version.as_ref());
+        written.is_some() && written == self.shown.as_ref()
+    }
 }
 
 /// What was last applied.
@@ -121,8 +131,16 @@ struct Applied {
     at: Instant,
     resource_version: Option<String>,
     brought_about: Option<Timestamp>,
-    /// Whether the watch has shown the object as it was written, and nothing since. None: no watch tells.
-    is_unchanged: Option<bool>,
+    generation: Option<i64>,
+}
+
+impl Applied {
+    /// Whether somebody had changed what was applied, so that to apply it once more changed it back. Times are to the second; a
+    /// generation, where there is one, has grown by their change and by ours.
+    fn was_undone_before(&self, again: &Self) -> bool {
+        let grown = again.generation.zip(self.generation).map_or(0, |(now, before)| now - before);
+        self.brought_about != again.brought_about || grown >= 2
+    }
 }
 
 /// How often somebody undid what was written.
@@ -176,8 +194,9 @@ impl Written {
         self.lock().get(key)?.get(named).map(|known| known.uid.clone())
     }
 
-    pub(crate) fn claimed(&self, key: &Key, named: Named, uid: String) {
-        let known = Known { uid, applied: None, undone: Undone::default() };
+    /// An object was read, and is ours.
+    pub(crate) fn claimed(&self, key: &Key, named: Named, uid: String, version: Option<String>) {
+        let known = Known { uid, applied: None, undone: Undone::default(), shown: version };
         self.lock().entry(key.clone()).or_default().insert(named, known);
     }
 
@@ -198,10 +217,8 @@ impl Written {
             return Turn::Write;
         };
         let is_fresh = now.duration_since(applied.at) < PACE;
-        let leave = match applied.is_unchanged {
-            Some(unchanged) => unchanged || (is_fresh && known.undone.is_conflict(now)),
-            None => is_fresh,
-        };
+        let leave =
+            known.is_unchanged() || (is_fresh && (!is_watched(named) || known.undone.is_conflict(now)));
         match (leave, known.undone.times) {
             (true, _) => Turn::Leave,
             (false, 0) => Turn::Write,
@@ -219,25 +236,24 @@ impl Written {
         now: Instant,
     ) -> bool {
         let Some(uid) = metadata.uid.clone() else { return false };
-        let is_watched = !["ServiceAccount", "ControllerRevision"].contains(&named.kind.as_str());
         let applied = Applied {
             content,
             at: now,
             resource_version: metadata.resource_version.clone(),
             brought_about: brought_about(metadata),
-            is_unchanged: is_watched.then_some(false),
+            generation: metadata.generation,
         };
         let mut all = self.lock();
         let objects = all.entry(key.clone()).or_default();
         let before = objects.remove(&named).filter(|known| known.uid == uid);
-        let (earlier, mut undone) =
-            before.map_or_else(Default::default, |known| (known.applied, known.undone));
+        let (earlier, mut undone, shown) =
+            before.map_or_else(Default::default, |known| (known.applied, known.undone, known.shown));
         let same = earlier.filter(|earlier| earlier.content == content);
-        let was_undone = same.is_some_and(|same| same.brought_about != applied.brought_about);
+        let was_undone = same.is_some_and(|same| same.was_undone_before(&applied));
         if was_undone {
             undone.again(by, now);
         }
-        objects.insert(named, Known { uid, applied: Some(applied), undone });
+        objects.insert(named, Known { uid, applied: Some(applied), undone, shown });
         was_undone
     }
 
@@ -251,10 +267,8 @@ impl Written {
             Key { namespace: namespace.clone(), name: instance.clone() },
             Named::new::<K>(&object.name_any()),
         );
-        if let Some(applied) =
-            self.lock().get_mut(&key).and_then(|objects| objects.get_mut(&named)?.applied.as_mut())
-        {
-            applied.is_unchanged = Some(applied.resource_version == metadata.resource_version);
+        if let Some(known) = self.lock().get_mut(&key).and_then(|objects| objects.get_mut(&named)) {
+            known.shown.clone_from(&metadata.resource_version);
         }
     }
 
@@ -269,6 +283,11 @@ impl Written {
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, BTreeMap<Named, Known>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a watch tells of changes of its kind.
+fn is_watched(named: &Named) -> bool {
+    !["ServiceAccount", "ControllerRevision"].contains(&named.kind.as_str())
 }
 
 impl Undone {
@@ -337,21 +356,23 @@ mod tests {
         named: Named,
         now: Instant,
         second: u32,
+        version: u32,
     }
 
     impl Scene {
         fn new() -> Self {
             let key = Key { namespace: "ns".into(), name: "m".into() };
             let (written, named) = (Written::default(), Named::new::<Service>("m-workers"));
-            Self { written, key, named, now: Instant::now(), second: 0 }
+            Self { written, key, named, now: Instant::now(), second: 0, version: 0 }
         }
 
         /// Writes a content; where `undone`, the API server has to change something for it.
         fn write(&mut self, content: u8, undone: bool) {
             self.second += u32::from(undone);
+            self.version += u32::from(undone);
             let fields = json!([{"manager": EXPERTMESH, "operation": "Apply", "time": format!("2026-01-01T00:00:{:02}Z", self.second)}]);
             let written = metadata(
-                json!({"uid": "u", "resourceVersion": self.second.to_string(), "managedFields": fields}),
+                json!({"uid": "u", "resourceVersion": self.version.to_string(), "managedFields": fields}),
             );
             self.written.wrote(
                 &self.key,
@@ -383,6 +404,9 @@ mod tests {
         assert_eq!((scene.turn(1), scene.turn(2)), (Turn::Leave, Turn::Write));
         scene.see(2);
         assert_eq!(scene.turn(1), Turn::Write, "somebody changed it");
+        scene.version = 2;
+        scene.write(1, false);
+        assert_eq!(scene.turn(1), Turn::Leave, "nothing of ours, and nothing since");
         scene.written.forget(&scene.key, &scene.named);
         assert_eq!(scene.turn(1), Turn::Write);
     }

@@ -125,7 +125,8 @@ fn what_a_restore_leaves_without_owners_is_taken_back_and_goes_with_its_deployme
     }
     let namespace = Namespace::alone("restored");
     let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(2));
-    let load = Load::start(&deployment.reach().api, 2);
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 2);
     scale_operator(0);
     let orphans = orphan(&namespace);
     assert!(orphans.len() > 8, "{orphans:?}");

@@ -168,6 +168,7 @@ fn decisive(report: Report) -> Report {
         kv_usage: 0.0,
         latencies: None,
         eligible_workers: report.eligible_workers.map(|workers| workers.min(1)),
+        age: None,
         ..report
     }
 }
