@@ -186,20 +186,27 @@ impl Pump {
                     Some(Request::Hello(_)) => return Err(Invalid::new("hello", "came twice").into()),
                     None => return Ok(()),
                 },
-                _ = heartbeat.tick() => self.beat(*departure.borrow()),
+                _ = heartbeat.tick() => if self.has_room() { self.beat(*departure.borrow()) },
                 () = self.responses.closed() => return Ok(()),
-                _ = departure.changed() => self.beat(*departure.borrow_and_update()),
+                _ = departure.changed() => match *departure.borrow_and_update() {
+                    // Once, in the place that is kept for it: the others are those of answers.
+                    Departure::Announced => self.beat(Departure::Announced),
+                    Departure::Stays | Departure::Ends => {}
+                },
             }
         }
     }
 
-    /// A sign of life, where the peer has taken all others; that this worker leaves, while the peer counts on it.
+    /// Whether the peer has taken all that it was sent.
+    fn has_room(&self) -> bool {
+        self.responses.capacity() == self.responses.max_capacity()
+    }
+
+    /// A sign of life, and that this worker leaves, while the peer counts on it.
     fn beat(&self, departure: Departure) {
         let leaving = departure != Departure::Stays && self.relying.is_some();
-        if leaving || self.responses.capacity() == self.responses.max_capacity() {
-            let beat = v1::ExchangeResponse { message: Some(Response::Heartbeat(v1::Heartbeat { leaving })) };
-            let _ = self.responses.try_send(Ok(beat));
-        }
+        let beat = v1::ExchangeResponse { message: Some(Response::Heartbeat(v1::Heartbeat { leaving })) };
+        let _ = self.responses.try_send(Ok(beat));
     }
 
     /// Takes a part of a ticket, and hands the ticket on once it is complete.
