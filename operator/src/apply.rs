@@ -40,6 +40,7 @@ use tracing::info;
 
 use crate::key::Key;
 use crate::objects::names::{Component, EXPERTMESH, Owner, query};
+use crate::objects::revision::Revision;
 use crate::objects::{Object, OfRevision, Shared};
 use crate::written::{Conflict, Named, Turn, Whose, Written, content, other_writer, whose};
 
@@ -241,8 +242,14 @@ impl Writer {
         Api::namespaced(self.client.clone(), &owner.namespace)
     }
 
-    /// Makes sure, before anything is written, that no name which a deployment needs is somebody else's; takes back what was lost.
-    pub(crate) async fn claim_all(&self, owner: &Owner, revisions: &[&str]) -> Result<(), ApiError> {
+    /// Makes sure, before anything is written, that no name which a deployment and its `wanted` revision need is somebody else's. Takes back
+    /// what was lost of them, and the records of all revisions.
+    pub(crate) async fn claim_all(
+        &self,
+        owner: &Owner,
+        wanted: &str,
+        recorded: &[Revision],
+    ) -> Result<(), ApiError> {
         self.claim::<ServiceAccount>(owner, &owner.pods()).await?;
         self.claim::<NetworkPolicy>(owner, &owner.workers()).await?;
         self.claim::<NetworkPolicy>(owner, &owner.frontends()).await?;
@@ -250,13 +257,14 @@ impl Writer {
         self.claim::<Service>(owner, &owner.name).await?;
         self.claim::<PodDisruptionBudget>(owner, &owner.workers()).await?;
         self.claim::<PodDisruptionBudget>(owner, &owner.frontends()).await?;
-        for revision in revisions {
-            let name = owner.of_revision(revision);
-            self.claim::<ControllerRevision>(owner, &name).await?;
-            self.claim::<ConfigMap>(owner, &name).await?;
-            self.claim::<StatefulSet>(owner, &name).await?;
-            self.claim::<Deployment>(owner, &name).await?;
+        for revision in recorded {
+            self.claim::<ControllerRevision>(owner, &owner.of_revision(&revision.hash)).await?;
         }
+        let name = owner.of_revision(wanted);
+        self.claim::<ControllerRevision>(owner, &name).await?;
+        self.claim::<ConfigMap>(owner, &name).await?;
+        self.claim::<StatefulSet>(owner, &name).await?;
+        self.claim::<Deployment>(owner, &name).await?;
         Ok(())
     }
 

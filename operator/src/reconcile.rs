@@ -14,7 +14,6 @@ mod scale;
 mod settle;
 mod tell;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -132,10 +131,8 @@ async fn claim(
     if deployment.desired.paused {
         return Ok(());
     }
-    let recorded = found.records.iter().filter_map(Revision::recorded).map(|revision| revision.hash);
-    let revisions: BTreeSet<String> = recorded.chain([wanted.hash.clone()]).collect();
-    let revisions: Vec<&str> = revisions.iter().map(String::as_str).collect();
-    Ok(context.writer.claim_all(&found.owner, &revisions).await?)
+    let recorded: Vec<Revision> = found.records.iter().filter_map(Revision::recorded).collect();
+    Ok(context.writer.claim_all(&found.owner, &wanted.hash, &recorded).await?)
 }
 
 /// What a spec asks for, as far as it can be carried out.
