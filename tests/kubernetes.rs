@@ -39,10 +39,7 @@ fn a_model_is_applied_serves_the_tokens_of_one_process_and_leaves_nothing_behind
 
     let made = namespace.everything();
     namespace.kubectl(&["delete", "mdep", "tiny-r1"]).unwrap();
-    wait_for("nothing to be left", || {
-        let left = namespace.everything();
-        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
-    });
+    namespace.wait_until_empty();
     assert!(made.len() > 12, "there was little to delete: {made:?}");
 }
 

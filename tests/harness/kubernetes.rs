@@ -125,6 +125,14 @@ impl Namespace {
         objects.filter(|(object, _)| !ALWAYS_THERE.contains(&object.as_str())).collect()
     }
 
+    /// Waits until nothing is left but what is always there.
+    pub fn wait_until_empty(&self) {
+        wait_for("nothing to be left", || match self.everything() {
+            left if left.is_empty() => Ok(()),
+            left => Err(format!("{left:?}")),
+        });
+    }
+
     /// Pods of a component that were not told to end, by name.
     pub fn pods(&self, component: &str) -> Vec<Pod> {
         let list = self.get(&["pods", "--selector", &format!("app.kubernetes.io/component={component}")]);

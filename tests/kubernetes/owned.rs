@@ -78,10 +78,7 @@ fn what_is_somebody_elses_is_neither_changed_nor_deleted_and_named() {
     }
     deployment.wait_until_ready();
     namespace.kubectl(&["delete", &deployment.reference()]).unwrap();
-    wait_for("nothing to be left", || match namespace.everything() {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("{left:?}")),
-    });
+    namespace.wait_until_empty();
 }
 
 #[test]
@@ -140,10 +137,7 @@ fn what_a_restore_leaves_without_owners_is_taken_back_and_goes_with_its_deployme
     load.go_on_for(2);
     load.end();
     namespace.kubectl(&["delete", &deployment.reference()]).unwrap();
-    wait_for("nothing to be left", || match namespace.everything() {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("{left:?}")),
-    });
+    namespace.wait_until_empty();
 }
 
 /// Whether the deployment is the only owner.

@@ -157,7 +157,10 @@ impl Residency {
             // The sender lives in self: this cannot fail while we wait.
             let _ = changes.changed().await;
         }
-        self.lock().soon.retain(|expert| !experts.contains(expert));
+        let mut state = self.lock();
+        for expert in experts {
+            state.soon.remove(expert);
+        }
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -312,8 +315,8 @@ impl State {
         let again = |expert: &ExpertId| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY);
         let back = !self.displaced.is_empty() && self.has_room();
         let displaced = self.displaced.iter().copied().filter(|_| back);
-        let soon = self.soon.iter().copied().filter(|_| self.has_room());
-        let next = self.missing().chain(displaced).find(again).or_else(|| soon.min());
+        let soon = || self.soon.first().copied().filter(|_| self.has_room());
+        let next = self.missing().chain(displaced).find(again).or_else(soon);
         next.map(|expert| Wish { expert, urgent: false })
     }
 
