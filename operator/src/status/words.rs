@@ -51,7 +51,7 @@ pub(super) fn described(who: &str, failure: &Failure) -> String {
         }
         FailureReason::LimitRange => "; set resources within the namespace's LimitRange, or change that",
         FailureReason::NoPriorityClass => "; create it, or correct priorityClassName",
-        FailureReason::NoServiceAccount => "; it is made anew within a minute: see who deletes it",
+        FailureReason::NoServiceAccount => "; it is made anew within two minutes: see who deletes it",
         FailureReason::PodRefused => "; a policy of the cluster refuses it: see its own words",
         FailureReason::PodSecurity => {
             "; pods keep to the level `restricted` unless something adds to them: see which webhook does"

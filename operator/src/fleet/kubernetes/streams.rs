@@ -155,7 +155,7 @@ impl Open {
 }
 
 /// A report without what decides nothing. Of a worker that drains it counts whether it still runs anything; of a frontend,
-/// whether anything waits for a worker.
+/// whether anything waits for a worker. Every field is named, so that a new one is decided upon.
 fn decisive(report: Report) -> Report {
     let busy = report.state == State::Draining && report.sequences() > 0;
     let waits = report.latencies.is_some() && report.waiting > 0;
@@ -167,8 +167,74 @@ fn decisive(report: Report) -> Report {
         bytes_to_load: 0,
         kv_usage: 0.0,
         latencies: None,
-        eligible_workers: report.eligible_workers.map(|workers| workers.min(1)),
         age: None,
-        ..report
+        eligible_workers: report.eligible_workers.map(|workers| workers.min(1)),
+        state: report.state,
+        reason: report.reason,
+        epoch: report.epoch,
+        placement_hash: report.placement_hash,
+        shape: report.shape,
+        resident: report.resident,
+        experts_loading: report.experts_loading,
+        incarnation: report.incarnation,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use expertmesh_decide::report::Latencies;
+    use expertmesh_proto::epoch::Epoch;
+    use expertmesh_proto::expert_set::ExpertSet;
+    use expertmesh_proto::incarnation::Incarnation;
+
+    use super::*;
+
+    fn report(state: State) -> Report {
+        Report {
+            state,
+            reason: String::new(),
+            epoch: Epoch::FIRST,
+            placement_hash: String::new(),
+            shape: None,
+            resident: ExpertSet::default(),
+            resident_bytes: 0,
+            experts_loading: 0,
+            running: 0,
+            waiting: 0,
+            kv_usage: 0.0,
+            bytes_loaded: 0,
+            bytes_to_load: 0,
+            latencies: None,
+            eligible_workers: None,
+            incarnation: Incarnation(1),
+            age: None,
+        }
+    }
+
+    #[test]
+    fn what_every_second_changes_asks_for_no_reconcile() {
+        let now = report(State::Ready);
+        let later = Report {
+            age: Some(Duration::from_secs(9)),
+            running: 3,
+            waiting: 1,
+            kv_usage: 0.5,
+            bytes_loaded: 10,
+            ..now.clone()
+        };
+        assert_eq!(decisive(now.clone()), decisive(later));
+        let restarted = Report { incarnation: Incarnation(2), ..now.clone() };
+        assert_ne!(decisive(now), decisive(restarted));
+    }
+
+    #[test]
+    fn a_drained_worker_and_a_request_that_waits_do() {
+        let (empty, busy) = (report(State::Draining), Report { running: 1, ..report(State::Draining) });
+        assert_ne!(decisive(empty), decisive(busy));
+        let frontend = Report { latencies: Some(Box::new(Latencies::default())), ..report(State::Ready) };
+        let waited_for = Report { waiting: 2, ..frontend.clone() };
+        assert_ne!(decisive(frontend), decisive(waited_for));
     }
 }
