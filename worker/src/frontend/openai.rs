@@ -80,6 +80,9 @@ impl ApiError {
             Self::TooManyOfAddress => {
                 ("TooManyOfAddress", StatusCode::TOO_MANY_REQUESTS, Some("too_many_requests"))
             }
+            Self::NoWorker(NoWorker::NoneReady(_)) => {
+                ("NoWorker", StatusCode::SERVICE_UNAVAILABLE, Some("no_worker"))
+            }
             Self::NoWorker(_) => ("NoWorker", StatusCode::SERVICE_UNAVAILABLE, Some("overloaded")),
             Self::Interrupted(_) => ("Interrupted", StatusCode::SERVICE_UNAVAILABLE, Some("interrupted")),
             Self::ShuttingDown => ("ShuttingDown", StatusCode::SERVICE_UNAVAILABLE, Some("overloaded")),

@@ -72,7 +72,7 @@ impl Setbacks {
         if setback.is_failure() {
             self.failures += 1;
         } else if now.duration_since(*self.turned_away.get_or_insert(now)) > queue {
-            return Err(NoWorker::TimedOut(setback.problem).into());
+            return Err(NoWorker::Full(setback.problem).into());
         }
         if self.failures >= MAX_FAILURES {
             return Err(SequenceError::GaveUp { failures: self.failures, last: setback.problem });
@@ -96,7 +96,7 @@ mod tests {
         assert_eq!(setbacks.add(full(), start, queue), Ok(Duration::ZERO));
         assert_eq!(setbacks.add(full(), start + queue, queue), Ok(FIRST_PAUSE));
         let over = setbacks.add(full(), start + 2 * queue, queue);
-        assert_eq!(over, Err(SequenceError::NoWorker(NoWorker::TimedOut("full".to_string()))));
+        assert_eq!(over, Err(SequenceError::NoWorker(NoWorker::Full("full".to_string()))));
 
         let mut setbacks = Setbacks::NONE;
         let pauses = (1..MAX_FAILURES).map(|_| setbacks.add(died(), start, queue).unwrap().as_millis());

@@ -57,8 +57,12 @@ struct Shared {
 pub(crate) enum NoWorker {
     #[error("too many sequences wait for a worker")]
     QueueFull,
+    /// All were full for as long as a sequence may wait.
     #[error("{0}")]
-    TimedOut(String),
+    Full(String),
+    /// None could take a sequence for so long: there is none, or none is ready.
+    #[error("{0}")]
+    NoneReady(String),
 }
 
 impl Workers {
@@ -144,7 +148,7 @@ impl Workers {
             }
         };
         let lease = timeout(self.0.queue_timeout, found).await;
-        let lease = lease.map_err(|_| NoWorker::TimedOut(self.why_none()))?;
+        let lease = lease.map_err(|_| NoWorker::NoneReady(self.why_none()))?;
         held.release();
         Ok(lease)
     }

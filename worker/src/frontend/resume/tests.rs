@@ -110,7 +110,7 @@ async fn a_sequence_waits_for_a_worker_that_becomes_ready_and_not_for_ever() {
     assert_eq!(waiting.await.unwrap().unwrap().0, tokens(4));
     stage.players[0].state.send_replace(State::Draining);
     stage.until_eligible(0).await;
-    let expected = NoWorker::TimedOut("no worker can take a sequence: 0 draining".to_string());
+    let expected = NoWorker::NoneReady("no worker can take a sequence: 0 draining".to_string());
     assert_eq!(stage.run(4).await, Err(SequenceError::NoWorker(expected)));
 }
 

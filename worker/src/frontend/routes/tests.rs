@@ -249,9 +249,9 @@ async fn without_a_worker_a_request_waits_and_is_then_told_to_come_back() {
     let response = house.chat(json!({})).await;
     assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
     assert!(response.headers().contains_key(header::RETRY_AFTER));
-    assert_eq!(value(response).await["error"]["code"], "overloaded");
+    assert_eq!(value(response).await["error"]["code"], "no_worker");
     let stream = house.chat(json!({"stream": true})).await;
-    assert_eq!(events(stream).await.last().unwrap()["error"]["code"], "overloaded");
+    assert_eq!(events(stream).await.last().unwrap()["error"]["code"], "no_worker");
     house.stage.workers.fill_queue();
     let refused = timeout(QUEUE_TIMEOUT / 2, house.chat(json!({"stream": true}))).await.unwrap();
     assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE, "a full queue is no reason to wait");
