@@ -301,6 +301,9 @@ impl Default for Serving {
     }
 }
 
+/// What the API server fills in where a manifest leaves `spec.workers.replicas` out.
+pub(crate) const WORKERS_BY_DEFAULT: i32 = 1;
+
 fn one() -> i32 {
     1
 }

@@ -12,6 +12,7 @@ mod observe;
 mod refuse;
 mod scale;
 mod settle;
+mod size;
 mod tell;
 
 use std::sync::Arc;

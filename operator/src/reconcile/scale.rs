@@ -8,7 +8,7 @@ use expertmesh_decide::rollout::Rollout;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, Patch, PatchParams};
-use serde_json::{Value, json};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use tracing::info;
 
@@ -22,9 +22,8 @@ use crate::validate::ValidatedDeployment;
 use super::context::Context;
 use super::fetch::Found;
 use super::observe::Observed;
+use super::size::{AUTOSCALER, Authors, goes_on};
 
-/// Who sets `spec.workers.replicas` for us: not the manager that applies what is owned.
-const AUTOSCALER: &str = "expertmesh-autoscaler";
 const DECISIONS_KEPT: usize = 5;
 
 /// What came of the autoscaler's part of a reconcile.
@@ -49,26 +48,31 @@ pub(super) async fn scale(
     let goals = deployment.autoscaling.as_ref().map(|policy| policy.goals);
     context.metrics.autoscaling.aims(&key, goals);
     let (before, now) = (found.status().autoscaling, Timestamp::now());
-    let size = size(deployment, serving, before.as_ref());
+    let (authors, hash) = (Authors::of(&found.object), hash(&found.object));
+    let may_write = !desired.paused && deployment.autoscaling.as_ref().is_some_and(|policy| !policy.advisory);
+    let (asked, running) = (signed(desired.workers), signed(serving.seen.size));
+    let goes_on = goes_on(&authors, before.as_ref(), (&hash, asked, running)).filter(|_| may_write);
+    let current = goes_on.map_or(desired.workers, i32::unsigned_abs);
+    let size = size(deployment, serving, current, before.as_ref());
     let at_least = signed(size.at_least);
     let changes = before.iter().flat_map(|status| &status.decisions).map(change).collect();
     let verdict = serving.fleet.lock().await.autoscale(deployment.autoscaling.as_ref(), size, changes, now);
     let (Some(mut verdict), Some(policy)) = (verdict, &deployment.autoscaling) else {
         return Scaled { workers: desired.workers, scaling: None, result: Ok(()) };
     };
-    if plan.next.is_some() && verdict.workers < desired.workers {
-        verdict.workers = desired.workers; // fewer of an old revision say nothing of the new one
+    if goes_on.is_some() || plan.next.is_some() && verdict.workers < current {
+        verdict.workers = current; // first of all; and fewer of an old revision say nothing of the new one
     }
-    let owners = owners(&found.object);
     // The API server keeps no account of who set a size of 0.
-    let may_be_ours = owners.is_empty() && desired.workers == 0 && policy.min == 0;
+    let may_be_ours = authors.names.is_empty() && current == 0 && policy.min == 0;
     let mut spec = Spec {
         at_least,
-        workers: signed(desired.workers),
-        is_ours: owners.contains(&AUTOSCALER) || may_be_ours,
-        others: if owners.is_empty() { "somebody".into() } else { owners.join(", ") },
-        hash: hash(&found.object),
-        may_write: !policy.advisory && !desired.paused,
+        written: asked,
+        workers: signed(current),
+        is_ours: authors.are_we() || may_be_ours,
+        others: if authors.names.is_empty() { "somebody".into() } else { authors.names.join(", ") },
+        hash,
+        may_write,
     };
     let Next { scaling, write } = next(before.clone(), &spec, &verdict, now);
     let Some(workers) = write else {
@@ -77,28 +81,31 @@ pub(super) async fn scale(
     if let Err(error) = set(context, found, workers).await {
         spec.may_write = false;
         let scaling = Some(next(before, &spec, &verdict, now).scaling);
-        return Scaled { workers: desired.workers, scaling, result: Err(error) };
+        return Scaled { workers: current, scaling, result: Err(error) };
     }
     let (name, reason) = (&key.name, verdict.reason);
-    info!(
-        name,
-        reason = reason.as_str(),
-        "from {} to {workers} workers: {}",
-        desired.workers,
-        verdict.message
-    );
-    let step = if workers > desired.workers { labels::Scaling::up } else { labels::Scaling::down };
+    if goes_on.is_some() {
+        info!(name, "goes on from {current} workers, not from the {asked} that came with a manifest");
+        return Scaled { workers, scaling: Some(scaling), result: Ok(()) };
+    }
+    info!(name, reason = reason.as_str(), "from {current} to {workers} workers: {}", verdict.message);
+    let step = if workers > current { labels::Scaling::up } else { labels::Scaling::down };
     context.metrics.autoscaling.scaled(&key, step(reason));
     Scaled { workers, scaling: Some(scaling), result: Ok(()) }
 }
 
 /// What there is to scale. At zero nobody says how many workers hold every expert: what was known before counts.
-fn size(deployment: &ValidatedDeployment, serving: &Observed, before: Option<&AutoscalingStatus>) -> Size {
+fn size(
+    deployment: &ValidatedDeployment,
+    serving: &Observed,
+    workers: u32,
+    before: Option<&AutoscalingStatus>,
+) -> Size {
     let desired = &deployment.desired;
     let known = serving.seen.shape().map(|shape| fewest(&shape, desired.min_replicas, deployment.memory));
     let before_zero = before.map_or(0, |before| before.at_least.unsigned_abs());
     Size {
-        workers: desired.workers,
+        workers,
         at_least: known.unwrap_or(before_zero).max(desired.min_replicas),
         failing: failing(&serving.seen),
     }
@@ -120,6 +127,9 @@ async fn set(context: &Context, found: &Found, workers: u32) -> Result<(), ApiEr
 /// What of the object matters to the autoscaler.
 struct Spec {
     at_least: i32,
+    /// The size as the object has it.
+    written: i32,
+    /// The size that counts.
     workers: i32,
     /// Whether our own write is the last one to the size.
     is_ours: bool,
@@ -163,8 +173,8 @@ fn next(before: Option<AutoscalingStatus>, spec: &Spec, verdict: &Verdict, now: 
         );
     }
     let wanted = signed(verdict.workers);
-    let write = (wanted != spec.workers && spec.may_write && conflict.is_none()).then_some(verdict.workers);
-    if write.is_some() {
+    let write = (wanted != spec.written && spec.may_write && conflict.is_none()).then_some(verdict.workers);
+    if write.is_some() && wanted != spec.workers {
         decided(spec.workers, wanted, verdict.reason.as_str(), &verdict.message);
     }
     let workers = match (&conflict, write) {
@@ -204,14 +214,6 @@ fn change(decision: &ScaleDecision) -> Change {
     Change { at: decision.time.0, from: workers(decision.from), to: workers(decision.to) }
 }
 
-/// Who has a say in `spec.workers.replicas`, as the API server keeps account.
-fn owners(object: &ModelDeployment) -> Vec<&str> {
-    let owns = |fields: &Value| fields["f:spec"]["f:workers"]["f:replicas"].is_object();
-    let entries = object.metadata.managed_fields.iter().flatten();
-    let owners = entries.filter(|entry| entry.fields_v1.as_ref().is_some_and(|fields| owns(&fields.0)));
-    owners.filter_map(|entry| entry.manager.as_deref()).collect()
-}
-
 /// Eight digits for `spec.autoscaling`: another is a new beginning.
 fn hash(object: &ModelDeployment) -> String {
     let text = serde_json::to_string(&object.spec.autoscaling).unwrap_or_default();
@@ -236,6 +238,7 @@ mod tests {
     fn spec(workers: i32, is_ours: bool) -> Spec {
         Spec {
             at_least: 1,
+            written: workers,
             workers,
             is_ours,
             others: "kubectl-scale".into(),
@@ -274,6 +277,14 @@ mod tests {
     }
 
     #[test]
+    fn a_size_that_goes_on_is_written_back_and_counts_as_no_change() {
+        let taken_up = Spec { written: 1, ..spec(3, false) };
+        let next = after(known(3), &taken_up, 3);
+        assert_eq!((next.write, next.scaling.conflict, next.scaling.status.workers), (Some(3), None, 3));
+        assert_eq!(next.scaling.status.decisions, vec![]);
+    }
+
+    #[test]
     fn what_we_wrote_before_we_could_record_it_is_no_conflict() {
         let next = after(known(3), &spec(4, true), 4);
         assert_eq!((next.write, next.scaling.conflict), (None, None));
@@ -306,19 +317,5 @@ mod tests {
         let trembling = Verdict { load: 0.82, message: "load 0.82".into(), ..verdict(8, Reason::Goal) };
         let next = next(Some(status.clone()), &spec(8, true), &trembling, Timestamp::UNIX_EPOCH);
         assert_eq!(next.scaling.status, status);
-    }
-
-    #[test]
-    fn the_api_servers_account_says_who_wrote_the_size() {
-        let object: ModelDeployment = serde_json::from_value(json!({
-            "metadata": {"name": "m", "managedFields": [
-                {"manager": "kubectl", "operation": "Apply", "fieldsV1": {"f:spec": {"f:model": {}}}},
-                {"manager": "keda", "operation": "Update", "subresource": "scale",
-                 "fieldsV1": {"f:spec": {"f:workers": {"f:replicas": {}}}}},
-            ]},
-            "spec": {"model": {"uri": "file:///m"}},
-        }))
-        .unwrap();
-        assert_eq!(owners(&object), ["keda"]);
     }
 }
