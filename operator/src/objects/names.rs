@@ -15,6 +15,8 @@ pub(crate) const PART_OF: &str = "app.kubernetes.io/part-of";
 pub(crate) const REVISION: &str = "expertmesh.dev/revision";
 /// On the record of a revision that was never Ready.
 pub(crate) const UNPROVEN: &str = "expertmesh.dev/unproven";
+/// On the record of a revision of which no worker was ever ready: at zero, it may have been promoted all the same.
+pub(crate) const UNTRIED: &str = "expertmesh.dev/untried";
 /// The value of `name`, `managed-by` and `part-of`, and the field manager.
 pub(crate) const EXPERTMESH: &str = "expertmesh";
 /// The key of the placement in its ConfigMap, and the file's name where it is mounted.

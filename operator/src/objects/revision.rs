@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::names::{Component, Owner, REVISION, UNPROVEN};
+use super::names::{Component, Owner, REVISION, UNPROVEN, UNTRIED};
 use super::pods::{Process, template};
 use crate::api::PodFields;
 use crate::validate::ValidatedDeployment;
@@ -36,6 +36,10 @@ pub(crate) struct Revision {
     /// Whether it ever was Ready. Records of before this was noted say nothing, and count as proven.
     #[serde(skip)]
     pub(crate) is_proven: bool,
+    /// Whether a worker of it ever was ready: one that was promoted at zero proves itself on its first request. Records of before this was
+    /// noted say nothing, and count as tried.
+    #[serde(skip)]
+    pub(crate) is_tried: bool,
     pub(crate) workers: PodTemplateSpec,
     pub(crate) frontend: PodTemplateSpec,
 }
@@ -51,6 +55,7 @@ impl Revision {
         Self {
             number: 1,
             is_proven: false,
+            is_tried: false,
             workers: pod(Component::Worker, &deployment.worker_pod),
             frontend: pod(Component::Frontend, &deployment.frontend_pod),
             hash,
@@ -61,8 +66,9 @@ impl Revision {
     pub(crate) fn recorded(record: &ControllerRevision) -> Option<Self> {
         let hash = record.metadata.labels.as_ref()?.get(REVISION)?.clone();
         let written = serde_json::from_value(record.data.as_ref()?.0.clone()).ok()?;
-        let is_proven = !record.annotations().contains_key(UNPROVEN);
-        Some(Self { hash, number: record.revision, is_proven, ..written })
+        let lacks = |annotation| record.annotations().contains_key(annotation);
+        let (is_proven, is_tried) = (!lacks(UNPROVEN), !lacks(UNTRIED));
+        Some(Self { hash, number: record.revision, is_proven, is_tried, ..written })
     }
 
     /// The URI of its model, as its workers are told it.

@@ -6,6 +6,7 @@ use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::PlacedWorker;
 use expertmesh_proto::slot::Slot;
+use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;
@@ -240,13 +241,19 @@ fn names_stay_within_what_kubernetes_takes() {
 }
 
 #[test]
-fn a_record_says_of_a_revision_that_it_was_never_ready_until_it_was() {
+fn a_record_says_of_a_revision_that_it_was_never_ready_nor_tried_until_it_was() {
     let size = Size { workers: 1, frontends: 1, placement: None };
     let mut revision = revision("");
     let record = |revision: &Revision| of_revision(&owner(), revision, size).record;
-    assert_eq!(Revision::recorded(&record(&revision)).map(|found| found.is_proven), Some(false));
-    revision.is_proven = true;
+    let says = |record: &ControllerRevision| {
+        let found = Revision::recorded(record).unwrap();
+        (found.is_proven, found.is_tried)
+    };
+    assert_eq!(says(&record(&revision)), (false, false));
+    revision.is_proven = true; // promoted at zero
+    assert_eq!(says(&record(&revision)), (true, false));
+    revision.is_tried = true;
     let proven = record(&revision);
-    assert_eq!(Revision::recorded(&proven).map(|found| found.is_proven), Some(true));
+    assert_eq!(says(&proven), (true, true));
     assert_eq!(proven.metadata.annotations, None, "as records of before this was noted");
 }

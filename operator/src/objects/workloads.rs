@@ -1,5 +1,7 @@
 //! The objects of one revision: its workers, its frontends, its placement, and the record of what it is.
 
+use std::collections::BTreeMap;
+
 use expertmesh_proto::placement::Placement;
 use k8s_openapi::api::apps::v1::{
     ControllerRevision, Deployment, DeploymentSpec, DeploymentStrategy, RollingUpdateDeployment, StatefulSet,
@@ -10,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, matching};
+use super::names::{Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, UNTRIED, matching};
 use super::revision::Revision;
 
 /// Workers: an ordinal is a slot of the placement. Pods are replaced by whoever deletes them, never by a template's change.
@@ -65,14 +67,17 @@ pub(crate) fn config_map(owner: &Owner, revision: &str, placement: Option<&Place
     }
 }
 
-/// What the revision is, for good: images and defaults as they were when it was made; and, until it was, that it was never Ready.
+/// What the revision is, for good: images and defaults as they were when it was made; and, until it was, that it was never Ready and
+/// never tried.
 pub(crate) fn controller_revision(owner: &Owner, revision: &Revision) -> ControllerRevision {
     let mut labels = owner.labels();
     labels.insert(REVISION.into(), revision.hash.clone());
-    let unproven = || [(UNPROVEN.to_string(), "true".to_string())].into();
+    let lacks = [(UNPROVEN, !revision.is_proven), (UNTRIED, !revision.is_tried)].into_iter();
+    let lacks: BTreeMap<_, _> =
+        lacks.filter(|(_, lacks)| *lacks).map(|(name, _)| (name.to_string(), "true".to_string())).collect();
     ControllerRevision {
         metadata: ObjectMeta {
-            annotations: (!revision.is_proven).then(unproven),
+            annotations: (!lacks.is_empty()).then_some(lacks),
             // Without a component: a StatefulSet adopts records that its selector finds.
             ..owner.metadata(owner.of_revision(&revision.hash), labels)
         },

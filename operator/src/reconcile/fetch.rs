@@ -125,13 +125,21 @@ impl Found {
     }
 
     /// Records of revisions that nothing runs from, beyond the latest that are kept.
-    pub(super) fn forgettable(&self, wanted: &str) -> Vec<String> {
-        let mut idle: Vec<_> = self.records.iter().filter_map(Revision::recorded).collect();
-        idle.retain(|revision| revision.hash != wanted && !self.running.contains(&revision.hash));
-        idle.sort_by_key(|revision| std::cmp::Reverse(revision.number));
-        let kept = revision::KEPT.saturating_sub(self.running.len().max(1));
-        idle.into_iter().skip(kept).map(|revision| revision.hash).collect()
+    pub(super) fn forgettable(&self, wanted: &Revision) -> Vec<String> {
+        let records = self.records.iter().filter_map(Revision::recorded).collect();
+        forgettable(records, &self.running, wanted)
     }
+}
+
+/// What worked last is kept as well, as long as what is wanted has yet to: at zero, any number of revisions may come before one is tried.
+fn forgettable(mut idle: Vec<Revision>, running: &[String], wanted: &Revision) -> Vec<String> {
+    idle.retain(|revision| revision.hash != wanted.hash && !running.contains(&revision.hash));
+    idle.sort_by_key(|revision| std::cmp::Reverse(revision.number));
+    let worked = idle.iter().find(|revision| revision.is_tried && !wanted.is_tried);
+    let worked = worked.map(|revision| revision.hash.clone());
+    let kept = revision::KEPT.saturating_sub(running.len().max(1));
+    let old = idle.into_iter().skip(kept).map(|revision| revision.hash);
+    old.filter(|hash| Some(hash) != worked.as_ref()).collect()
 }
 
 #[cfg(test)]
@@ -139,6 +147,22 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn the_latest_records_are_kept_and_what_worked_last_until_what_is_wanted_does() {
+        let revision = |number: i64, is_tried: bool| Revision {
+            hash: format!("r{number}"),
+            number,
+            is_proven: true,
+            is_tried,
+            workers: Default::default(),
+            frontend: Default::default(),
+        };
+        let records = || (1..=8).map(|number| revision(number, number <= 2)).collect();
+        let running = ["r8".to_string()];
+        assert_eq!(forgettable(records(), &running, &revision(8, true)), ["r3", "r2", "r1"]);
+        assert_eq!(forgettable(records(), &running, &revision(8, false)), ["r3", "r1"]);
+    }
 
     #[test]
     fn what_served_before_its_service_was_deleted_still_serves_as_long_as_it_runs() {

@@ -61,6 +61,7 @@ impl Observed {
             ..Seen::default()
         }));
         revision.is_proven |= serves(desired, &seen) || was_ready(found, &revision.hash);
+        revision.is_tried |= seen.ready_workers() > 0;
         Ok(Self { revision, fleet, seen })
     }
 }

@@ -7,6 +7,7 @@ use super::context::Context;
 use super::fetch::Found;
 use crate::apply::ApiError;
 use crate::objects;
+use crate::objects::revision::Revision;
 use crate::validate::ValidatedDeployment;
 
 /// Settles a deployment, unless it is paused.
@@ -14,7 +15,7 @@ pub(super) async fn settle(
     context: &Context,
     found: &Found,
     deployment: &ValidatedDeployment,
-    plan: &Rollout,
+    (wanted, plan): (&Revision, &Rollout),
 ) -> Result<(), ApiError> {
     if deployment.desired.paused {
         return Ok(());
@@ -37,7 +38,7 @@ pub(super) async fn settle(
             );
         }
     }
-    for revision in found.forgettable(plan.next.as_ref().unwrap_or(&plan.serving)) {
+    for revision in found.forgettable(wanted) {
         context.writer.forget(&found.owner, &revision).await?;
     }
     let running = [Some(plan.serving.as_str()), plan.next.as_deref()];

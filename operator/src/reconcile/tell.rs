@@ -55,6 +55,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         serving: &plan.serving,
         model: serving.revision.model(),
         seen: &serving.seen,
+        is_tried: serving.revision.is_tried,
         decision,
         next: plan.next.is_some().then_some(next),
         obstacle: obstacle.as_ref(),

@@ -19,6 +19,10 @@ pub(super) fn rolled_out(situation: &Situation, ready: &Verdict) -> Verdict {
         (_, Some(next)) => {
             Verdict { truth: Truth::False, ..under_way(serving, next, situation.desired.workers) }
         }
+        (_, None) if ready.is_yes() && !situation.is_tried => Verdict::yes(
+            Reason::ScaledToZero,
+            format!("revision {serving} takes requests, and is tried with the first one"),
+        ),
         (_, None) if ready.is_yes() => Verdict::yes(Reason::Serving, format!("revision {serving} serves")),
         (_, None) => Verdict {
             message: format!("revision {serving} does not serve: {}", ready.message),

@@ -19,6 +19,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) serving: &'a str,
     pub(crate) model: Option<String>,
     pub(crate) seen: &'a Observation,
+    /// Whether a worker of the revision that clients reach ever was ready.
+    pub(crate) is_tried: bool,
     pub(crate) decision: &'a Decision,
     /// The revision that is to serve next, where one is being made ready.
     pub(crate) next: Option<NextRevision<'a>>,

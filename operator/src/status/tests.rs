@@ -125,6 +125,7 @@ fn computed_with(
         serving: "1a2b3c4d",
         model: Some("file:///models/tiny-r1".into()),
         seen,
+        is_tried: seen.ready_workers() > 0,
         decision: &decision,
         next,
         obstacle,
