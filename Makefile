@@ -25,6 +25,7 @@ test: setup lint check-generated ## every check and every test; names at its end
 	@sed 's/^\([a-z]*\): /SKIPPED: the tests with \1, since /' target/skip
 
 build: ## all binaries, in target/release
+	@[ -x target/release/expertmesh ] || echo 'building all binaries: minutes, the first time' >&2
 	$(CARGO) build --release --workspace
 	@ln -sf expertmesh target/release/kubectl-expertmesh # which makes it `kubectl expertmesh`, where this folder is in PATH
 
@@ -67,15 +68,15 @@ check-generated: build
 	 cmp $(CRD) $(CHART_FILES)/modeldeployments.yaml && cmp deploy/alerts/expertmesh.yaml $(CHART_FILES)/alerts.yaml && \
 	 diff -rq deploy/dashboards $(CHART_FILES)/dashboards || { echo 'not what the code says; run `make generated`' >&2; exit 1; }
 
-cluster: ## a three-node Kubernetes on this machine; prints the line that makes it this shell's
-	@tests/cluster/build.sh
+cluster: ## a three-node Kubernetes on this machine, and what it lacks first; prints the line that makes it this shell's
+	@env -u KUBECONFIG tests/setup.sh kubernetes
 	@tests/cluster/up.sh
 
 cluster-load: image ## the project's image into the cluster's nodes
 	@tests/cluster/load.sh target/image/expertmesh.tar
 
 monitoring: ## Prometheus beside the cluster, which must run, with our rules; prints its URL
-	@tests/cluster/build.sh prometheus
+	@env -u KUBECONFIG tests/setup.sh kubernetes prometheus
 	@tests/cluster/prometheus.sh
 
 cluster-down: ## take the cluster away; its binaries stay

@@ -19,6 +19,7 @@ main() {
     echo "$IMAGE is up to date"
     return
   fi
+  echo "building $IMAGE" >&2
   rm -f $OUT/inputs
   buildah inspect --type image $BASE >/dev/null 2>&1 || make_base
   buildah build --quiet --layers --file deploy/Dockerfile --build-arg BASE=$BASE --build-arg VARIANT=development \

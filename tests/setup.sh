@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# setup.sh: what the tests need beside Rust. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
+# setup.sh [GROUP...]: what the tests need beside Rust, or only what these groups of them need. Installs what is missing where it may (root on Debian: Debian's packages; PyPI for the
 # Python client; the test cluster's binaries through the Go module proxy). What stays missing it names in one line, with the tests that
-# will be skipped for it, and writes it to target/skip, a group and its reason per line. Groups: kubernetes, prometheus, scalers,
+# will be skipped for it, and writes it to target/skip, a group and its reason per line; where groups were named, it fails instead. Groups: kubernetes, prometheus, scalers,
 # promtool, openai, tokenizer, cargo-deny.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -15,7 +15,16 @@ LOG=target/setup.log
 main() {
   exec 3>&2 # for what takes minutes and says so
   mkdir -p target
+  [ $# = 0 ] || SKIP=$(mktemp)
   : >$SKIP && : >$LOG
+  if [ $# != 0 ]; then
+    for group in "$@"; do set_up "$group"; done
+    sed 's/^\([a-z-]*\): /setup: \1 cannot be had: /' "$SKIP" >&2
+    [ ! -s "$SKIP" ]
+    local result=$?
+    rm "$SKIP"
+    return $result
+  fi
   fatal_if_missing cargo cc
   set_up promtool
   set_up openai
@@ -122,4 +131,4 @@ apt_install() {
   return $result
 }
 
-main
+main "$@"

@@ -54,10 +54,13 @@ pid_of() {
   pid=$(cat "$STATE/$1.pid" 2>/dev/null) && grep -qx "$pid" "$OURS/cgroup.procs" 2>/dev/null && echo "$pid"
 }
 
-# start NAME COMMAND...: in the background, in our cgroup, with a log and a pid file.
+# start NAME COMMAND...: in the background, in our cgroup, with a log and a pid file, and with no other descriptor: whoever reads what
+# the caller writes (make, a pipe, a script's lock) would wait for the daemon to end.
 start() {
   # shellcheck disable=SC2016 # expands in the child, which enters the cgroup before it becomes COMMAND
-  setsid bash -c 'echo $$ >"$0" && exec "$@"' "$OURS/cgroup.procs" "${@:2}" </dev/null >"$STATE/logs/$1.log" 2>&1 &
+  setsid bash -c '
+    for fd in /proc/$$/fd/*; do fd=${fd##*/}; [ "$fd" -le 2 ] || eval "exec $fd>&-"; done
+    echo $$ >"$0" && exec "$@"' "$OURS/cgroup.procs" "${@:2}" </dev/null >"$STATE/logs/$1.log" 2>&1 &
   echo $! >"$STATE/$1.pid"
 }
 
