@@ -36,13 +36,13 @@ use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, Preconditions
 use kube::{Client, Resource, ResourceExt};
 use prometheus::IntCounter;
 use serde_json::json;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::key::Key;
 use crate::objects::names::{Component, EXPERTMESH, Owner, query};
 use crate::objects::revision::Revision;
 use crate::objects::{Object, OfRevision, Shared};
-use crate::written::{Conflict, Named, Turn, Whose, Written, content, other_writer, whose};
+use crate::written::{Conflict, Named, Turn, Undoing, Whose, Written, content, other_writer, whose};
 
 /// What was attempted on which object, and why it cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -160,14 +160,14 @@ impl Writer {
             result => result?,
         };
         let by = by.or_else(|| other_writer(written.meta()));
-        if self.written.wrote(&key, named, (content, written.meta()), by, Instant::now()) {
+        let undoing = self.written.wrote(&key, named, (content, written.meta()), by, Instant::now());
+        if undoing != Undoing::None {
             self.undone.inc();
-            info!(
-                namespace = key.namespace,
-                name = key.name,
-                "{} {name} was changed by somebody else, and changed back",
-                K::kind(&())
-            );
+            let text = format!("{} {name} was changed by somebody else, and changed back", K::kind(&()));
+            info!(namespace = key.namespace, name = key.name, "{text}");
+        }
+        if let Undoing::Conflict(conflict) = undoing {
+            warn!(namespace = key.namespace, name = key.name, "{conflict}");
         }
         Ok(())
     }

@@ -21,6 +21,11 @@ impl Key {
         Self { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
     }
 
+    /// What a reference names.
+    pub(crate) fn named(reference: &ObjectRef<Watched>) -> Self {
+        Self { namespace: reference.namespace.clone().unwrap_or_default(), name: reference.name.clone() }
+    }
+
     /// What a controller's store and queue know it by.
     pub(crate) fn reference(&self) -> ObjectRef<Watched> {
         ObjectRef::new(&self.name).within(&self.namespace)

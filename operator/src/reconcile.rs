@@ -18,6 +18,7 @@ mod tell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kube::Resource;
 use kube::runtime::controller::Action;
 use tracing::warn;
 
@@ -37,6 +38,9 @@ use tell::{Tale, tell};
 /// Reconciles one deployment once: bounded in time, and counted.
 pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     let (key, began) = (Key::of(&object), Instant::now());
+    if let Err(rest) = context.memory.begin(&key, object.meta().generation, began) {
+        return Ok(Action::requeue(rest));
+    }
     context.metrics.reconciles.begun(&key);
     let result = match tokio::time::timeout(LONGEST, step(&context, &key)).await {
         Ok(result) => result,

@@ -22,7 +22,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio_stream::wrappers::BroadcastStream;
 use tracing::{debug, warn};
 
-use crate::key::Watched;
+use crate::key::{Key, Watched};
 use crate::metrics::labels::WatchFailure;
 use crate::objects::Object;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY};
@@ -123,8 +123,9 @@ async fn follow_refusals(context: &Context, namespace: Option<&str>) {
     follow(&context.refusals, &scoped(&context.client, namespace), refused, failed).await;
 }
 
-fn controller(context: &Context, namespace: Option<&str>, triggers: &Triggers) -> Controller<Watched> {
-    let client = &context.client;
+fn controller(context: &Arc<Context>, namespace: Option<&str>, triggers: &Triggers) -> Controller<Watched> {
+    let (client, asked) = (&context.client, context.clone());
+    let asked = move |reference: &Reference| asked.memory.asked(&Key::named(reference));
     let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={EXPERTMESH}"));
     Controller::new(scoped(client, namespace), watcher::Config::default())
         .with_config(controller::Config::default().concurrency(CONCURRENCY))
@@ -135,7 +136,7 @@ fn controller(context: &Context, namespace: Option<&str>, triggers: &Triggers) -
         .watches::<PodDisruptionBudget, _>(scoped(client, namespace), ours.clone(), changed(context))
         .watches::<NetworkPolicy, _>(scoped(client, namespace), ours.clone(), changed(context))
         .watches::<Pod, _>(scoped(client, namespace), ours, |pod| deployment_of(&pod))
-        .reconcile_on(triggers.of(namespace))
+        .reconcile_on(triggers.of(namespace).inspect(asked))
 }
 
 fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>

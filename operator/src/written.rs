@@ -97,6 +97,10 @@ impl Named {
     pub(crate) fn new<K: Object>(name: &str) -> Self {
         Self { kind: K::kind(&()).into_owned(), name: name.into() }
     }
+
+    fn conflict(&self, undone: &Undone) -> Conflict {
+        Conflict { kind: self.kind.clone(), name: self.name.clone(), by: undone.by.clone() }
+    }
 }
 
 /// SHA-256 of an object as it is to be applied.
@@ -112,15 +116,20 @@ struct Known {
     uid: String,
     applied: Option<Applied>,
     undone: Undone,
-    /// The version that was read, or that the watch showed last.
-    shown: Option<String>,
 }
 
-impl Known {
-    /// Whether the object was shown as it was written, and nothing since.
-    fn is_unchanged(&self) -> bool {
-        let written = self.applied.as_ref().and_then(|applied| applied.resource_version.as_ref());
-        written.is_some() && written == self.shown.as_ref()
+/// The objects of one deployment.
+#[derive(Debug, Default)]
+struct Objects {
+    known: BTreeMap<Named, Known>,
+    /// The version that was read, or that the watch showed last: it may show an object before the answer to its writer comes.
+    shown: BTreeMap<Named, String>,
+}
+
+impl Objects {
+    /// Whether an object was shown as it was written, and nothing since.
+    fn is_unchanged(&self, named: &Named, applied: &Applied) -> bool {
+        applied.resource_version.is_some() && applied.resource_version.as_ref() == self.shown.get(named)
     }
 }
 
@@ -149,6 +158,15 @@ struct Undone {
     times: u32,
     last: Option<Instant>,
     by: Option<String>,
+}
+
+/// Whether what was written had been undone since the last time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Undoing {
+    None,
+    Once,
+    /// As often by now as makes it a conflict.
+    Conflict(Conflict),
 }
 
 /// Somebody else who writes what this operator writes, again and again.
@@ -186,23 +204,29 @@ pub(crate) enum Turn {
 
 /// The objects of all deployments.
 #[derive(Debug, Default)]
-pub(crate) struct Written(Mutex<HashMap<Key, BTreeMap<Named, Known>>>);
+pub(crate) struct Written(Mutex<HashMap<Key, Objects>>);
 
 impl Written {
     /// The uid of an object that is known to be there, and ours.
     pub(crate) fn uid(&self, key: &Key, named: &Named) -> Option<String> {
-        self.lock().get(key)?.get(named).map(|known| known.uid.clone())
+        self.lock().get(key)?.known.get(named).map(|known| known.uid.clone())
     }
 
     /// An object was read, and is ours.
     pub(crate) fn claimed(&self, key: &Key, named: Named, uid: String, version: Option<String>) {
-        let known = Known { uid, applied: None, undone: Undone::default(), shown: version };
-        self.lock().entry(key.clone()).or_default().insert(named, known);
+        let known = Known { uid, applied: None, undone: Undone::default() };
+        let mut all = self.lock();
+        let objects = all.entry(key.clone()).or_default();
+        version.and_then(|version| objects.shown.insert(named.clone(), version));
+        objects.known.insert(named, known);
     }
 
     /// What was seen of an object is not so any more, or it was deleted.
     pub(crate) fn forget(&self, key: &Key, named: &Named) {
-        self.lock().get_mut(key).and_then(|objects| objects.remove(named));
+        if let Some(objects) = self.lock().get_mut(key) {
+            objects.known.remove(named);
+            objects.shown.remove(named);
+        }
     }
 
     /// A deployment is gone.
@@ -212,13 +236,14 @@ impl Written {
 
     pub(crate) fn turn(&self, key: &Key, named: &Named, content: &Content, now: Instant) -> Turn {
         let all = self.lock();
-        let Some(known) = all.get(key).and_then(|objects| objects.get(named)) else { return Turn::Write };
+        let Some(objects) = all.get(key) else { return Turn::Write };
+        let Some(known) = objects.known.get(named) else { return Turn::Write };
         let Some(applied) = known.applied.as_ref().filter(|applied| applied.content == *content) else {
             return Turn::Write;
         };
         let is_fresh = now.duration_since(applied.at) < PACE;
-        let leave =
-            known.is_unchanged() || (is_fresh && (!is_watched(named) || known.undone.is_conflict(now)));
+        let leave = objects.is_unchanged(named, applied)
+            || (is_fresh && (!is_watched(named) || known.undone.is_conflict(now)));
         match (leave, known.undone.times) {
             (true, _) => Turn::Leave,
             (false, 0) => Turn::Write,
@@ -226,7 +251,7 @@ impl Written {
         }
     }
 
-    /// Remembers what was applied, and how the API server has it since. True where somebody had undone the same content, and `by` whom.
+    /// Remembers what was applied, how the API server has it since, and where somebody had undone the same content, by whom.
     pub(crate) fn wrote(
         &self,
         key: &Key,
@@ -234,8 +259,8 @@ impl Written {
         (content, metadata): (Content, &ObjectMeta),
         by: Option<String>,
         now: Instant,
-    ) -> bool {
-        let Some(uid) = metadata.uid.clone() else { return false };
+    ) -> Undoing {
+        let Some(uid) = metadata.uid.clone() else { return Undoing::None };
         let applied = Applied {
             content,
             at: now,
@@ -245,16 +270,22 @@ impl Written {
         };
         let mut all = self.lock();
         let objects = all.entry(key.clone()).or_default();
-        let before = objects.remove(&named).filter(|known| known.uid == uid);
-        let (earlier, mut undone, shown) =
-            before.map_or_else(Default::default, |known| (known.applied, known.undone, known.shown));
+        let before = objects.known.remove(&named).filter(|known| known.uid == uid);
+        let (earlier, mut undone) =
+            before.map_or_else(Default::default, |known| (known.applied, known.undone));
         let same = earlier.filter(|earlier| earlier.content == content);
         let was_undone = same.is_some_and(|same| same.was_undone_before(&applied));
+        let was_conflict = undone.is_conflict(now);
         if was_undone {
             undone.again(by, now);
         }
-        objects.insert(named, Known { uid, applied: Some(applied), undone, shown });
-        was_undone
+        let undoing = match was_undone {
+            true if undone.is_conflict(now) && !was_conflict => Undoing::Conflict(named.conflict(&undone)),
+            true => Undoing::Once,
+            false => Undoing::None,
+        };
+        objects.known.insert(named, Known { uid, applied: Some(applied), undone });
+        undoing
     }
 
     /// A watch shows an object, or that it is gone.
@@ -267,20 +298,19 @@ impl Written {
             Key { namespace: namespace.clone(), name: instance.clone() },
             Named::new::<K>(&object.name_any()),
         );
-        if let Some(known) = self.lock().get_mut(&key).and_then(|objects| objects.get_mut(&named)) {
-            known.shown.clone_from(&metadata.resource_version);
+        if let (Some(objects), Some(version)) = (self.lock().get_mut(&key), &metadata.resource_version) {
+            objects.shown.insert(named, version.clone());
         }
     }
 
     /// A conflict about one of the deployment's objects.
     pub(crate) fn conflict(&self, key: &Key, now: Instant) -> Option<Conflict> {
         let all = self.lock();
-        let mut conflicts = all.get(key)?.iter().filter(|(_, known)| known.undone.is_conflict(now));
-        let (Named { kind, name }, known) = conflicts.next()?;
-        Some(Conflict { kind: kind.clone(), name: name.clone(), by: known.undone.by.clone() })
+        let mut conflicts = all.get(key)?.known.iter().filter(|(_, known)| known.undone.is_conflict(now));
+        conflicts.next().map(|(named, known)| named.conflict(&known.undone))
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, BTreeMap<Named, Known>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Key, Objects>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -409,6 +439,16 @@ mod tests {
         assert_eq!(scene.turn(1), Turn::Leave, "nothing of ours, and nothing since");
         scene.written.forget(&scene.key, &scene.named);
         assert_eq!(scene.turn(1), Turn::Write);
+    }
+
+    #[test]
+    fn what_the_watch_shows_before_the_answer_comes_is_not_written_again() {
+        let mut scene = Scene::new();
+        let other = Named::new::<Service>("m");
+        scene.written.claimed(&scene.key, other, "v".into(), None); // something of the deployment is known
+        scene.see(1);
+        scene.write(1, true);
+        assert_eq!(scene.turn(1), Turn::Leave);
     }
 
     #[test]

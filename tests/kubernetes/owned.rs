@@ -7,6 +7,7 @@ use expertmesh_tests::kubernetes::{
     scale_operator,
 };
 use expertmesh_tests::openai::Load;
+use expertmesh_tests::process::{Process, Scratch};
 use expertmesh_tests::reference::Question;
 use expertmesh_tests::{skipped, wait_for};
 use serde_json::{Value, json};
@@ -237,4 +238,70 @@ fn a_second_release_for_some_namespaces_works_beside_the_first_with_rights_in_th
     run("helm", &["uninstall", "second", "--namespace", &namespace.name, "--wait"], None).unwrap();
     kubectl(&["get", "crd", "modeldeployments.expertmesh.dev"]).expect("it is the first release's");
     scale_operator(1);
+}
+
+#[test]
+fn two_operators_of_one_namespace_are_told_and_write_at_a_slow_pace() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("two");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 1);
+    // Outside of the cluster it does not know from where an operator may come, so that its policies are others.
+    let (watched, lease) =
+        (format!("--namespace={0}", namespace.name), format!("--lease-namespace={0}", namespace.name));
+    let arguments = ["operator", "--image=expertmesh.dev/expertmesh:dev", &watched, &lease];
+    let scratch = Scratch::new("second");
+    let ports = ["--metrics=127.0.0.1:0", "--admin=127.0.0.1:0"];
+    let mut second = Process::spawn(&scratch, "operator", "expertmesh", &[&arguments[..], &ports].concat());
+
+    let words = "is changed back again and again under the name of this operator; does a second operator watch this namespace?";
+    let status = told(&deployment, "WriterConflict", "True", "OtherWriter", &["NetworkPolicy", words]);
+    assert_eq!(condition(&status, "Ready")["status"], "True");
+    assert!(second.log().contains(words), "{}", second.log());
+    let generation =
+        || namespace.get(&["networkpolicy/tiny-workers"])["metadata"]["generation"].as_u64().unwrap_or(0);
+    let mut samples = vec![(Instant::now(), generation())];
+    wait_for("half a minute with four changes at most", || {
+        samples.push((Instant::now(), generation()));
+        let (now, count) = samples[samples.len() - 1];
+        let earlier = samples.iter().rev().find(|(at, _)| now.duration_since(*at).as_secs() >= 30);
+        match earlier.map(|(_, before)| count - before) {
+            Some(changes) if changes <= 4 => Ok(()),
+            changes => Err(format!("{changes:?}")),
+        }
+    });
+    second.assert_runs();
+    load.end();
+    drop(second);
+    namespace.kubectl(&["delete", "leases", "--all"]).unwrap();
+}
+
+#[test]
+fn a_deployment_that_is_stuck_is_asked_about_twenty_times_a_minute_at_most() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("stuck");
+    let mut object = sample("tiny");
+    object["spec"]["workers"]["replicas"] = json!(2);
+    object["spec"]["model"]["uri"] = json!("file:///models/nope"); // its workers end again and again
+    namespace.apply(&object).unwrap();
+    told(&namespace.deployment("tiny"), "Ready", "False", "ModelNotFound", &[]);
+    let Some(count) = requests_about(&namespace) else {
+        println!("skipped: this cluster keeps no log of requests for us");
+        return;
+    };
+    let mut samples = vec![(Instant::now(), count)];
+    wait_for("a minute with twenty requests at most", || {
+        samples.push((Instant::now(), requests_about(&namespace).unwrap_or_default()));
+        let (now, count) = samples[samples.len() - 1];
+        let earlier = samples.iter().rev().find(|(at, _)| now.duration_since(*at).as_secs() >= 60);
+        match earlier.map(|(_, before)| count - before) {
+            Some(requests) if requests <= 20 => Ok(()),
+            requests => Err(format!("{requests:?} of {count}")),
+        }
+    });
 }

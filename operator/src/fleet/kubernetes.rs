@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use super::Fleet;
 use crate::apply::{ApiError, Writer};
 use crate::objects::Object;
-use crate::objects::names::{Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
+use crate::objects::names::{COMPONENT, Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
 use crate::objects::workloads::config_map;
 use crate::refusals::Refusals;
 
@@ -154,10 +154,17 @@ impl KubernetesFleet {
         }))
     }
 
-    async fn pods(&self, component: Component) -> Result<Vec<Pod>, ApiError> {
-        let ours = ListParams::default().labels(&query(&self.owner.selector_of(component, &self.revision)));
+    /// Those of workers, and those of frontends.
+    async fn pods(&self) -> Result<(Vec<Pod>, Vec<Pod>), ApiError> {
+        let ours = ListParams::default().labels(&query(&self.owner.selector_of_revision(&self.revision)));
         let found = self.api::<Pod>().list(&ours).await;
-        Ok(found.map_err(|error| ApiError::new::<Pod>("list", &self.name(), error))?.items)
+        let found = found.map_err(|error| ApiError::new::<Pod>("list", &self.name(), error))?.items;
+        let is = |pod: &Pod, component: Component| {
+            pod.labels().get(COMPONENT).is_some_and(|found| found == component.as_str())
+        };
+        let found =
+            found.into_iter().filter(|pod| is(pod, Component::Worker) || is(pod, Component::Frontend));
+        Ok(found.partition(|pod| is(pod, Component::Worker)))
     }
 
     fn worker(&self, slot: Slot, pod: Option<&Pod>, refused: Option<&Failure>) -> Seen {
@@ -199,8 +206,7 @@ impl Fleet for KubernetesFleet {
         let size =
             set.and_then(|set| set.spec?.replicas).and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
         let placement = self.placement().await?;
-        let workers = self.pods(Component::Worker).await?;
-        let frontends = self.pods(Component::Frontend).await?;
+        let (workers, frontends) = self.pods().await?;
         let now = Timestamp::now();
         self.overdue = workers.iter().filter(|pod| pods::is_overdue(pod, now)).filter_map(overdue).collect();
         let refused = refusal.and_then(|refusal| refused::still_refused(refusal, &workers));

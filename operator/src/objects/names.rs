@@ -100,6 +100,13 @@ impl Owner {
         labels
     }
 
+    /// What selects the pods of one revision, of both components.
+    pub(crate) fn selector_of_revision(&self, revision: &str) -> Labels {
+        let mut labels = self.selector_of(Component::Worker, revision);
+        labels.remove(COMPONENT);
+        labels
+    }
+
     /// What every object of the deployment carries.
     pub(crate) fn labels(&self) -> Labels {
         let pairs = [

@@ -15,6 +15,11 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_s
 /// The pauses between looks while something is under way.
 const LOOK: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60));
 
+/// Looks in a row that found nothing new, after which what pods and objects of others tell may wait.
+const FRUITLESS: u32 = 8;
+/// How long, from one look to the next.
+const SELDOM: Duration = Duration::from_secs(30);
+
 pub(crate) type SharedFleet = Arc<AsyncMutex<KubernetesFleet>>;
 
 #[derive(Default)]
@@ -29,11 +34,39 @@ struct Remembered {
     retry: Backoff,
     /// Grows with the looks in a row that found something under way and nothing new.
     look: Backoff,
+    /// How many those are.
+    fruitless: u32,
+    last: Option<Look>,
+}
+
+/// A look at a deployment.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    at: Instant,
+    /// The object's.
+    generation: Option<i64>,
+    /// Whether a process reported something since.
+    is_asked: bool,
 }
 
 impl Remembered {
     fn new(uid: &str) -> Self {
-        Self { uid: uid.into(), fleets: HashMap::new(), promoted: None, retry: RETRY, look: LOOK }
+        Self {
+            uid: uid.into(),
+            fleets: HashMap::new(),
+            promoted: None,
+            retry: RETRY,
+            look: LOOK,
+            fruitless: 0,
+            last: None,
+        }
+    }
+}
+
+impl Remembered {
+    fn rests(&mut self) {
+        self.look.reset();
+        self.fruitless = 0;
     }
 }
 
@@ -84,18 +117,51 @@ impl Memory {
 
     /// How long to wait before the next attempt: twice as long after every failure.
     pub(crate) fn failed(&self, key: &Key) -> Duration {
-        self.lock().entry(key.clone()).or_default().retry.pause()
+        let mut all = self.lock();
+        let remembered = all.entry(key.clone()).or_default();
+        remembered.fruitless = 0;
+        remembered.retry.pause()
+    }
+
+    /// Begins a look at a deployment, unless it may wait, and how long: many in a row found nothing new, the object is the one of the last, and
+    /// no process has reported since. A pod that is started in vain again and again asks for a look with each of its steps.
+    pub(crate) fn begin(&self, key: &Key, generation: Option<i64>, now: Instant) -> Result<(), Duration> {
+        let mut all = self.lock();
+        let remembered = all.entry(key.clone()).or_default();
+        let same = remembered.last.filter(|last| last.generation == generation && !last.is_asked);
+        let waited =
+            same.filter(|_| remembered.fruitless >= FRUITLESS).map(|last| now.duration_since(last.at));
+        if let Some(rest) =
+            waited.and_then(|waited| SELDOM.checked_sub(waited)).filter(|rest| !rest.is_zero())
+        {
+            return Err(rest);
+        }
+        remembered.last = Some(Look { at: now, generation, is_asked: false });
+        Ok(())
+    }
+
+    /// A process of the deployment reported something that a decision could depend on.
+    pub(crate) fn asked(&self, key: &Key) {
+        if let Some(last) = self.lock().get_mut(key).and_then(|remembered| remembered.last.as_mut()) {
+            last.is_asked = true;
+        }
     }
 
     /// How long to wait before the next look while something is under way: twice as long after every one that found
     /// nothing new.
     pub(crate) fn pause(&self, key: &Key, changed: bool) -> Duration {
         let mut all = self.lock();
-        let look = &mut all.entry(key.clone()).or_default().look;
+        let remembered = all.entry(key.clone()).or_default();
         if changed {
-            look.reset();
+            remembered.rests();
         }
-        look.pause()
+        remembered.fruitless = remembered.fruitless.saturating_add(1);
+        remembered.look.pause()
+    }
+
+    /// Nothing is under way.
+    pub(crate) fn rests(&self, key: &Key) {
+        self.lock().entry(key.clone()).or_default().rests();
     }
 
     pub(crate) fn forget(&self, key: &Key) {
@@ -131,6 +197,26 @@ mod tests {
         let pauses = [true, false, false, false, false, false, false, true]
             .map(|changed| memory.pause(&key, changed).as_secs());
         assert_eq!(pauses, [2, 4, 8, 16, 32, 60, 60, 2]);
+    }
+
+    #[test]
+    fn after_many_looks_in_vain_only_the_spec_and_reports_are_looked_at_at_once() {
+        let (memory, key) = (Memory::default(), Key { namespace: "ns".into(), name: "m".into() });
+        let start = Instant::now();
+        let look =
+            |generation, seconds| memory.begin(&key, Some(generation), start + Duration::from_secs(seconds));
+        for _ in 0..FRUITLESS {
+            assert_eq!(look(1, 0), Ok(()));
+            memory.pause(&key, false);
+        }
+        assert_eq!(look(1, 10), Err(Duration::from_secs(20)));
+        assert_eq!(look(2, 10), Ok(()), "another spec");
+        assert_eq!(look(2, 12), Err(Duration::from_secs(28)));
+        memory.asked(&key);
+        assert_eq!(look(2, 12), Ok(()));
+        assert_eq!(look(2, 42), Ok(()));
+        memory.pause(&key, true);
+        assert_eq!(look(2, 43), Ok(()), "there was news");
     }
 
     #[test]

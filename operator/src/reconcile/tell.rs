@@ -7,7 +7,6 @@ use jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
-use tracing::warn;
 
 use super::act::{Acted, Decided};
 use super::context::Context;
@@ -18,7 +17,6 @@ use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
 use crate::events;
 use crate::objects::names::EXPERTMESH;
-use crate::status::condition::{Kind, true_condition};
 use crate::status::situation::{NextRevision, Scaling, Situation};
 use crate::status::{figures, status};
 use crate::validate::ValidatedDeployment;
@@ -71,11 +69,11 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     write(context, &found.object, &before, &after).await?;
     let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
     let is_idle = settled && plan.next.is_none() && plan.retired.is_empty() && found.running.len() <= 1;
-    if let (Some(conflict), None) = (&other_writer, true_condition(&before, Kind::WriterConflict)) {
-        warn!(namespace = key.namespace, name = key.name, "{conflict}");
+    if is_idle {
+        context.memory.rests(&key);
+        return Ok(if other_writer.is_some() { CONFLICTED } else { LATER });
     }
-    let later = if other_writer.is_some() { CONFLICTED } else { LATER };
-    Ok(if is_idle { later } else { context.memory.pause(&key, before != after) })
+    Ok(context.memory.pause(&key, before != after))
 }
 
 /// Writes a status where it changed, by server-side apply, so that a field that is left out goes away.
