@@ -2,9 +2,10 @@
 //! does not know is an error which names it.
 
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use expertmesh_model::files::{self, FileError};
-use kube::CustomResourceExt;
+use kube::{CustomResourceExt, Resource};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -69,28 +70,20 @@ fn parse(text: &str) -> Result<ModelDeployment, String> {
         (Some(_), others) => return Err(format!("{} documents; expected one ModelDeployment", others + 1)),
         (None, _) => return Err("no document; expected one ModelDeployment".into()),
     };
-    let api_version = format!("{}/{}", group(), version());
-    for (field, expected) in [("kind", "ModelDeployment"), ("apiVersion", api_version.as_str())] {
+    let api_version = ModelDeployment::api_version(&());
+    for (field, expected) in [("kind", "ModelDeployment"), ("apiVersion", &*api_version)] {
         match document.get(field).and_then(Value::as_str) {
             Some(found) if found == expected => {}
             Some(found) => return Err(format!("{field}: {found}; expected {expected}")),
             None => return Err(format!("{field}: missing; expected {expected}")),
         }
     }
-    check(&schema(), &document, "")?;
+    check(&SCHEMA, &document, "")?;
     serde_json::from_value(document).map_err(|error| error.to_string())
 }
 
-fn group() -> String {
-    ModelDeployment::crd().spec.group
-}
-
-fn version() -> String {
-    ModelDeployment::crd().spec.versions.into_iter().map(|version| version.name).next().unwrap_or_default()
-}
-
 /// The schema of the CustomResourceDefinition, with what the API server adds to every object.
-fn schema() -> Value {
+static SCHEMA: LazyLock<Value> = LazyLock::new(|| {
     let version = ModelDeployment::crd().spec.versions.into_iter().next();
     let schema = version.and_then(|version| version.schema?.open_api_v3_schema);
     let mut schema = serde_json::to_value(schema).unwrap_or_default();
@@ -101,7 +94,7 @@ fn schema() -> Value {
     schema["properties"]["metadata"] = json!({"type": "object", "properties": metadata});
     schema["properties"]["metadata"]["properties"]["name"] = json!({"type": "string"});
     schema
-}
+});
 
 /// Whether the value is of the schema's type and one of its choices, has what it requires, and nothing that it does not know.
 fn check(schema: &Value, value: &Value, path: &str) -> Result<(), String> {
