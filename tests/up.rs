@@ -19,6 +19,13 @@ fn a_newcomer_pastes_the_printed_line_and_gets_the_answer() {
         up.process.log().lines().find(|line| line.contains("curl -N")).expect("a line to paste").to_string();
     let word =
         |start: &str, end: &str| line.split_once(start).and_then(|(_, rest)| rest.split_once(end)).unwrap().0;
+    let log = up.process.log();
+    let metrics = log.lines().find_map(|line| line.strip_prefix("metrics: ")).expect("a line of metrics");
+    for (process, family) in [("frontend-0", "expertmesh_frontend_"), ("worker-3", "expertmesh_worker_")] {
+        let address = metrics.split(", ").find_map(|told| told.strip_prefix(process)).expect(metrics);
+        let (status, text) = http::get(address.trim()).unwrap();
+        assert!(status == 200 && text.contains(family), "{metrics}");
+    }
     let url = format!("http://{}", word("http://", " "));
     let body = serde_json::from_str(word("-d '", "'")).unwrap();
     let mut text = String::new();

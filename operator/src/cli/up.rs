@@ -77,6 +77,7 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
         at_least: 1,
         was_ready: false,
         is_settled: false,
+        metrics: Vec::new(),
     };
     let failed = tokio::select! {
         Err(error) = serving.run() => Some(error),
@@ -113,6 +114,8 @@ struct Serving {
     at_least: u32,
     was_ready: bool,
     is_settled: bool,
+    /// Where metrics are, as far as it was told.
+    metrics: Vec<(String, String)>,
 }
 
 impl Serving {
@@ -208,16 +211,30 @@ impl Serving {
         let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
         if settled && !self.was_ready {
             self.was_ready = true;
-            self.bars.lines.answer(&self.invitation(&state_of(seen)));
+            let metrics = self.new_metrics();
+            self.bars.lines.answer(&self.invitation(&state_of(seen), &metrics));
         } else if settled && !self.is_settled {
             self.bars.lines.say(&format!("{} is ready: {}", self.deployment.name, state_of(seen)));
+            let metrics = self.new_metrics();
+            if !metrics.is_empty() {
+                self.bars.lines.say(metrics.trim_end());
+            }
         } else if self.was_ready && !settled && self.is_settled && !decision.waiting_for.is_empty() {
             self.bars.lines.say(&format!("waiting for {}", decision.waiting_for));
         }
         self.is_settled = settled;
     }
 
-    fn invitation(&self, state: &str) -> String {
+    /// A line that says where the metrics are of processes that it was not told of yet; empty where there are none.
+    fn new_metrics(&mut self) -> String {
+        let all = self.fleet.metrics();
+        let new = all.iter().filter(|process| !self.metrics.contains(process));
+        let new: Vec<_> = new.map(|(name, address)| format!("{name} http://{address}/metrics")).collect();
+        self.metrics = all;
+        if new.is_empty() { String::new() } else { format!("metrics: {}\n", new.join(", ")) }
+    }
+
+    fn invitation(&self, state: &str, metrics: &str) -> String {
         let name = &self.deployment.name;
         let urls: Vec<String> = (0..self.deployment.frontends)
             .map(|index| format!("http://127.0.0.1:{}", u32::from(self.up.port) + index))
@@ -227,7 +244,7 @@ impl Serving {
             r#"{{"model":"{name}","stream":true,"messages":[{{"role":"user","content":"What is 46 + 37?"}}]}}"#
         );
         format!(
-            "\n{name} is ready: {state}, at {}\n\n  curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\nCtrl-C drains and ends it.\n",
+            "\n{name} is ready: {state}, at {}\n\n  curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n{metrics}Ctrl-C drains and ends it.\n",
             urls.join(" "),
         )
     }

@@ -97,6 +97,12 @@ impl ProcessFleet {
         Ok(fleet)
     }
 
+    /// Where the metrics are of each process that listens, by its name.
+    pub(crate) fn metrics(&self) -> Vec<(String, String)> {
+        let children = self.frontends.iter().chain(self.workers.values());
+        children.filter_map(|child| Some((child.name().to_string(), child.metrics()?))).collect()
+    }
+
     /// What ended without ever having been ready, if something did: it would end again.
     pub(crate) fn first_failure(&self) -> Option<(String, Failure)> {
         let children = self.workers.values().chain(&self.frontends);

@@ -64,6 +64,7 @@ enum Order {
 #[derive(Default)]
 struct State {
     address: Option<String>,
+    metrics: Option<String>,
     failure: Option<Failure>,
     restarts: u32,
 }
@@ -72,6 +73,7 @@ struct State {
 #[derive(Deserialize)]
 struct Announcement {
     grpc: Option<String>,
+    metrics: Option<String>,
 }
 
 impl Child {
@@ -94,6 +96,11 @@ impl Child {
     /// The address of its gRPC services, once it listens.
     pub(super) fn address(&self) -> Option<String> {
         lock(&self.state).address.clone()
+    }
+
+    /// The address of its metrics, once it listens.
+    pub(super) fn metrics(&self) -> Option<String> {
+        lock(&self.state).metrics.clone()
     }
 
     /// Why it ended last, if it did.
@@ -129,7 +136,7 @@ async fn keep_running(launch: Launch, state: Arc<Mutex<State>>, mut orders: watc
     loop {
         let began = Instant::now();
         let ended = run(&launch, &state, &mut orders).await;
-        lock(&state).address = None;
+        (lock(&state).address, lock(&state).metrics) = (None, None);
         if *orders.borrow() != Order::Run {
             return;
         }
@@ -174,12 +181,13 @@ async fn run(
         process.start_kill()?;
     }
     let status = loop {
-        let announced = lock(state).address.is_some();
+        let has_announced = lock(state).address.is_some();
         tokio::select! {
             status = process.wait() => break status?,
-            _ = poll.tick(), if !announced => {
-                if let Some(address) = announced_address(launch) {
-                    lock(state).address = Some(address);
+            _ = poll.tick(), if !has_announced => {
+                if let Some((address, metrics)) = announced(launch) {
+                    let mut state = lock(state);
+                    (state.address, state.metrics) = (Some(address), metrics);
                     launch.changed.notify_one();
                 }
             }
@@ -226,9 +234,10 @@ async fn forward(stream: impl AsyncRead + Unpin, lines: Lines, name: String) {
     }
 }
 
-fn announced_address(launch: &Launch) -> Option<String> {
+/// The addresses of its gRPC services and of its metrics.
+fn announced(launch: &Launch) -> Option<(String, Option<String>)> {
     let announcement: Announcement = serde_json::from_slice(&fs::read(&launch.announce).ok()?).ok()?;
-    announcement.grpc
+    Some((announcement.grpc?, announcement.metrics))
 }
 
 /// The last words, `Reason: message`, or else how the process ended.
