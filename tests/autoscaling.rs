@@ -3,13 +3,15 @@
 use std::time::Instant;
 
 use expertmesh_tests::kubernetes::{
-    Deployment, Namespace, OPERATOR, Pod, SYSTEM, condition, kubectl, lives, operator_pods, run,
+    Deployment, Namespace, OPERATOR, Pod, SYSTEM, condition, kubectl, lives, operator_pods, run, sample,
     scale_operator,
 };
 use expertmesh_tests::openai::{Api, Load};
 use expertmesh_tests::reference::Question;
 use expertmesh_tests::{http, prometheus, skipped, wait_for};
 use serde_json::{Value, json};
+
+use crate::kubernetes::told::{patch, told};
 
 const BURST: usize = 16;
 
@@ -338,4 +340,86 @@ impl Drop for Cordoned {
             let _ = kubectl(&["uncordon", node]);
         }
     }
+}
+
+#[test]
+fn an_autoscaler_that_is_added_begins_at_what_runs_and_no_manifest_without_a_size_changes_it() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("migrated");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(3));
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 2);
+    let before = namespace.pods("worker");
+
+    // As the page on autoscaling asks: the size left out, goals instead.
+    let mut object = sample("tiny");
+    object["spec"]["workers"].as_object_mut().unwrap().remove("replicas");
+    object["spec"]["autoscaling"] = json!({"minWorkers": 1, "maxWorkers": 6});
+    let goes_on = |what: &str| {
+        wait_for(what, || {
+            let object = namespace.get(&[&deployment.reference()]);
+            let (spec, status) = (&object["spec"], &object["status"]);
+            let told =
+                condition(status, "Progressing")["observedGeneration"] == object["metadata"]["generation"];
+            let sizes = [&spec["workers"]["replicas"], &status["autoscaling"]["workers"]];
+            let is_alone = condition(status, "ScalerConflict")["status"] == "False";
+            if told && is_alone && sizes.iter().all(|size| **size == 3) {
+                Ok(())
+            } else {
+                Err(format!("{object:#}"))
+            }
+        });
+    };
+    namespace.apply(&object).unwrap();
+    goes_on("the autoscaler to begin at three");
+    let arguments = ["replace", "--namespace", &namespace.name, "--filename=-"];
+    run("kubectl", &arguments, Some(&object.to_string())).unwrap();
+    goes_on("the autoscaler to go on from three");
+    object["spec"]["autoscaling"]["ttft"] = json!("400ms");
+    run("kubectl", &arguments, Some(&object.to_string())).unwrap();
+    goes_on("the autoscaler to go on with other goals");
+    load.go_on_for(4);
+    load.end();
+    assert_eq!(lives(&before), lives(&namespace.pods("worker")), "nobody left or restarted");
+}
+
+#[test]
+fn a_revision_that_comes_at_zero_is_tried_with_the_first_request_and_what_worked_is_kept_until_then() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("untried");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    let first = deployment.status()["revision"].as_str().unwrap_or_default().to_string();
+    namespace.kubectl(&["scale", "mdep/tiny", "--replicas=0"]).unwrap();
+    for context in 101..=106 {
+        patch(&deployment, &json!({"serving": {"maxContextTokens": context}}));
+        let words = ["takes requests, and is tried with the first one"];
+        wait_for("another revision at zero", || {
+            let object = namespace.get(&[&deployment.reference()]);
+            let of_now = object["metadata"]["generation"].clone();
+            let told = condition(&object["status"], "RolledOut");
+            let is_new = told["observedGeneration"] == of_now && told["reason"] == "ScaledToZero";
+            let says = told["message"].as_str().is_some_and(|message| message.contains(words[0]));
+            if is_new && says { Ok(()) } else { Err(format!("{told:#}")) }
+        });
+    }
+    let records = || {
+        let list =
+            namespace.get(&["controllerrevisions", "--selector=app.kubernetes.io/managed-by=expertmesh"]);
+        list["items"].as_array().cloned().unwrap_or_default()
+    };
+    let is_kept = |hash: &str| {
+        let is = |record: &Value| record["metadata"]["labels"]["expertmesh.dev/revision"] == hash;
+        records().iter().any(is)
+    };
+    assert!(is_kept(&first), "{first} worked, and nothing since");
+    namespace.kubectl(&["scale", "mdep/tiny", "--replicas=1"]).unwrap();
+    deployment.wait_until_sized(1);
+    told(&deployment, "RolledOut", "True", "Serving", &[]);
+    wait_for("the first record to go", || {
+        if is_kept(&first) { Err(format!("{:#?}", records())) } else { Ok(()) }
+    });
 }

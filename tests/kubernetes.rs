@@ -1,7 +1,8 @@
 //! On a real Kubernetes: a model is applied, serves, survives, changes its size, and leaves nothing behind.
 
+mod killed;
 mod owned;
-mod told;
+pub(crate) mod told;
 
 use std::collections::BTreeSet;
 

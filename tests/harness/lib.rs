@@ -3,6 +3,7 @@
 pub mod cage;
 pub mod dashboards;
 pub mod frontend;
+pub mod gate;
 pub mod http;
 pub mod kubernetes;
 pub mod mesh;

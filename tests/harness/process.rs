@@ -68,10 +68,21 @@ impl Process {
 
     /// Starts a binary, at the root of the checkout. Its name names its files.
     pub fn spawn(scratch: &Scratch, name: &str, program: &str, args: &[&str]) -> Self {
+        Self::spawn_with(scratch, name, program, args, &[])
+    }
+
+    /// The same, with variables of its environment.
+    pub fn spawn_with(
+        scratch: &Scratch,
+        name: &str,
+        program: &str,
+        args: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let log = scratch.path().join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log).expect("a log file");
         let mut command = Command::new(binary(program));
-        command.args(args).current_dir(root()).stdin(Stdio::null());
+        command.args(args).envs(variables.iter().copied()).current_dir(root()).stdin(Stdio::null());
         let errors = file.try_clone().expect("a second handle");
         let child = command.stdout(file).stderr(errors).spawn().expect("the binary starts");
         Self { child, log, announce: PathBuf::new() }

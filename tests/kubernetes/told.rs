@@ -8,7 +8,7 @@ use expertmesh_tests::{skipped, wait_for};
 use serde_json::{Value, json};
 
 /// Waits for a condition to say this.
-pub(super) fn told(deployment: &Deployment, kind: &str, truth: &str, reason: &str, words: &[&str]) -> Value {
+pub(crate) fn told(deployment: &Deployment, kind: &str, truth: &str, reason: &str, words: &[&str]) -> Value {
     wait_for(&format!("{kind} to be {truth}: {reason}"), || {
         let status = deployment.status();
         let found = condition(&status, kind);
@@ -43,7 +43,7 @@ fn is_met(deployment: &Deployment, condition: &str) -> bool {
     deployment.namespace.kubectl(&["wait", &condition, &deployment.reference(), "--timeout=1s"]).is_ok()
 }
 
-fn patch(deployment: &Deployment, spec: &Value) {
+pub(crate) fn patch(deployment: &Deployment, spec: &Value) {
     let patch = json!({"spec": spec}).to_string();
     deployment
         .namespace
