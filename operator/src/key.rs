@@ -21,6 +21,10 @@ impl Key {
         Self { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
     }
 
+    pub(crate) fn of_object(object: &ModelDeployment) -> Self {
+        Self { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
+    }
+
     /// What a reference names.
     pub(crate) fn named(reference: &ObjectRef<Watched>) -> Self {
         Self { namespace: reference.namespace.clone().unwrap_or_default(), name: reference.name.clone() }

@@ -303,3 +303,49 @@ fn a_lost_node_is_named_with_its_pods_and_what_to_do_which_brings_others_in_thei
     let homes: Vec<String> = namespace.pods("worker").into_iter().map(|pod| pod.node).collect();
     assert!(!homes.contains(&lost.node), "{homes:?}");
 }
+
+/// A webhook that nobody answers, asked about each StatefulSet of a namespace that is made; gone with this.
+struct Webhook(String);
+
+impl Webhook {
+    fn of(namespace: &Namespace) -> Self {
+        let webhook = json!({
+            "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+            "metadata": {"name": namespace.name},
+            "webhooks": [{
+                "name": "nobody.example.com",
+                "clientConfig": {"url": "https://127.0.0.1:1/validate"},
+                "rules": [{"apiGroups": ["apps"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["statefulsets"]}],
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": namespace.name}},
+                "sideEffects": "None", "admissionReviewVersions": ["v1"], "timeoutSeconds": 1,
+            }],
+        });
+        run("kubectl", &["apply", "--filename=-"], Some(&webhook.to_string())).unwrap();
+        Self(namespace.name.clone())
+    }
+}
+
+impl Drop for Webhook {
+    fn drop(&mut self) {
+        let _ = kubectl(&["delete", "validatingwebhookconfiguration", &self.0]);
+    }
+}
+
+#[test]
+fn a_webhook_that_does_not_answer_is_told_of_a_later_revision_and_the_one_before_serves() {
+    if skipped("kubernetes") {
+        return;
+    }
+    let namespace = Namespace::new("webhook");
+    let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    let reached = deployment.reach();
+    let load = Load::start(&reached.api, 1);
+    let webhook = Webhook::of(&namespace);
+    patch(&deployment, &json!({"serving": {"maxContextTokens": 900}}));
+    let words = ["failed calling webhook", "nobody.example.com", "it is tried again and again"];
+    let status = told(&deployment, "RolledOut", "False", "ApiFailed", &words);
+    assert_eq!(condition(&status, "Ready")["status"], "True", "{status:#}");
+    drop(webhook);
+    told(&deployment, "RolledOut", "True", "Serving", &[]);
+    load.end();
+}

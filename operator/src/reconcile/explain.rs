@@ -8,8 +8,8 @@ use crate::apply::ApiReason;
 use crate::status::condition::{Kind, Reason, Stamp, Truth, Verdict, condition, true_condition};
 use crate::status::situation::Obstacle;
 
-/// What a failure says that lasts: nothing, where the next attempt may succeed.
-pub(super) fn obstacle(error: &ReconcileError) -> Option<Obstacle> {
+/// What a failure says that lasts: nothing, where the next attempt may succeed, unless `again` and again none did.
+pub(super) fn obstacle(error: &ReconcileError, again: bool) -> Option<Obstacle> {
     let says = |advice: &str| verdict(error, advice);
     match error.reason() {
         ErrorReason::InvalidSpec => {
@@ -24,7 +24,7 @@ pub(super) fn obstacle(error: &ReconcileError) -> Option<Obstacle> {
             | ApiReason::NotFound
             | ApiReason::Throttled
             | ApiReason::Unreachable,
-        ) => None,
+        ) => again.then(|| Obstacle::Writing(says("; it is tried again and again"))),
     }
 }
 
@@ -33,9 +33,9 @@ pub(super) fn obstacle(error: &ReconcileError) -> Option<Obstacle> {
 pub(super) fn explained(
     before: &ModelDeploymentStatus,
     generation: Option<i64>,
-    error: &ReconcileError,
+    (error, again): (&ReconcileError, bool),
 ) -> ModelDeploymentStatus {
-    let obstacle = obstacle(error);
+    let obstacle = obstacle(error, again);
     if obstacle.is_none() && condition(before, Kind::Ready).is_some() {
         return before.clone();
     }
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn a_failure_that_lasts_is_told_once() {
-        let mut first = explained(&ModelDeploymentStatus::default(), Some(2), &failed(422));
+        let mut first = explained(&ModelDeploymentStatus::default(), Some(2), (&failed(422), false));
         assert_eq!(
             told(&first),
             [
@@ -90,24 +90,30 @@ mod tests {
         );
         let earlier = Time("2026-01-02T00:00:00Z".parse().unwrap());
         first.conditions.iter_mut().for_each(|told| told.last_transition_time = earlier.clone());
-        assert_eq!(explained(&first, Some(2), &failed(422)), first, "nothing new to write");
+        assert_eq!(explained(&first, Some(2), (&failed(422), false)), first, "nothing new to write");
     }
 
     #[test]
     fn a_failure_that_passes_is_told_where_nothing_was_told_before_and_nowhere_else() {
-        let first = explained(&ModelDeploymentStatus::default(), Some(1), &failed(500));
+        let first = explained(&ModelDeploymentStatus::default(), Some(1), (&failed(500), false));
         assert_eq!(
             told(&first),
             ["Ready", "RolledOut", "Progressing"].map(|kind| (kind, "False", "ApiFailed"))
         );
-        assert_eq!(explained(&first, Some(2), &failed(503)), first);
+        assert_eq!(explained(&first, Some(2), (&failed(503), false)), first);
+        let mut serving = first;
+        serving.conditions[0].status = "True".into();
+        let told_of = explained(&serving, Some(2), (&failed(500), true));
+        assert_eq!(told_of.conditions[0], serving.conditions[0], "requests are answered all the same");
+        let rolled_out = told_of.conditions.iter().find(|told| told.type_ == "RolledOut").unwrap();
+        assert!(rolled_out.message.ends_with("; it is tried again and again"), "{}", rolled_out.message);
     }
 
     #[test]
     fn ready_speaks_of_requests_also_while_a_new_spec_is_refused() {
-        let mut serving = explained(&ModelDeploymentStatus::default(), Some(1), &failed(500));
+        let mut serving = explained(&ModelDeploymentStatus::default(), Some(1), (&failed(500), false));
         serving.conditions[0].status = "True".into();
-        let refused = explained(&serving, Some(2), &failed(403));
+        let refused = explained(&serving, Some(2), (&failed(403), false));
         assert_eq!(refused.conditions[0], serving.conditions[0]);
         assert_eq!(
             told(&refused)[1..3],

@@ -15,6 +15,8 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_s
 /// The pauses between looks while something is under way.
 const LOOK: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60));
 
+/// Attempts in a row that failed, after which it is told, however soon it may pass.
+const FAILURES: u32 = 4;
 /// Looks in a row that found nothing new, after which what pods and objects of others tell may wait.
 const FRUITLESS: u32 = 8;
 /// How long, from one look to the next.
@@ -32,6 +34,8 @@ struct Remembered {
     fleets: HashMap<String, SharedFleet>,
     promoted: Option<Instant>,
     retry: Backoff,
+    /// Attempts in a row that failed.
+    failures: u32,
     /// Grows with the looks in a row that found something under way and nothing new.
     look: Backoff,
     /// How many those are.
@@ -56,6 +60,7 @@ impl Remembered {
             fleets: HashMap::new(),
             promoted: None,
             retry: RETRY,
+            failures: 0,
             look: LOOK,
             fruitless: 0,
             last: None,
@@ -112,7 +117,10 @@ impl Memory {
 
     /// Remembers the deployment, whatever was forgotten meanwhile: what is shown of it is then forgotten with it.
     pub(crate) fn succeeded(&self, key: &Key) {
-        self.lock().entry(key.clone()).or_default().retry.reset();
+        let mut all = self.lock();
+        let remembered = all.entry(key.clone()).or_default();
+        remembered.retry.reset();
+        remembered.failures = 0;
     }
 
     /// How long to wait before the next attempt: twice as long after every failure.
@@ -120,7 +128,13 @@ impl Memory {
         let mut all = self.lock();
         let remembered = all.entry(key.clone()).or_default();
         remembered.fruitless = 0;
+        remembered.failures = remembered.failures.saturating_add(1);
         remembered.retry.pause()
+    }
+
+    /// Whether attempts fail again and again, so that this one is told of.
+    pub(crate) fn fails(&self, key: &Key) -> bool {
+        self.lock().get(key).is_some_and(|remembered| remembered.failures >= FAILURES)
     }
 
     /// Begins a look at a deployment, unless it may wait, and how long: many in a row found nothing new, the object is the one of the last, and
@@ -187,7 +201,9 @@ mod tests {
         let waits: Vec<_> = (0..12).map(|_| memory.failed(&key).as_millis()).collect();
         assert_eq!(&waits[..4], [500, 1000, 2000, 4000]);
         assert!(waits.iter().all(|&wait| wait <= 60_000) && waits[11] == 60_000);
+        assert!(memory.fails(&key), "it is told by now");
         memory.succeeded(&key);
+        assert!(!memory.fails(&key));
         assert_eq!(memory.failed(&key).as_millis(), 500);
     }
 

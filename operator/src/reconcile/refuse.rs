@@ -29,7 +29,8 @@ pub(super) async fn explain(
     error: &ReconcileError,
 ) -> Result<(), ApiError> {
     let before = object.status.clone().unwrap_or_default();
-    let after = explained(&before, object.metadata.generation, error);
+    let again = context.memory.fails(&Key::of_object(object));
+    let after = explained(&before, object.metadata.generation, (error, again));
     write(context, object, &before, &after).await
 }
 

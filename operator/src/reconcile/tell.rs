@@ -44,7 +44,8 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     let wanted = &acted.sides.wanted.observed;
     let next = NextRevision { hash: &wanted.revision.hash, seen: &wanted.seen };
     let before = found.status();
-    let obstacle = mistake.or(acted.result.as_ref().err()).and_then(obstacle);
+    let failure = mistake.or(acted.result.as_ref().err());
+    let obstacle = failure.and_then(|failure| obstacle(failure, context.memory.fails(&key)));
     let other_writer = context.writer.conflict(&key);
     let after = status(&Situation {
         owner: &found.owner,
