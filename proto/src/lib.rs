@@ -13,4 +13,5 @@ pub mod invalid;
 pub mod latency;
 pub mod placement;
 pub mod slot;
+pub mod trust;
 pub mod v1;

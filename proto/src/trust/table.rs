@@ -1,0 +1,58 @@
+//! Who may call what.
+
+use super::identity::{Component, Identity, Who};
+
+/// Whether `caller` may call the RPC at `path` (`/package.Service/Method`) of `callee`. What is not named here nobody may.
+pub(crate) fn may(caller: &Identity, callee: &Identity, path: &str) -> bool {
+    if caller.installation != callee.installation {
+        return false;
+    }
+    let operator = caller.who == Who::Operator;
+    let sibling = |component| callee.sibling(component).is_some_and(|sibling| sibling == *caller);
+    let (worker, frontend) = (sibling(Component::Worker), sibling(Component::Frontend));
+    match path {
+        "/expertmesh.v1.Control/Report" => operator || worker || frontend,
+        "/expertmesh.v1.Control/ApplyPlacement" | "/expertmesh.v1.Control/Drain" => operator,
+        "/expertmesh.v1.ExpertExchange/Exchange" => worker,
+        "/expertmesh.v1.Inference/Generate" => frontend,
+        _ => false,
+    }
+}
+
+/// Whether an RPC says nothing that is not everybody's: gRPC health, for tools that have no certificate.
+pub(crate) fn is_open(path: &str) -> bool {
+    path.starts_with("/grpc.health.v1.Health/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const REPORT: &str = "/expertmesh.v1.Control/Report";
+    const PLACE: &str = "/expertmesh.v1.Control/ApplyPlacement";
+    const DRAIN: &str = "/expertmesh.v1.Control/Drain";
+    const EXCHANGE: &str = "/expertmesh.v1.ExpertExchange/Exchange";
+    const GENERATE: &str = "/expertmesh.v1.Inference/Generate";
+
+    #[test]
+    fn each_caller_may_what_it_needs_and_nothing_else() {
+        let identity = |text: &str| text.parse::<Identity>().unwrap();
+        let callee = identity("spiffe://one/ns/a/mdep/m/worker");
+        let allowed = |caller: &str| -> Vec<&str> {
+            let caller = identity(caller);
+            let all = [REPORT, PLACE, DRAIN, EXCHANGE, GENERATE, "/expertmesh.v1.Control/Other", "/x.Y/Z"];
+            all.into_iter().filter(|path| may(&caller, &callee, path)).collect()
+        };
+        assert_eq!(allowed("spiffe://one/operator"), [REPORT, PLACE, DRAIN]);
+        assert_eq!(allowed("spiffe://one/ns/a/mdep/m/worker"), [REPORT, EXCHANGE]);
+        assert_eq!(allowed("spiffe://one/ns/a/mdep/m/frontend"), [REPORT, GENERATE]);
+        for stranger in [
+            "spiffe://two/operator",
+            "spiffe://two/ns/a/mdep/m/worker",
+            "spiffe://one/ns/b/mdep/m/worker",
+            "spiffe://one/ns/a/mdep/n/frontend",
+        ] {
+            assert!(allowed(stranger).is_empty(), "{stranger}");
+        }
+    }
+}
