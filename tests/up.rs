@@ -2,15 +2,21 @@
 
 use std::net::TcpListener;
 use std::ops::ControlFlow;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
+use expertmesh_proto::v1;
+use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_tests::http;
+use expertmesh_tests::mesh::test_caller;
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::process::{Process, Scratch, binary};
 use expertmesh_tests::reference::Question;
 use expertmesh_tests::up::Up;
 use expertmesh_tests::{root, wait_for};
 use serde_json::json;
+use tonic::Code;
+use tonic::transport::Channel;
 
 #[test]
 fn a_newcomer_pastes_the_printed_line_and_gets_the_answer() {
@@ -172,4 +178,39 @@ fn what_cannot_start_is_told_in_one_line() {
         assert_eq!(output.status.code(), Some(1), "{name}: {said}");
         assert!(said.lines().count() == 1 && said.contains(told), "{name}: {said}");
     }
+}
+
+/// What a stranger is told who asks a process for its reports, gives it a placement, and tells it to drain.
+async fn answers_to_a_stranger(address: &str) -> [Code; 3] {
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+    let mut control = ControlClient::new(channel);
+    let (caller, placement) =
+        (Some(test_caller()), Some(v1::Placement { epoch: u64::MAX, ..v1::Placement::default() }));
+    let report =
+        control.report(v1::ReportRequest { caller: caller.clone(), heartbeats: false }).await.map(drop);
+    let request = v1::ApplyPlacementRequest { caller: caller.clone(), placement };
+    let place = control.apply_placement(request).await.map(drop);
+    let drain = control.drain(v1::DrainRequest { caller }).await.map(drop);
+    [report, place, drain].map(|answer| answer.map_or_else(|status| status.code(), |()| Code::Ok))
+}
+
+#[test]
+fn a_stranger_on_this_machine_is_refused_by_every_process_counted_and_changes_nothing() {
+    let mut up = Up::start("strangers");
+    let load = Load::start(&up.api, 2);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let processes = (0..4).map(|slot| format!("worker-{slot}")).chain(["frontend-0".to_string()]);
+    for process in processes {
+        let addresses = up.announced(&process);
+        let answers = runtime.block_on(answers_to_a_stranger(&addresses.grpc));
+        assert_eq!(answers, [Code::Unauthenticated; 3], "{process}");
+        let (_, metrics) = http::get(&format!("http://{}/metrics", addresses.metrics)).unwrap();
+        let refused = metrics.lines().find(|line| line.contains("calls_refused_total{reason=\"plaintext\"}"));
+        assert!(refused.is_some_and(|line| line.ends_with(" 3")), "{process}: {refused:?}");
+    }
+    load.go_on_for(4);
+    load.end();
+    let mode = std::fs::metadata(up.state()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700, "keys are in it");
+    up.end("TERM");
 }

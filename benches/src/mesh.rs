@@ -180,7 +180,7 @@ impl Mesh {
         };
         let placement = Placement::new(Epoch::FIRST, (0..).zip(&workers).map(placed).collect())?.to_proto();
         for worker in &workers {
-            let mut control = ControlClient::new(connect(&worker.addresses.grpc, &CONNECT).await?);
+            let mut control = ControlClient::new(connect(&worker.addresses.grpc, &CONNECT, None).await?);
             let placement = Some(placement.clone());
             let request = v1::ApplyPlacementRequest { caller: Some(caller()), placement };
             control.apply_placement(request).await?;
@@ -207,7 +207,7 @@ impl Mesh {
         for (stream, worker) in (0..streams).zip(self.workers.iter().cycle()) {
             let (address, vocabulary) = (worker.addresses.grpc.clone(), self.vocabulary);
             sequences.spawn(async move {
-                let mut client = InferenceClient::new(connect(&address, &CONNECT).await?);
+                let mut client = InferenceClient::new(connect(&address, &CONNECT, None).await?);
                 let request = request(stream, tokens, vocabulary);
                 let mut events = client.generate(request).await?.into_inner();
                 let mut count = 0;

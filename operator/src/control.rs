@@ -16,6 +16,8 @@ use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::trust::identity::{Component, Deployment};
+use expertmesh_proto::trust::{Callee, Trust};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::report_response::State as WireState;
@@ -39,8 +41,26 @@ const MAX_LAYERS: u32 = 1024;
 /// Connections to the members of one deployment.
 pub(crate) struct Control {
     caller: v1::Caller,
+    trust: Option<Trusted>,
     changed: Arc<Notify>,
     peers: BTreeMap<Member, Peer>,
+}
+
+/// Who this process is to the members of a deployment, where there are identities.
+#[derive(Debug, Clone)]
+pub(crate) struct Trusted {
+    pub(crate) trust: Trust,
+    pub(crate) deployment: Deployment,
+}
+
+impl Trusted {
+    fn member(&self, member: &Member) -> Callee {
+        let component = match member {
+            Member::Worker(_) => Component::Worker,
+            Member::Frontend(_) => Component::Frontend,
+        };
+        self.trust.member(self.deployment.clone(), component)
+    }
 }
 
 struct Peer {
@@ -77,9 +97,14 @@ enum ControlError {
 
 impl Control {
     /// `name` and `incarnation` identify this process to the members; `changed` is notified at every report and loss.
-    pub(crate) fn new(name: String, incarnation: Incarnation, changed: Arc<Notify>) -> Self {
+    pub(crate) fn new(
+        name: String,
+        incarnation: Incarnation,
+        trust: Option<Trusted>,
+        changed: Arc<Notify>,
+    ) -> Self {
         let caller = v1::Caller { name, incarnation: incarnation.0, attempt: 0, fingerprint: None };
-        Self { caller, changed, peers: BTreeMap::new() }
+        Self { caller, trust, changed, peers: BTreeMap::new() }
     }
 
     /// Listens to exactly these members at these addresses (in the order to try). One whose addresses changed is a new
@@ -87,7 +112,8 @@ impl Control {
     pub(crate) fn listen(&mut self, members: BTreeMap<Member, Vec<String>>) {
         self.peers.retain(|member, peer| members.get(member) == Some(&peer.addresses));
         for (member, addresses) in members {
-            let start = || Peer::start(addresses.clone(), self.caller.clone(), self.changed.clone());
+            let callee = self.trust.as_ref().map(|trust| trust.member(&member));
+            let start = || Peer::start(addresses.clone(), self.caller.clone(), callee, self.changed.clone());
             self.peers.entry(member).or_insert_with(start);
         }
     }
@@ -124,7 +150,12 @@ impl Control {
 }
 
 impl Peer {
-    fn start(addresses: Vec<String>, caller: v1::Caller, changed: Arc<Notify>) -> Self {
+    fn start(
+        addresses: Vec<String>,
+        caller: v1::Caller,
+        callee: Option<Callee>,
+        changed: Arc<Notify>,
+    ) -> Self {
         let heard = Arc::new(Mutex::new(Heard {
             channel: None,
             incarnation: Incarnation::default(),
@@ -133,7 +164,7 @@ impl Peer {
             draining_since: None,
             told: None,
         }));
-        let listening = tokio::spawn(listen(addresses.clone(), caller, heard.clone(), changed));
+        let listening = tokio::spawn(listen(addresses.clone(), caller, callee, heard.clone(), changed));
         Self { addresses, heard, listening }
     }
 
@@ -184,11 +215,17 @@ impl Drop for Peer {
 }
 
 /// Opens one member's stream of reports again whenever it breaks, for ever.
-async fn listen(addresses: Vec<String>, caller: v1::Caller, heard: Arc<Mutex<Heard>>, changed: Arc<Notify>) {
+async fn listen(
+    addresses: Vec<String>,
+    caller: v1::Caller,
+    callee: Option<Callee>,
+    heard: Arc<Mutex<Heard>>,
+    changed: Arc<Notify>,
+) {
     let mut retry = RETRY;
     loop {
         for address in &addresses {
-            let Err(error) = reports(address, &caller, &heard, &changed).await;
+            let Err(error) = reports(address, &caller, callee.as_ref(), &heard, &changed).await;
             tracing::debug!(%address, %error, "no reports");
             let mut heard = lock(&heard);
             if heard.report.take().is_some() {
@@ -204,10 +241,11 @@ async fn listen(addresses: Vec<String>, caller: v1::Caller, heard: Arc<Mutex<Hea
 async fn reports(
     address: &str,
     caller: &v1::Caller,
+    callee: Option<&Callee>,
     heard: &Mutex<Heard>,
     changed: &Notify,
 ) -> Result<std::convert::Infallible, ControlError> {
-    let channel = connect(address, &CONNECT).await?;
+    let channel = connect(address, &CONNECT, callee).await?;
     let request = v1::ReportRequest { caller: Some(caller.clone()), heartbeats: true };
     let mut client = ControlClient::new(channel.clone());
     let opened = tokio::time::timeout(CALL_TIMEOUT, client.report(request));

@@ -4,13 +4,17 @@ use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
+use expertmesh_proto::channel::{Connect, connect};
+use expertmesh_proto::trust::Trust;
+use expertmesh_proto::trust::identity::Component;
+use expertmesh_proto::trust::material::Material;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 
 use crate::mesh::test_caller;
 use crate::openai::Api;
 use crate::process::{Addresses, Process, Scratch};
-use crate::{root, wait_for};
+use crate::{PATIENCE, root, wait_for};
 
 pub struct Up {
     pub process: Process,
@@ -70,18 +74,30 @@ impl Up {
 
     /// What a worker says that it computes.
     pub async fn fingerprint(&self, worker: u32) -> v1::ModelFingerprint {
-        let name = format!("-worker-{worker}.json");
-        let state = std::env::temp_dir().join(format!("expertmesh-up-{}", self.process.id()));
-        let mut files =
-            std::fs::read_dir(state).expect("its folder").filter_map(|entry| Some(entry.ok()?.path()));
-        let file = files.find(|path| path.to_str().is_some_and(|path| path.ends_with(&name)));
-        let text = std::fs::read_to_string(file.expect("the worker announced itself")).expect("a file");
-        let addresses: Addresses = serde_json::from_str(&text).expect("addresses");
-        let control = ControlClient::connect(format!("http://{}", addresses.grpc)).await;
+        let address = self.announced(&format!("worker-{worker}")).grpc;
+        let material = Material::read(&self.state().join("worker")).expect("an identity");
+        let callee = Trust::new(material, |_| {}).sibling(Component::Worker).expect("it is a worker's");
+        let how = Connect { timeout: PATIENCE, keepalive: None, bulk: false };
+        let channel = connect(&address, &how, Some(&callee)).await.expect("a worker that lives");
         let request = v1::ReportRequest { caller: Some(test_caller()), heartbeats: false };
-        let reports = control.expect("a worker that lives").report(request).await;
+        let reports = ControlClient::new(channel).report(request).await;
         let report = reports.expect("reports").into_inner().message().await.expect("a report");
         report.and_then(|report| report.callee?.fingerprint).expect("a fingerprint")
+    }
+
+    /// Where a process of this name listens.
+    pub fn announced(&self, name: &str) -> Addresses {
+        let name = format!("-{name}.json");
+        let entries = std::fs::read_dir(self.state()).expect("its folder");
+        let mut files = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        let file = files.find(|path| path.to_str().is_some_and(|path| path.ends_with(&name)));
+        let text = std::fs::read_to_string(file.expect("it announced itself")).expect("a file");
+        serde_json::from_str(&text).expect("addresses")
+    }
+
+    /// The folder of its state, which ends with it.
+    pub fn state(&self) -> PathBuf {
+        std::env::temp_dir().join(format!("expertmesh-up-{}", self.process.id()))
     }
 
     /// Whether the last that it said of its state is this.

@@ -3,6 +3,8 @@
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::slot::Slot;
+use expertmesh_proto::trust::identity::Component;
+use expertmesh_proto::trust::{Callee, Trust};
 use expertmesh_proto::v1;
 use tonic::Status;
 
@@ -13,9 +15,16 @@ pub(crate) struct Identity {
     pub(crate) slot: Slot,
     pub(crate) incarnation: Incarnation,
     pub(crate) fingerprint: ModelFingerprint,
+    /// By what others know that it is who it says; none where everybody is believed.
+    pub(crate) trust: Option<Trust>,
 }
 
 impl Identity {
+    /// The workers of the same deployment, where there are identities.
+    pub(crate) fn peer(&self) -> Option<Callee> {
+        self.trust.as_ref()?.sibling(Component::Worker)
+    }
+
     pub(crate) fn caller(&self, attempt: u32) -> v1::Caller {
         v1::Caller {
             name: self.name.clone(),
@@ -72,7 +81,13 @@ mod tests {
             format: part("bf16"),
             numerics: part("f32"),
         };
-        Identity { name: part("worker-0"), slot: Slot(0), incarnation: Incarnation(1), fingerprint }
+        Identity {
+            name: part("worker-0"),
+            slot: Slot(0),
+            incarnation: Incarnation(1),
+            fingerprint,
+            trust: None,
+        }
     }
 
     #[test]

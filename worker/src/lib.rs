@@ -27,6 +27,7 @@ mod template;
 mod text;
 mod tokenizer;
 mod traces;
+mod trust;
 mod verify;
 
 use std::process::ExitCode;

@@ -2,17 +2,20 @@
 
 pub(crate) mod frontend;
 pub(crate) mod labels;
+pub(crate) mod trust;
 pub(crate) mod worker;
 
 use expertmesh_metrics::Registry;
 
 use self::frontend::FrontendMetrics;
+use self::trust::TrustMetrics;
 use self::worker::WorkerMetrics;
 
 /// The worker's and the frontend's sections of `docs/metrics.md`.
 pub(crate) fn sections() -> String {
     let (worker, frontend) = (Registry::new(), Registry::new());
-    let _ = (WorkerMetrics::new(&worker), FrontendMetrics::new(&frontend, ""));
+    let _ = (WorkerMetrics::new(&worker), TrustMetrics::new(&worker));
+    let _ = (FrontendMetrics::new(&frontend, ""), TrustMetrics::new(&frontend));
     worker.section("Worker") + &frontend.section("Frontend")
 }
 

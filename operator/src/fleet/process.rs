@@ -2,10 +2,12 @@
 //! announces them in a file; one that is started again has others, which the decisions then push.
 
 mod child;
+mod identities;
 pub(crate) mod lines;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,11 +19,13 @@ use expertmesh_model::threads::compute_threads;
 use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::slot::Slot;
+use expertmesh_proto::trust::identity::Component;
 use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::Notify;
 
 use self::child::{Child, Launch};
+use self::identities::{Identities, IdentityError, identity};
 use self::lines::Lines;
 use super::Fleet;
 use crate::control::Control;
@@ -39,6 +43,8 @@ pub(crate) enum ProcessError {
     State { path: PathBuf, error: io::Error },
     #[error("no random number: {0}")]
     NoRandomness(io::Error),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
 }
 
 /// Workers and frontends that this process started. They end with it.
@@ -73,12 +79,14 @@ impl ProcessFleet {
     ) -> Result<Self, ProcessError> {
         let program = programs::find("expertmesh-worker")?;
         let incarnation = Incarnation::draw().map_err(ProcessError::NoRandomness)?;
-        let control = Control::new("expertmesh up".into(), incarnation, changed.clone());
+        let state = StateDirectory::new()?;
+        let trusted = Identities::start(&deployment.name, incarnation, state.path())?;
+        let control = Control::new("expertmesh up".into(), incarnation, Some(trusted), changed.clone());
         let mut fleet = Self {
             program,
             model,
             port,
-            state: StateDirectory::new()?,
+            state,
             lines,
             changed,
             control,
@@ -155,7 +163,7 @@ impl ProcessFleet {
             ("--drain-timeout", drain.to_string()),
             ("--threads", share(compute_threads(), size).to_string()),
         ];
-        self.start("serve", name, arguments.to_vec(), &[])
+        self.start((Component::Worker, "serve"), name, arguments.to_vec(), &[])
     }
 
     fn frontend(&mut self, index: u32) -> Child {
@@ -168,10 +176,21 @@ impl ProcessFleet {
             ("--drain-grace", "0s".into()),
         ];
         let options = self.deployment.frontend_options.clone();
-        self.start("frontend", format!("frontend-{index}"), arguments.to_vec(), &options)
+        self.start(
+            (Component::Frontend, "frontend"),
+            format!("frontend-{index}"),
+            arguments.to_vec(),
+            &options,
+        )
     }
 
-    fn start(&mut self, command: &str, name: String, own: Vec<(&str, String)>, options: &[String]) -> Child {
+    fn start(
+        &mut self,
+        (component, command): (Component, &str),
+        name: String,
+        own: Vec<(&str, String)>,
+        options: &[String],
+    ) -> Child {
         self.started += 1;
         let mut arguments: Vec<OsString> = vec![command.into(), "--model".into(), self.model.clone().into()];
         let context =
@@ -182,6 +201,7 @@ impl ProcessFleet {
         for (flag, value) in common.into_iter().chain(own).chain(computed_as).chain(more) {
             arguments.extend([flag.into(), value.into()]);
         }
+        arguments.extend(["--identity".into(), identity(self.state.path(), component).into()]);
         arguments.extend(options.iter().map(OsString::from));
         let files = self.state.path().join(format!("{}-{name}.x", self.started));
         Child::start(Launch {
@@ -280,7 +300,8 @@ impl StateDirectory {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
         }
-        fs::create_dir(&path).map_err(failed)?;
+        // Keys are in it.
+        fs::DirBuilder::new().mode(0o700).create(&path).map_err(failed)?;
         Ok(Self(path))
     }
 

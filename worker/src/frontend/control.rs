@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::trust::Trust;
 use expertmesh_proto::v1::control_server::{Control, ControlServer};
 use expertmesh_proto::v1::report_response::State;
 use expertmesh_proto::{channel, v1};
@@ -120,7 +121,7 @@ fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::Re
 }
 
 /// Serves `Control` and gRPC health, which is readiness, until the listener fails.
-pub(crate) async fn serve(listener: TcpListener, control: ControlService) {
+pub(crate) async fn serve(listener: TcpListener, control: ControlService, trust: Option<Trust>) {
     let (reporter, health) = health_reporter();
     let (server, mut changes, mut leaving) =
         (control.server.clone(), control.server.workers.changes(), control.server.leaving());
@@ -138,7 +139,7 @@ pub(crate) async fn serve(listener: TcpListener, control: ControlService) {
         }
     };
     let services = Routes::new(health).add_service(ControlServer::new(control));
-    let serving = channel::serve(listener, services, std::future::pending());
+    let serving = channel::serve(listener, services, trust, std::future::pending());
     tokio::select! {
         () = follow => {}
         served = serving => {

@@ -44,6 +44,7 @@ use std::time::Duration;
 
 use axum::Router;
 use expertmesh_metrics::Registry;
+use expertmesh_proto::trust::identity::Component;
 use expertmesh_proto::{duration, v1};
 use futures::FutureExt;
 use tokio::net::TcpListener;
@@ -65,6 +66,7 @@ use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
 use crate::runtime::{self, Service};
+use crate::trust;
 
 /// How long connections may stay open that no running request needs, once this frontend closes.
 const LINGER: Duration = Duration::from_secs(2);
@@ -130,6 +132,8 @@ pub(crate) struct Args {
     stall_timeout: Duration,
     #[command(flatten)]
     traces: collector::Args,
+    #[command(flatten)]
+    trust: trust::Args,
     /// How long requests are still taken after SIGTERM, for clients that do not know yet
     #[arg(long, env = "EXPERTMESH_DRAIN_GRACE", value_parser = duration::parse, default_value = "2s")]
     drain_grace: Duration,
@@ -172,7 +176,9 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let me = caller(&args)?;
     let registry = Registry::new();
     let metrics = FrontendMetrics::new(&registry, &model.name);
-    let workers = Workers::new(me.clone(), args.queue_timeout, metrics.clone());
+    let trust = trust::trust(&args.trust, Component::Frontend, &registry)?;
+    let callee = trust.as_ref().and_then(|trust| trust.sibling(Component::Worker));
+    let workers = Workers::new(me.clone(), callee, args.queue_timeout, metrics.clone());
     let patience = Patience { stall: args.stall_timeout, queue: args.queue_timeout };
     let settings = Settings { patience, max_requests: args.max_requests, log: args.access_log };
     let server = Server::new(model, workers.clone(), metrics, settings);
@@ -187,7 +193,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let control = ControlService { server: server.clone(), placement: placement.clone(), me };
     let mut aside = JoinSet::new();
     aside.spawn(ends("workers", workers.follow(placement)));
-    aside.spawn(ends("control", control::serve(grpc, control)));
+    aside.spawn(ends("control", control::serve(grpc, control, trust)));
     aside.spawn(ends("metrics", serve_probes(probes, registry, server.clone())));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
     let router = routes::router(server.clone()).layer(cors);

@@ -219,7 +219,7 @@ pub(crate) async fn stage(scripts: &[&[Act]]) -> Stage {
     let metrics = FrontendMetrics::new(&registry, "m");
     let me =
         v1::Caller { fingerprint: Some(fingerprint_message(&fingerprint("w"))), ..v1::Caller::default() };
-    let workers = Workers::new(me, QUEUE_TIMEOUT, metrics.clone());
+    let workers = Workers::new(me, None, QUEUE_TIMEOUT, metrics.clone());
     let placement = CurrentPlacement::load(None).unwrap();
     placement.apply(Placement::new(Epoch::FIRST, placed).unwrap()).unwrap();
     tasks.push(tokio::spawn(workers.clone().follow(placement.clone())).abort_handle());

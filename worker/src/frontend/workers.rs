@@ -12,6 +12,7 @@ use expertmesh_proto::expert::checksum;
 use expertmesh_proto::incarnation::Incarnation;
 use expertmesh_proto::placement::PlacedWorker;
 use expertmesh_proto::slot::Slot;
+use expertmesh_proto::trust::Callee;
 use expertmesh_proto::v1;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -42,6 +43,8 @@ pub(crate) struct Workers(Arc<Shared>);
 
 struct Shared {
     me: v1::Caller,
+    /// The workers, where there are identities.
+    callee: Option<Callee>,
     /// How long a sequence may wait for a worker.
     queue_timeout: Duration,
     view: Mutex<View>,
@@ -68,10 +71,24 @@ pub(crate) enum NoWorker {
 impl Workers {
     /// No workers yet. Those with another fingerprint than `me` has will not be used; where it has none, the first ready
     /// worker's counts.
-    pub(crate) fn new(me: v1::Caller, queue_timeout: Duration, metrics: FrontendMetrics) -> Self {
+    pub(crate) fn new(
+        me: v1::Caller,
+        callee: Option<Callee>,
+        queue_timeout: Duration,
+        metrics: FrontendMetrics,
+    ) -> Self {
         let view = Mutex::new(View::new(me.fingerprint.as_ref().map(fingerprint_of)));
         let (changed, queue) = (watch::Sender::new(()), Semaphore::new(QUEUE));
-        Self(Arc::new(Shared { me, queue_timeout, view, changed, queue, hold: Hold::default(), metrics }))
+        Self(Arc::new(Shared {
+            me,
+            callee,
+            queue_timeout,
+            view,
+            changed,
+            queue,
+            hold: Hold::default(),
+            metrics,
+        }))
     }
 
     /// Watches the workers of each placement, until `placement` is dropped.
@@ -183,7 +200,7 @@ impl Workers {
         sleep(after).await;
         let mut backoff = BACKOFF;
         loop {
-            match Reports::open(self.caller(0), slot, address).await {
+            match Reports::open(self.caller(0), slot, address, self.0.callee.as_ref()).await {
                 Ok(reports) => return reports,
                 Err(problem) => tracing::debug!(%slot, address, problem, "worker not reached"),
             }

@@ -406,8 +406,13 @@ mod tests {
         };
         let [architecture, weights, format, numerics] = ["a", "w", "bf16", "pair-1"].map(str::to_owned);
         let fingerprint = ModelFingerprint { architecture, weights, format, numerics };
-        let identity =
-            Identity { name: "w-0".to_owned(), slot: Slot(0), incarnation: Incarnation(1), fingerprint };
+        let identity = Identity {
+            name: "w-0".to_owned(),
+            slot: Slot(0),
+            incarnation: Incarnation(1),
+            fingerprint,
+            trust: None,
+        };
         Shared::new(identity, limits, Arc::new(WorkerMetrics::new(&Registry::new())))
     }
 

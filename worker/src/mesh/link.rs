@@ -337,7 +337,7 @@ async fn open(shared: &Shared, slot: Slot, session: u64, addresses: &[String]) -
 }
 
 async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Result<Stream, Verdict> {
-    let channel = channel::connect(address, &CONNECT).await?;
+    let channel = channel::connect(address, &CONNECT, shared.identity.peer().as_ref()).await?;
     let mut client = ExpertExchangeClient::new(channel).max_decoding_message_size(2 * MAX_PART_BYTES);
     // Two more, for the hello and the relief. It costs memory only where it is used.
     let (requests, receiver) = mpsc::channel(MAX_TICKETS * shared.limits.max_parts() + 2);

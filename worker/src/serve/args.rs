@@ -10,6 +10,7 @@ use expertmesh_proto::slot::{MAX_WORKERS, Slot};
 use crate::collector;
 use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
+use crate::trust;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -55,6 +56,8 @@ pub(crate) struct Args {
     pub(super) computed_with: ComputedWith,
     #[command(flatten)]
     pub(super) traces: collector::Args,
+    #[command(flatten)]
+    pub(super) trust: trust::Args,
     /// How long leaving may take, in seconds
     #[arg(long, default_value_t = 30)]
     pub(super) drain_timeout: u64,

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use expertmesh_metrics::Registry;
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_proto::trust::identity::Component;
 
 use self::loading::Loading;
 use self::worker::{Capacity, Worker};
@@ -27,6 +28,7 @@ use crate::placement::CurrentPlacement;
 use crate::probes;
 use crate::process::{self, Addresses, Fatal};
 use crate::runtime::{self, Service};
+use crate::trust::trust;
 
 pub(crate) use self::args::Args;
 
@@ -56,7 +58,8 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
     let (incarnation, fingerprint) = (process::incarnation()?, loaded.fingerprint.clone());
-    let identity = Identity { name: args.name.clone(), slot, incarnation, fingerprint };
+    let trust = trust(&args.trust, Component::Worker, &registry)?;
+    let identity = Identity { name: args.name.clone(), slot, incarnation, fingerprint, trust };
     let capacity = Capacity {
         max_context,
         kv_cache_mib: args.kv_cache_mib,

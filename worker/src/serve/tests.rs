@@ -62,6 +62,7 @@ fn serve<B: Backend>(
             slot: Slot(slot),
             incarnation: Incarnation(1),
             fingerprint: computed(),
+            trust: None,
         },
         CurrentPlacement::load(None).unwrap(),
     );
@@ -135,7 +136,7 @@ async fn a_lost_device_ends_its_worker_with_its_name_and_costs_no_request() {
         attempt: 0,
         fingerprint: Some(fingerprint_message(&computed())),
     };
-    let workers = Workers::new(caller, PATIENCE, metrics.clone());
+    let workers = Workers::new(caller, None, PATIENCE, metrics.clone());
     let current = CurrentPlacement::load(None).unwrap();
     current.apply(placement).unwrap();
     tokio::spawn(workers.clone().follow(current));

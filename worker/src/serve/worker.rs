@@ -149,7 +149,7 @@ impl Worker {
             .add_service(self.exchange.into_service())
             .add_service(InferenceServer::new(self.inference).max_decoding_message_size(16 << 20))
             .add_service(ControlServer::new(ControlService(state.clone())));
-        let mut server = tokio::spawn(channel::serve(grpc, services, async {
+        let mut server = tokio::spawn(channel::serve(grpc, services, state.identity.trust.clone(), async {
             let _ = finished.await;
         }));
         tracing::info!(slot = %state.identity.slot, "worker {} listens", state.identity.name);

@@ -51,7 +51,7 @@ impl Streams {
         changed: impl Fn(Option<&Look>) + Send + 'static,
     ) -> Self {
         let reported = Arc::new(Notify::new());
-        let control = Control::new(caller.name.clone(), caller.incarnation, reported.clone());
+        let control = Control::new(caller.name.clone(), caller.incarnation, None, reported.clone());
         let open = Arc::new(Mutex::new(Open { control, members: Vec::new() }));
         let watching = tokio::spawn(watch(open.clone(), reported, autoscaler, changed));
         Self { open, watching }

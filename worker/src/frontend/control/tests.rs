@@ -43,7 +43,7 @@ async fn post() -> Post {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let mut serving = JoinSet::new();
-    serving.spawn(serve(listener, service));
+    serving.spawn(serve(listener, service, None));
     let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
     Post { stage, server, channel, _serving: serving }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use expertmesh_proto::channel::{Connect, Keepalive, connect};
 use expertmesh_proto::heartbeat::hear;
 use expertmesh_proto::slot::Slot;
+use expertmesh_proto::trust::Callee;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use tokio::time::timeout;
@@ -36,8 +37,13 @@ pub(super) enum Lost {
 
 impl Reports {
     /// Asks whoever answers at `address`, which must be the worker of `slot`; fails with a line for the log.
-    pub(super) async fn open(caller: v1::Caller, slot: Slot, address: &str) -> Result<Self, String> {
-        let channel = connect(address, &CONNECT).await.map_err(|error| error.to_string())?;
+    pub(super) async fn open(
+        caller: v1::Caller,
+        slot: Slot,
+        address: &str,
+        callee: Option<&Callee>,
+    ) -> Result<Self, String> {
+        let channel = connect(address, &CONNECT, callee).await.map_err(|error| error.to_string())?;
         let request = v1::ReportRequest { caller: Some(caller), heartbeats: true };
         let mut control = ControlClient::new(channel.clone());
         let greeting = async {
