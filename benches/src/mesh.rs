@@ -16,6 +16,10 @@ use expertmesh_proto::channel::{Connect, connect};
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::{PlacedWorker, Placement};
 use expertmesh_proto::slot::Slot;
+use expertmesh_proto::trust::authority::Authority;
+use expertmesh_proto::trust::identity::{Component, Deployment, Who};
+use expertmesh_proto::trust::material::{AUTHORITIES, CHAIN, KEY};
+use expertmesh_proto::trust::{Callee, Trust};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::generate_event::Event;
@@ -51,6 +55,65 @@ pub(crate) struct Args {
     tokens: u32,
     #[arg(long, default_value_t = 5)]
     samples: usize,
+    /// Each worker also with an identity, in turn: what TLS between the parts costs
+    #[arg(long)]
+    identities: bool,
+}
+
+/// How a worker is started and called.
+struct Variant<'a> {
+    binary: &'a Path,
+    identities: Option<&'a Identities>,
+}
+
+/// Who workers, and whoever calls them, are.
+struct Identities {
+    /// The workers' files.
+    folder: PathBuf,
+    as_operator: Callee,
+    as_frontend: Callee,
+}
+
+impl Identities {
+    fn new() -> anyhow::Result<Self> {
+        let deployment = Deployment { namespace: "bench".into(), name: "mesh".into() };
+        let who = |component| Who::Member { deployment: deployment.clone(), component };
+        let authority = Authority::new("bench")?;
+        let folder = std::env::temp_dir().join(format!("expertmesh-bench-{}-identity", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let leaf = authority.leaf(&who(Component::Worker))?;
+        for (file, text) in [(CHAIN, &*leaf.chain), (KEY, &*leaf.key), (AUTHORITIES, authority.certificate())]
+        {
+            fs::write(folder.join(file), text)?;
+        }
+        let callee = |caller| -> anyhow::Result<Callee> {
+            let trust = Trust::new(authority.material(&caller)?, |_| {});
+            Ok(trust.member(deployment.clone(), Component::Worker))
+        };
+        let (as_operator, as_frontend) = (callee(Who::Operator)?, callee(who(Component::Frontend))?);
+        Ok(Self { folder, as_operator, as_frontend })
+    }
+}
+
+impl Drop for Identities {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+impl Variant<'_> {
+    fn name(&self) -> String {
+        let how = if self.identities.is_some() { ", identities" } else { "" };
+        format!("{}{how}", self.binary.display())
+    }
+
+    fn as_operator(&self) -> Option<&Callee> {
+        self.identities.map(|identities| &identities.as_operator)
+    }
+
+    fn as_frontend(&self) -> Option<&Callee> {
+        self.identities.map(|identities| &identities.as_frontend)
+    }
 }
 
 /// What one sample found.
@@ -63,21 +126,28 @@ struct Sample {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let identities = if args.identities { Some(Identities::new()?) } else { None };
+    let ways: Vec<Option<&Identities>> = [None].into_iter().chain(identities.as_ref().map(Some)).collect();
+    let variants: Vec<Variant> = args
+        .worker
+        .iter()
+        .flat_map(|binary| ways.iter().map(|&identities| Variant { binary, identities }))
+        .collect();
     println!("{:48} {:>7} {:>7} {:>10} {:>12}", "worker", "workers", "streams", "tokens/s", "µs/exchange");
     for &workers in &args.workers {
         for &streams in &args.streams {
-            let mut samples: Vec<Vec<Sample>> = args.worker.iter().map(|_| Vec::new()).collect();
+            let mut samples: Vec<Vec<Sample>> = variants.iter().map(|_| Vec::new()).collect();
             for _ in 0..args.samples {
-                for (binary, samples) in args.worker.iter().zip(&mut samples) {
-                    samples.push(runtime.block_on(sample(args, binary, workers, streams))?);
+                for (variant, samples) in variants.iter().zip(&mut samples) {
+                    samples.push(runtime.block_on(sample(args, variant, workers, streams))?);
                 }
             }
-            for (binary, samples) in args.worker.iter().zip(&samples) {
+            for (variant, samples) in variants.iter().zip(&samples) {
                 let rates: Vec<f64> = samples.iter().map(|sample| sample.tokens_per_second).collect();
                 let exchanges: Vec<f64> = samples.iter().filter_map(|sample| sample.exchange).collect();
                 println!(
                     "{:48} {workers:7} {streams:7} {:10.1} {:12.1}",
-                    binary.display(),
+                    variant.name(),
                     median(&rates),
                     median(&exchanges)
                 );
@@ -87,12 +157,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn sample(args: &Args, binary: &Path, workers: u32, streams: u32) -> anyhow::Result<Sample> {
-    let mesh = Mesh::start(args, binary, workers).await?;
-    mesh.stream(streams, 4).await?; // whatever is done once
+async fn sample(args: &Args, variant: &Variant<'_>, workers: u32, streams: u32) -> anyhow::Result<Sample> {
+    let mesh = Mesh::start(args, variant, workers).await?;
+    mesh.stream(variant, streams, 4).await?; // whatever is done once
     let before = mesh.exchanges()?;
     let start = Instant::now();
-    mesh.stream(streams, args.tokens).await?;
+    mesh.stream(variant, streams, args.tokens).await?;
     let tokens_per_second = f64::from(streams * args.tokens) / start.elapsed().as_secs_f64();
     let after = mesh.exchanges()?;
     let count = after.count - before.count;
@@ -134,20 +204,23 @@ impl Drop for Started {
 
 impl Started {
     /// A worker with its share of the machine's cores.
-    async fn new(args: &Args, binary: &Path, slot: u32, workers: u32) -> anyhow::Result<Self> {
+    async fn new(args: &Args, variant: &Variant<'_>, slot: u32, workers: u32) -> anyhow::Result<Self> {
         let announced = std::env::temp_dir().join(format!("expertmesh-bench-{}-{slot}", std::process::id()));
         let _ = fs::remove_file(&announced);
         let threads = (compute_threads() / workers as usize).max(1);
-        let process = Command::new(binary)
+        let identity =
+            variant.identities.iter().flat_map(|it| ["--identity".as_ref(), it.folder.as_os_str()]);
+        let process = Command::new(variant.binary)
             .args(["serve", "--name", &format!("worker-{slot}"), "--listen", "127.0.0.1:0"])
             .args(["--metrics", "127.0.0.1:0", "--threads", &threads.to_string(), "--model"])
             .arg(&args.model)
             .arg("--announce")
             .arg(&announced)
+            .args(identity)
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .with_context(|| format!("{}", binary.display()))?;
+            .with_context(|| variant.binary.display().to_string())?;
         // Ends the process where it announces nothing.
         let mut started =
             Self { process, addresses: Addresses { grpc: String::new(), metrics: String::new() } };
@@ -163,11 +236,11 @@ impl Started {
 }
 
 impl Mesh {
-    async fn start(args: &Args, binary: &Path, count: u32) -> anyhow::Result<Self> {
+    async fn start(args: &Args, variant: &Variant<'_>, count: u32) -> anyhow::Result<Self> {
         let config = ModelConfig::read(&args.model)?;
         let mut workers = Vec::new();
         for slot in 0..count {
-            workers.push(Started::new(args, binary, slot, count).await?);
+            workers.push(Started::new(args, variant, slot, count).await?);
         }
         let experts = config.experts() as u32;
         let placed = |(slot, worker): (u32, &Started)| {
@@ -180,7 +253,8 @@ impl Mesh {
         };
         let placement = Placement::new(Epoch::FIRST, (0..).zip(&workers).map(placed).collect())?.to_proto();
         for worker in &workers {
-            let mut control = ControlClient::new(connect(&worker.addresses.grpc, &CONNECT, None).await?);
+            let mut control =
+                ControlClient::new(connect(&worker.addresses.grpc, &CONNECT, variant.as_operator()).await?);
             let placement = Some(placement.clone());
             let request = v1::ApplyPlacementRequest { caller: Some(caller()), placement };
             control.apply_placement(request).await?;
@@ -202,12 +276,13 @@ impl Mesh {
     }
 
     /// Has sequences computed, one worker after another taking one, and waits for all their tokens.
-    async fn stream(&self, streams: u32, tokens: u32) -> anyhow::Result<()> {
+    async fn stream(&self, variant: &Variant<'_>, streams: u32, tokens: u32) -> anyhow::Result<()> {
         let mut sequences = JoinSet::new();
         for (stream, worker) in (0..streams).zip(self.workers.iter().cycle()) {
             let (address, vocabulary) = (worker.addresses.grpc.clone(), self.vocabulary);
+            let callee = variant.as_frontend().cloned();
             sequences.spawn(async move {
-                let mut client = InferenceClient::new(connect(&address, &CONNECT, None).await?);
+                let mut client = InferenceClient::new(connect(&address, &CONNECT, callee.as_ref()).await?);
                 let request = request(stream, tokens, vocabulary);
                 let mut events = client.generate(request).await?.into_inner();
                 let mut count = 0;
