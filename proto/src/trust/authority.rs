@@ -7,7 +7,7 @@ use rcgen::{
 use time::{Duration, OffsetDateTime};
 
 use super::identity::{Identity, Who};
-use super::material::{Material, MaterialError};
+use super::material::{AUTHORITIES, Material, MaterialError};
 
 /// How long a leaf is good for.
 pub const LEAF: std::time::Duration = std::time::Duration::from_secs(30 * 24 * 3600);
@@ -48,6 +48,25 @@ impl Authority {
         let (key, params) = (KeyPair::generate()?, params_of(installation));
         let certificate = params.self_signed(&key)?.pem();
         Ok(Self { installation: installation.into(), certificate, issuer: Issuer::new(params, key) })
+    }
+
+    /// The one that was written down.
+    pub fn from_pem(installation: &str, certificate: &str, key: &str) -> Result<Self, AuthorityError> {
+        let (key, params) = (KeyPair::from_pem(key)?, params_of(installation));
+        let authority = Self {
+            installation: installation.into(),
+            certificate: certificate.into(),
+            issuer: Issuer::new(params, key),
+        };
+        // Its key may be another's, or its name: what it signs tells.
+        let verified = authority.material(&Who::Operator)?.is_believed();
+        verified.map_err(|problem| MaterialError::Invalid { file: AUTHORITIES, problem })?;
+        Ok(authority)
+    }
+
+    /// Its private key, in PEM.
+    pub fn key(&self) -> String {
+        self.issuer.key().serialize_pem()
     }
 
     pub fn certificate(&self) -> &str {

@@ -76,6 +76,12 @@ impl Material {
         Ok(Self { key: Arc::new(key), authorities: roots.roots, identity })
     }
 
+    /// Whether an authority that it believes signed its own certificate.
+    #[cfg(feature = "authority")]
+    pub(super) fn is_believed(&self) -> Result<(), String> {
+        self.verify(&self.key.cert, KeyUsage::server_auth(), UnixTime::now()).map(drop)
+    }
+
     /// Whose a chain of certificates is, the leaf first; or why it is nobody's whom we know.
     pub(super) fn verify(
         &self,

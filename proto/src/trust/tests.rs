@@ -261,3 +261,15 @@ fn files_that_are_no_identity_say_which_one_and_why() {
     let other = authority.leaf(&Who::Operator).unwrap();
     assert!(problem(chain, other.key.as_bytes(), roots).starts_with("tls.key: "));
 }
+
+#[tokio::test]
+async fn an_authority_that_was_written_down_signs_as_before_and_another_ones_key_is_no_authority() {
+    let scene = Scene::new().await;
+    let again = Authority::from_pem("one", scene.authority.certificate(), &scene.authority.key()).unwrap();
+    assert_eq!(scene.calls(&again.leaf(&Who::Operator).unwrap()).await, [YES, YES, YES, NO, NO]);
+    let another = Authority::new("one").unwrap();
+    for (installation, key) in [("one", another.key()), ("two", scene.authority.key())] {
+        let problem = Authority::from_pem(installation, scene.authority.certificate(), &key).err().unwrap();
+        assert!(problem.to_string().starts_with("ca.crt: "), "{problem}");
+    }
+}
