@@ -2,6 +2,7 @@
 
 mod killed;
 mod owned;
+mod strangers;
 pub(crate) mod told;
 
 use std::collections::BTreeSet;

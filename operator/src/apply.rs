@@ -16,6 +16,8 @@
 //! | (core)              | serviceaccounts               | get create patch                   | here                                       |
 //! | policy              | poddisruptionbudgets          | get list watch create patch        | here, `watch.rs`                           |
 //! | networking.k8s.io   | networkpolicies               | get list watch create patch        | here, `watch.rs`                           |
+//! | (core)              | secrets                       | create                             | `identities.rs`                            |
+//! | (core)              | secrets (two, by their names) | get patch                          | `identities.rs`                            |
 //! | (core)              | pods                          | list watch delete                  | here, `fleet/kubernetes.rs`, `watch.rs`    |
 //! | (core)              | nodes                         | get                                | `fleet/kubernetes.rs` and `nodes.rs`       |
 //! | events.k8s.io       | events                        | list watch create patch            | `events.rs`, `refusals.rs`                 |

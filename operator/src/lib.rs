@@ -8,6 +8,7 @@ mod events;
 mod fleet;
 #[doc(hidden)]
 pub mod fuzz;
+mod identities;
 mod key;
 mod lease;
 mod logging;

@@ -107,7 +107,7 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
     }
 
     // settle: what the deployment has once, promotion, the end of old revisions (writes to the API server)
-    settle(context, found, &deployment, (&observed.wanted.revision, &plan)).await?;
+    let soon = settle(context, found, &deployment, (&observed.wanted.revision, &plan)).await?;
 
     // scale (writes the size to the API server)
     let scaled = scale(context, found, &deployment, observed.serving(), &plan).await;
@@ -123,7 +123,7 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
     let (mistake, scaling) = (mistake.as_ref(), scaled.scaling.as_ref());
     let tale = Tale { deployment: &deployment, plan: &plan, acted: &acted, mistake, scaling };
     let again = tell(context, found, tale).await?;
-    Ok(Deployed { result: acted.result, again })
+    Ok(Deployed { result: acted.result, again: soon.map_or(again, |soon| soon.min(again)) })
 }
 
 /// All names are this deployment's, or free, before the first write; unless it is paused, when nothing is written.

@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 
 use super::told::patch;
 
+/// What operators have for themselves.
+const OF_OPERATORS: [&str; 2] = ["Lease/expertmesh-operator", "Secret/expertmesh-authority"];
+
 /// Whether all there should be is there, of one revision, and nothing else.
 fn is_done(deployment: &Deployment, workers: usize, is_right: impl Fn(&Value) -> bool) -> Result<(), String> {
     let object = deployment.namespace.get(&[&deployment.reference()]);
@@ -53,7 +56,7 @@ fn an_operator_that_is_killed_after_any_write_is_followed_by_one_that_goes_on_an
     println!("{count} operators were killed; {answers} answers");
 
     namespace.kubectl(&["delete", &deployment.reference()]).unwrap();
-    namespace.kubectl(&["delete", "leases", "--all"]).unwrap();
+    namespace.kubectl(&["delete", "lease/expertmesh-operator", "secret/expertmesh-authority"]).unwrap();
     namespace.wait_until_empty();
 }
 
@@ -83,9 +86,9 @@ fn a_deployment_that_is_deleted_in_any_state_leaves_nothing() {
     }
     // While an operator works, and after it.
     operators.work(50, "nothing to be left", || match namespace.everything() {
-        left if left.iter().all(|(object, _)| object.starts_with("Lease/")) => Ok(()),
+        left if left.iter().all(|(object, _)| OF_OPERATORS.contains(&object.as_str())) => Ok(()),
         left => Err(format!("{left:?}")),
     });
-    namespace.kubectl(&["delete", "leases", "--all"]).unwrap();
+    namespace.kubectl(&["delete", "lease/expertmesh-operator", "secret/expertmesh-authority"]).unwrap();
     namespace.wait_until_empty();
 }

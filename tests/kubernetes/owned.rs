@@ -249,6 +249,12 @@ fn two_operators_of_one_namespace_are_told_and_write_at_a_slow_pace() {
     let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
     let reached = deployment.reach();
     let load = Load::start(&reached.api, 1);
+    // Of the same installation: it has the authority's Secret.
+    let secret =
+        kubectl(&["get", "secret/expertmesh-authority", "--namespace", SYSTEM, "--output=json"]).unwrap();
+    let mut secret: Value = serde_json::from_str(&secret).unwrap();
+    secret["metadata"] = json!({"name": "expertmesh-authority"});
+    namespace.apply(&secret).unwrap();
     // Outside of the cluster it does not know from where an operator may come, so that its policies are others.
     let (watched, lease) =
         (format!("--namespace={0}", namespace.name), format!("--lease-namespace={0}", namespace.name));

@@ -22,6 +22,7 @@ use tracing::{error, info, warn};
 use crate::apply::Writer;
 use crate::events::Events;
 use crate::fleet::kubernetes::streams::Caller;
+use crate::identities::Identities;
 use crate::lease::{Election, LeaseError};
 use crate::logging;
 use crate::metrics::Metrics;
@@ -74,6 +75,9 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     }
 
     standing.set(Stand::Syncing);
+    let identities = Arc::new(Identities::load(client.clone(), &namespace).await?);
+    let renewed = identities.clone();
+    tokio::spawn(async move { renewed.renew().await });
     metrics.reconciles.lead(true);
     let (release, released) = oneshot::channel();
     // On a task of its own, so that no reconcile keeps it from renewing.
@@ -81,7 +85,8 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     let (trigger, triggers) = Triggers::new();
     let context = Arc::new(Context {
         events: Events::new(client.clone(), &name),
-        caller: Caller { incarnation, name },
+        caller: Caller { incarnation, name, trusted: None },
+        identities,
         image: arguments.image,
         operator_namespace: std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| namespace),
         memory: Memory::default(),

@@ -17,6 +17,8 @@ pub(crate) const REVISION: &str = "expertmesh.dev/revision";
 pub(crate) const UNPROVEN: &str = "expertmesh.dev/unproven";
 /// On the record of a revision of which no worker was ever ready: at zero, it may have been promoted all the same.
 pub(crate) const UNTRIED: &str = "expertmesh.dev/untried";
+/// The Secret of each namespace that has the identities of its deployments.
+pub(crate) const IDENTITIES: &str = "expertmesh-identities";
 /// The value of `name`, `managed-by` and `part-of`, and the field manager.
 pub(crate) const EXPERTMESH: &str = "expertmesh";
 /// The key of the placement in its ConfigMap, and the file's name where it is mounted.
@@ -136,6 +138,11 @@ impl Owner {
             ..ObjectMeta::default()
         }
     }
+}
+
+/// Where the Secret has a component's certificate (`crt`) or its key (`key`).
+pub(crate) fn identity_key(deployment: &str, component: &str, part: &str) -> String {
+    format!("{deployment}.{component}.{part}")
 }
 
 /// Everything, where there are no labels. An empty map must not be written: the API server drops it, finds it again in

@@ -1,10 +1,12 @@
 //! The pods of workers and frontends. They pass PodSecurity `restricted` and need nothing from the Kubernetes API.
 
+use expertmesh_proto::trust::material::{AUTHORITIES, CHAIN, KEY};
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
-    EnvVarSource, HTTPGetAction, ObjectFieldSelector, PodAffinityTerm, PodAntiAffinity, PodSecurityContext,
-    PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile, SecurityContext, Toleration,
-    TopologySpreadConstraint, Volume, VolumeMount, WeightedPodAffinityTerm,
+    EnvVarSource, HTTPGetAction, KeyToPath, ObjectFieldSelector, PodAffinityTerm, PodAntiAffinity,
+    PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
+    SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -12,7 +14,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use crate::api::PodFields;
 use crate::validate::ValidatedDeployment;
 
-use super::names::{Component, Labels, Owner, PLACEMENT_KEY, matching};
+use super::names::{Component, IDENTITIES, Labels, Owner, PLACEMENT_KEY, identity_key, matching};
 use super::ports;
 
 /// Time that a pod has beside that to drain, for what is left to do before SIGKILL.
@@ -20,6 +22,11 @@ const TERMINATION_MARGIN_SECONDS: u64 = 30;
 /// How long a pod stays on a node that nobody hears of.
 const UNREACHABLE_SECONDS: i64 = 30;
 const PLACEMENT_FOLDER: &str = "/etc/expertmesh";
+/// The volume with a process's identity, and where it is mounted.
+const IDENTITY: &str = "identity";
+const IDENTITY_FOLDER: &str = "/etc/expertmesh-identity";
+/// Everybody in the container may read, which runs as one user; nobody may write.
+const READABLE: i32 = 0o444;
 
 /// What a pod of workers or of frontends is made from.
 pub(crate) struct Process<'a> {
@@ -66,7 +73,7 @@ pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodT
             affinity: Some(apart(owner.selector_of(component, revision))),
             topology_spread_constraints: Some(vec![spread(owner.selector_of(component, revision))]),
             containers: vec![container(owner, process)],
-            volumes: Some(volumes(owner, revision)),
+            volumes: Some(volumes(owner, revision, component)),
             ..PodSpec::default()
         }),
     }
@@ -102,7 +109,7 @@ fn container(owner: &Owner, process: &Process) -> Container {
         image_pull_policy: Some("IfNotPresent".into()),
         command: Some(vec!["expertmesh-worker".into()]),
         args: Some(arguments),
-        env: Some(vec![pod_name()]),
+        env: Some(vec![pod_name(), identity_folder()]),
         ports: Some(ports),
         resources: resources(process.fields),
         // Loading may take long, but the port that says so is open within moments.
@@ -117,7 +124,11 @@ fn container(owner: &Owner, process: &Process) -> Container {
             capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
             ..SecurityContext::default()
         }),
-        volume_mounts: Some(vec![mount("placement", PLACEMENT_FOLDER, true), mount("tmp", "/tmp", false)]),
+        volume_mounts: Some(vec![
+            mount("placement", PLACEMENT_FOLDER, true),
+            mount(IDENTITY, IDENTITY_FOLDER, true),
+            mount("tmp", "/tmp", false),
+        ]),
         ..Container::default()
     }
 }
@@ -173,6 +184,10 @@ fn anywhere(port: i32) -> String {
     format!("0.0.0.0:{port}")
 }
 
+fn identity_folder() -> EnvVar {
+    EnvVar { name: "EXPERTMESH_IDENTITY".into(), value: Some(IDENTITY_FOLDER.into()), ..EnvVar::default() }
+}
+
 fn pod_name() -> EnvVar {
     let field = ObjectFieldSelector { api_version: Some("v1".into()), field_path: "metadata.name".into() };
     EnvVar {
@@ -223,14 +238,30 @@ fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
     }
 }
 
-fn volumes(owner: &Owner, revision: &str) -> Vec<Volume> {
+/// Whether pods of this template have an identity: those of before there were any do not.
+pub(crate) fn is_identified(template: &PodTemplateSpec) -> bool {
+    let volumes = template.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes.into_iter().any(|volume| volume.name == IDENTITY)
+}
+
+fn volumes(owner: &Owner, revision: &str, component: Component) -> Vec<Volume> {
     let placement = ConfigMapVolumeSource {
         name: owner.of_revision(revision),
         optional: Some(true), // a worker starts without a placement, too
         ..ConfigMapVolumeSource::default()
     };
+    let key = |part: &str| identity_key(&owner.name, component.as_str(), part);
+    let files = [(key("crt"), CHAIN), (key("key"), KEY), (AUTHORITIES.to_string(), AUTHORITIES)];
+    let items = files.map(|(key, path)| KeyToPath { key, path: path.into(), mode: None });
+    let identity = SecretVolumeSource {
+        secret_name: Some(IDENTITIES.into()),
+        items: Some(items.into()),
+        default_mode: Some(READABLE),
+        ..SecretVolumeSource::default()
+    };
     vec![
         Volume { name: "placement".into(), config_map: Some(placement), ..Volume::default() },
+        Volume { name: IDENTITY.into(), secret: Some(identity), ..Volume::default() },
         Volume { name: "tmp".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() },
     ]
 }

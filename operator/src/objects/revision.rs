@@ -17,7 +17,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::names::{Component, Owner, REVISION, UNPROVEN, UNTRIED};
-use super::pods::{Process, template};
+use super::pods::{Process, is_identified, template};
 use crate::api::PodFields;
 use crate::validate::ValidatedDeployment;
 
@@ -69,6 +69,11 @@ impl Revision {
         let lacks = |annotation| record.annotations().contains_key(annotation);
         let (is_proven, is_tried) = (!lacks(UNPROVEN), !lacks(UNTRIED));
         Some(Self { hash, number: record.revision, is_proven, is_tried, ..written })
+    }
+
+    /// Whether its pods have identities.
+    pub(crate) fn is_identified(&self) -> bool {
+        is_identified(&self.workers)
     }
 
     /// The URI of its model, as its workers are told it.

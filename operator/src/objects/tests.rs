@@ -221,7 +221,9 @@ fn both_kinds_of_pods_pass_pod_security_restricted() {
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
         assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
         for volume in pod["volumes"].as_array().unwrap() {
-            assert!(volume.get("configMap").or(volume.get("emptyDir")).is_some(), "{volume}");
+            let is_allowed =
+                ["configMap", "emptyDir", "secret"].iter().any(|kind| volume.get(kind).is_some());
+            assert!(is_allowed, "{volume}");
         }
         for container in pod["containers"].as_array().unwrap() {
             let context = &container["securityContext"];
@@ -256,4 +258,13 @@ fn a_record_says_of_a_revision_that_it_was_never_ready_nor_tried_until_it_was() 
     let proven = record(&revision);
     assert_eq!(says(&proven), (true, true));
     assert_eq!(proven.metadata.annotations, None, "as records of before this was noted");
+}
+
+#[test]
+fn a_revision_that_was_recorded_before_there_were_identities_has_none() {
+    let mut recorded = revision("");
+    assert!(recorded.is_identified());
+    let pod = recorded.workers.spec.as_mut().unwrap();
+    pod.volumes.as_mut().unwrap().retain(|volume| volume.name != "identity");
+    assert!(!recorded.is_identified(), "its pods are called in plain text until the next revision");
 }

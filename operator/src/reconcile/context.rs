@@ -12,15 +12,18 @@ use crate::apply::Writer;
 use crate::events::Events;
 use crate::fleet::kubernetes::KubernetesFleet;
 use crate::fleet::kubernetes::streams::Caller;
+use crate::identities::Identities;
 use crate::key::{Key, Watched};
 use crate::metrics::Metrics;
 use crate::objects::names::Owner;
+use crate::objects::revision::Revision;
 use crate::refusals::Refusals;
 
 /// What all reconciles of this process share.
 pub(crate) struct Context {
     pub(crate) client: Client,
     pub(crate) writer: Writer,
+    pub(crate) identities: Arc<Identities>,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,
     /// Who this process is to workers and frontends.
@@ -37,7 +40,7 @@ pub(crate) struct Context {
 
 impl Context {
     /// The fleet of a deployment's revision. What its processes report asks for a reconcile.
-    pub(super) fn fleet(&self, owner: &Owner, revision: &str) -> SharedFleet {
+    pub(super) fn fleet(&self, owner: &Owner, revision: &Revision) -> SharedFleet {
         let key = owner.key();
         let new = || {
             let (metrics, trigger, key) = (self.metrics.clone(), self.trigger.clone(), key.clone());
@@ -52,15 +55,18 @@ impl Context {
                 }
             };
             let (writer, refusals) = (self.writer.clone(), self.refusals.clone());
-            KubernetesFleet::new(writer, owner.clone(), revision, refusals, &self.caller, changed)
+            let trusted = revision.is_identified().then(|| self.identities.trusted(owner));
+            let caller = Caller { trusted, ..self.caller.clone() };
+            KubernetesFleet::new(writer, owner.clone(), &revision.hash, refusals, &caller, changed)
         };
-        self.memory.fleet(&key, &owner.reference.uid, revision, new)
+        self.memory.fleet(&key, &owner.reference.uid, &revision.hash, new)
     }
 
     /// Ends what is remembered and shown of a deployment that is gone.
     pub(super) fn forget(&self, key: &Key) {
         self.memory.forget(key);
         self.writer.forget_all(key);
+        self.identities.forget(key);
         self.metrics.forget(key);
     }
 

@@ -52,7 +52,7 @@ impl Observed {
         desired: &Desired,
         mut revision: Revision,
     ) -> Result<Self, ApiError> {
-        let fleet = context.fleet(&found.owner, &revision.hash);
+        let fleet = context.fleet(&found.owner, &revision);
         let mut seen = fleet.lock().await.observe().await?;
         let missing = found.frontends(&revision.hash).and_then(frontends_refused);
         seen.frontends.extend(missing.map(|failure| Seen {

@@ -1,5 +1,7 @@
 //! Applies what a deployment has once, sends clients to the revision that serves, and ends what no revision needs.
 
+use std::time::Duration;
+
 use expertmesh_decide::rollout::Rollout;
 use tracing::info;
 
@@ -10,17 +12,18 @@ use crate::objects;
 use crate::objects::revision::Revision;
 use crate::validate::ValidatedDeployment;
 
-/// Settles a deployment, unless it is paused.
+/// Settles a deployment, unless it is paused; and says when to come back, where identities wait.
 pub(super) async fn settle(
     context: &Context,
     found: &Found,
     deployment: &ValidatedDeployment,
     (wanted, plan): (&Revision, &Rollout),
-) -> Result<(), ApiError> {
+) -> Result<Option<Duration>, ApiError> {
     if deployment.desired.paused {
-        return Ok(());
+        return Ok(None);
     }
     let key = found.owner.key();
+    let again = context.identities.ensure(&found.owner).await?;
     let objects = objects::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
     context.writer.shared(&found.owner, &objects).await?;
     let before = found.serving.as_ref().filter(|serving| **serving != plan.serving);
@@ -43,5 +46,5 @@ pub(super) async fn settle(
     }
     let running = [Some(plan.serving.as_str()), plan.next.as_deref()];
     context.memory.keep_fleets(&key, &running.into_iter().flatten().collect::<Vec<_>>());
-    Ok(())
+    Ok(again)
 }

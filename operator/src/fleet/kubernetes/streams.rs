@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 
-use crate::control::Control;
+use crate::control::{Control, Trusted};
 
 /// What the autoscaler of a fleet's deployment knows.
 pub(crate) type SharedAutoscaler = Arc<std::sync::Mutex<Autoscaler>>;
@@ -32,6 +32,8 @@ pub(crate) struct Caller {
     pub(crate) name: String,
     /// The time of its start in nanoseconds since 1970.
     pub(crate) incarnation: Incarnation,
+    /// What it proves that by, to the deployment that it calls; none of whose pods have no identities.
+    pub(crate) trusted: Option<Trusted>,
 }
 
 pub(super) struct Streams {
@@ -51,7 +53,8 @@ impl Streams {
         changed: impl Fn(Option<&Look>) + Send + 'static,
     ) -> Self {
         let reported = Arc::new(Notify::new());
-        let control = Control::new(caller.name.clone(), caller.incarnation, None, reported.clone());
+        let control =
+            Control::new(caller.name.clone(), caller.incarnation, caller.trusted.clone(), reported.clone());
         let open = Arc::new(Mutex::new(Open { control, members: Vec::new() }));
         let watching = tokio::spawn(watch(open.clone(), reported, autoscaler, changed));
         Self { open, watching }
