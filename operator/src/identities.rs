@@ -117,9 +117,10 @@ impl Identities {
     }
 
     /// Makes what a deployment's pods mount, and renews it; and says when to come back, where something waits.
-    pub(crate) async fn ensure(&self, owner: &Owner) -> Result<Option<Duration>, ApiError> {
+    /// While pods are `starting` it is looked at each time: they wait for it, and it may have gone with the last deployment of before.
+    pub(crate) async fn ensure(&self, owner: &Owner, starting: bool) -> Result<Option<Duration>, ApiError> {
         let key = owner.key();
-        if self.looked().get(&key).is_some_and(|at| at.elapsed() < LOOK) {
+        if !starting && self.looked().get(&key).is_some_and(|at| at.elapsed() < LOOK) {
             return Ok(None);
         }
         let api: Api<Secret> = Api::namespaced(self.client.clone(), &owner.namespace);

@@ -107,7 +107,7 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
     }
 
     // settle: what the deployment has once, promotion, the end of old revisions (writes to the API server)
-    let soon = settle(context, found, &deployment, (&observed.wanted.revision, &plan)).await?;
+    let soon = settle(context, found, &deployment, (&observed.wanted, &plan)).await?;
 
     // scale (writes the size to the API server)
     let scaled = scale(context, found, &deployment, observed.serving(), &plan).await;

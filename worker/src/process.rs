@@ -96,17 +96,19 @@ pub(crate) async fn bind(flag: &str, address: SocketAddr) -> Result<tokio::net::
     listener.map_err(|error| Fatal::new("AddressUnavailable", format!("{flag} {address}: {error}")))
 }
 
-/// Waits until the process is told to end, by SIGTERM or SIGINT.
-pub(crate) async fn asked_to_stop() {
+/// Hears from now on whether the process is told to end, by SIGTERM or SIGINT; done when it was. To be called before anything that takes
+/// time: a container's first process hears only the signals that it asks for, and one that came before is lost.
+pub(crate) fn asked_to_stop() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
     }
 }
 

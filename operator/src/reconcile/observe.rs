@@ -66,6 +66,13 @@ impl Observed {
     }
 }
 
+impl Observed {
+    /// Whether a pod of it has yet to start.
+    pub(super) fn is_starting(&self) -> bool {
+        self.seen.members().any(|(_, process)| !process.is_started)
+    }
+}
+
 /// Whether the status calls this revision Ready.
 fn was_ready(found: &Found, hash: &str) -> bool {
     let status = found.status();

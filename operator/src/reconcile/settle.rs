@@ -7,9 +7,9 @@ use tracing::info;
 
 use super::context::Context;
 use super::fetch::Found;
+use super::observe::Observed;
 use crate::apply::ApiError;
 use crate::objects;
-use crate::objects::revision::Revision;
 use crate::validate::ValidatedDeployment;
 
 /// Settles a deployment, unless it is paused; and says when to come back, where identities wait.
@@ -17,13 +17,13 @@ pub(super) async fn settle(
     context: &Context,
     found: &Found,
     deployment: &ValidatedDeployment,
-    (wanted, plan): (&Revision, &Rollout),
+    (wanted, plan): (&Observed, &Rollout),
 ) -> Result<Option<Duration>, ApiError> {
     if deployment.desired.paused {
         return Ok(None);
     }
     let key = found.owner.key();
-    let again = context.identities.ensure(&found.owner).await?;
+    let again = context.identities.ensure(&found.owner, wanted.is_starting()).await?;
     let objects = objects::shared(&found.owner, &plan.serving, context.operator_namespace.as_deref());
     context.writer.shared(&found.owner, &objects).await?;
     let before = found.serving.as_ref().filter(|serving| **serving != plan.serving);
@@ -41,7 +41,7 @@ pub(super) async fn settle(
             );
         }
     }
-    for revision in found.forgettable(wanted) {
+    for revision in found.forgettable(&wanted.revision) {
         context.writer.forget(&found.owner, &revision).await?;
     }
     let running = [Some(plan.serving.as_str()), plan.next.as_deref()];

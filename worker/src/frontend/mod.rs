@@ -168,6 +168,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 async fn serve(args: Args) -> Result<(), Fatal> {
+    let stop = process::asked_to_stop();
     let mut model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
     model.contents = Contents::spelling(args.special_tokens_in_content);
     let program = std::env::current_exe().map_err(|error| Fatal::new("StartFailed", error.to_string()))?;
@@ -198,7 +199,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
     let router = routes::router(server.clone()).layer(cors);
     tokio::select! {
-        () = serve_http(http, router, server, &args) => Ok(()),
+        () = serve_http(http, router, server, &args, stop) => Ok(()),
         Some(Ok(task)) = aside.join_next() => {
             Err(Fatal::new("TaskStopped", format!("the task {task} ended; its panic, if it had one, is above")))
         }
@@ -212,12 +213,18 @@ async fn ends(name: &'static str, task: impl Future) -> &'static str {
 }
 
 /// Answers clients; at SIGTERM it takes requests for the grace and then lets the running ones finish.
-async fn serve_http(listener: TcpListener, router: Router, server: Arc<Server>, args: &Args) {
+async fn serve_http(
+    listener: TcpListener,
+    router: Router,
+    server: Arc<Server>,
+    args: &Args,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
     let guests = Guests::new(args.bounds(), server.metrics.clone());
     let (grace, leaving, mut in_flight) = (args.drain_grace, server.clone(), server.in_flight());
     let (closing, closed) = tokio::sync::oneshot::channel();
     let serving = connections::serve(listener, router, guests, async move {
-        process::asked_to_stop().await;
+        stop.await;
         tracing::info!("leaving");
         leaving.leave();
         sleep(grace).await;

@@ -39,6 +39,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 async fn serve(args: Args) -> Result<ExitCode, Fatal> {
+    let mut stop = pin!(process::asked_to_stop());
     let config = ModelConfig::read(&args.model)?;
     config.placed_layers()?;
     let (slot, max_context) = (args.slot()?, args.max_context(&config)?);
@@ -51,8 +52,6 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let (registry, loading) = (Registry::new(), Arc::new(Loading::default()));
     let router = probes::router(registry.clone(), loading.clone().readiness());
     let probes = tokio::spawn(async move { axum::serve(http, router).await });
-    // A container's first process hears only the signals that it asks for: from now on.
-    let mut stop = pin!(process::asked_to_stop());
     let loaded = tokio::select! {
         loaded = loading::for_processor(args.model.clone(), args.computed_as, args.computed_with, loading.clone()) => loaded?,
         () = &mut stop => return Ok(ExitCode::SUCCESS),
