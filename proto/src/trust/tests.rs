@@ -1,7 +1,6 @@
 use std::sync::Mutex;
 
 use hyper_util::rt::TokioIo;
-use rustls::RootCertStore;
 use time::{Duration as Span, OffsetDateTime};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -158,8 +157,6 @@ async fn plain_text_and_no_certificate_are_told_what_is_spoken_here_but_for_heal
     assert_eq!(calls(plain.clone()).await, [Code::Unauthenticated; 5]);
     assert_eq!(scene.refusals(), [Refusal::Plaintext; 5]);
 
-    let mut authorities = RootCertStore::empty();
-    authorities.add_parsable_certificates(Vec::new());
     let address = scene.address.clone();
     let trust = scene.trust.clone();
     let nameless = service_fn(move |_| {
