@@ -1,7 +1,6 @@
 //! The server's side of connections: who calls is known before any message is read.
 
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -44,10 +43,8 @@ enum Io {
 /// Who calls, in the extensions of each request.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// From where.
-    pub address: Option<SocketAddr>,
-    /// Who, as far as its certificate says.
-    pub identity: Result<Arc<Identity>, Refusal>,
+    /// As far as its certificate says.
+    identity: Result<Arc<Identity>, Refusal>,
 }
 
 impl Connected for Connection {
@@ -108,7 +105,7 @@ pub(super) fn incoming(
                 () = sender.closed() => return,
                 Some(_) = handshakes.join_next() => {}
                 accepted = listener.accept() => {
-                    let Ok((stream, address)) = accepted else {
+                    let Ok((stream, _)) = accepted else {
                         sleep(PAUSE).await;
                         continue;
                     };
@@ -117,7 +114,7 @@ pub(super) fn incoming(
                     }
                     let (tls, sender) = (tls.clone(), sender.clone());
                     handshakes.spawn(async move {
-                        if let Ok(Ok(connection)) = timeout(HANDSHAKE, taken(stream, address, tls)).await {
+                        if let Ok(Ok(connection)) = timeout(HANDSHAKE, taken(stream, tls)).await {
                             let _ = sender.send(Ok(connection)).await; // fails where the server has stopped
                         }
                     });
@@ -128,16 +125,10 @@ pub(super) fn incoming(
     Ok(ReceiverStream::new(receiver))
 }
 
-async fn taken(
-    stream: TcpStream,
-    address: SocketAddr,
-    tls: Option<(Trust, TlsAcceptor)>,
-) -> io::Result<Connection> {
+async fn taken(stream: TcpStream, tls: Option<(Trust, TlsAcceptor)>) -> io::Result<Connection> {
     stream.set_nodelay(true)?; // otherwise 40 ms for a small answer
-    let plain = |stream| Connection {
-        io: Io::Plain(stream),
-        caller: Caller { address: Some(address), identity: Err(Refusal::Plaintext) },
-    };
+    let plain =
+        |stream| Connection { io: Io::Plain(stream), caller: Caller { identity: Err(Refusal::Plaintext) } };
     let Some((trust, acceptor)) = tls else { return Ok(plain(stream)) };
     let mut first = [0];
     if stream.peek(&mut first).await? == 0 || first[0] != TLS {
@@ -145,7 +136,7 @@ async fn taken(
     }
     let stream = acceptor.accept(stream).await?;
     let identity = trust.caller(stream.get_ref().1.peer_certificates()).map(Arc::new);
-    Ok(Connection { io: Io::Tls(Box::new(stream)), caller: Caller { address: Some(address), identity } })
+    Ok(Connection { io: Io::Tls(Box::new(stream)), caller: Caller { identity } })
 }
 
 impl AsyncRead for Connection {
