@@ -419,6 +419,12 @@ fn a_revision_that_comes_at_zero_is_tried_with_the_first_request_and_what_worked
     namespace.kubectl(&["scale", "mdep/tiny", "--replicas=1"]).unwrap();
     deployment.wait_until_sized(1);
     told(&deployment, "RolledOut", "True", "Serving", &[]);
+    wait_for("the revisions before it to end", || {
+        match namespace.get(&["statefulsets"])["items"].as_array() {
+            Some(sets) if sets.len() == 1 => Ok(()),
+            sets => Err(format!("{} StatefulSets", sets.map_or(0, Vec::len))),
+        }
+    });
     wait_for("the first record to go", || {
         if is_kept(&first) { Err(format!("{:#?}", records())) } else { Ok(()) }
     });

@@ -173,12 +173,13 @@ YAML
 # client NAME: the three ways in which a part of the control plane is told its kubeconfig.
 client() { for flag in kubeconfig authentication-kubeconfig authorization-kubeconfig; do echo "--$flag=$PKI/$1.kubeconfig"; done; }
 
+# It may ask ten times as often as usual: whole namespaces come and go here at once, and at 20 requests a second garbage waits for minutes.
 # shellcheck disable=SC2046 # client prints words
 start_controller_manager() {
   start controller-manager "$BIN/kube-controller-manager" $(client controller-manager) --bind-address=127.0.0.1 --leader-elect=false \
     --use-service-account-credentials=true --service-account-private-key-file="$PKI/service-accounts.key" \
     --root-ca-file="$PKI/ca.crt" --cluster-signing-cert-file="$PKI/ca.crt" --cluster-signing-key-file="$PKI/ca.key" \
-    --allocate-node-cidrs=false --node-monitor-grace-period=20s --horizontal-pod-autoscaler-sync-period=5s
+    --allocate-node-cidrs=false --node-monitor-grace-period=20s --kube-api-qps=200 --kube-api-burst=400 --horizontal-pod-autoscaler-sync-period=5s
 }
 
 # shellcheck disable=SC2046

@@ -15,6 +15,7 @@ pub mod promtool;
 pub mod reference;
 pub mod up;
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -41,13 +42,22 @@ pub fn skipped(group: &str) -> bool {
 /// Longer than anything here takes on a busy machine; a condition that holds ends the wait at once.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+thread_local! {
+    /// Why this thread's last wait was in vain, to be said again where a report ends.
+    pub(crate) static LAST_FAILURE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
 /// Waits until `condition` gives a value; fails with `what` and its last word.
 pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Result<T, String>) -> T {
     let start = Instant::now();
     loop {
         match condition() {
             Ok(value) => return value,
-            Err(word) if start.elapsed() > PATIENCE => panic!("waited {PATIENCE:?} for {what}: {word}"),
+            Err(word) if start.elapsed() > PATIENCE => {
+                let why = format!("waited {PATIENCE:?} for {what}: {word}");
+                LAST_FAILURE.set(why.clone());
+                panic!("{why}")
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(50)),
         }
     }
