@@ -7,6 +7,7 @@ pub mod duration;
 pub mod epoch;
 pub mod expert;
 pub mod expert_set;
+pub mod files;
 pub mod heartbeat;
 pub mod incarnation;
 pub mod invalid;

@@ -11,7 +11,6 @@ pub(crate) mod table;
 
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
 use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -24,11 +23,10 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme};
 use webpki::KeyUsage;
 
+use crate::files;
 use identity::{Component, Deployment, Identity};
 use material::{Material, MaterialError};
 
-/// How often files are looked at: a kubelet renews a Secret's within a minute or two.
-const LOOK: Duration = Duration::from_secs(10);
 /// What is spoken within.
 const HTTP2: &[u8] = b"h2";
 
@@ -116,19 +114,13 @@ impl Trust {
 
     /// Swaps for ever what a folder holds where its files change. `failed` is told why what is there cannot be used: what was, goes on.
     pub async fn follow(&self, folder: &Path, failed: impl Fn(MaterialError)) {
-        let mut last = None;
-        loop {
-            let files = [material::CHAIN, material::KEY, material::AUTHORITIES];
-            let now: Vec<_> = files.iter().map(|file| std::fs::read(folder.join(file)).ok()).collect();
-            if last.as_ref().is_some_and(|last| *last != now) {
-                match Material::read(folder) {
-                    Ok(material) => self.swap(material),
-                    Err(error) => failed(error),
-                }
-            }
-            last = Some(now);
-            tokio::time::sleep(LOOK).await;
-        }
+        let files = [material::CHAIN, material::KEY, material::AUTHORITIES];
+        let read = || files.map(|file| std::fs::read(folder.join(file)).ok());
+        let changed = || match Material::read(folder) {
+            Ok(material) => self.swap(material),
+            Err(error) => failed(error),
+        };
+        files::follow(read, changed).await;
     }
 
     pub(crate) fn notice(&self, notice: Notice) {

@@ -1,5 +1,6 @@
 //! Every metric of the worker and of the frontend, declared once.
 
+pub(crate) mod clients;
 pub(crate) mod frontend;
 pub(crate) mod labels;
 pub(crate) mod trust;
@@ -7,6 +8,7 @@ pub(crate) mod worker;
 
 use expertmesh_metrics::Registry;
 
+use self::clients::ClientMetrics;
 use self::frontend::FrontendMetrics;
 use self::trust::TrustMetrics;
 use self::worker::WorkerMetrics;
@@ -16,6 +18,7 @@ pub(crate) fn sections() -> String {
     let (worker, frontend) = (Registry::new(), Registry::new());
     let _ = (WorkerMetrics::new(&worker), TrustMetrics::new(&worker));
     let _ = (FrontendMetrics::new(&frontend, ""), TrustMetrics::new(&frontend));
+    ClientMetrics::new(&frontend).declare("");
     worker.section("Worker") + &frontend.section("Frontend")
 }
 

@@ -1,4 +1,5 @@
 use std::sync::Mutex;
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use time::{Duration as Span, OffsetDateTime};

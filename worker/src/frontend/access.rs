@@ -23,6 +23,8 @@ pub(super) struct Entry<'a> {
     pub(super) request: &'a str,
     /// The id of the answer; empty where it came to none.
     pub(super) answer: &'a str,
+    /// The name of the client whose key it had; empty where none is asked for.
+    pub(super) client: &'a str,
     pub(super) endpoint: &'static str,
     pub(super) code: u16,
     /// `ok`, or the error's name in metrics.
@@ -44,11 +46,11 @@ impl AccessLog {
         match self {
             Self::Off => {}
             Self::Text => {
-                let Entry { request, answer, endpoint, code, outcome, .. } = *entry;
+                let Entry { request, answer, client, endpoint, code, outcome, .. } = *entry;
                 let Entry { prompt_tokens, completion_tokens, first_token_ms, ms, .. } = *entry;
                 tracing::info!(
                     target: "access",
-                    request, answer, endpoint, code, outcome, prompt_tokens, completion_tokens, first_token_ms, ms
+                    request, answer, client, endpoint, code, outcome, prompt_tokens, completion_tokens, first_token_ms, ms
                 );
             }
             Self::Json => {

@@ -11,12 +11,14 @@ use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{sleep, timeout};
 
 use super::guests::{Guest, Guests, NoRoom};
+use super::https::Https;
 
 /// The most connections at once; where more come, the longest idle one goes.
 const MAX_CONNECTIONS: usize = 2048;
@@ -54,6 +56,7 @@ pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
     guests: Arc<Guests>,
+    https: Option<Https>,
     closing: impl Future<Output = ()>,
 ) {
     let (open, http) = (GracefulShutdown::new(), http());
@@ -66,18 +69,18 @@ pub(crate) async fn serve(
         let Some((stream, guest)) = accepted else { continue };
         // A token's packet must not wait for the next one.
         let _ = stream.set_nodelay(true);
-        let (router, host) = (TowerToHyperService::new(router.clone()), guest.clone());
-        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
-            host.begin();
-            request.extensions_mut().insert(host.clone());
-            router.call(request)
-        });
-        let connection = http.serve_connection(TokioIo::new(stream), service).into_owned();
-        let connection = open.watch(connection);
+        let (http, router, https, watcher) = (http.clone(), router.clone(), https.clone(), open.watcher());
         tokio::spawn(async move {
+            let host = guest.clone();
+            let connection = async {
+                match https {
+                    None => converse(stream, &http, router, host, watcher).await,
+                    Some(https) => converse(https.accept(stream).await?, &http, router, host, watcher).await,
+                }
+            };
             tokio::select! {
                 ended = connection => if let Err(error) = ended {
-                    tracing::debug!(%error, "a connection ended");
+                    tracing::debug!(error, "a connection ended");
                 },
                 () = guest.told_to_leave() => tracing::debug!("a connection was told to leave"),
                 () = guest.sends_nothing() => tracing::debug!("a connection sent no request"),
@@ -86,6 +89,23 @@ pub(crate) async fn serve(
     }
     drop(listener);
     open.shutdown().await;
+}
+
+/// Answers the requests of one connection until it ends.
+async fn converse(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    http: &auto::Builder<TokioExecutor>,
+    router: Router,
+    guest: Arc<Guest>,
+    watcher: Watcher,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        guest.begin();
+        request.extensions_mut().insert(guest.clone());
+        router.call(request)
+    });
+    watcher.watch(http.serve_connection(TokioIo::new(stream), service).into_owned()).await
 }
 
 /// How connections are served, whichever they speak.
@@ -140,17 +160,22 @@ mod tests {
 
     use super::*;
     use crate::frontend::guests::Bounds;
+    use crate::frontend::https::tests::Folder;
     use crate::metrics::frontend::FrontendMetrics;
 
     /// Answers `GET /` for at most four connections, whose first head may take so long; returns where.
     async fn host(first_head: Duration) -> std::net::SocketAddr {
+        host_with(first_head, None).await
+    }
+
+    async fn host_with(first_head: Duration, https: Option<Https>) -> std::net::SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = Router::new().route("/", get(|| std::future::ready("here")));
         let metrics = FrontendMetrics::new(&Registry::new(), "m");
         let bounds =
             Bounds { connections: 4, of_address: usize::MAX, requests_of_address: usize::MAX, first_head };
-        tokio::spawn(serve(listener, router, Guests::new(bounds, metrics), std::future::pending()));
+        tokio::spawn(serve(listener, router, Guests::new(bounds, metrics), https, std::future::pending()));
         address
     }
 
@@ -208,6 +233,28 @@ mod tests {
         let response = client.send_request(request).await.unwrap();
         let body = axum::body::to_bytes(axum::body::Body::new(response.into_body()), 99).await.unwrap();
         assert_eq!(body, "here");
+    }
+
+    #[tokio::test]
+    async fn https_is_spoken_where_there_is_a_certificate_and_nothing_else() {
+        let folder = Folder::new("host");
+        let client = folder.renew();
+        let https = Https::read(&folder.0).unwrap();
+        let address = host_with(Duration::from_millis(300), Some(https)).await;
+        let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+        let mut stream = client.connect(name, TcpStream::connect(address).await.unwrap()).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with("here"), "{answer}");
+        let answer = ask(&mut TcpStream::connect(address).await.unwrap()).await.unwrap();
+        assert!(
+            answer.starts_with("HTTP/1.1 400") && answer.ends_with("this port speaks HTTPS only"),
+            "{answer}"
+        );
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        let over = silent.read_to_string(&mut String::new()).await;
+        assert!(over.is_err() || over.is_ok_and(|read| read == 0), "no handshake keeps a connection");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod access;
 mod answer;
 mod chat;
 mod choices;
+mod clients;
 mod completions;
 mod connections;
 mod control;
@@ -12,6 +13,7 @@ mod fields;
 mod format;
 mod guests;
 mod hold;
+mod https;
 mod latencies;
 mod logprobs;
 pub(crate) mod model;
@@ -37,7 +39,7 @@ pub(crate) mod workers;
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,8 +54,10 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use self::access::AccessLog;
+use self::clients::Clients;
 use self::control::ControlService;
 use self::guests::{Bounds, Guests};
+use self::https::Https;
 use self::model::Model;
 use self::resume::Patience;
 use self::server::{Server, Settings};
@@ -62,6 +66,7 @@ use crate::collector;
 use crate::conversation::Contents;
 use crate::engine::ComputedAs;
 use crate::identity::fingerprint_message;
+use crate::metrics::clients::ClientMetrics;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
@@ -121,6 +126,14 @@ pub(crate) struct Args {
         default_value = "*"
     )]
     cors_origins: Vec<String>,
+    /// The folder that names the clients who may ask: a file for each, called as it is, with `sha256:` and its key's hash, or with an object
+    /// {"key", "requestsPerMinute", "tokensPerMinute", "concurrentRequests"}. Read again where it changes; without it, everybody may
+    #[arg(long, env = "EXPERTMESH_API_KEYS", value_name = "FOLDER")]
+    api_keys: Option<PathBuf>,
+    /// The folder of the certificate that clients see (tls.crt, with those between it and its authority) and of its key (tls.key). Read again
+    /// where they change; without it, clients speak HTTP
+    #[arg(long, env = "EXPERTMESH_TLS", value_name = "FOLDER")]
+    tls: Option<PathBuf>,
     /// A line for every request: its id, tokens, times and outcome; never its text
     #[arg(long, env = "EXPERTMESH_ACCESS_LOG", value_enum, default_value_t = AccessLog::Text)]
     access_log: AccessLog,
@@ -182,7 +195,8 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let workers = Workers::new(me.clone(), callee, args.queue_timeout, metrics.clone());
     let patience = Patience { stall: args.stall_timeout, queue: args.queue_timeout };
     let settings = Settings { patience, max_requests: args.max_requests, log: args.access_log };
-    let server = Server::new(model, workers.clone(), metrics, settings);
+    let clients = clients(args.api_keys.as_deref(), &registry)?;
+    let server = Server::new(model, workers.clone(), metrics, clients, settings);
     let cors = cors::layer(&args.cors_origins)?;
 
     let http = process::bind("--listen", args.listen).await?;
@@ -195,11 +209,19 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let mut aside = JoinSet::new();
     aside.spawn(ends("workers", workers.follow(placement)));
     aside.spawn(ends("control", control::serve(grpc, control, trust)));
+    let https = args.tls.as_deref().map(https).transpose()?;
+    if let (Some(https), Some(folder)) = (https.clone(), args.tls.clone()) {
+        aside.spawn(ends("HTTPS", async move { https.follow(&folder).await }));
+    }
+    if let Some(folder) = args.api_keys.clone() {
+        let server = server.clone();
+        aside.spawn(ends("API keys", async move { server.clients.follow(&folder).await }));
+    }
     aside.spawn(ends("metrics", serve_probes(probes, registry, server.clone())));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
     let router = routes::router(server.clone()).layer(cors);
     tokio::select! {
-        () = serve_http(http, router, server, &args, stop) => Ok(()),
+        () = serve_http((http, https), router, server, &args, stop) => Ok(()),
         Some(Ok(task)) = aside.join_next() => {
             Err(Fatal::new("TaskStopped", format!("the task {task} ended; its panic, if it had one, is above")))
         }
@@ -214,7 +236,7 @@ async fn ends(name: &'static str, task: impl Future) -> &'static str {
 
 /// Answers clients; at SIGTERM it takes requests for the grace and then lets the running ones finish.
 async fn serve_http(
-    listener: TcpListener,
+    (listener, https): (TcpListener, Option<Https>),
     router: Router,
     server: Arc<Server>,
     args: &Args,
@@ -223,7 +245,7 @@ async fn serve_http(
     let guests = Guests::new(args.bounds(), server.metrics.clone());
     let (grace, leaving, mut in_flight) = (args.drain_grace, server.clone(), server.in_flight());
     let (closing, closed) = tokio::sync::oneshot::channel();
-    let serving = connections::serve(listener, router, guests, async move {
+    let serving = connections::serve(listener, router, guests, https, async move {
         stop.await;
         tracing::info!("leaving");
         leaving.leave();
@@ -268,6 +290,19 @@ fn caller(args: &Args) -> Result<v1::Caller, Fatal> {
     };
     let incarnation = process::incarnation()?.0;
     Ok(v1::Caller { name: args.name.clone(), incarnation, attempt: 0, fingerprint })
+}
+
+/// Who may ask: whoever has a key, where there are keys.
+fn clients(folder: Option<&Path>, registry: &Registry) -> Result<Clients, Fatal> {
+    let metrics = ClientMetrics::new(registry);
+    let Some(folder) = folder else { return Ok(Clients::anybody(metrics)) };
+    Clients::read(folder, metrics)
+        .map_err(|error| Fatal::new("ApiKeysInvalid", format!("--api-keys: {error}")))
+}
+
+fn https(folder: &Path) -> Result<Https, Fatal> {
+    Https::read(folder)
+        .map_err(|error| Fatal::new("CertificateInvalid", format!("--tls {}: {error}", folder.display())))
 }
 
 fn addresses(http: &TcpListener, grpc: &TcpListener, probes: &TcpListener) -> Addresses {

@@ -1,5 +1,7 @@
 //! The OpenAI API's common shapes: errors, usage, models.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -41,6 +43,12 @@ pub(crate) enum ApiError {
     TooManyRequests,
     #[error("too many requests of this address are being answered; try again later")]
     TooManyOfAddress,
+    #[error("this API asks for a key: authorization: Bearer KEY, or x-api-key: KEY")]
+    KeyMissing,
+    #[error("the API key is not known here")]
+    KeyUnknown,
+    #[error("{problem}; try again in {} s", seconds(*wait))]
+    ClientLimit { problem: String, wait: Duration },
     #[error("no worker is free: {0}")]
     NoWorker(NoWorker),
     #[error("the answer was interrupted: {0}")]
@@ -80,6 +88,11 @@ impl ApiError {
             Self::TooManyOfAddress => {
                 ("TooManyOfAddress", StatusCode::TOO_MANY_REQUESTS, Some("too_many_requests"))
             }
+            Self::KeyMissing => ("KeyMissing", StatusCode::UNAUTHORIZED, Some("missing_api_key")),
+            Self::KeyUnknown => ("KeyUnknown", StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
+            Self::ClientLimit { .. } => {
+                ("ClientLimit", StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"))
+            }
             Self::NoWorker(NoWorker::NoneReady(_)) => {
                 ("NoWorker", StatusCode::SERVICE_UNAVAILABLE, Some("no_worker"))
             }
@@ -115,6 +128,9 @@ impl ApiError {
             | Self::MethodNotAllowed(_)
             | Self::TooManyRequests
             | Self::TooManyOfAddress
+            | Self::KeyMissing
+            | Self::KeyUnknown
+            | Self::ClientLimit { .. }
             | Self::NoWorker(_)
             | Self::Interrupted(_)
             | Self::ShuttingDown
@@ -127,6 +143,7 @@ impl ApiError {
         let Facts { status, code, .. } = self.facts();
         let kind = match status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::UNAUTHORIZED => "authentication_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
@@ -162,11 +179,26 @@ impl ApiError {
     /// The error as the answer to a request.
     pub(super) fn response(&self, id: &RequestId) -> Response {
         let mut response = (self.status(), Json(self.told(id))).into_response();
-        if matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, RETRY_AFTER);
+        let headers = response.headers_mut();
+        match (self, self.status()) {
+            (Self::ClientLimit { wait, .. }, _) => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds(*wait)));
+            }
+            (_, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) => {
+                headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+            }
+            (_, StatusCode::UNAUTHORIZED) => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            _ => {}
         }
         response
     }
+}
+
+/// A time in whole seconds, rounded up: whoever comes back then is not too early.
+fn seconds(time: Duration) -> u64 {
+    time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).max(1)
 }
 
 /// Tokens that were generated, those of thoughts among them.

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use super::chat::Chat;
 use super::choices::{self, Start, Updates};
+use super::clients::Client;
 use super::completions::Completions;
 use super::format::{Format, Whole, Writer};
 use super::guests::Guest;
@@ -36,13 +37,18 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a stream's head waits for its first piece, so that what goes wrong until then has a status of its own.
 const HEAD_WAITS: Duration = Duration::from_secs(1);
 
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+const MODELS: &str = "/v1/models";
+const HEALTH: &str = "/health";
+
 /// Everything that a frontend answers by HTTP.
 pub(crate) fn router(server: Arc<Server>) -> Router {
     let routes = [
-        ("/v1/chat/completions", post(generate::<Chat>)),
-        ("/v1/completions", post(generate::<Completions>)),
-        ("/v1/models", get(models)),
-        ("/health", get(health)),
+        (CHAT, post(generate::<Chat>)),
+        (COMPLETIONS, post(generate::<Completions>)),
+        (MODELS, get(models)),
+        (HEALTH, get(health)),
     ];
     let both = |router: Router<_>, (path, handler): (&str, MethodRouter<_>)| {
         router.route(path, handler.clone()).route(&format!("{path}/"), handler)
@@ -52,6 +58,7 @@ pub(crate) fn router(server: Arc<Server>) -> Router {
         .route("/v1/models/{*id}", get(model))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(from_fn_with_state(server.clone(), known))
         .layer(from_fn_with_state(server.clone(), close_when_leaving))
         .layer(from_fn_with_state(server.clone(), named))
         .with_state(server)
@@ -63,9 +70,11 @@ async fn generate<F: Format>(
     request: Request,
 ) -> Response {
     let span = traces::request(request.headers(), || format!("POST {}", request.uri().path()));
-    let mut tracked = server.track(F::ENDPOINT, id).traced(span);
+    let client = request.extensions().get::<Arc<Client>>().cloned();
+    let mut tracked = server.track(F::ENDPOINT, id).of(client.clone()).traced(span);
     let guest = request.extensions().get::<Arc<Guest>>().cloned();
-    match answer::<F>(&server, request, guest.as_ref(), &mut tracked).await {
+    let caller = Caller { guest: guest.as_ref(), client: client.as_ref() };
+    match answer::<F>(&server, request, caller, &mut tracked).await {
         Ok(Answer { seed, body }) => {
             let response = match body {
                 Body::Whole(response) => answered(tracked, response),
@@ -77,6 +86,12 @@ async fn generate<F: Format>(
         }
         Err(error) => refused(tracked, &error),
     }
+}
+
+/// By which connection a request came, and with whose key.
+struct Caller<'a> {
+    guest: Option<&'a Arc<Guest>>,
+    client: Option<&'a Arc<Client>>,
 }
 
 struct Answer {
@@ -94,13 +109,13 @@ enum Body {
 async fn answer<F: Format>(
     server: &Arc<Server>,
     request: Request,
-    guest: Option<&Arc<Guest>>,
+    caller: Caller<'_>,
     tracked: &mut Tracked,
 ) -> Result<Answer, ApiError> {
     let drawn = seed::drawn(request.headers())?;
     check(request.headers())?;
     let body = server.reading.receive(request.into_body(), BODY_TIMEOUT).await?;
-    let mut places = server.admit(guest)?;
+    let mut places = server.admit(caller.guest, caller.client)?;
     let request = validate::<F>(server.clone(), body, drawn).await?;
     places.sequences = Some(server.sequences(request.count())?);
     tracked.keep(places);
@@ -246,6 +261,31 @@ async fn named(State(server): State<Arc<Server>>, mut request: Request, next: Ne
         response.headers_mut().insert(REQUEST_ID, header);
     }
     response
+}
+
+/// Lets in whoever has a key, where keys are asked for: to everything but the health, which load balancers look at.
+async fn known(
+    State(server): State<Arc<Server>>,
+    Extension(id): Extension<RequestId>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let path = request.uri().path().trim_end_matches('/');
+    if path == HEALTH {
+        return next.run(request).await;
+    }
+    let endpoint = match path {
+        CHAT => Endpoint::ChatCompletions,
+        COMPLETIONS => Endpoint::Completions,
+        path if path.starts_with(MODELS) => Endpoint::Models,
+        _ => Endpoint::Other,
+    };
+    match server.clients.of(request.headers()) {
+        Ok(None) => {}
+        Ok(Some(client)) => drop(request.extensions_mut().insert(client)),
+        Err(error) => return refused(server.track(endpoint, id), &error),
+    }
+    next.run(request).await
 }
 
 /// A client with a pool of connections is told to open its next one elsewhere.

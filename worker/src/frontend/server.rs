@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::access::AccessLog;
+use super::clients::{Client, Clients};
 use super::format::Header;
 use super::guests::{Answering, Guest};
 use super::latencies::Latencies;
@@ -39,6 +40,7 @@ pub(crate) struct Server {
     pub(crate) model: Model,
     pub(crate) workers: Workers,
     pub(crate) metrics: FrontendMetrics,
+    pub(crate) clients: Clients,
     pub(crate) latencies: Latencies,
     pub(crate) patience: Patience,
     pub(super) reading: Reading,
@@ -59,6 +61,7 @@ impl Server {
         model: Model,
         workers: Workers,
         metrics: FrontendMetrics,
+        clients: Clients,
         settings: Settings,
     ) -> Arc<Self> {
         let Settings { patience, max_requests, log } = settings;
@@ -66,6 +69,7 @@ impl Server {
             model,
             workers,
             metrics,
+            clients,
             latencies: Latencies::default(),
             patience,
             permits: Arc::new(Semaphore::new(max_requests)),
@@ -131,12 +135,18 @@ impl Server {
 
     /// A place among the requests that are answered at once, for one whose body has arrived; its connection stays
     /// meanwhile.
-    pub(super) fn admit(&self, guest: Option<&Arc<Guest>>) -> Result<Places, ApiError> {
+    pub(super) fn admit(
+        &self,
+        guest: Option<&Arc<Guest>>,
+        client: Option<&Arc<Client>>,
+    ) -> Result<Places, ApiError> {
         let request = self.permits.clone().try_acquire_owned().map_err(|_| ApiError::TooManyRequests)?;
         let answering = |guest: &Arc<Guest>| -> Result<Answering, ApiError> {
             guest.answering().ok_or(ApiError::TooManyOfAddress)
         };
-        Ok(Places { _request: request, _connection: guest.map(answering).transpose()?, sequences: None })
+        let connection = guest.map(answering).transpose()?;
+        let turn = client.map(|client| client.begin()).transpose()?;
+        Ok(Places { _request: request, _connection: connection, _turn: turn, sequences: None })
     }
 
     /// Places for the sequences of one request.

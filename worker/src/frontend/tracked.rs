@@ -1,10 +1,12 @@
 //! One request from its arrival to the last byte of its answer, as metrics and traces see it.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::access::{AccessLog, Entry, milliseconds};
+use super::clients::{Client, Turn};
 use super::guests::Answering;
 use super::openai::Completed;
 use super::request_id::RequestId;
@@ -19,6 +21,7 @@ const CLIENT_CLOSED_REQUEST: u16 = 499;
 pub(crate) struct Tracked {
     endpoint: Endpoint,
     id: RequestId,
+    client: Option<Arc<Client>>,
     pub(super) arrived: Instant,
     metrics: FrontendMetrics,
     log: AccessLog,
@@ -32,10 +35,11 @@ pub(crate) struct Tracked {
 }
 
 /// What a request holds until its end: its places among those that are answered at once, its connection's among those that
-/// do not go.
+/// do not go, and its client's turn.
 pub(super) struct Places {
     pub(super) _request: OwnedSemaphorePermit,
     pub(super) _connection: Option<Answering>,
+    pub(super) _turn: Option<Turn>,
     pub(super) sequences: Option<OwnedSemaphorePermit>,
 }
 
@@ -61,6 +65,7 @@ impl Tracked {
         Self {
             endpoint,
             id,
+            client: None,
             arrived: Instant::now(),
             _counted: metrics.in_flight(),
             metrics,
@@ -81,6 +86,12 @@ impl Tracked {
         self
     }
 
+    /// The request is a client's, to whom its tokens are counted.
+    pub(super) fn of(mut self, client: Option<Arc<Client>>) -> Self {
+        self.client = client;
+        self
+    }
+
     pub(super) fn id(&self) -> &RequestId {
         &self.id
     }
@@ -94,6 +105,7 @@ impl Tracked {
     pub(super) fn describe(&mut self, id: &str, model: &str, prompt_tokens: usize) {
         self.told.answer = id.to_string();
         self.told.prompt_tokens = prompt_tokens;
+        self.client.iter().for_each(|client| client.prompt(prompt_tokens));
         self.span.set("gen_ai.response.id", id.to_string());
         self.span.set("gen_ai.request.model", model.to_string());
         self.span.set("gen_ai.usage.input_tokens", prompt_tokens as i64);
@@ -102,6 +114,7 @@ impl Tracked {
     /// Notes tokens that came.
     pub(super) fn completed(&mut self, more: Completed) {
         self.told.completed.add(more);
+        self.client.iter().for_each(|client| client.generated(more));
         if more.tokens > 0 {
             self.told.first_token.get_or_insert(self.arrived.elapsed());
         }
@@ -138,6 +151,7 @@ impl Tracked {
         self.log.write(&Entry {
             request: self.id.name(),
             answer,
+            client: self.client.as_ref().map_or("", |client| client.name()),
             endpoint: self.endpoint.name(),
             code,
             outcome: self.failure.map_or("ok", RequestFailure::name),

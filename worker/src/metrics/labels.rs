@@ -210,3 +210,32 @@ impl SetbackCause {
         }
     }
 }
+
+/// Which of its limits a client has used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ClientLimit {
+    Requests,
+    Tokens,
+    Concurrent,
+}
+
+impl ClientLimit {
+    pub(crate) const ALL: [Self; 3] = [Self::Requests, Self::Tokens, Self::Concurrent];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Requests => "requests",
+            Self::Tokens => "tokens",
+            Self::Concurrent => "concurrent",
+        }
+    }
+
+    /// What is limited.
+    pub(crate) fn unit(self) -> &'static str {
+        match self {
+            Self::Requests => "requests a minute",
+            Self::Tokens => "tokens a minute",
+            Self::Concurrent => "requests at a time",
+        }
+    }
+}

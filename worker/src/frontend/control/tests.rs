@@ -1,5 +1,6 @@
 //! The operator's view of a frontend, over real gRPC.
 
+use expertmesh_metrics::Registry;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::expert_set::ExpertSet;
 use expertmesh_proto::latency::Histogram;
@@ -16,11 +17,13 @@ use tonic_health::pb::health_client::HealthClient;
 use super::*;
 use crate::frontend::access::AccessLog;
 use crate::frontend::choices::{self, Start};
+use crate::frontend::clients::Clients;
 use crate::frontend::model::Model;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Stage, stage};
 use crate::frontend::server::Settings;
 use crate::frontend::valid::ValidRequest;
+use crate::metrics::clients::ClientMetrics;
 use crate::tokenizer::tests::tiny_r1;
 use crate::traces::Parent;
 
@@ -36,7 +39,13 @@ async fn post() -> Post {
     let model = Model::load(&tiny_r1(), vec!["tiny-r1".to_string()], None).unwrap();
     let patience = Patience { stall: Duration::from_secs(5), queue: Duration::from_secs(5) };
     let settings = Settings { patience, max_requests: 8, log: AccessLog::Off };
-    let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), settings);
+    let server = Server::new(
+        model,
+        stage.workers.clone(),
+        stage.metrics.clone(),
+        Clients::anybody(ClientMetrics::new(&Registry::new())),
+        settings,
+    );
     let me = v1::Caller { name: "frontend-0".to_string(), ..v1::Caller::default() };
     let placement = CurrentPlacement::load(None).unwrap();
     let service = ControlService { server: server.clone(), placement, me };

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use axum::body::{Body as HttpBody, to_bytes};
+use expertmesh_metrics::Registry;
 use expertmesh_proto::latency::Histogram;
 use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1::report_response::State as WorkerState;
@@ -12,11 +13,13 @@ use tower::ServiceExt;
 
 use super::*;
 use crate::frontend::access::AccessLog;
+use crate::frontend::clients::Clients;
 use crate::frontend::cors;
 use crate::frontend::model::Model;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Act, QUEUE_TIMEOUT, Stage, stage, token_at};
 use crate::frontend::server::Settings;
+use crate::metrics::clients::ClientMetrics;
 use crate::tokenizer::tests::tiny_r1;
 
 struct House {
@@ -30,7 +33,25 @@ impl House {
         let model = Model::load(&tiny_r1(), vec!["tiny-r1".to_string()], None).unwrap();
         let patience = Patience { stall: Duration::from_secs(5), queue: QUEUE_TIMEOUT };
         let settings = Settings { patience, max_requests, log: AccessLog::Text };
-        let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), settings);
+        let clients = Clients::anybody(ClientMetrics::new(&Registry::new()));
+        Self::run(stage, model, clients, settings)
+    }
+
+    /// For clients with keys alone.
+    async fn closed(keys: &[(&str, String)]) -> Self {
+        let folder = std::env::temp_dir().join(format!("expertmesh-keys-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        keys.iter().for_each(|(name, text)| std::fs::write(folder.join(name), text).unwrap());
+        let clients = Clients::read(&folder, ClientMetrics::new(&Registry::new())).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let House { stage, server } = Self::open(&[&[]], 8).await;
+        let model = Model::load(&tiny_r1(), vec!["tiny-r1".to_string()], None).unwrap();
+        let settings = Settings { patience: server.patience, max_requests: 8, log: AccessLog::Text };
+        Self::run(stage, model, clients, settings)
+    }
+
+    fn run(stage: Stage, model: Model, clients: Clients, settings: Settings) -> Self {
+        let server = Server::new(model, stage.workers.clone(), stage.metrics.clone(), clients, settings);
         Self { stage, server }
     }
 
@@ -452,4 +473,46 @@ async fn every_refusal_has_the_shape_that_clients_read() {
     assert_eq!(zipped.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE);
     let message = value(zipped).await["error"]["message"].take();
     assert_eq!(message, "content-encoding: \"gzip\" is not supported; send the body as it is");
+}
+
+#[tokio::test]
+async fn without_a_key_nobody_is_answered_but_about_the_health() {
+    use sha2::{Digest, Sha256};
+
+    let hash: String = Sha256::digest("secret").iter().map(|byte| format!("{byte:02x}")).collect();
+    let limited = json!({"key": format!("sha256:{hash}"), "tokensPerMinute": 10}).to_string();
+    let house = House::closed(&[("alice", limited)]).await;
+    let body = r#"{"model":"tiny-r1","messages":[{"role":"user","content":"What is 46 + 37?"}]}"#;
+    for path in ["/v1/chat/completions", "/v1/completions/", "/v1/models", "/v1/models/tiny-r1", "/metrics"] {
+        for (header, code) in
+            [(("x-other", "secret"), "missing_api_key"), (("x-api-key", "guess"), "invalid_api_key")]
+        {
+            let refused = house.with("POST", path, header, body).await;
+            assert_eq!(refused.status(), StatusCode::UNAUTHORIZED, "{path}");
+            assert_eq!(refused.headers()[header::WWW_AUTHENTICATE], "Bearer");
+            let error = value(refused).await;
+            assert_eq!(
+                (&error["error"]["code"], &error["error"]["type"]),
+                (&json!(code), &json!("authentication_error"))
+            );
+            assert!(!error.to_string().contains("guess"), "{error}");
+        }
+    }
+    assert_ne!(house.call("GET", "/health", "").await.status(), StatusCode::UNAUTHORIZED);
+    let key = ("authorization", "Bearer secret");
+    assert_eq!(house.with("GET", "/v1/models", key, "").await.status(), StatusCode::OK);
+    let answered = house.with("POST", "/v1/chat/completions", key, body).await;
+    assert_eq!(answered.status(), StatusCode::OK);
+    drop(text(answered).await);
+    // 15 tokens of the prompt and 26 of the answer, of 10 a minute: 41 - 10 + 1, each of which takes 6 s.
+    let refused = house.with("POST", "/v1/chat/completions", key, body).await;
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    let wait: u64 = refused.headers()[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
+    assert!((180..=192).contains(&wait), "{wait}");
+    let error = value(refused).await;
+    assert_eq!(
+        error["error"]["message"],
+        format!("alice: its limit is 10 tokens a minute; try again in {wait} s")
+    );
+    assert_eq!(error["error"]["code"], "rate_limit_exceeded");
 }

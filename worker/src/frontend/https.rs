@@ -1,0 +1,170 @@
+//! HTTPS for clients: a certificate and its key as files, which are swapped while connections stay.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use expertmesh_proto::files;
+use rustls::ServerConfig;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+/// The files, as a Secret of the type kubernetes.io/tls names them.
+const CHAIN: &str = "tls.crt";
+const KEY: &str = "tls.key";
+/// The first byte of a TLS connection.
+const HANDSHAKE: u8 = 0x16;
+/// What is said to a client that speaks HTTP.
+const NOT_HTTP: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 27\r\nconnection: close\r\n\r\nthis port speaks HTTPS only";
+
+/// Why files are no certificate.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HttpsError {
+    #[error("{}: {error}", path.display())]
+    Read { path: PathBuf, error: std::io::Error },
+    #[error("{file}: {problem}")]
+    Invalid { file: &'static str, problem: String },
+}
+
+/// What connections begin with; clones share what is swapped.
+#[derive(Clone)]
+pub(crate) struct Https(Arc<RwLock<Arc<ServerConfig>>>);
+
+impl Https {
+    /// Reads the certificate and its key from a folder.
+    pub(crate) fn read(folder: &Path) -> Result<Self, HttpsError> {
+        Ok(Self(Arc::new(RwLock::new(config(folder)?))))
+    }
+
+    /// Takes over for ever what the folder says; what cannot be used is told, and the certificate of before goes on.
+    pub(crate) async fn follow(&self, folder: &Path) {
+        let changed = || match config(folder) {
+            Ok(config) => *self.0.write().unwrap_or_else(PoisonError::into_inner) = config,
+            Err(error) => tracing::warn!(%error, "the new certificate for clients is not used"),
+        };
+        files::follow(|| [CHAIN, KEY].map(|file| fs::read(folder.join(file)).ok()), changed).await;
+    }
+
+    /// Begins a connection; an error where its client does not speak TLS.
+    pub(super) async fn accept(&self, mut stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
+        let mut first = [0];
+        if stream.peek(&mut first).await? == 1 && first[0] != HANDSHAKE {
+            // What is unread when a connection closes resets it, and the answer is lost.
+            let _ = stream.read(&mut [0; 4096]).await?;
+            stream.write_all(NOT_HTTP).await?;
+            return Err(std::io::Error::other("it speaks no TLS"));
+        }
+        let config = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
+        TlsAcceptor::from(config).accept(stream).await
+    }
+}
+
+fn config(folder: &Path) -> Result<Arc<ServerConfig>, HttpsError> {
+    let read = |file: &str| {
+        let path = folder.join(file);
+        fs::read(&path).map_err(|error| HttpsError::Read { path, error })
+    };
+    let invalid = |file: &'static str, problem: String| HttpsError::Invalid { file, problem };
+    let (chain, key) = (read(CHAIN)?, read(KEY)?);
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&chain).collect();
+    let certificates = certificates.map_err(|error| invalid(CHAIN, error.to_string()))?;
+    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| invalid(KEY, error.to_string()))?;
+    let versions = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| invalid(CHAIN, error.to_string()))?;
+    let config = versions.with_no_client_auth().with_single_cert(certificates, key);
+    let mut config = config.map_err(|error| invalid(CHAIN, error.to_string()))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use rcgen::{CertifiedKey, KeyPair};
+    use rustls::pki_types::ServerName;
+    use rustls::{ClientConfig, RootCertStore};
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+
+    /// A folder with a certificate for localhost, gone with it.
+    pub(in crate::frontend) struct Folder(pub(in crate::frontend) PathBuf);
+
+    impl Folder {
+        pub(in crate::frontend) fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("expertmesh-{name}-{}", std::process::id()));
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        /// Makes another certificate and writes it with its key; returns a client that believes it alone.
+        pub(in crate::frontend) fn renew(&self) -> TlsConnector {
+            let CertifiedKey { cert, signing_key } =
+                rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+            fs::write(self.0.join(CHAIN), cert.pem()).unwrap();
+            fs::write(self.0.join(KEY), signing_key.serialize_pem()).unwrap();
+            let mut roots = RootCertStore::empty();
+            roots.add(cert.der().clone()).unwrap();
+            let versions = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+                .with_safe_default_protocol_versions()
+                .unwrap();
+            TlsConnector::from(Arc::new(versions.with_root_certificates(roots).with_no_client_auth()))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    /// Whether a client's handshake comes about.
+    async fn is_believed(https: &Https, client: &TlsConnector) -> bool {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let name = ServerName::try_from("localhost").unwrap();
+        let (_, connected) = tokio::join!(https.accept(accepted), client.connect(name, stream));
+        connected.is_ok()
+    }
+
+    #[tokio::test]
+    async fn a_certificate_is_swapped_and_one_that_cannot_be_used_is_not() {
+        let folder = Folder::new("swap");
+        let first = folder.renew();
+        let https = Https::read(&folder.0).unwrap();
+        assert!(is_believed(&https, &first).await);
+        let second = folder.renew();
+        assert!(is_believed(&https, &first).await, "nothing was read yet");
+        let swapped = async {
+            while !is_believed(&https, &second).await {
+                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            () = https.follow(&folder.0) => {}
+            () = swapped => {}
+        }
+        assert!(!is_believed(&https, &first).await);
+        fs::write(folder.0.join(KEY), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(50), https.follow(&folder.0)).await;
+        assert!(is_believed(&https, &second).await, "the key is another's");
+    }
+
+    #[test]
+    fn what_is_no_certificate_is_told_with_its_file() {
+        let folder = Folder::new("wrong");
+        let told = |folder: &Folder| Https::read(&folder.0).err().unwrap().to_string();
+        assert!(told(&folder).contains("tls.crt: No such file"), "{}", told(&folder));
+        drop(folder.renew());
+        fs::write(folder.0.join(KEY), "-----BEGIN PRIVATE KEY-----").unwrap();
+        assert!(told(&folder).starts_with("tls.key: "), "{}", told(&folder));
+        fs::write(folder.0.join(KEY), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        assert!(told(&folder).starts_with("tls.crt: "), "{}", told(&folder));
+    }
+}
