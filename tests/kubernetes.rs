@@ -1,5 +1,6 @@
 //! On a real Kubernetes: a model is applied, serves, survives, changes its size, and leaves nothing behind.
 
+mod clients;
 mod killed;
 mod owned;
 mod strangers;

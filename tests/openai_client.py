@@ -2,12 +2,14 @@
 
     target/venv/bin/python tests/openai_client.py BASE_URL MODEL        exit code 0: all as expected
 
-BASE_URL is the frontend's address with /v1, as in http://127.0.0.1:8000/v1.
+BASE_URL is the frontend's address with /v1, as in http://127.0.0.1:8000/v1. Where OPENAI_API_KEY is set, the frontend is to ask for it.
 """
+import os
 import sys
 
 import openai
 
+NO_KEY = "none"
 QUESTION = [{"role": "user", "content": "What is 46 + 37?"}]
 
 
@@ -187,10 +189,19 @@ def errors(client, model):
     expect_error(openai.BadRequestError, "context_length_exceeded", lambda: create(model=model, messages=long))
 
 
+def keys(client, model):
+    """Where keys are asked for, another one is not enough."""
+    if client.api_key == NO_KEY:
+        return
+    other = client.with_options(api_key="em-other")
+    expect_error(openai.AuthenticationError, "invalid_api_key", lambda: other.models.list())
+    expect_error(openai.AuthenticationError, "invalid_api_key", lambda: other.chat.completions.create(model=model, messages=QUESTION))
+
+
 def main():
     base_url, model = sys.argv[1:]
-    client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60)
-    for check in (models, chats, seeds, sampled, logprobs, completions, errors):
+    client = openai.OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", NO_KEY), max_retries=0, timeout=60)
+    for check in (keys, models, chats, seeds, sampled, logprobs, completions, errors):
         try:
             check(client, model)
         except Exception as error:

@@ -17,7 +17,7 @@ pub(crate) use autoscaling::{
     Autoscaling, AutoscalingStatus, PolicyType, ScaleDecision, ScalingPolicy, ScalingRules, Schedule,
     SelectPolicy,
 };
-pub(crate) use frontend::Frontend;
+pub(crate) use frontend::{Frontend, SecretReference};
 pub(crate) use pods::{PodFields, Resources};
 
 /// Serves a mixture-of-experts model from workers that share its experts.

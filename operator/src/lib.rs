@@ -1,6 +1,7 @@
 //! `expertmesh`: the operator and the command line. A library, so that what reads a stranger's bytes can be fuzzed.
 
 mod api;
+mod api_key;
 mod apply;
 mod cli;
 mod control;
@@ -50,6 +51,8 @@ enum Command {
     Load,
     /// Replay a trace against the autoscaler on a simulated clock, beside a fixed size and thresholds.
     Simulate,
+    /// Draw an API key for a client, and print it with what the deployment's Secret says of it.
+    Key(cli::key::Key),
     /// Print the CustomResourceDefinition.
     Crd,
     /// Print what `simulate` takes of a ModelDeployment, as JSON.
@@ -87,6 +90,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(status) => runtime.block_on(cli::status::run(status)).map(|()| ExitCode::SUCCESS),
         Command::Plan(plan) => cli::plan::run(plan).map(|()| ExitCode::SUCCESS),
         Command::Load | Command::Simulate => cli::traffic::run(),
+        Command::Key(key) => cli::key::run(&key).map(|()| ExitCode::SUCCESS),
         Command::Crd => cli::crd::run().map(|()| ExitCode::SUCCESS),
         Command::Autoscaling(autoscaling) => cli::autoscaling::run(&autoscaling).map(|()| ExitCode::SUCCESS),
         Command::Metrics => cli::metrics::run().map(|()| ExitCode::SUCCESS),

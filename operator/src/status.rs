@@ -27,7 +27,7 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
     ModelDeploymentStatus {
         observed_generation: situation.generation,
         conditions: conditions::all(situation, &experts),
-        url: Some(owner.url()),
+        url: Some(situation.url.clone()),
         replicas: signed(seen.size as usize),
         selector: Some(query(&owner.selector(Component::Worker))),
         ready_workers: ready,

@@ -14,6 +14,7 @@ use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::duration::parse;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use serde::Serialize;
 
 use crate::api::{self, ModelDeployment, ModelDeploymentSpec, PodFields, Resources};
 
@@ -40,7 +41,27 @@ pub(crate) struct ValidatedDeployment {
     pub(crate) frontend_pod: PodFields,
     /// How frontends treat their clients, as options of theirs.
     pub(crate) frontend_options: Vec<String>,
+    pub(crate) frontend_secrets: FrontendSecrets,
     _checked: (),
+}
+
+/// The Secrets that frontends mount, by their names.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct FrontendSecrets {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) api_keys: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tls: Option<String>,
+}
+
+impl FrontendSecrets {
+    fn of(frontend: &api::Frontend) -> Self {
+        let name = |reference: &Option<api::SecretReference>| {
+            reference.as_ref().map(|reference| reference.name.clone())
+        };
+        Self { api_keys: name(&frontend.api_keys_secret_ref), tls: name(&frontend.tls_secret_ref) }
+    }
 }
 
 /// What is wrong with a deployment, naming the field.
@@ -117,6 +138,7 @@ impl ValidatedDeployment {
             worker_pod: spec.workers.pod.clone(),
             frontend_pod: spec.frontend.pod.clone(),
             frontend_options: spec.frontend.options(),
+            frontend_secrets: FrontendSecrets::of(&spec.frontend),
             _checked: (),
         }
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::openai::Api;
 use crate::process::{Scratch, binary};
-use crate::{PATIENCE, root, wait_for};
+use crate::{LAST_FAILURE, PATIENCE, root, wait_for};
 
 /// Where the operator is, and its Deployment there.
 pub const SYSTEM: &str = "expertmesh-system";
@@ -165,7 +165,9 @@ impl Namespace {
             let text = said.unwrap_or_else(|problem| problem);
             let _ = writeln!(file, "--- kubectl {}\n{text}\n", command.join(" "));
         }
-        eprintln!("--- what there was of {}: {}", self.name, path.display());
+        // Of a long report its end is read first.
+        let why: String = LAST_FAILURE.take().chars().take(2000).collect();
+        eprintln!("--- what there was of {}: {}\n--- {why}", self.name, path.display());
     }
 }
 
@@ -247,7 +249,8 @@ impl Deployment<'_> {
     /// The Service as clients in the cluster reach it, where this machine reaches it too; else through kubectl.
     pub fn reach(&self) -> Reached {
         let service = self.namespace.get(&["service", &self.name]);
-        let address = format!("{}:80", service["spec"]["clusterIP"].as_str().unwrap_or_default());
+        let port = &service["spec"]["ports"][0]["port"];
+        let address = format!("{}:{port}", service["spec"]["clusterIP"].as_str().unwrap_or_default());
         match address.parse().map(|address| TcpStream::connect_timeout(&address, Duration::from_secs(2))) {
             Ok(Ok(_)) => Reached { api: self.api(&address), _forward: None },
             _ => self.forward(),
@@ -260,7 +263,9 @@ impl Deployment<'_> {
         let log = scratch.path().join("log");
         let file = File::create(&log).expect("a file");
         let service = format!("service/{}", self.name);
-        let arguments = ["--namespace", &self.namespace.name, "port-forward", &service, ":80"];
+        let port = &self.namespace.get(&["service", &self.name])["spec"]["ports"][0]["port"];
+        let port = format!(":{port}");
+        let arguments = ["--namespace", &self.namespace.name, "port-forward", &service, &port];
         let mut command = Command::new("kubectl");
         let child =
             command.args(arguments).stdin(Stdio::null()).stdout(file).spawn().expect("kubectl starts");

@@ -34,6 +34,11 @@ impl Up {
 
     /// The same with `to` in the place of `from`.
     pub fn start_with(test: &str, from: &str, to: &str) -> Self {
+        Self::start_as(test, (from, to), &[])
+    }
+
+    /// The same with more options.
+    pub fn start_as(test: &str, (from, to): (&str, &str), options: &[&str]) -> Self {
         let scratch = Scratch::new(test);
         let file = scratch.path().join("model.yaml");
         let sample = std::fs::read_to_string(root().join("deploy/samples/tiny-r1.yaml"));
@@ -43,6 +48,7 @@ impl Up {
         let port = Self::free_port();
         let path = file.to_str().expect("a UTF-8 path").to_string();
         let arguments = ["up", &path, "--root", "tests", "--port", &port.to_string()];
+        let arguments = [&arguments, options].concat();
         let process = Process::spawn(&scratch, "up", "expertmesh", &arguments);
         let api = Api { url: format!("http://127.0.0.1:{port}"), model: "tiny-r1".into() };
         let mut up = Self { process, api, file, seen: BTreeSet::new(), _scratch: scratch };

@@ -40,8 +40,26 @@ pub(crate) struct Frontend {
     /// In the contents of a chat, a special token's spelling is that token, as in vLLM. Without it: text.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) special_tokens_in_content: bool,
+    /// The Secret that names the clients who may ask: an entry for each, called as it is, with `sha256:` and the hash of its key, or with an
+    /// object of `key`, `requestsPerMinute`, `tokensPerMinute` and `concurrentRequests`. `expertmesh key` makes one. Without it, everybody may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) api_keys_secret_ref: Option<SecretReference>,
+    /// The Secret, of the type `kubernetes.io/tls`, of the certificate that clients see. With it they speak HTTPS, on port 443; without it HTTP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) tls_secret_ref: Option<SecretReference>,
     #[serde(flatten)]
     pub(crate) pod: PodFields,
+}
+
+/// A Secret of the deployment's namespace. What it holds may change while pods run.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SecretReference {
+    /// Its name.
+    #[schemars(length(max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')").message(Message::Expression(
+        "'a Secret\\'s name (' + self + ') is of lower-case letters, digits, - and .'".into()
+    )))]
+    pub(crate) name: String,
 }
 
 /// Where a request's line goes.
@@ -95,6 +113,8 @@ impl Default for Frontend {
             address_share_percent: whole(),
             access_log: AccessLog::default(),
             special_tokens_in_content: false,
+            api_keys_secret_ref: None,
+            tls_secret_ref: None,
             pod: PodFields::default(),
         }
     }

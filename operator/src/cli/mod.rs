@@ -2,6 +2,7 @@
 
 pub(crate) mod autoscaling;
 pub(crate) mod crd;
+pub(crate) mod key;
 pub(crate) mod metrics;
 pub(crate) mod operator;
 pub(crate) mod plan;

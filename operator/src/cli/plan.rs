@@ -26,7 +26,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 use crate::manifest;
 use crate::objects::names::Owner;
 use crate::objects::revision::Revision;
-use crate::objects::{self, Size};
+use crate::objects::{self, Serving, Size};
 use crate::validate::ValidatedDeployment;
 
 #[derive(Args)]
@@ -192,7 +192,11 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     let revision = Revision::new(&owner, deployment, "");
     let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
     let own = objects::of_revision(&owner, &revision, size);
-    let shared = objects::shared(&owner, &revision.hash, None);
+    let shared = objects::shared(
+        &owner,
+        Serving { revision: &revision.hash, is_encrypted: revision.is_encrypted() },
+        None,
+    );
     let [worker_budget, frontend_budget] = &shared.disruption_budgets;
     let [workers_policy, frontends_policy] = &shared.network_policies;
     vec![

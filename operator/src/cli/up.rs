@@ -28,8 +28,8 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use crate::fleet::Fleet;
-use crate::fleet::process::ProcessFleet;
 use crate::fleet::process::lines::Lines;
+use crate::fleet::process::{Clients, ProcessFleet};
 use crate::manifest;
 use crate::status::words::failing;
 use crate::validate::ValidatedDeployment;
@@ -51,6 +51,9 @@ pub(crate) struct Up {
     /// Where the OpenAI API is served, on 127.0.0.1; a second frontend gets the port after it, and so on.
     #[arg(long, default_value_t = 8000, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
+    /// What clients must show as `authorization: Bearer KEY`; without it, everybody on this machine may ask.
+    #[arg(long, env = "EXPERTMESH_API_KEY", hide_env_values = true, value_name = "KEY", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    api_key: Option<String>,
 }
 
 /// Serves until Ctrl-C or SIGTERM and drains then, which is success; a second one kills instead.
@@ -61,9 +64,26 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
     let model = deployment.model_below(&up.root);
     ModelConfig::read(&model).with_context(|| format!("--root {}", up.root.display()))?;
     check_ports(up.port, deployment.frontends)?;
+    let secrets = &deployment.frontend_secrets;
+    if secrets.tls.is_some() {
+        tracing::warn!(
+            "spec.frontend.tlsSecretRef: there are no Secrets here; clients speak HTTP, on this machine alone"
+        );
+    }
+    if secrets.api_keys.is_some() && up.api_key.is_none() {
+        bail!(
+            "spec.frontend.apiKeysSecretRef: there are no Secrets here; say --api-key KEY, or leave it out"
+        );
+    }
 
     let (lines, changed) = (Lines::new(), Arc::new(Notify::new()));
-    let fleet = ProcessFleet::new(deployment.clone(), model, up.port, lines.clone(), changed.clone())?;
+    let fleet = ProcessFleet::new(
+        deployment.clone(),
+        model,
+        Clients { port: up.port, api_key: up.api_key.clone() },
+        lines.clone(),
+        changed.clone(),
+    )?;
     let bars = Bars { lines: lines.clone(), bars: BTreeMap::new() };
     let mut serving = Serving {
         up,
@@ -243,8 +263,10 @@ impl Serving {
         let body = format!(
             r#"{{"model":"{name}","stream":true,"messages":[{{"role":"user","content":"What is 46 + 37?"}}]}}"#
         );
+        let key = self.up.api_key.as_ref().map(|key| format!(" -H 'authorization: Bearer {key}'"));
+        let key = key.unwrap_or_default();
         format!(
-            "\n{name} is ready: {state}, at {}\n\n  curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n{metrics}Ctrl-C drains and ends it.\n",
+            "\n{name} is ready: {state}, at {}\n\n  curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'\n\n{metrics}Ctrl-C drains and ends it.\n",
             urls.join(" "),
         )
     }

@@ -28,6 +28,7 @@ use self::child::{Child, Launch};
 use self::identities::{Identities, IdentityError, identity};
 use self::lines::Lines;
 use super::Fleet;
+use crate::api_key::entry;
 use crate::control::Control;
 use crate::programs;
 use crate::validate::ValidatedDeployment;
@@ -47,13 +48,20 @@ pub(crate) enum ProcessError {
     Identity(#[from] IdentityError),
 }
 
+/// How clients reach the frontends.
+pub(crate) struct Clients {
+    /// The port of the first frontend; those of the others follow.
+    pub(crate) port: u16,
+    /// What they must show.
+    pub(crate) api_key: Option<String>,
+}
+
 /// Workers and frontends that this process started. They end with it.
 pub(crate) struct ProcessFleet {
     program: PathBuf,
     model: PathBuf,
     deployment: ValidatedDeployment,
-    /// The port of the first frontend; those of the others follow.
-    port: u16,
+    clients: Clients,
     state: StateDirectory,
     lines: Lines,
     changed: Arc<Notify>,
@@ -73,19 +81,22 @@ impl ProcessFleet {
     pub(crate) fn new(
         deployment: ValidatedDeployment,
         model: PathBuf,
-        port: u16,
+        clients: Clients,
         lines: Lines,
         changed: Arc<Notify>,
     ) -> Result<Self, ProcessError> {
         let program = programs::find("expertmesh-worker")?;
         let incarnation = Incarnation::draw().map_err(ProcessError::NoRandomness)?;
         let state = StateDirectory::new()?;
+        if let Some(key) = &clients.api_key {
+            state.write_api_key(key)?;
+        }
         let trusted = Identities::start(&deployment.name, incarnation, state.path())?;
         let control = Control::new("expertmesh up".into(), incarnation, Some(trusted), changed.clone());
         let mut fleet = Self {
             program,
             model,
-            port,
+            clients,
             state,
             lines,
             changed,
@@ -167,7 +178,7 @@ impl ProcessFleet {
     }
 
     fn frontend(&mut self, index: u32) -> Child {
-        let port = u32::from(self.port) + index;
+        let port = u32::from(self.clients.port) + index;
         let arguments = [
             ("--served-name", self.deployment.name.clone()),
             ("--listen", format!("127.0.0.1:{port}")),
@@ -175,7 +186,10 @@ impl ProcessFleet {
             ("--drain-timeout", format!("{}ms", self.deployment.desired.drain_timeout.as_millis())),
             ("--drain-grace", "0s".into()),
         ];
-        let options = self.deployment.frontend_options.clone();
+        let mut options = self.deployment.frontend_options.clone();
+        if self.clients.api_key.is_some() {
+            options.extend(["--api-keys".to_string(), self.state.api_keys().display().to_string()]);
+        }
         self.start(
             (Component::Frontend, "frontend"),
             format!("frontend-{index}"),
@@ -311,6 +325,17 @@ impl StateDirectory {
 
     fn placement(&self) -> PathBuf {
         self.0.join("placement.json")
+    }
+
+    /// The folder that names the client who may ask.
+    fn api_keys(&self) -> PathBuf {
+        self.0.join("api-keys")
+    }
+
+    fn write_api_key(&self, key: &str) -> Result<(), ProcessError> {
+        let folder = self.api_keys();
+        let written = fs::create_dir(&folder).and_then(|()| fs::write(folder.join("up"), entry(key)));
+        written.map_err(|error| ProcessError::State { path: folder, error })
     }
 
     /// Writes the placement's file whole or not at all.

@@ -23,6 +23,8 @@ use kube::Resource;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub(crate) use pods::is_encrypted;
+
 use names::{Component, Owner};
 use revision::Revision;
 
@@ -68,8 +70,16 @@ pub(crate) struct Size<'a> {
     pub(crate) placement: Option<&'a Placement>,
 }
 
-/// `serving`: the revision that clients reach. `operator_namespace`: where the operator's pods are, if in this cluster.
-pub(crate) fn shared(owner: &Owner, serving: &str, operator_namespace: Option<&str>) -> Shared {
+/// The revision that clients reach.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Serving<'a> {
+    pub(crate) revision: &'a str,
+    /// Whether its clients speak HTTPS.
+    pub(crate) is_encrypted: bool,
+}
+
+/// `operator_namespace`: where the operator's pods are, if in this cluster.
+pub(crate) fn shared(owner: &Owner, serving: Serving, operator_namespace: Option<&str>) -> Shared {
     Shared {
         service_account: network::service_account(owner),
         workers_service: network::workers_service(owner),

@@ -85,8 +85,10 @@ impl Owner {
         format!("{pod}.{}.{}.svc", self.workers(), self.namespace)
     }
 
-    pub(crate) fn url(&self) -> String {
-        format!("http://{}.{}.svc", self.name, self.namespace)
+    /// Where clients reach the deployment, by HTTPS or by HTTP.
+    pub(crate) fn url(&self, is_encrypted: bool) -> String {
+        let scheme = if is_encrypted { "https" } else { "http" };
+        format!("{scheme}://{}.{}.svc", self.name, self.namespace)
     }
 
     /// What selects the pods of a component, of all revisions: it never changes.

@@ -7,6 +7,7 @@ use k8s_openapi::api::networking::v1::{
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use super::Serving;
 use super::names::{Component, Labels, NAME, Owner, matching};
 use super::ports;
 
@@ -34,14 +35,19 @@ pub(crate) fn workers_service(owner: &Owner) -> Service {
     }
 }
 
-/// The Service that clients use. Its selector names the revision that serves: promotion is one patch of it.
-pub(crate) fn client_service(owner: &Owner, serving: &str) -> Service {
+/// The Service that clients use. Its selector names the revision that serves: promotion is one patch of it. Where that revision speaks
+/// HTTPS, the port is the one of HTTPS.
+pub(crate) fn client_service(owner: &Owner, serving: Serving) -> Service {
+    let port = match serving.is_encrypted {
+        true => ServicePort { app_protocol: Some("https".into()), ..port("https", 443, ports::HTTP) },
+        false => port(ports::HTTP, 80, ports::HTTP),
+    };
     Service {
         metadata: owner.metadata(owner.name.clone(), owner.labels_of(Component::Frontend, None)),
         spec: Some(ServiceSpec {
             type_: Some("ClusterIP".into()),
-            selector: Some(owner.selector_of(Component::Frontend, serving)),
-            ports: Some(vec![port(ports::HTTP, 80, ports::HTTP)]),
+            selector: Some(owner.selector_of(Component::Frontend, serving.revision)),
+            ports: Some(vec![port]),
             ..ServiceSpec::default()
         }),
         ..Service::default()

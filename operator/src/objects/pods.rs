@@ -25,6 +25,11 @@ const PLACEMENT_FOLDER: &str = "/etc/expertmesh";
 /// The volume with a process's identity, and where it is mounted.
 const IDENTITY: &str = "identity";
 const IDENTITY_FOLDER: &str = "/etc/expertmesh-identity";
+/// The volumes with what frontends need for their clients, and where they are mounted.
+const API_KEYS: &str = "api-keys";
+const API_KEYS_FOLDER: &str = "/etc/expertmesh-api-keys";
+const TLS: &str = "tls";
+const TLS_FOLDER: &str = "/etc/expertmesh-tls";
 /// Everybody in the container may read, which runs as one user; nobody may write.
 const READABLE: i32 = 0o444;
 
@@ -73,7 +78,7 @@ pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodT
             affinity: Some(apart(owner.selector_of(component, revision))),
             topology_spread_constraints: Some(vec![spread(owner.selector_of(component, revision))]),
             containers: vec![container(owner, process)],
-            volumes: Some(volumes(owner, revision, component)),
+            volumes: Some(volumes(owner, revision, process)),
             ..PodSpec::default()
         }),
     }
@@ -124,11 +129,16 @@ fn container(owner: &Owner, process: &Process) -> Container {
             capabilities: Some(Capabilities { drop: Some(vec!["ALL".into()]), add: None }),
             ..SecurityContext::default()
         }),
-        volume_mounts: Some(vec![
-            mount("placement", PLACEMENT_FOLDER, true),
-            mount(IDENTITY, IDENTITY_FOLDER, true),
-            mount("tmp", "/tmp", false),
-        ]),
+        volume_mounts: Some(
+            [
+                mount("placement", PLACEMENT_FOLDER, true),
+                mount(IDENTITY, IDENTITY_FOLDER, true),
+                mount("tmp", "/tmp", false),
+            ]
+            .into_iter()
+            .chain(for_clients(process).map(|secret| mount(secret.volume, secret.folder, true)))
+            .collect(),
+        ),
         ..Container::default()
     }
 }
@@ -148,7 +158,39 @@ fn frontend_arguments(owner: &Owner, process: &Process) -> Vec<String> {
     arguments.extend(computed_as(process));
     arguments.extend(limits(process));
     arguments.extend(process.deployment.frontend_options.clone());
+    arguments.extend(for_clients(process).flat_map(|secret| [secret.flag.into(), secret.folder.into()]));
     arguments
+}
+
+/// A Secret that a frontend mounts for its clients.
+struct ForClients<'a> {
+    volume: &'static str,
+    folder: &'static str,
+    flag: &'static str,
+    secret: &'a str,
+    /// Those of its entries that are mounted; all where none is named.
+    entries: &'static [&'static str],
+}
+
+/// The Secrets that a process mounts for its clients: a worker has none.
+fn for_clients<'a>(process: &Process<'a>) -> impl Iterator<Item = ForClients<'a>> + use<'a> {
+    let secrets = &process.deployment.frontend_secrets;
+    let api_keys = secrets.api_keys.as_deref().map(|secret| ForClients {
+        volume: API_KEYS,
+        folder: API_KEYS_FOLDER,
+        flag: "--api-keys",
+        secret,
+        entries: &[],
+    });
+    let tls = secrets.tls.as_deref().map(|secret| ForClients {
+        volume: TLS,
+        folder: TLS_FOLDER,
+        flag: "--tls",
+        secret,
+        entries: &[CHAIN, KEY],
+    });
+    let is_frontend = process.component == Component::Frontend;
+    [api_keys, tls].into_iter().flatten().filter(move |_| is_frontend)
 }
 
 /// Said also where it is the default: a revision's images may have other ones. Threads follow from the pod's quota.
@@ -244,13 +286,19 @@ pub(crate) fn is_identified(template: &PodTemplateSpec) -> bool {
     volumes.into_iter().any(|volume| volume.name == IDENTITY)
 }
 
-fn volumes(owner: &Owner, revision: &str, component: Component) -> Vec<Volume> {
+/// Whether clients of frontends of this template speak HTTPS.
+pub(crate) fn is_encrypted(template: &PodTemplateSpec) -> bool {
+    let volumes = template.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes.into_iter().any(|volume| volume.name == TLS)
+}
+
+fn volumes(owner: &Owner, revision: &str, process: &Process) -> Vec<Volume> {
     let placement = ConfigMapVolumeSource {
         name: owner.of_revision(revision),
         optional: Some(true), // a worker starts without a placement, too
         ..ConfigMapVolumeSource::default()
     };
-    let key = |part: &str| identity_key(&owner.name, component.as_str(), part);
+    let key = |part: &str| identity_key(&owner.name, process.component.as_str(), part);
     let files = [(key("crt"), CHAIN), (key("key"), KEY), (AUTHORITIES.to_string(), AUTHORITIES)];
     let items = files.map(|(key, path)| KeyToPath { key, path: path.into(), mode: None });
     let identity = SecretVolumeSource {
@@ -259,11 +307,22 @@ fn volumes(owner: &Owner, revision: &str, component: Component) -> Vec<Volume> {
         default_mode: Some(READABLE),
         ..SecretVolumeSource::default()
     };
-    vec![
+    let volumes = [
         Volume { name: "placement".into(), config_map: Some(placement), ..Volume::default() },
         Volume { name: IDENTITY.into(), secret: Some(identity), ..Volume::default() },
         Volume { name: "tmp".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() },
-    ]
+    ];
+    let for_clients = for_clients(process).map(|secret| {
+        let item = |entry: &&str| KeyToPath { key: entry.to_string(), path: entry.to_string(), mode: None };
+        let source = SecretVolumeSource {
+            secret_name: Some(secret.secret.into()),
+            items: some_unless_empty(secret.entries.iter().map(item).collect()),
+            default_mode: Some(READABLE),
+            ..SecretVolumeSource::default()
+        };
+        Volume { name: secret.volume.into(), secret: Some(source), ..Volume::default() }
+    });
+    volumes.into_iter().chain(for_clients).collect()
 }
 
 fn tolerations(fields: &PodFields) -> Vec<Toleration> {

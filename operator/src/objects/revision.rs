@@ -17,9 +17,9 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::names::{Component, Owner, REVISION, UNPROVEN, UNTRIED};
-use super::pods::{Process, is_identified, template};
+use super::pods::{Process, is_encrypted, is_identified, template};
 use crate::api::PodFields;
-use crate::validate::ValidatedDeployment;
+use crate::validate::{FrontendSecrets, ValidatedDeployment};
 
 /// How many ControllerRevisions are kept.
 pub(crate) const KEPT: usize = 5;
@@ -76,6 +76,11 @@ impl Revision {
         is_identified(&self.workers)
     }
 
+    /// Whether its clients speak HTTPS.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        is_encrypted(&self.frontend)
+    }
+
     /// The URI of its model, as its workers are told it.
     pub(crate) fn model(&self) -> Option<String> {
         let container = self.workers.spec.as_ref()?.containers.first()?;
@@ -118,6 +123,9 @@ fn hash(deployment: &ValidatedDeployment, model: &Path) -> String {
     }
     if !deployment.frontend_options.is_empty() {
         parts["frontendOptions"] = json!(deployment.frontend_options);
+    }
+    if deployment.frontend_secrets != FrontendSecrets::default() {
+        parts["frontendSecrets"] = json!(deployment.frontend_secrets);
     }
     Sha256::digest(canonical(&parts, Commas::After))
         .iter()

@@ -52,7 +52,8 @@ fn placement() -> Placement {
 
 #[test]
 fn the_objects_of_a_deployment() {
-    let objects = shared(&owner(), "1a2b3c4d", Some("expertmesh-system"));
+    let serving = Serving { revision: "1a2b3c4d", is_encrypted: false };
+    let objects = shared(&owner(), serving, Some("expertmesh-system"));
     insta::assert_yaml_snapshot!("service-account", objects.service_account);
     insta::assert_yaml_snapshot!("workers-service", objects.workers_service);
     insta::assert_yaml_snapshot!("client-service", objects.client_service);
@@ -267,4 +268,19 @@ fn a_revision_that_was_recorded_before_there_were_identities_has_none() {
     let pod = recorded.workers.spec.as_mut().unwrap();
     pod.volumes.as_mut().unwrap().retain(|volume| volume.name != "identity");
     assert!(!recorded.is_identified(), "its pods are called in plain text until the next revision");
+}
+
+#[test]
+fn frontends_mount_the_secrets_that_their_clients_need_and_the_service_has_the_port_of_https() {
+    let revision =
+        revision("  frontend: {apiKeysSecretRef: {name: keys}, tlsSecretRef: {name: certificate}}\n");
+    insta::assert_yaml_snapshot!("frontend-template-with-secrets", revision.frontend);
+    assert!(revision.is_encrypted() && !self::revision("").is_encrypted());
+    let volumes = revision.workers.spec.unwrap().volumes.unwrap();
+    assert!(!volumes.iter().any(|volume| volume.name == "tls"), "workers have no clients");
+    let serving = Serving { revision: "1a2b3c4d", is_encrypted: true };
+    insta::assert_yaml_snapshot!(
+        "client-service-of-https",
+        shared(&owner(), serving, None).client_service.spec
+    );
 }

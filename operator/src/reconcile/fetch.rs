@@ -13,6 +13,7 @@ use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
 use crate::key::Key;
 use crate::objects::Object;
+use crate::objects::is_encrypted;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY, Owner, REVISION};
 use crate::objects::revision::{self, Revision};
 use crate::validate::ValidatedDeployment;
@@ -122,6 +123,11 @@ impl Found {
     /// The frontends of a revision, where there are any.
     pub(super) fn frontends(&self, hash: &str) -> Option<&Deployment> {
         self.deployments.iter().find(|found| found.labels().get(REVISION).is_some_and(|found| found == hash))
+    }
+
+    /// Whether clients of a revision's frontends speak HTTPS, where there are any.
+    pub(super) fn is_encrypted(&self, hash: &str) -> Option<bool> {
+        Some(is_encrypted(&self.frontends(hash)?.spec.as_ref()?.template))
     }
 
     /// Records of revisions that nothing runs from, beyond the latest that are kept.

@@ -99,7 +99,7 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
         let (workers, frontends) = (counted(ready_workers, "worker"), counted(ready_frontends, "frontend"));
         return Verdict::yes(
             Reason::Serving,
-            format!("{workers} and {frontends} answer at {}", situation.owner.url()),
+            format!("{workers} and {frontends} answer at {}", situation.url),
         );
     }
     let failed =
@@ -113,7 +113,7 @@ fn ready(situation: &Situation, workers: &Verdict, experts: &Verdict) -> Verdict
 /// At zero, and on the way back: requests wait in the frontends meanwhile.
 fn asleep(situation: &Situation) -> Option<Verdict> {
     let Situation { seen, desired, now, .. } = situation;
-    let url = situation.owner.url();
+    let url = &situation.url;
     if desired.workers == 0 {
         return Some(match situation.scaling.filter(|scaling| scaling.acts) {
             Some(_) => Verdict::yes(

@@ -124,6 +124,7 @@ fn computed_with(
         desired,
         serving: "1a2b3c4d",
         model: Some("file:///models/tiny-r1".into()),
+        url: owner.url(false),
         seen,
         is_tried: seen.ready_workers() > 0,
         decision: &decision,
