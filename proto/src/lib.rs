@@ -12,6 +12,7 @@ pub mod heartbeat;
 pub mod incarnation;
 pub mod invalid;
 pub mod latency;
+pub mod listen;
 pub mod placement;
 pub mod slot;
 pub mod trust;

@@ -35,7 +35,7 @@ impl Frontend {
         let path = |path: &std::path::Path| path.to_str().expect("a UTF-8 path").to_string();
         let (placement, model) = (path(&placement), path(model));
         let what = ["frontend", "--served-name", "tiny-r1", "--model", &model, "--placement", &placement];
-        let anywhere = "127.0.0.1:0";
+        let anywhere = mesh.anywhere;
         let listening = ["--listen", anywhere, "--control", anywhere, "--metrics", anywhere];
         let more: Vec<&str> = mesh.flags.iter().map(String::as_str).collect();
         let arguments = [&what[..], &listening[..], &more[..]].concat();

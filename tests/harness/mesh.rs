@@ -33,6 +33,8 @@ pub struct Mesh {
     pub draining: BTreeSet<u32>,
     /// What every process gets beside its own flags.
     pub flags: Vec<String>,
+    /// Where every process listens, at a port of the kernel's choice.
+    pub anywhere: &'static str,
 }
 
 impl Mesh {
@@ -43,6 +45,11 @@ impl Mesh {
 
     /// The same with more flags for each, and for a frontend in front of them.
     pub async fn start_with(name: &str, count: u32, flags: &[&str]) -> Self {
+        Self::start_at(name, count, flags, "127.0.0.1:0").await
+    }
+
+    /// The same with another address on which all listen.
+    pub async fn start_at(name: &str, count: u32, flags: &[&str], anywhere: &'static str) -> Self {
         let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
         let mut mesh = Self {
             scratch,
@@ -51,6 +58,7 @@ impl Mesh {
             epoch: 0,
             draining: BTreeSet::new(),
             flags,
+            anywhere,
         };
         mesh.workers = (0..count).map(|slot| mesh.start_worker(slot)).collect();
         mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
@@ -70,7 +78,7 @@ impl Mesh {
     fn start_worker(&self, slot: u32) -> Process {
         let (name, model) = (format!("worker-{slot}"), tiny_r1());
         let model = model.to_str().expect("a UTF-8 path");
-        let anywhere = "127.0.0.1:0";
+        let anywhere = self.anywhere;
         let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];
         let flags: Vec<&str> = args.into_iter().chain(self.flags.iter().map(String::as_str)).collect();
         Process::start(&self.scratch, &name, "expertmesh-worker", &flags)

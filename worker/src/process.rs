@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use std::{fs, io};
 
 use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::listen::listen;
 use tracing_subscriber::EnvFilter;
 
 /// The file in which Kubernetes reads a container's last words, unless `EXPERTMESH_TERMINATION_LOG` names another.
@@ -91,9 +92,13 @@ pub(crate) fn announce(path: &Path, addresses: Addresses) -> Result<(), Fatal> {
 }
 
 /// Listens at the address of a flag, which the error names.
-pub(crate) async fn bind(flag: &str, address: SocketAddr) -> Result<tokio::net::TcpListener, Fatal> {
-    let listener = tokio::net::TcpListener::bind(address).await;
-    listener.map_err(|error| Fatal::new("AddressUnavailable", format!("{flag} {address}: {error}")))
+pub(crate) fn bind(flag: &str, address: SocketAddr) -> Result<tokio::net::TcpListener, Fatal> {
+    listen(address).map_err(|error| Fatal::new("AddressUnavailable", format!("{flag} {address}: {error}")))
+}
+
+/// The time of now.
+pub(crate) fn seconds_since_1970() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Hears from now on whether the process is told to end, by SIGTERM or SIGINT; done when it was. To be called before anything that takes

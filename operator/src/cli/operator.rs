@@ -12,9 +12,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use clap::Args;
 use expertmesh_proto::incarnation::Incarnation;
+use expertmesh_proto::listen::listen;
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tracing::{error, info, warn};
@@ -34,7 +34,7 @@ use crate::watch::{Triggers, watch};
 #[derive(Args)]
 pub(crate) struct Operator {
     /// Where to serve /metrics, /healthz and /readyz.
-    #[arg(long, default_value = "0.0.0.0:9090", value_name = "ADDRESS")]
+    #[arg(long, default_value = "[::]:9090", value_name = "ADDRESS")]
     metrics: SocketAddr,
     /// Where to show and change the level of logs: GET and PUT /log. This pod alone reaches it, and `kubectl port-forward`.
     #[arg(long, default_value = "127.0.0.1:9091", value_name = "ADDRESS")]
@@ -178,7 +178,7 @@ impl Standing {
 }
 
 async fn serve(address: SocketAddr, metrics: Metrics, standing: Standing) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address).await.with_context(|| format!("--metrics {address}"))?;
+    let listener = listen(address).with_context(|| format!("--metrics {address}"))?;
     info!("metrics and health at http://{}", listener.local_addr()?);
     let router = Router::new()
         .route("/metrics", get(move || std::future::ready(exposition(&metrics))))
@@ -193,7 +193,7 @@ async fn serve(address: SocketAddr, metrics: Metrics, standing: Standing) -> any
 }
 
 async fn administer(address: SocketAddr) -> anyhow::Result<()> {
-    let listener = TcpListener::bind(address).await.with_context(|| format!("--admin {address}"))?;
+    let listener = listen(address).with_context(|| format!("--admin {address}"))?;
     let show = || std::future::ready(format!("{}\n", logging::level()));
     let router = Router::new().route("/log", get(show).put(change_level));
     tokio::spawn(async move {

@@ -23,6 +23,7 @@ use kube::Resource;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub(crate) use network::Serving;
 pub(crate) use pods::is_encrypted;
 
 use names::{Component, Owner};
@@ -68,14 +69,6 @@ pub(crate) struct Size<'a> {
     pub(crate) workers: u32,
     pub(crate) frontends: u32,
     pub(crate) placement: Option<&'a Placement>,
-}
-
-/// The revision that clients reach.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Serving<'a> {
-    pub(crate) revision: &'a str,
-    /// Whether its clients speak HTTPS.
-    pub(crate) is_encrypted: bool,
 }
 
 /// `operator_namespace`: where the operator's pods are, if in this cluster.

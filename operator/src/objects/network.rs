@@ -7,9 +7,16 @@ use k8s_openapi::api::networking::v1::{
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::Serving;
 use super::names::{Component, Labels, NAME, Owner, matching};
 use super::ports;
+
+/// The revision that clients reach.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Serving<'a> {
+    pub(crate) revision: &'a str,
+    /// Whether its clients speak HTTPS.
+    pub(crate) is_encrypted: bool,
+}
 
 /// A ServiceAccount that may do nothing, and whose token no pod gets.
 pub(crate) fn service_account(owner: &Owner) -> ServiceAccount {
@@ -26,6 +33,7 @@ pub(crate) fn workers_service(owner: &Owner) -> Service {
         metadata: owner.metadata(owner.workers(), owner.labels_of(Component::Worker, None)),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".into()),
+            ip_family_policy: both_families(),
             publish_not_ready_addresses: Some(true),
             selector: Some(owner.selector(Component::Worker)),
             ports: Some(vec![port(ports::GRPC, ports::GRPC_NUMBER, ports::GRPC)]),
@@ -46,12 +54,18 @@ pub(crate) fn client_service(owner: &Owner, serving: Serving) -> Service {
         metadata: owner.metadata(owner.name.clone(), owner.labels_of(Component::Frontend, None)),
         spec: Some(ServiceSpec {
             type_: Some("ClusterIP".into()),
+            ip_family_policy: both_families(),
             selector: Some(owner.selector_of(Component::Frontend, serving.revision)),
             ports: Some(vec![port]),
             ..ServiceSpec::default()
         }),
         ..Service::default()
     }
+}
+
+/// Addresses of IPv4 and of IPv6 where the cluster has both.
+fn both_families() -> Option<String> {
+    Some("PreferDualStack".into())
 }
 
 fn port(name: &str, port: i32, target: &str) -> ServicePort {

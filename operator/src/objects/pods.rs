@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{
     SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
     WeightedPodAffinityTerm,
 };
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -223,7 +224,7 @@ fn listening(process: &Process, flag: &str, port: i32) -> [String; 8] {
 }
 
 fn anywhere(port: i32) -> String {
-    format!("0.0.0.0:{port}")
+    format!("[::]:{port}")
 }
 
 fn identity_folder() -> EnvVar {
@@ -310,7 +311,7 @@ fn volumes(owner: &Owner, revision: &str, process: &Process) -> Vec<Volume> {
     let volumes = [
         Volume { name: "placement".into(), config_map: Some(placement), ..Volume::default() },
         Volume { name: IDENTITY.into(), secret: Some(identity), ..Volume::default() },
-        Volume { name: "tmp".into(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() },
+        Volume { name: "tmp".into(), empty_dir: Some(scratch()), ..Volume::default() },
     ];
     let for_clients = for_clients(process).map(|secret| {
         let item = |entry: &&str| KeyToPath { key: entry.to_string(), path: entry.to_string(), mode: None };
@@ -323,6 +324,11 @@ fn volumes(owner: &Owner, revision: &str, process: &Process) -> Vec<Volume> {
         Volume { name: secret.volume.into(), secret: Some(source), ..Volume::default() }
     });
     volumes.into_iter().chain(for_clients).collect()
+}
+
+/// Little is written there, and it is memory or disk of the node.
+fn scratch() -> EmptyDirVolumeSource {
+    EmptyDirVolumeSource { size_limit: Some(Quantity("64Mi".into())), ..EmptyDirVolumeSource::default() }
 }
 
 fn tolerations(fields: &PodFields) -> Vec<Toleration> {

@@ -2,7 +2,7 @@
 //! needed.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -76,6 +76,7 @@ impl Guests {
     /// Takes a connection in. Where there is no room, nobody is, and the one that has been idle for longest is told to
     /// leave; `Ok(None)` where its address has all that it may have.
     pub(crate) fn enter(self: &Arc<Self>, address: IpAddr) -> Result<Option<Arc<Guest>>, NoRoom> {
+        let address = of_one_host(address);
         let mut state = self.state();
         if state.addresses.get(&address).is_some_and(|counts| counts.connections >= self.bounds.of_address) {
             self.metrics.connection_ended(ConnectionEnd::Share);
@@ -115,6 +116,14 @@ impl Guests {
             self.metrics.connection_ended(ConnectionEnd::Idle);
             leave.notify_one();
         }
+    }
+}
+
+/// What counts as one address: of IPv6 the first 64 bits, for a host has all the others to choose from.
+fn of_one_host(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        address => address,
     }
 }
 
@@ -251,5 +260,14 @@ mod tests {
         assert!(here[1].answering().is_some());
         drop(here);
         assert!(guests.enter(HERE).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_host_is_one_however_it_is_written_and_whichever_of_its_addresses_it_takes() {
+        let one = |text: &str| of_one_host(text.parse().unwrap());
+        assert_eq!(one("::ffff:10.1.2.3"), one("10.1.2.3"));
+        assert_eq!(one("2001:db8:1:2:3:4:5:6"), one("2001:db8:1:2::1"));
+        assert_ne!(one("2001:db8:1:2::1"), one("2001:db8:1:3::1"));
+        assert_ne!(one("10.1.2.3"), one("10.1.2.4"));
     }
 }

@@ -90,13 +90,13 @@ pub(crate) struct Args {
     #[arg(long, env = "POD_NAME", default_value = "frontend")]
     name: String,
     /// HTTP for clients
-    #[arg(long, default_value = "0.0.0.0:8000")]
+    #[arg(long, default_value = "[::]:8000")]
     listen: SocketAddr,
     /// gRPC for the operator
-    #[arg(long, default_value = "0.0.0.0:7070")]
+    #[arg(long, default_value = "[::]:7070")]
     control: SocketAddr,
     /// HTTP for /metrics, /healthz and /readyz
-    #[arg(long, default_value = "0.0.0.0:9090")]
+    #[arg(long, default_value = "[::]:9090")]
     metrics: SocketAddr,
     /// The placement to start with (JSON); a later one is pushed
     #[arg(long)]
@@ -199,9 +199,9 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let server = Server::new(model, workers.clone(), metrics, clients, settings);
     let cors = cors::layer(&args.cors_origins)?;
 
-    let http = process::bind("--listen", args.listen).await?;
-    let grpc = process::bind("--control", args.control).await?;
-    let probes = process::bind("--metrics", args.metrics).await?;
+    let http = process::bind("--listen", args.listen)?;
+    let grpc = process::bind("--control", args.control)?;
+    let probes = process::bind("--metrics", args.metrics)?;
     if let Some(path) = &args.announce {
         process::announce(path, addresses(&http, &grpc, &probes))?;
     }

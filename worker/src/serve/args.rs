@@ -24,10 +24,10 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(super) slot: Option<u32>,
     /// gRPC for peers, frontends and the operator
-    #[arg(long, default_value = "0.0.0.0:7070")]
+    #[arg(long, default_value = "[::]:7070")]
     pub(super) listen: SocketAddr,
     /// HTTP for /metrics, /healthz and /readyz
-    #[arg(long, default_value = "0.0.0.0:9090")]
+    #[arg(long, default_value = "[::]:9090")]
     pub(super) metrics: SocketAddr,
     /// The placement to start with (JSON); a later one is pushed
     #[arg(long)]

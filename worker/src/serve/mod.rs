@@ -44,8 +44,8 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     config.placed_layers()?;
     let (slot, max_context) = (args.slot()?, args.max_context(&config)?);
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
-    let grpc = process::bind("--listen", args.listen).await?;
-    let http = process::bind("--metrics", args.metrics).await?;
+    let grpc = process::bind("--listen", args.listen)?;
+    let http = process::bind("--metrics", args.metrics)?;
     let addresses = Addresses { http: None, grpc: grpc.local_addr().ok(), metrics: http.local_addr().ok() };
 
     // Probes are answered while the dense weights load, however long that takes.
