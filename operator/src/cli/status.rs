@@ -60,6 +60,9 @@ fn described(object: &ModelDeployment, now: Timestamp) -> String {
     if let Some(placement) = &status.placement {
         line("placement", format!("epoch {}, imbalance {}", placement.epoch, placement.imbalance));
     }
+    if let Some(told) = condition(&status, Kind::Encrypted).filter(|told| Truth::False.is_of(told)) {
+        line("", format!("not {} ({}): {}", told.type_, told.reason, told.message));
+    }
     let telling = [
         Kind::Progressing,
         Kind::Degraded,

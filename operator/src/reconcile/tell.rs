@@ -53,6 +53,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         desired: &deployment.desired,
         serving: &plan.serving,
         model: serving.revision.model(),
+        is_identified: serving.revision.is_identified(),
         url: found.owner.url(serving.revision.is_encrypted()),
         seen: &serving.seen,
         is_tried: serving.revision.is_tried,

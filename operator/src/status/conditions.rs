@@ -32,11 +32,25 @@ pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
         (Kind::ExpertsAvailable, experts_available),
         (Kind::Progressing, progressing(situation)),
         (Kind::Degraded, degraded(situation, experts)),
+        (Kind::Encrypted, encrypted(situation)),
     ];
     let stamp = Stamp { before: situation.before, generation: situation.generation, now: situation.now };
     let written = written_by_others(situation).map(|verdict| (Kind::WriterConflict, verdict));
     let verdicts = verdicts.into_iter().chain(scaling.into_iter().flatten()).chain(written);
     verdicts.map(|(kind, verdict)| stamp.condition(kind, verdict)).collect()
+}
+
+fn encrypted(situation: &Situation) -> Verdict {
+    match situation.is_identified {
+        true => Verdict::yes(
+            Reason::Identities,
+            "calls between its parts are TLS, with an identity on both sides",
+        ),
+        false => Verdict::no(
+            Reason::PlainText,
+            "its pods are of before there were identities, and call each other in plain text: those of the next revision do not",
+        ),
+    }
 }
 
 fn unattainable(scaling: &Scaling) -> Verdict {

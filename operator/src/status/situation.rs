@@ -18,6 +18,8 @@ pub(crate) struct Situation<'a> {
     /// The revision that clients reach, its model's URI, and what of it is seen.
     pub(crate) serving: &'a str,
     pub(crate) model: Option<String>,
+    /// Whether its pods have identities.
+    pub(crate) is_identified: bool,
     /// Where clients reach it.
     pub(crate) url: String,
     pub(crate) seen: &'a Observation,

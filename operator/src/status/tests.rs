@@ -124,6 +124,7 @@ fn computed_with(
         desired,
         serving: "1a2b3c4d",
         model: Some("file:///models/tiny-r1".into()),
+        is_identified: true,
         url: owner.url(false),
         seen,
         is_tried: seen.ready_workers() > 0,
@@ -272,7 +273,7 @@ fn an_invalid_spec_is_said_without_forgetting_what_runs() {
     };
     let status = blocked(&before, "2026-11-24T13:00:00Z");
     assert_eq!(told(&status, Kind::Ready), ("False".into(), "InvalidSpec".into(), "spec.x must be y".into()));
-    assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 7));
+    assert_eq!((status.observed_generation, &status.url, status.conditions.len()), (Some(8), &before.url, 8));
     assert_eq!(blocked(&status, "2026-11-24T14:00:00Z"), status);
 }
 
