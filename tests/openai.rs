@@ -47,6 +47,21 @@ async fn sixteen_clients_at_once_get_the_tokens_of_one_process_whole_and_streame
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_that_have_ipv6_alone_answer_with_the_same_tokens() {
+    if std::net::TcpListener::bind("[::1]:0").is_err() {
+        return eprintln!("skipped: this machine has no IPv6");
+    }
+    let mut mesh = Mesh::start_at("six", 2, &[], "[::1]:0").await;
+    let frontend = Frontend::start(&mut mesh).await;
+    assert!(frontend.api.url.starts_with("http://[::1]:"), "{}", frontend.api.url);
+    for question in Question::several(4) {
+        frontend.api.check(&question).and_then(|()| frontend.api.check_stream(&question, |_| {})).unwrap();
+    }
+    mesh.workers[1].kill();
+    frontend.api.check_stream(&Question::long(1, 100), |_| {}).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_killed_in_the_middle_of_a_stream_costs_no_token() {
     let mut mesh = Mesh::start("stream", 4).await;
     let frontend = Frontend::start(&mut mesh).await;
@@ -64,6 +79,44 @@ async fn a_worker_killed_in_the_middle_of_a_stream_costs_no_token() {
     answered.unwrap();
     assert!(killed.is_some_and(|tokens| tokens < 500), "the answer was there before: {killed:?}");
     assert!(sum(&frontend.metrics(), "expertmesh_frontend_resumes_total") > 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_of_a_frontend_that_is_killed_go_on_at_another_with_the_same_tokens() {
+    let mut mesh = Mesh::start("frontends", 2).await;
+    let mut first = Frontend::start(&mut mesh).await;
+    let placement = mesh.place(|slot, expert| expert * 2 / 32 == slot).await;
+    let second = Frontend::follow(&mesh, &placement);
+    let questions: Vec<_> = (0..6).map(|seed| Question::long(seed, 300)).collect();
+    questions.iter().for_each(|question| drop(reference(question)));
+    let urls = [&*first.api.url, &*second.api.url].map(str::to_string);
+    let begun = std::sync::Barrier::new(questions.len() + 1);
+    std::thread::scope(|scope| {
+        let ask = |question| {
+            let (urls, begun, api) = (urls.each_ref().map(|url| &**url), &begun, &second.api);
+            move || {
+                let waited = std::cell::Cell::new(false);
+                let wait = |tokens| {
+                    if tokens > 20 && !waited.replace(true) {
+                        begun.wait();
+                    }
+                };
+                api.check_stream_by(&urls, question, wait)
+            }
+        };
+        let clients: Vec<_> = questions.iter().map(|question| scope.spawn(ask(question))).collect();
+        begun.wait();
+        first.process.kill();
+        clients.into_iter().for_each(|client| client.join().unwrap().unwrap());
+    });
+    if skipped("openai") {
+        return;
+    }
+    let mut python = Command::new(root().join("target/venv/bin/python"));
+    python.arg(root().join("docs/resume.py")).args(["tiny-r1", "What is 46 + 37?"]).args(&urls);
+    let said = python.output().expect("python starts");
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(text.trim_end().ends_with("83"), "the first URL is a dead frontend's: {text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -51,26 +51,46 @@ pub fn post_for(url: &str, header: &str, body: &Value) -> Result<(u16, Option<St
 }
 
 /// POST that streams: every server-sent event's JSON, as it comes, until `[DONE]`, or until `event` hangs up.
-pub fn stream(
+pub fn stream(url: &str, body: &Value, event: impl FnMut(Value) -> ControlFlow<()>) -> Result<(), String> {
+    stream_after(url, &mut None, body, event)
+}
+
+/// The same after an event of which the client has the id, which is then that of the last that came.
+pub fn stream_after(
     url: &str,
+    last: &mut Option<String>,
     body: &Value,
     mut event: impl FnMut(Value) -> ControlFlow<()>,
 ) -> Result<(), String> {
-    let response = agent().post(url).send_json(body).map_err(|error| format!("{url}: {error}"))?;
+    let mut request = agent().post(url);
+    if let Some(last) = last {
+        request = request.header("last-event-id", &*last);
+    }
+    let response = request.send_json(body).map_err(|error| format!("{url}: {error}"))?;
     let status = response.status().as_u16();
     let reader = BufReader::new(response.into_body().into_reader());
+    let (mut data, mut id) = (None, None);
     for line in reader.lines() {
         let line = line.map_err(|error| format!("the stream broke: {error}"))?;
-        match line.strip_prefix("data: ") {
-            Some("[DONE]") => return Ok(()),
-            Some(data) => {
-                let json = serde_json::from_str(data).map_err(|error| format!("{data}: {error}"))?;
+        if status != 200 {
+            return Err(format!("{status}: {line}"));
+        }
+        match line.split_once(": ") {
+            Some(("data", value)) => data = Some(value.to_string()),
+            Some(("id", value)) => id = Some(value.to_string()),
+            // An event is whole at an empty line.
+            None if line.is_empty() => {
+                let Some(data) = data.take() else { continue };
+                if data == "[DONE]" {
+                    return Ok(());
+                }
+                let json = serde_json::from_str(&data).map_err(|error| format!("{data}: {error}"))?;
+                *last = id.take().or(last.take());
                 if let ControlFlow::Break(()) = event(json) {
                     return Ok(());
                 }
             }
-            None if status != 200 => return Err(format!("{status}: {line}")),
-            None => {}
+            Some(_) | None => {}
         }
     }
     Err("the stream ended without [DONE]".into())

@@ -52,6 +52,29 @@ impl Api {
         answer.compare(question, &wanted)
     }
 
+    /// The same by several frontends: where one dies, the next goes on after the last event that came.
+    pub fn check_stream_by(
+        &self,
+        urls: &[&str],
+        question: &Question,
+        token: impl Fn(usize),
+    ) -> Result<(), String> {
+        let (wanted, mut answer, mut last) = (reference(question), Answer::default(), None);
+        for url in urls {
+            let url = format!("{url}/v1/chat/completions");
+            let ended = http::stream_after(&url, &mut last, &self.body(question, true), |event| {
+                answer.take(&event, "delta");
+                token(answer.tokens.len());
+                ControlFlow::Continue(())
+            });
+            match ended {
+                Ok(()) => return answer.compare(question, &wanted),
+                Err(problem) => println!("after {} tokens: {problem}", answer.tokens.len()),
+            }
+        }
+        Err(format!("{question:?}: {} tokens by all frontends", answer.tokens.len()))
+    }
+
     /// Asks for what cannot be answered.
     pub fn check_refused(&self, question: &Question, wanted: u16) {
         let (status, body) = http::post(&self.completions(), &self.body(question, false)).expect("an answer");

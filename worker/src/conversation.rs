@@ -32,6 +32,8 @@ pub(crate) struct Conversation {
     pub(crate) open: bool,
     /// What else this template looks at, as `enable_thinking`.
     pub(crate) options: Map<String, Value>,
+    /// The time that the template sees, in seconds since 1970.
+    pub(crate) at: u64,
 }
 
 /// A conversation as the template renders it.
@@ -70,8 +72,8 @@ impl Conversation {
             Contents::Text => tokenizer.mark(&mut self.literals())?,
             Contents::Tokens => None,
         };
-        let Self { messages, open, options } = self;
-        Ok(Rendered { text: template.render(&messages, open, &options)?, mark })
+        let Self { messages, open, options, at } = self;
+        Ok(Rendered { text: template.render(&messages, open, &options, at)?, mark })
     }
 
     /// Every text of the client.
@@ -130,7 +132,8 @@ mod tests {
 
     fn tokens(template: &ChatTemplate, messages: &[Message], contents: Contents) -> Vec<u32> {
         let tokenizer = &*TOKENIZER;
-        let conversation = Conversation { messages: messages.to_vec(), open: true, options: Map::new() };
+        let conversation =
+            Conversation { messages: messages.to_vec(), open: true, options: Map::new(), at: 0 };
         let rendered = conversation.render(template, tokenizer, contents).unwrap();
         rendered.tokens(tokenizer).unwrap()
     }

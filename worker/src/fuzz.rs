@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::conversation::{Contents, Conversation};
 use crate::frontend::model::Model;
+use crate::frontend::seed::Drawn;
 use crate::frontend::valid::ValidRequest;
 use crate::serve::inference::RequestLimits;
 use crate::template::ChatTemplate;
@@ -31,8 +32,10 @@ impl Requests {
 
     /// Reads a body as both endpoints do.
     pub fn read(&self, body: &[u8]) {
-        let _ = ValidRequest::chat(&self.0, body, 0).map(|request| request.choices("id").len());
-        let _ = ValidRequest::completion(&self.0, body, 0).map(|request| request.choices("id").len());
+        let _ =
+            ValidRequest::chat(&self.0, body, Drawn::default()).map(|request| request.choices("id").len());
+        let _ = ValidRequest::completion(&self.0, body, Drawn::default())
+            .map(|request| request.choices("id").len());
     }
 }
 
@@ -58,7 +61,7 @@ pub fn template(model: &Path, text: &str, requests: &Requests) {
     for contents in [Contents::Text, Contents::Tokens] {
         let said = [Role::System, Role::User, Role::Assistant];
         let messages = said.map(|role| Message { role, content: text.to_owned() }).to_vec();
-        let conversation = Conversation { messages, open: true, options: Map::new() };
+        let conversation = Conversation { messages, open: true, options: Map::new(), at: 0 };
         let rendered = conversation.render(&template, &requests.0.tokenizer, contents);
         let _ = rendered.map(|rendered| rendered.tokens(&requests.0.tokenizer));
     }

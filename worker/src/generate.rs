@@ -16,7 +16,7 @@ use self::request::{Generated, Request, output_failed};
 use crate::conversation::{Contents, Conversation};
 use crate::end::End;
 use crate::engine::{ComputedAs, ComputedWith, load};
-use crate::process::Fatal;
+use crate::process::{Fatal, seconds_since_1970};
 use crate::stop::Checked;
 use crate::template::ChatTemplate;
 use crate::template::message::{Message, Role};
@@ -201,7 +201,8 @@ fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Ve
     let template = ChatTemplate::load(&args.model)?;
     let tokens = if args.chat {
         let messages = vec![Message { role: Role::User, content: args.prompt.clone() }];
-        let conversation = Conversation { messages, open: true, options: serde_json::Map::new() };
+        let conversation =
+            Conversation { messages, open: true, options: serde_json::Map::new(), at: seconds_since_1970() };
         let contents = Contents::spelling(args.special_tokens_in_content);
         let rendered = conversation.render(&template, tokenizer, contents);
         let tokens = rendered.and_then(|rendered| Ok(rendered.tokens(tokenizer)?));

@@ -38,10 +38,10 @@ fn render(args: &Args) -> Result<(), Fatal> {
         input.read_until(b'\n', &mut options).map_err(lost)?;
         limit(idle, (conversation.len() + options.len()) as u64).map_err(lost)?;
         let malformed = |error: serde_json::Error| lost(error.into());
-        let (messages, open): (Vec<Message>, bool) =
+        let (messages, open, at): (Vec<Message>, bool, u64) =
             serde_json::from_slice(&conversation).map_err(malformed)?;
         let options = serde_json::from_slice(&options).map_err(malformed)?;
-        let answer = template.render(&messages, open, &options);
+        let answer = template.render(&messages, open, &options, at);
         serde_json::to_writer(&mut output, &answer).map_err(malformed)?;
         output.write_all(b"\n").and_then(|()| output.flush()).map_err(lost)?;
     }

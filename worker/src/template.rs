@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use expertmesh_model::files::{self, FileError};
+use jiff::civil::DateTime;
 use minijinja::value::Serde;
 use minijinja::{Environment, Value};
 use serde::Deserialize;
@@ -19,7 +20,7 @@ use serde_json::Map;
 
 use self::apart::Apart;
 use self::bounds::{Bounds, exhausted};
-use self::environment::{NAME, compile, raised};
+use self::environment::{NAME, compile, raised, set_clock};
 use self::error::TemplateError;
 use self::message::Message;
 use crate::process::Fatal;
@@ -58,7 +59,7 @@ impl ChatTemplate {
             }
             None => (file, config.chat_template.and_then(Source::chat)),
         };
-        let environment = compile(source, now).map_err(|error| invalid(&file, &error))?;
+        let environment = compile(source).map_err(|error| invalid(&file, &error))?;
         let add_bos = config.add_bos_token.unwrap_or(false);
         Ok(Self { environment, add_bos, tokens, apart: None })
     }
@@ -70,7 +71,7 @@ impl ChatTemplate {
 
     #[cfg(test)]
     pub(crate) fn of(source: &str) -> Self {
-        let environment = compile(Some(source.to_string()), now).unwrap();
+        let environment = compile(Some(source.to_string())).unwrap();
         let tokens = BTreeMap::from([("bos_token", "<s>".to_string())]);
         Self { environment, add_bos: false, tokens, apart: None }
     }
@@ -81,19 +82,20 @@ impl ChatTemplate {
     }
 
     /// The prompt's text. `open` opens the assistant's turn (`add_generation_prompt`); `options` are what else this
-    /// template looks at, as `enable_thinking`.
+    /// template looks at, as `enable_thinking`; it sees the time `at`, in seconds since 1970.
     pub(crate) fn render(
         &self,
         messages: &[Message],
         open: bool,
         options: &Map<String, serde_json::Value>,
+        at: u64,
     ) -> Result<String, TemplateError> {
         let given = |name: &&String| GIVEN.contains(&name.as_str()) || TOKENS.contains(&name.as_str());
         if let Some(name) = options.keys().find(given) {
             return Err(TemplateError::Given(name.clone()));
         }
         if let Some(apart) = self.apart.as_ref().filter(|_| self.environment.get_template(NAME).is_ok()) {
-            return apart.render(messages, open, options);
+            return apart.render(messages, open, options, at);
         }
         let options = options.iter().map(|(name, value)| (name.as_str(), Value::from(Serde(value))));
         let tokens = self.tokens.iter().map(|(&name, token)| (name, Value::from(token.as_str())));
@@ -104,11 +106,12 @@ impl ChatTemplate {
         context.insert("tools", Value::from(()));
         context.insert("documents", Value::from(()));
         let said = messages.iter().map(|message| message.content.len()).sum();
-        self.fill(Value::from_pairs(context), Bounds::of(messages.len(), said))
+        self.fill(Value::from_pairs(context), Bounds::of(messages.len(), said), local(at))
     }
 
-    fn fill(&self, context: Value, bounds: Bounds) -> Result<String, TemplateError> {
+    fn fill(&self, context: Value, bounds: Bounds, at: DateTime) -> Result<String, TemplateError> {
         let mut environment = self.environment.clone();
+        set_clock(&mut environment, at);
         environment.set_fuel(Some(bounds.fuel));
         let template = environment.get_template(NAME).map_err(|_| TemplateError::Absent)?;
         let mut out = bounds.output();
@@ -124,9 +127,10 @@ impl ChatTemplate {
     }
 }
 
-/// The local time, for templates that write the date.
-fn now() -> jiff::civil::DateTime {
-    jiff::Zoned::now().datetime()
+/// The local time at a second since 1970, for templates that write the date.
+fn local(at: u64) -> DateTime {
+    let at = i64::try_from(at).ok().and_then(|at| jiff::Timestamp::from_second(at).ok());
+    at.unwrap_or(jiff::Timestamp::UNIX_EPOCH).to_zoned(jiff::tz::TimeZone::system()).datetime()
 }
 
 #[derive(Default, Deserialize)]

@@ -7,6 +7,7 @@ use super::logprobs::{self, Logged};
 use super::model::Model;
 use super::openai::ApiError;
 use super::reasoning::Split;
+use super::seed::Drawn;
 use super::valid::ValidRequest;
 use crate::metrics::labels::Endpoint;
 
@@ -19,7 +20,7 @@ impl Format for Completions {
     const CHUNK: &'static str = "text_completion";
     const PROMPT_IDS_IN_CHOICE: bool = true;
 
-    fn validate(model: &Model, body: &[u8], drawn: u64) -> Result<ValidRequest, ApiError> {
+    fn validate(model: &Model, body: &[u8], drawn: Drawn) -> Result<ValidRequest, ApiError> {
         ValidRequest::completion(model, body, drawn)
     }
 

@@ -6,6 +6,7 @@ use super::logprobs::Logged;
 use super::model::Model;
 use super::openai::{ApiError, Completed, Usage};
 use super::reasoning::Split;
+use super::seed::Drawn;
 use super::update::{Piece, Update};
 use super::valid::ValidRequest;
 use super::valid::body::{Reply, StreamUsage};
@@ -57,8 +58,8 @@ pub(crate) trait Format: Send + Sync + 'static {
     /// Whether a choice carries its prompt's token ids, or the whole answer does.
     const PROMPT_IDS_IN_CHOICE: bool;
 
-    /// Reads and checks a body; `drawn` is the seed of one that names none.
-    fn validate(model: &Model, body: &[u8], drawn: u64) -> Result<ValidRequest, ApiError>;
+    /// Reads and checks a body; `drawn` is what it does not say.
+    fn validate(model: &Model, body: &[u8], drawn: Drawn) -> Result<ValidRequest, ApiError>;
 
     /// The entry of `choices` of a whole answer, without index, logprobs, finish_reason and token_ids.
     fn choice(whole: &Whole) -> Map<String, Value>;

@@ -9,6 +9,7 @@ mod completions;
 mod connections;
 mod control;
 mod cors;
+mod event_id;
 mod fields;
 mod format;
 mod guests;
@@ -26,7 +27,7 @@ mod route;
 mod routes;
 #[cfg(test)]
 mod scripted;
-mod seed;
+pub(crate) mod seed;
 pub(crate) mod sequence;
 mod server;
 mod setback;

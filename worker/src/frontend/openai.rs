@@ -49,6 +49,10 @@ pub(crate) enum ApiError {
     KeyUnknown,
     #[error("{problem}; try again in {} s", seconds(*wait))]
     ClientLimit { problem: String, wait: Duration },
+    #[error("the stream cannot go on from this event: {0}")]
+    NotThisStream(String),
+    #[error("no worker is known yet that could go on with the stream; try again later")]
+    NotYetKnown,
     #[error("no worker is free: {0}")]
     NoWorker(NoWorker),
     #[error("the answer was interrupted: {0}")]
@@ -90,6 +94,8 @@ impl ApiError {
             }
             Self::KeyMissing => ("KeyMissing", StatusCode::UNAUTHORIZED, Some("missing_api_key")),
             Self::KeyUnknown => ("KeyUnknown", StatusCode::UNAUTHORIZED, Some("invalid_api_key")),
+            Self::NotThisStream(_) => ("NotThisStream", StatusCode::CONFLICT, Some("not_this_stream")),
+            Self::NotYetKnown => ("NotYetKnown", StatusCode::SERVICE_UNAVAILABLE, Some("no_worker")),
             Self::ClientLimit { .. } => {
                 ("ClientLimit", StatusCode::TOO_MANY_REQUESTS, Some("rate_limit_exceeded"))
             }
@@ -131,6 +137,8 @@ impl ApiError {
             | Self::KeyMissing
             | Self::KeyUnknown
             | Self::ClientLimit { .. }
+            | Self::NotThisStream(_)
+            | Self::NotYetKnown
             | Self::NoWorker(_)
             | Self::Interrupted(_)
             | Self::ShuttingDown

@@ -18,14 +18,15 @@ use super::chat::Chat;
 use super::choices::{self, Start, Updates};
 use super::clients::Client;
 use super::completions::Completions;
+use super::event_id::EventId;
 use super::format::{Format, Whole, Writer};
 use super::guests::Guest;
 use super::openai::{self, ApiError, BODY_LIMIT};
 use super::reading::Received;
 use super::request_id::{REQUEST_ID, RequestId};
-use super::seed::{self, SEED};
+use super::seed::{self, Drawn, SEED};
 use super::server::Server;
-use super::sse;
+use super::sse::{self, Streamed};
 use super::tracked::Tracked;
 use super::update::Update;
 use super::valid::ValidRequest;
@@ -78,8 +79,8 @@ async fn generate<F: Format>(
         Ok(Answer { seed, body }) => {
             let response = match body {
                 Body::Whole(response) => answered(tracked, response),
-                Body::Stream(writer, first, updates) => {
-                    sse::respond::<F>(*writer, first, updates, tracked, guest)
+                Body::Stream(streamed, first, updates) => {
+                    sse::respond::<F>(*streamed, first, updates, tracked, guest)
                 }
             };
             ([(SEED, seed.to_string())], response).into_response()
@@ -102,7 +103,7 @@ struct Answer {
 enum Body {
     Whole(Response),
     /// With its first piece, where that came soon.
-    Stream(Box<Writer>, Option<Update>, Updates),
+    Stream(Box<Streamed>, Option<Update>, Updates),
 }
 
 /// Validates a request, and generates all of its answer or begins its stream.
@@ -112,7 +113,11 @@ async fn answer<F: Format>(
     caller: Caller<'_>,
     tracked: &mut Tracked,
 ) -> Result<Answer, ApiError> {
-    let drawn = seed::drawn(request.headers())?;
+    let resumed = EventId::of(request.headers())?;
+    let drawn = match &resumed {
+        Some(last) => last.drawn,
+        None => seed::drawn(request.headers())?,
+    };
     check(request.headers())?;
     let body = server.reading.receive(request.into_body(), BODY_TIMEOUT).await?;
     let mut places = server.admit(caller.guest, caller.client)?;
@@ -120,19 +125,25 @@ async fn answer<F: Format>(
     places.sequences = Some(server.sequences(request.count())?);
     tracked.keep(places);
     server.metrics.prompt_tokens(request.prompt_tokens());
-    let header = server.header(F::ID);
+    if let Some(last) = &resumed {
+        last.check(&request, server.workers.system_fingerprint().as_deref())?;
+    }
+    let id = resumed.as_ref().map_or_else(|| server.answer_id(F::ID), |last| last.answer.clone());
+    let header = server.header(id, drawn.time);
     tracked.describe(&header.id, &header.model, request.prompt_tokens());
     let start = Start { arrived: tracked.arrived, parent: tracked.parent() };
     let mut updates = choices::start(server, &request, &header.id, &start);
     let (reply, seed) = (request.reply(), request.seed());
+    let drawn = Drawn { seed, ..drawn };
     let writer = Writer { header, reply, request };
     if reply.stream {
+        let streamed = Streamed::new(writer, drawn, resumed);
         let first = match timeout(HEAD_WAITS, updates.next()).await {
             Ok(None) => return Err(ApiError::Internal("nothing was generated".to_string())),
             Ok(Some(first)) => Some(first?),
             Err(_) => None,
         };
-        return Ok(Answer { seed, body: Body::Stream(Box::new(writer), first, updates) });
+        return Ok(Answer { seed, body: Body::Stream(Box::new(streamed), first, updates) });
     }
     let body = whole::<F>(&writer, updates, tracked).await.map(Body::Whole)?;
     Ok(Answer { seed, body })
@@ -170,7 +181,7 @@ fn check(headers: &HeaderMap) -> Result<(), ApiError> {
 async fn validate<F: Format>(
     server: Arc<Server>,
     body: Received,
-    drawn: u64,
+    drawn: Drawn,
 ) -> Result<ValidRequest, ApiError> {
     let share = server.reading.share(body.bytes.len()).await?;
     let valid = tokio::task::spawn_blocking(move || {

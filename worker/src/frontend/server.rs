@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
@@ -21,7 +21,7 @@ use super::valid::prompt::MAX_SEQUENCES;
 use super::workers::Workers;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::metrics::labels::Endpoint;
-use crate::process::age_ms;
+use crate::process::{age_ms, seconds_since_1970};
 
 /// The most sequences of all requests, for each request that is answered at once.
 const SEQUENCES: usize = 4;
@@ -112,11 +112,17 @@ impl Server {
         age_ms(self.began)
     }
 
-    pub(super) fn header(&self, prefix: &str) -> Header {
+    /// The id of an answer whose kind's ids begin with `prefix`.
+    pub(super) fn answer_id(&self, prefix: &str) -> String {
         let number = self.ids.fetch_add(1, Ordering::Relaxed);
+        format!("{prefix}-{:x}-{number:x}", self.workers.incarnation())
+    }
+
+    /// What an answer begins with that was asked for at `created`, a second since 1970.
+    pub(super) fn header(&self, id: String, created: u64) -> Header {
         Header {
-            id: format!("{prefix}-{:x}-{number:x}", self.workers.incarnation()),
-            created: seconds_since_1970(),
+            id,
+            created,
             model: self.model.name.clone(),
             system_fingerprint: self.workers.system_fingerprint(),
         }
@@ -154,8 +160,4 @@ impl Server {
         let places = self.sequences.clone().try_acquire_many_owned(count as u32);
         places.map_err(|_| ApiError::TooManyRequests)
     }
-}
-
-fn seconds_since_1970() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }

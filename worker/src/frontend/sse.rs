@@ -11,9 +11,11 @@ use futures::stream::{self, Stream, StreamExt};
 use serde_json::Value;
 
 use super::choices::Updates;
+use super::event_id::{self, EventId};
 use super::format::{Format, Writer};
 use super::guests::Guest;
 use super::openai::{ApiError, Completed};
+use super::seed::Drawn;
 use super::taken;
 use super::tracked::Tracked;
 use super::update::Update;
@@ -22,16 +24,36 @@ use crate::metrics::labels::RequestFailure;
 /// How often a comment is sent, which keeps proxies from closing a connection on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
+/// An answer that is streamed, from its beginning or from where a client has it.
+pub(crate) struct Streamed {
+    writer: Writer,
+    /// How far it is.
+    at: EventId,
+    /// Of each choice, how many updates the client has.
+    has: Vec<u32>,
+}
+
+impl Streamed {
+    /// `resumed` is the last event that the client has.
+    pub(crate) fn new(writer: Writer, drawn: Drawn, resumed: Option<EventId>) -> Self {
+        let count = writer.request.count();
+        let fingerprint = writer.header.system_fingerprint.clone().unwrap_or_default();
+        let (answer, prompts) = (writer.header.id.clone(), event_id::prompts(&writer.request));
+        let at = EventId { answer, drawn, prompts, fingerprint, sent: vec![0; count] };
+        Self { writer, at, has: resumed.map_or(vec![0; count], |last| last.sent) }
+    }
+}
+
 /// Streams what `updates` brings after `first`, which is known to be no error: by now the status is 200. Where nothing has
 /// come, a comment goes out first, so that the client has the head. A guest who takes nothing is left.
 pub(crate) fn respond<F: Format>(
-    writer: Writer,
+    streamed: Streamed,
     first: Option<Update>,
     updates: Updates,
     tracked: Tracked,
     guest: Option<Arc<Guest>>,
 ) -> Response {
-    let events = events::<F>(writer, first, updates, tracked);
+    let events = events::<F>(streamed, first, updates, tracked);
     let response = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response();
     match guest {
         Some(guest) => response.map(|body| taken::or_left(body, guest)),
@@ -40,7 +62,7 @@ pub(crate) fn respond<F: Format>(
 }
 
 struct State {
-    writer: Arc<Writer>,
+    streamed: Streamed,
     updates: Updates,
     /// Of each choice, whether something was sent.
     opened: Vec<bool>,
@@ -51,18 +73,18 @@ struct State {
 }
 
 fn events<F: Format>(
-    writer: Writer,
+    streamed: Streamed,
     first: Option<Update>,
     updates: Updates,
     tracked: Tracked,
 ) -> impl Stream<Item = Result<Event, Infallible>> + Send + 'static {
-    let count = writer.request.count();
+    let count = streamed.has.len();
     let (opened, completed) = (vec![false; count], vec![Completed::default(); count]);
-    let mut state = State { writer: Arc::new(writer), updates, opened, completed, tracked: Some(tracked) };
-    let opening = match first {
-        Some(first) => state.update::<F>(&first),
-        None => vec![Event::default().comment("waiting")],
-    };
+    let mut state = State { streamed, updates, opened, completed, tracked: Some(tracked) };
+    let mut opening = first.map_or(vec![], |first| state.update::<F>(&first));
+    if opening.is_empty() {
+        opening.push(Event::default().comment("waiting"));
+    }
     let rest = stream::unfold(state, |mut state| async move {
         state.tracked.as_ref()?;
         let events = match state.updates.next().await {
@@ -83,15 +105,22 @@ impl State {
             tracked.completed(update.piece.completed());
         }
         let so_far = *so_far;
+        let Streamed { writer, at, has } = &mut self.streamed;
         let first = !std::mem::replace(&mut self.opened[update.choice], true);
-        let opening = if first { self.writer.opening::<F>(update.choice) } else { None };
+        let opening = if first { writer.opening::<F>(update.choice) } else { None };
         let first = first && opening.is_none();
-        let piece = self.writer.piece::<F>(update, first, so_far);
+        let piece = writer.piece::<F>(update, first, so_far);
         if first && piece.is_none() {
             // The prompt's ids come with the first chunk, whichever it is.
             self.opened[update.choice] = false;
         }
-        opening.into_iter().chain(piece).map(|value| data(&value)).collect()
+        at.sent[update.choice] += 1;
+        if at.sent[update.choice] <= has[update.choice] {
+            return vec![];
+        }
+        // A client that has the opening alone is to get the piece.
+        let piece = piece.map(|piece| data(&piece).id(at.to_string()));
+        opening.map(|opening| data(&opening)).into_iter().chain(piece).collect()
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Event> {
@@ -108,7 +137,7 @@ impl State {
         }
         let mut completed = Completed::default();
         self.completed.iter().for_each(|choice| completed.add(*choice));
-        let usage = self.writer.last::<F>(completed);
+        let usage = self.streamed.writer.last::<F>(completed);
         usage.as_ref().map(data).into_iter().chain([Event::default().data("[DONE]")]).collect()
     }
 }

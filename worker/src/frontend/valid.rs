@@ -1,5 +1,4 @@
-//! From a request's body to a [`ValidRequest`], or to the error that names the field. Pure but for the clock
-//! that a chat template may ask.
+//! From a request's body to a [`ValidRequest`], or to the error that names the field. Pure.
 
 pub(super) mod body;
 mod chat;
@@ -17,6 +16,7 @@ use super::fields::read::Fields;
 use super::model::Model;
 use super::openai::ApiError;
 use super::reasoning::Thoughts;
+use super::seed::Drawn;
 use super::sequence::SequenceRequest;
 
 /// The `max_tokens` of a completion that names none, as OpenAI's API has it.
@@ -48,18 +48,18 @@ pub(crate) struct ValidChoice {
 }
 
 impl ValidRequest {
-    /// Reads and checks the body of a chat completion. `drawn` is its seed where it names none.
-    pub(crate) fn chat(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
+    /// Reads and checks the body of a chat completion. `drawn` has its seed where it names none, and the time that its template sees.
+    pub(crate) fn chat(model: &Model, body: &[u8], drawn: Drawn) -> Result<Self, ApiError> {
         let fields = open(model, On::Chat, body)?;
-        let prompt = chat::prompt(model, &fields)?;
+        let prompt = chat::prompt(model, &fields, drawn.time)?;
         let tokens = tokens(model, prompt.text(), "messages", || prompt.tokens(&model.tokenizer))?;
         let prompts = vec![Prompt::fit(model, tokens, limit(&fields)?, "messages")?];
         let (logprobs, thoughts) = (chat::logprobs(&fields)?, chat::thoughts(model, &fields, prompt.text())?);
         Self::check(model, &fields, drawn, Asked { prompts, logprobs, thoughts })
     }
 
-    /// Reads and checks the body of a completion. `drawn` is its seed where it names none.
-    pub(crate) fn completion(model: &Model, body: &[u8], drawn: u64) -> Result<Self, ApiError> {
+    /// Reads and checks the body of a completion. `drawn` has its seed where it names none.
+    pub(crate) fn completion(model: &Model, body: &[u8], drawn: Drawn) -> Result<Self, ApiError> {
         let fields = open(model, On::Completions, body)?;
         let limit = limit(&fields)?.or(Some(COMPLETION_TOKENS));
         let fit = |tokens| Prompt::fit(model, tokens, limit, "prompt");
@@ -69,7 +69,7 @@ impl ValidRequest {
         Self::check(model, &fields, drawn, Asked { prompts, logprobs, thoughts: None })
     }
 
-    fn check(model: &Model, fields: &Fields, drawn: u64, asked: Asked) -> Result<Self, ApiError> {
+    fn check(model: &Model, fields: &Fields, drawn: Drawn, asked: Asked) -> Result<Self, ApiError> {
         let Asked { prompts, logprobs, thoughts } = asked;
         let n = fields.count("n")?.unwrap_or(1) as usize;
         if n == 0 || n.saturating_mul(prompts.len()) > MAX_SEQUENCES {
@@ -84,7 +84,7 @@ impl ValidRequest {
             let problem = format!("min_tokens: {min_tokens} is more than may be generated");
             return Err(ApiError::invalid("min_tokens", problem));
         }
-        let sampling = model.sampling(sampling::overrides(model, fields, drawn)?)?;
+        let sampling = model.sampling(sampling::overrides(model, fields, drawn.seed)?)?;
         let reply = Reply::read(fields)?;
         let stop_tokens = sampling::stop_tokens(model, fields)?;
         let stops = sampling::stops(model, fields)?;
@@ -108,6 +108,11 @@ impl ValidRequest {
     /// How many tokens all prompts have together.
     pub(crate) fn prompt_tokens(&self) -> usize {
         self.prompts.iter().map(|prompt| prompt.tokens.len()).sum()
+    }
+
+    /// The tokens of each prompt.
+    pub(crate) fn prompts(&self) -> impl Iterator<Item = &[u32]> {
+        self.prompts.iter().map(|prompt| &prompt.tokens[..])
     }
 
     /// The tokens of the prompt that a choice continues.

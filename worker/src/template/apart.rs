@@ -46,6 +46,7 @@ struct Asked<'a> {
     messages: &'a [Message],
     open: bool,
     options: &'a Map<String, serde_json::Value>,
+    at: u64,
 }
 
 impl Apart {
@@ -59,8 +60,9 @@ impl Apart {
         messages: &[Message],
         open: bool,
         options: &Map<String, serde_json::Value>,
+        at: u64,
     ) -> Result<String, TemplateError> {
-        let asked = Asked { messages, open, options };
+        let asked = Asked { messages, open, options, at };
         let place = Place::take(self);
         let waiting = place.state().idle.pop();
         // One that waited may have been ended by somebody meanwhile.
@@ -130,7 +132,7 @@ impl Renderer {
     }
 
     fn ask(&mut self, asked: &Asked) -> io::Result<()> {
-        serde_json::to_writer(&mut self.input, &(asked.messages, asked.open))?;
+        serde_json::to_writer(&mut self.input, &(asked.messages, asked.open, asked.at))?;
         self.input.write_all(b"\n")?;
         serde_json::to_writer(&mut self.input, asked.options)?;
         self.input.write_all(b"\n")?;

@@ -10,21 +10,25 @@ use super::{json, python};
 /// What the one template of an environment is called.
 pub(super) const NAME: &str = "chat_template";
 
-/// An environment with the template [`NAME`], where there is a source; `now` is the clock of `strftime_now`.
-pub(super) fn compile(source: Option<String>, now: fn() -> DateTime) -> Result<Environment<'static>, Error> {
+/// An environment with the template [`NAME`], where there is a source.
+pub(super) fn compile(source: Option<String>) -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_unknown_method_callback(python::method);
     environment.set_formatter(|out, state, value| Ok(out.write_str(&text(state, value)?)?));
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", move |format: &str| strftime(format, now()));
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |state: &State, value: &Value| text(state, value));
     if let Some(source) = source {
         environment.add_template_owned(NAME, without_generation(&source))?;
     }
     Ok(environment)
+}
+
+/// Sets the clock of `strftime_now`, which stands still.
+pub(super) fn set_clock(environment: &mut Environment, at: DateTime) {
+    environment.add_function("strftime_now", move |format: &str| strftime(format, at));
 }
 
 /// A value as Python's `str` writes it, paid for by the template.

@@ -21,6 +21,7 @@ use crate::frontend::clients::Clients;
 use crate::frontend::model::Model;
 use crate::frontend::resume::Patience;
 use crate::frontend::scripted::{Stage, stage};
+use crate::frontend::seed::Drawn;
 use crate::frontend::server::Settings;
 use crate::frontend::valid::ValidRequest;
 use crate::metrics::clients::ClientMetrics;
@@ -116,8 +117,12 @@ async fn a_sequence_that_waits_is_reported_at_once_and_for_how_long_it_waits() {
     let mut control = ControlClient::new(post.channel.clone());
     let mut reports = control.report(v1::ReportRequest::default()).await.unwrap().into_inner();
     assert_eq!(reports.message().await.unwrap().unwrap().waiting, 0);
-    let request =
-        ValidRequest::completion(&post.server.model, br#"{"model": "tiny-r1", "prompt": [5]}"#, 0).unwrap();
+    let request = ValidRequest::completion(
+        &post.server.model,
+        br#"{"model": "tiny-r1", "prompt": [5]}"#,
+        Drawn::default(),
+    )
+    .unwrap();
     let asked = Instant::now();
     let updates =
         choices::start(&post.server, &request, "c", &Start { arrived: asked, parent: Parent::default() });

@@ -516,3 +516,81 @@ async fn without_a_key_nobody_is_answered_but_about_the_health() {
     );
     assert_eq!(error["error"]["code"], "rate_limit_exceeded");
 }
+
+/// A stream's events as they are written, but for comments: each with its id, where it has one.
+fn written(text: &str) -> Vec<(Option<String>, String)> {
+    let events = text.split("\n\n").filter(|event| event.contains("data: "));
+    let field =
+        |event: &str, name: &str| event.lines().find_map(|line| line.strip_prefix(name).map(str::to_string));
+    events.map(|event| (field(event, "id: "), field(event, "data: ").unwrap())).collect()
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_after_any_of_its_events_at_another_frontend() {
+    let [one, other] = [House::open(&[&[]], 8).await, House::open(&[&[]], 8).await];
+    let question = json!({"role": "user", "content": "What is 46 + 37?"});
+    let body = json!({"messages": [question], "stream": true, "stream_options": {"include_usage": true}});
+    let ask = |house: &House, header: (&'static str, String), body: &Value| {
+        let (router, body) = (router(house.server.clone()), body.to_string());
+        async move {
+            let request =
+                Request::builder().method("POST").uri("/v1/chat/completions").header(header.0, header.1);
+            router.oneshot(request.body(HttpBody::from(body)).unwrap()).await.unwrap()
+        }
+    };
+    let events = written(&text(ask(&one, ("x-other", String::new()), &body).await).await);
+    assert!(events.len() > 20, "{events:?}");
+    for (at, (id, _)) in events.iter().enumerate() {
+        let Some(id) = id else { continue };
+        let rest = written(&text(ask(&other, ("last-event-id", id.clone()), &body).await).await);
+        assert_eq!(rest, events[at + 1..], "after {id}");
+    }
+    assert!(events[1..events.len() - 2].iter().all(|(id, _)| id.is_some()), "{events:?}");
+
+    let id = events[5].0.clone().unwrap();
+    let changed = |name: &str, value: Value| {
+        let mut changed = body.clone();
+        changed[name] = value;
+        changed
+    };
+    let different = json!([{"role": "user", "content": "What is 46 + 38?"}]);
+    for (name, value, status) in [
+        ("messages", different, 409),
+        ("seed", json!(1), 409),
+        ("n", json!(2), 409),
+        ("stream", json!(false), 400),
+    ] {
+        let refused = ask(&other, ("last-event-id", id.clone()), &changed(name, value)).await;
+        assert_eq!(refused.status().as_u16(), status, "{name}");
+    }
+    let parts: Vec<&str> = id.split('.').collect();
+    let another = [&parts[..4], &["fp_00000000", parts[5]]].concat().join(".");
+    let refused = ask(&other, ("last-event-id", another), &body).await;
+    assert_eq!(refused.status(), StatusCode::CONFLICT);
+    assert!(text(refused).await.contains("fp_00000000 began the answer"));
+    let refused = ask(&other, ("last-event-id", "made-up".to_string()), &body).await;
+    assert_eq!(refused.status(), StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn each_choice_of_a_stream_goes_on_where_it_was() {
+    let house = House::open(&[&[]], 8).await;
+    let body = json!({"prompt": "What is", "n": 3, "max_tokens": 9, "seed": 4, "stream": true}).to_string();
+    let ask = async |id: &str| {
+        let header = if id.is_empty() { ("x-other", id) } else { ("last-event-id", id) };
+        written(&text(house.with("POST", "/v1/completions", header, &body).await).await)
+    };
+    let of = |events: &[(Option<String>, String)], choice: usize| -> Vec<Value> {
+        let events = events.iter().filter_map(|(_, data)| serde_json::from_str::<Value>(data).ok());
+        events.filter(|event| event["choices"][0]["index"] == choice).collect()
+    };
+    let events = ask("").await;
+    for at in 0..events.len() {
+        let Some(id) = &events[at].0 else { continue };
+        let rest = ask(id).await;
+        for choice in 0..3 {
+            let joined = [of(&events[..=at], choice), of(&rest, choice)].concat();
+            assert_eq!(joined, of(&events, choice), "choice {choice} after {id}");
+        }
+    }
+}

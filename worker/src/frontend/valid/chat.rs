@@ -17,8 +17,8 @@ const MAX_MESSAGES: usize = 16384;
 /// The most bytes of the options of a template, whose values can take many times their text.
 const MAX_OPTIONS_BYTES: usize = 64 << 10;
 
-/// The conversation as the model's template renders it.
-pub(super) fn prompt(model: &Model, fields: &Fields) -> Result<Rendered, ApiError> {
+/// The conversation as the model's template renders it at a second since 1970.
+pub(super) fn prompt(model: &Model, fields: &Fields, at: u64) -> Result<Rendered, ApiError> {
     let messages: Option<Bounded<ChatMessage, MAX_MESSAGES>> = fields.parts("messages")?;
     let Bounded(messages) = messages.ok_or_else(|| missing("messages"))?;
     let messages = messages.into_iter().enumerate().map(|(at, message)| message.checked(at));
@@ -27,7 +27,7 @@ pub(super) fn prompt(model: &Model, fields: &Fields) -> Result<Rendered, ApiErro
         return Err(ApiError::invalid("messages", "messages: there must be at least one"));
     }
     let open = fields.flag("add_generation_prompt")?.unwrap_or(true);
-    let conversation = Conversation { messages, open, options: options(fields)? };
+    let conversation = Conversation { messages, open, options: options(fields)?, at };
     let rendered = conversation.render(&model.template, &model.tokenizer, model.contents);
     rendered.map_err(|error| refusal(&error))
 }
