@@ -137,14 +137,16 @@ impl Found {
     }
 }
 
-/// What worked last is kept as well, as long as what is wanted has yet to: at zero, any number of revisions may come before one is tried.
-fn forgettable(mut idle: Vec<Revision>, running: &[String], wanted: &Revision) -> Vec<String> {
-    idle.retain(|revision| revision.hash != wanted.hash && !running.contains(&revision.hash));
-    idle.sort_by_key(|revision| std::cmp::Reverse(revision.number));
-    let worked = idle.iter().find(|revision| revision.is_tried && !wanted.is_tried);
+/// The latest are kept, whichever of them still run: others may end sooner than older ones. What worked last is kept as well, as long as what
+/// is wanted has yet to: at zero, any number of revisions may come before one is tried.
+fn forgettable(mut records: Vec<Revision>, running: &[String], wanted: &Revision) -> Vec<String> {
+    let is_idle = |revision: &Revision| revision.hash != wanted.hash && !running.contains(&revision.hash);
+    records.sort_by_key(|revision| std::cmp::Reverse(revision.number));
+    let worked = records.iter().find(|revision| is_idle(revision) && revision.is_tried && !wanted.is_tried);
     let worked = worked.map(|revision| revision.hash.clone());
-    let kept = revision::KEPT.saturating_sub(running.len().max(1));
-    let old = idle.into_iter().skip(kept).map(|revision| revision.hash);
+    let is_recorded = records.iter().any(|revision| revision.hash == wanted.hash);
+    let kept = revision::KEPT - usize::from(!is_recorded);
+    let old = records.into_iter().skip(kept).filter(is_idle).map(|revision| revision.hash);
     old.filter(|hash| Some(hash) != worked.as_ref()).collect()
 }
 
@@ -168,6 +170,13 @@ mod tests {
         let running = ["r8".to_string()];
         assert_eq!(forgettable(records(), &running, &revision(8, true)), ["r3", "r2", "r1"]);
         assert_eq!(forgettable(records(), &running, &revision(8, false)), ["r3", "r1"]);
+        assert_eq!(
+            forgettable(records(), &running, &revision(9, true)),
+            ["r4", "r3", "r2", "r1"],
+            "not recorded yet"
+        );
+        let running = ["r8", "r5", "r4", "r3", "r1"].map(str::to_string);
+        assert_eq!(forgettable(records(), &running, &revision(8, true)), ["r2"], "r7 and r6 ended first");
     }
 
     #[test]
