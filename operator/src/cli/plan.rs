@@ -192,11 +192,7 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     let revision = Revision::new(&owner, deployment, "");
     let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
     let own = objects::of_revision(&owner, &revision, size);
-    let shared = objects::shared(
-        &owner,
-        Serving { revision: &revision.hash, is_encrypted: revision.is_encrypted() },
-        None,
-    );
+    let shared = objects::shared(&owner, Serving::of(&revision.hash, &revision.frontend), None);
     let [worker_budget, frontend_budget] = &shared.disruption_budgets;
     let [workers_policy, frontends_policy] = &shared.network_policies;
     vec![

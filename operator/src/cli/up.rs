@@ -27,6 +27,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
+use crate::api_key;
 use crate::fleet::Fleet;
 use crate::fleet::process::lines::Lines;
 use crate::fleet::process::{Clients, ProcessFleet};
@@ -52,7 +53,7 @@ pub(crate) struct Up {
     #[arg(long, default_value_t = 8000, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
     /// What clients must show as `authorization: Bearer KEY`; without it, everybody on this machine may ask.
-    #[arg(long, env = "EXPERTMESH_API_KEY", hide_env_values = true, value_name = "KEY", value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    #[arg(long, env = "EXPERTMESH_API_KEY", hide_env_values = true, value_name = "KEY", value_parser = api_key::checked)]
     api_key: Option<String>,
 }
 

@@ -24,7 +24,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub(crate) use network::Serving;
-pub(crate) use pods::is_encrypted;
 
 use names::{Component, Owner};
 use revision::Revision;
@@ -75,7 +74,7 @@ pub(crate) struct Size<'a> {
 pub(crate) fn shared(owner: &Owner, serving: Serving, operator_namespace: Option<&str>) -> Shared {
     Shared {
         service_account: network::service_account(owner),
-        workers_service: network::workers_service(owner),
+        workers_service: network::workers_service(owner, serving),
         client_service: network::client_service(owner, serving),
         disruption_budgets: [Component::Worker, Component::Frontend]
             .map(|component| network::disruption_budget(owner, component)),

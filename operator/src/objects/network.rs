@@ -1,6 +1,6 @@
 //! Services, NetworkPolicies and the PodDisruptionBudget: one of each per deployment, whatever its revisions.
 
-use k8s_openapi::api::core::v1::{Service, ServiceAccount, ServicePort, ServiceSpec};
+use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec};
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
 };
@@ -8,6 +8,7 @@ use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec}
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::names::{Component, Labels, NAME, Owner, matching};
+use super::pods::{is_dual, is_encrypted};
 use super::ports;
 
 /// The revision that clients reach.
@@ -16,6 +17,19 @@ pub(crate) struct Serving<'a> {
     pub(crate) revision: &'a str,
     /// Whether its clients speak HTTPS.
     pub(crate) is_encrypted: bool,
+    /// Whether its pods listen in both families of addresses: those of before did in IPv4 alone.
+    pub(crate) is_dual: bool,
+}
+
+impl<'a> Serving<'a> {
+    /// What the template of its frontends says of it.
+    pub(crate) fn of(revision: &'a str, frontends: &PodTemplateSpec) -> Self {
+        Self { revision, is_encrypted: is_encrypted(frontends), is_dual: is_dual(frontends) }
+    }
+
+    fn families(self) -> Option<String> {
+        self.is_dual.then(|| "PreferDualStack".into())
+    }
 }
 
 /// A ServiceAccount that may do nothing, and whose token no pod gets.
@@ -28,12 +42,12 @@ pub(crate) fn service_account(owner: &Owner) -> ServiceAccount {
 }
 
 /// The headless Service under which workers find each other before they are ready.
-pub(crate) fn workers_service(owner: &Owner) -> Service {
+pub(crate) fn workers_service(owner: &Owner, serving: Serving) -> Service {
     Service {
         metadata: owner.metadata(owner.workers(), owner.labels_of(Component::Worker, None)),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".into()),
-            ip_family_policy: both_families(),
+            ip_family_policy: serving.families(),
             publish_not_ready_addresses: Some(true),
             selector: Some(owner.selector(Component::Worker)),
             ports: Some(vec![port(ports::GRPC, ports::GRPC_NUMBER, ports::GRPC)]),
@@ -54,18 +68,13 @@ pub(crate) fn client_service(owner: &Owner, serving: Serving) -> Service {
         metadata: owner.metadata(owner.name.clone(), owner.labels_of(Component::Frontend, None)),
         spec: Some(ServiceSpec {
             type_: Some("ClusterIP".into()),
-            ip_family_policy: both_families(),
+            ip_family_policy: serving.families(),
             selector: Some(owner.selector_of(Component::Frontend, serving.revision)),
             ports: Some(vec![port]),
             ..ServiceSpec::default()
         }),
         ..Service::default()
     }
-}
-
-/// Addresses of IPv4 and of IPv6 where the cluster has both.
-fn both_families() -> Option<String> {
-    Some("PreferDualStack".into())
 }
 
 fn port(name: &str, port: i32, target: &str) -> ServicePort {

@@ -26,6 +26,8 @@ const PLACEMENT_FOLDER: &str = "/etc/expertmesh";
 /// The volume with a process's identity, and where it is mounted.
 const IDENTITY: &str = "identity";
 const IDENTITY_FOLDER: &str = "/etc/expertmesh-identity";
+/// All addresses of both families, before a port.
+const EVERYWHERE: &str = "[::]:";
 /// The volumes with what frontends need for their clients, and where they are mounted.
 const API_KEYS: &str = "api-keys";
 const API_KEYS_FOLDER: &str = "/etc/expertmesh-api-keys";
@@ -224,7 +226,7 @@ fn listening(process: &Process, flag: &str, port: i32) -> [String; 8] {
 }
 
 fn anywhere(port: i32) -> String {
-    format!("[::]:{port}")
+    format!("{EVERYWHERE}{port}")
 }
 
 fn identity_folder() -> EnvVar {
@@ -291,6 +293,14 @@ pub(crate) fn is_identified(template: &PodTemplateSpec) -> bool {
 pub(crate) fn is_encrypted(template: &PodTemplateSpec) -> bool {
     let volumes = template.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
     volumes.into_iter().any(|volume| volume.name == TLS)
+}
+
+/// Whether pods of this template listen in both families of addresses.
+pub(crate) fn is_dual(template: &PodTemplateSpec) -> bool {
+    let containers = template.spec.iter().flat_map(|spec| &spec.containers);
+    containers
+        .flat_map(|container| container.args.iter().flatten())
+        .any(|argument| argument.starts_with(EVERYWHERE))
 }
 
 fn volumes(owner: &Owner, revision: &str, process: &Process) -> Vec<Volume> {

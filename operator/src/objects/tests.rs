@@ -52,7 +52,7 @@ fn placement() -> Placement {
 
 #[test]
 fn the_objects_of_a_deployment() {
-    let serving = Serving { revision: "1a2b3c4d", is_encrypted: false };
+    let serving = Serving { revision: "1a2b3c4d", is_encrypted: false, is_dual: true };
     let objects = shared(&owner(), serving, Some("expertmesh-system"));
     insta::assert_yaml_snapshot!("service-account", objects.service_account);
     insta::assert_yaml_snapshot!("workers-service", objects.workers_service);
@@ -276,9 +276,11 @@ fn frontends_mount_the_secrets_that_their_clients_need_and_the_service_has_the_p
         revision("  frontend: {apiKeysSecretRef: {name: keys}, tlsSecretRef: {name: certificate}}\n");
     insta::assert_yaml_snapshot!("frontend-template-with-secrets", revision.frontend);
     assert!(revision.is_encrypted() && !self::revision("").is_encrypted());
+    let of_now = Serving::of("1a2b3c4d", &revision.frontend);
+    assert!(of_now.is_dual && of_now.is_encrypted && !Serving::of("1a2b3c4d", &Default::default()).is_dual);
     let volumes = revision.workers.spec.unwrap().volumes.unwrap();
     assert!(!volumes.iter().any(|volume| volume.name == "tls"), "workers have no clients");
-    let serving = Serving { revision: "1a2b3c4d", is_encrypted: true };
+    let serving = Serving { revision: "1a2b3c4d", is_encrypted: true, is_dual: false };
     insta::assert_yaml_snapshot!(
         "client-service-of-https",
         shared(&owner(), serving, None).client_service.spec

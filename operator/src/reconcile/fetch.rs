@@ -12,10 +12,9 @@ use kube::{Client, Resource, ResourceExt};
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
 use crate::key::Key;
-use crate::objects::Object;
-use crate::objects::is_encrypted;
 use crate::objects::names::{EXPERTMESH, INSTANCE, MANAGED_BY, Owner, REVISION};
 use crate::objects::revision::{self, Revision};
+use crate::objects::{Object, Serving};
 use crate::validate::ValidatedDeployment;
 use crate::written::{Whose, whose};
 
@@ -125,9 +124,11 @@ impl Found {
         self.deployments.iter().find(|found| found.labels().get(REVISION).is_some_and(|found| found == hash))
     }
 
-    /// Whether clients of a revision's frontends speak HTTPS, where there are any.
-    pub(super) fn is_encrypted(&self, hash: &str) -> Option<bool> {
-        Some(is_encrypted(&self.frontends(hash)?.spec.as_ref()?.template))
+    /// What Services have to know of the revision that clients reach: by its record, else by what runs of it; a first one is `wanted`.
+    pub(super) fn serving<'a>(&self, hash: &'a str, wanted: &Revision) -> Serving<'a> {
+        let running = || Some(self.frontends(hash)?.spec.as_ref()?.template.clone());
+        let template = self.recorded(hash).map(|revision| revision.frontend).or_else(running);
+        Serving::of(hash, template.as_ref().unwrap_or(&wanted.frontend))
     }
 
     /// Records of revisions that nothing runs from, beyond the latest that are kept.

@@ -9,7 +9,7 @@ use super::context::Context;
 use super::fetch::Found;
 use super::observe::Observed;
 use crate::apply::ApiError;
-use crate::objects::{self, Serving};
+use crate::objects;
 use crate::validate::ValidatedDeployment;
 
 /// Settles a deployment, unless it is paused; and says when to come back, where identities wait.
@@ -24,8 +24,7 @@ pub(super) async fn settle(
     }
     let key = found.owner.key();
     let again = context.identities.ensure(&found.owner, wanted.is_starting()).await?;
-    let is_encrypted = found.is_encrypted(&plan.serving).unwrap_or_else(|| wanted.revision.is_encrypted());
-    let serving = Serving { revision: &plan.serving, is_encrypted };
+    let serving = found.serving(&plan.serving, &wanted.revision);
     let objects = objects::shared(&found.owner, serving, context.operator_namespace.as_deref());
     context.writer.shared(&found.owner, &objects).await?;
     let before = found.serving.as_ref().filter(|serving| **serving != plan.serving);
