@@ -218,16 +218,16 @@ fn a_stranger_on_this_machine_is_refused_by_every_process_counted_and_changes_no
 #[test]
 fn with_a_key_who_shows_it_is_answered_and_nobody_else() {
     let what = ("", "");
-    let mut up = Up::start_as("key", what, &["--api-key", "my secret"]);
+    let mut up = Up::start_as("key", what, &["--api-key", "my-secret"]);
     let log = up.process.log();
     let line = log.lines().find(|line| line.contains("curl -N")).expect("a line to paste");
-    assert!(line.contains("-H 'authorization: Bearer my secret'"), "{line}");
+    assert!(line.contains("-H 'authorization: Bearer my-secret'"), "{line}");
     let pasted = Command::new("sh").args(["-c", &line.replace("-N ", "-sN ")]).output().unwrap();
     let said = String::from_utf8_lossy(&pasted.stdout).into_owned();
     assert!(said.ends_with("data: [DONE]\n\n"), "{said}");
     let url = format!("{}/v1/models", up.api.url);
     assert_eq!(http::get(&url).unwrap().0, 401);
     let held: Vec<String> = up.workers().into_iter().map(Up::arguments).collect();
-    assert!(!held.concat().contains("my secret"), "processes are told its hash: {held:?}");
+    assert!(!held.concat().contains("my-secret"), "processes are told its hash: {held:?}");
     up.end("INT");
 }

@@ -18,7 +18,7 @@ pub(crate) fn sections() -> String {
     let (worker, frontend) = (Registry::new(), Registry::new());
     let _ = (WorkerMetrics::new(&worker), TrustMetrics::new(&worker));
     let _ = (FrontendMetrics::new(&frontend, ""), TrustMetrics::new(&frontend));
-    ClientMetrics::new(&frontend).declare("");
+    ClientMetrics::new(&frontend).of("");
     worker.section("Worker") + &frontend.section("Frontend")
 }
 

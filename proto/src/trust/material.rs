@@ -71,7 +71,8 @@ impl Material {
             roots.add(authority).map_err(invalid(AUTHORITIES))?;
         }
         let identity = identity_of(&chain[0]).map_err(invalid(CHAIN))?.parse()?;
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(invalid(KEY))?;
+        // The parser's own words quote what it read: a key must not get into a log.
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| invalid(KEY)("no private key in PEM"))?;
         let key = CertifiedKey::from_der(chain, key, &ring::default_provider()).map_err(invalid(KEY))?;
         Ok(Self { key: Arc::new(key), authorities: roots.roots, identity })
     }

@@ -20,7 +20,7 @@ pub(crate) use self::account::Turn;
 
 use self::account::{Account, Limits};
 use super::openai::{ApiError, Completed};
-use crate::metrics::clients::ClientMetrics;
+use crate::metrics::clients::{ClientMetrics, CountersOfClient};
 
 /// The key of a client, where it is not in `authorization`.
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -37,8 +37,6 @@ type Hash = [u8; 32];
 pub(crate) enum ClientsError {
     #[error("{}: {error}", path.display())]
     Read { path: PathBuf, error: std::io::Error },
-    #[error("{name}: {problem}")]
-    Entry { name: String, problem: String },
     #[error("more than {MOST} clients")]
     TooMany,
 }
@@ -66,7 +64,7 @@ pub(crate) struct Client {
     limits: Limits,
     /// What it used up; it outlives a change of key or limits.
     account: Arc<Account>,
-    metrics: ClientMetrics,
+    metrics: CountersOfClient,
 }
 
 impl Clients {
@@ -78,33 +76,38 @@ impl Clients {
     /// Takes requests of those that a folder names: a file for each client, called as it is.
     pub(crate) fn read(folder: &Path, metrics: ClientMetrics) -> Result<Self, ClientsError> {
         let clients = Self { known: Some(RwLock::default()), metrics };
-        clients.swap(entries(&contents(folder)?)?);
+        clients.swap(entries(&contents(folder)?));
         Ok(clients)
     }
 
-    /// Takes over for ever what the folder says. What cannot be read is told, and those of before go on.
+    /// Takes over for ever what the folder says. Where it cannot be read, that is told, and those of before go on.
     pub(crate) async fn follow(&self, folder: &Path) {
-        let changed = || match contents(folder).and_then(|files| entries(&files)) {
-            Ok(entries) => self.swap(entries),
-            Err(error) => tracing::warn!(%error, "the new API keys are not used"),
+        let changed = || match contents(folder) {
+            Ok(files) => self.swap(entries(&files)),
+            Err(error) => tracing::warn!(%error, "the API keys cannot be read; those of before go on"),
         };
         files::follow(|| contents(folder).ok(), changed).await;
     }
 
-    fn swap(&self, entries: BTreeMap<String, (Hash, Limits)>) {
+    /// Knows these from now on. An entry that says nothing of use is a client without a key, whatever it said before: one that was revoked
+    /// beside it stays revoked.
+    fn swap(&self, Entries { valid, invalid }: Entries) {
         let Some(known) = &self.known else { return };
+        for Invalid { name, problem } in &invalid {
+            tracing::warn!(client = name, problem, "this client has no key");
+        }
+        self.metrics.invalid(invalid.len());
         let mut known = known.write().unwrap_or_else(PoisonError::into_inner);
-        for gone in known.iter().filter(|client| !entries.contains_key(&client.name)) {
+        for gone in known.iter().filter(|client| !valid.contains_key(&client.name)) {
             self.metrics.forget(&gone.name);
         }
         let client = |(name, (hash, limits)): (String, (Hash, Limits))| {
             let before = known.iter().find(|client| client.name == name);
             let account = before.map_or_else(Arc::default, |client| client.account.clone());
-            let metrics = self.metrics.clone();
-            metrics.declare(&name);
+            let metrics = self.metrics.of(&name);
             Arc::new(Client { name, hash, limits, account, metrics })
         };
-        *known = entries.into_iter().map(client).collect();
+        *known = valid.into_iter().map(client).collect();
         tracing::info!(clients = known.len(), "API keys");
     }
 
@@ -133,8 +136,8 @@ impl Client {
     pub(crate) fn begin(&self) -> Result<Turn, ApiError> {
         let turn = self.account.begin(&self.limits, Instant::now());
         match &turn {
-            Ok(_) => self.metrics.began(&self.name),
-            Err(exceeded) => self.metrics.refused(&self.name, exceeded.limit),
+            Ok(_) => self.metrics.began(),
+            Err(exceeded) => self.metrics.refused(exceeded.limit),
         }
         turn.map_err(|exceeded| ApiError::ClientLimit {
             problem: format!("{}: {exceeded}", self.name),
@@ -144,13 +147,13 @@ impl Client {
 
     /// Takes a prompt's tokens from what the client may use.
     pub(crate) fn prompt(&self, tokens: usize) {
-        self.metrics.prompt(&self.name, tokens);
+        self.metrics.prompt(tokens);
         self.spend(tokens);
     }
 
     /// Takes generated tokens from what the client may use.
     pub(crate) fn generated(&self, completed: Completed) {
-        self.metrics.generated(&self.name, completed.tokens);
+        self.metrics.generated(completed.tokens);
         self.spend(completed.tokens);
     }
 
@@ -193,18 +196,35 @@ fn contents(folder: &Path) -> Result<BTreeMap<String, Vec<u8>>, ClientsError> {
     Ok(files)
 }
 
-fn entries(files: &BTreeMap<String, Vec<u8>>) -> Result<BTreeMap<String, (Hash, Limits)>, ClientsError> {
+/// What a folder says of its clients.
+#[derive(Debug, Default)]
+struct Entries {
+    valid: BTreeMap<String, (Hash, Limits)>,
+    invalid: Vec<Invalid>,
+}
+
+/// An entry of which nobody's key is known, and why.
+#[derive(Debug, PartialEq, Eq)]
+struct Invalid {
+    name: String,
+    problem: String,
+}
+
+fn entries(files: &BTreeMap<String, Vec<u8>>) -> Entries {
     let mut holders: BTreeMap<Hash, &str> = BTreeMap::new();
-    let mut entries = BTreeMap::new();
+    let mut entries = Entries::default();
     for (name, text) in files {
-        let failed = |problem| ClientsError::Entry { name: name.clone(), problem };
-        let (hash, limits) = entry(text).map_err(failed)?;
-        if let Some(holder) = holders.insert(hash, name) {
-            return Err(failed(format!("the key is {holder}'s")));
+        let found = entry(text).and_then(|(hash, limits)| match holders.insert(hash, name) {
+            Some(holder) => Err(format!("the key is {holder}'s")),
+            None => Ok((hash, limits)),
+        });
+        let name = name.clone();
+        match found {
+            Ok(known) => drop(entries.valid.insert(name, known)),
+            Err(problem) => entries.invalid.push(Invalid { name, problem }),
         }
-        entries.insert(name.clone(), (hash, limits));
     }
-    Ok(entries)
+    entries
 }
 
 fn entry(text: &[u8]) -> Result<(Hash, Limits), String> {
@@ -256,7 +276,7 @@ mod tests {
     fn clients(texts: &[(&str, &str)]) -> Clients {
         let metrics = ClientMetrics::new(&Registry::new());
         let clients = Clients { known: Some(RwLock::default()), metrics };
-        clients.swap(entries(&files(texts)).unwrap());
+        clients.swap(entries(&files(texts)));
         clients
     }
 
@@ -290,7 +310,7 @@ mod tests {
         let clients = clients(&[("alice", &limited(&"0".repeat(64)))]);
         let first = clients.known.as_ref().unwrap().read().unwrap()[0].clone();
         first.begin().unwrap();
-        clients.swap(entries(&files(&[("alice", &limited(SECRET))])).unwrap());
+        clients.swap(entries(&files(&[("alice", &limited(SECRET))])));
         let headers = HeaderMap::from_iter([(API_KEY, HeaderValue::from_static("secret"))]);
         let again = clients.of(&headers).unwrap().unwrap().begin();
         let Err(ApiError::ClientLimit { problem, wait }) = again else { panic!("it began") };
@@ -299,22 +319,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_hash_is_told_with_its_file_and_without_a_key() {
+    fn an_entry_of_no_use_is_told_without_what_it_says_and_takes_nobody_elses_key() {
         let hash = format!("sha256:{SECRET}");
         let object = |more: &str| format!("{{\"key\": \"{hash}\"{more}}}");
-        let cases: &[(&[(&str, &str)], &str)] = &[
-            (
-                &[("alice", "hunter2")],
-                "alice: not sha256: and the 64 hexadecimal digits of a key's hash, as `expertmesh key` makes one",
-            ),
-            (&[("alice", &hash), ("bob", &hash)], "bob: the key is alice's"),
-            (&[("alice", &object(", \"requestPerMinute\": 1"))], "alice: unknown field `requestPerMinute`"),
-            (&[("alice", &object(", \"requestsPerMinute\": 0"))], "alice: invalid value"),
-            (&[("alice", &"a".repeat(5000))], "alice: longer than 4096 bytes"),
+        let cases = [
+            ("hunter2".to_string(), "not sha256: and the 64 hexadecimal digits of a key's hash"),
+            (hash.clone(), "the key is alice's"),
+            (object(", \"requestPerMinute\": 1"), "unknown field `requestPerMinute`"),
+            (object(", \"requestsPerMinute\": 0"), "invalid value"),
+            ("a".repeat(5000), "longer than 4096 bytes"),
         ];
-        for (texts, expected) in cases {
-            let error = entries(&files(texts)).unwrap_err().to_string();
-            assert!(error.starts_with(expected), "{error}");
+        for (text, expected) in cases {
+            let Entries { valid, invalid } = entries(&files(&[("alice", &hash), ("bob", &text)]));
+            assert_eq!(valid.keys().collect::<Vec<_>>(), ["alice"]);
+            assert!(invalid[0].name == "bob" && invalid[0].problem.starts_with(expected), "{invalid:?}");
+            assert!(!invalid[0].problem.contains("hunter2"), "it may be a key");
         }
         let (_, limits) =
             entry(object(", \"tokensPerMinute\": 500, \"concurrentRequests\": 2").as_bytes()).unwrap();

@@ -1,7 +1,7 @@
 //! The id of each event of a stream, from which any frontend goes on with the answer: `Last-Event-ID`. An answer is a function of prompt
 //! and seed, so that nothing has to be kept for it: it is generated again, and what the client has is left out.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::str::FromStr;
 
 use axum::http::{HeaderMap, HeaderName};
@@ -22,9 +22,9 @@ pub(super) struct EventId {
     /// The id of the answer.
     pub(super) answer: String,
     pub(super) drawn: Drawn,
-    /// What the prompts of the request are: 32 bits of their tokens' SHA-256.
-    pub(super) prompts: u32,
-    /// The `system_fingerprint` of the answer; empty where no worker was known when it began.
+    /// What tells the request from others: 32 bits of a hash over all that was read of it.
+    pub(super) request: u32,
+    /// The `system_fingerprint` of the answer.
     pub(super) fingerprint: String,
     /// Of each choice, how many updates were sent: one for each token, and one for an end without a token.
     pub(super) sent: Vec<u32>,
@@ -40,21 +40,25 @@ impl EventId {
         id.map(Some).ok_or_else(problem)
     }
 
-    /// Refuses to go on where another request comes with the id, or where other tokens would follow.
-    pub(super) fn check(&self, request: &ValidRequest, fingerprint: Option<&str>) -> Result<(), ApiError> {
-        let same = self.prompts == prompts(request)
-            && self.drawn.seed == request.seed()
-            && self.sent.len() == request.count();
-        if !same {
+    /// Refuses to go on where another request comes with the id, or where other tokens would follow. `endpoint` is what ids of its answers
+    /// begin with.
+    pub(super) fn check(
+        &self,
+        request: &ValidRequest,
+        endpoint: &str,
+        fingerprint: Option<&str>,
+    ) -> Result<(), ApiError> {
+        if !request.reply().stream {
+            return Err(ApiError::invalid("stream", "stream: last-event-id is for streams"));
+        }
+        let of_endpoint = self.answer.strip_prefix(endpoint).is_some_and(|rest| rest.starts_with('-'));
+        if !of_endpoint || self.request != hash(request) || self.sent.len() != request.count() {
             return Err(ApiError::NotThisStream(
                 "the request is not the one of which it is the event".into(),
             ));
         }
-        if !request.reply().stream {
-            return Err(ApiError::invalid("stream", "stream: last-event-id is for streams"));
-        }
         match fingerprint {
-            Some(now) if self.fingerprint.is_empty() || self.fingerprint == now => Ok(()),
+            Some(now) if self.fingerprint == now => Ok(()),
             Some(now) => Err(ApiError::NotThisStream(format!(
                 "{} began the answer, and {now} serves now: other tokens would follow",
                 self.fingerprint
@@ -64,20 +68,26 @@ impl EventId {
     }
 }
 
-/// What tells the prompts of one request from those of another.
-pub(super) fn prompts(request: &ValidRequest) -> u32 {
-    let mut hash = Sha256::new();
-    for prompt in request.prompts() {
-        hash.update((prompt.len() as u64).to_le_bytes());
-        prompt.iter().for_each(|token| hash.update(token.to_le_bytes()));
+/// What tells one request from another: whatever was read of it, its seed and a template's time included.
+pub(super) fn hash(request: &ValidRequest) -> u32 {
+    struct Hashing(Sha256);
+
+    impl fmt::Write for Hashing {
+        fn write_str(&mut self, text: &str) -> fmt::Result {
+            self.0.update(text);
+            Ok(())
+        }
     }
-    hash.finalize().iter().take(4).fold(0, |bits, &byte| bits << 8 | u32::from(byte))
+
+    let mut hashing = Hashing(Sha256::new());
+    let _ = write!(hashing, "{request:?}"); // hashing never fails
+    hashing.0.finalize().iter().take(4).fold(0, |bits, &byte| bits << 8 | u32::from(byte))
 }
 
 impl fmt::Display for EventId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { answer, drawn: Drawn { seed, time }, prompts, fingerprint, sent } = self;
-        write!(f, "{answer}.{time}.{seed}.{prompts:08x}.{fingerprint}.")?;
+        let Self { answer, drawn: Drawn { seed, time }, request, fingerprint, sent } = self;
+        write!(f, "{answer}.{time}.{seed}.{request:08x}.{fingerprint}.")?;
         sent.iter().enumerate().try_for_each(|(index, sent)| {
             let dash = if index == 0 { "" } else { "-" };
             write!(f, "{dash}{sent}")
@@ -94,7 +104,7 @@ impl FromStr for EventId {
 
     fn from_str(text: &str) -> Result<Self, NoEventId> {
         let parts: Vec<&str> = text.split('.').collect();
-        let [answer, time, seed, prompts, fingerprint, sent] = parts[..] else { return Err(NoEventId) };
+        let [answer, time, seed, request, fingerprint, sent] = parts[..] else { return Err(NoEventId) };
         // They are told again in the answer.
         let is_plain = |text: &str| {
             text.len() <= MAX_ID
@@ -108,7 +118,7 @@ impl FromStr for EventId {
         Ok(Self {
             answer: answer.into(),
             drawn: Drawn { seed: number(seed)?, time: number(time)? },
-            prompts: u32::from_str_radix(prompts, 16).map_err(|_| NoEventId)?,
+            request: u32::from_str_radix(request, 16).map_err(|_| NoEventId)?,
             fingerprint: fingerprint.into(),
             sent: sent?,
         })
@@ -124,10 +134,10 @@ mod tests {
     proptest! {
         #[test]
         fn an_id_is_read_as_it_was_written(
-            answer in "[a-z]{1,8}-[0-9a-f]{1,16}-[0-9a-f]{1,8}", seed: u64, time: u64, prompts: u32,
+            answer in "[a-z]{1,8}-[0-9a-f]{1,16}-[0-9a-f]{1,8}", seed: u64, time: u64, request: u32,
             fingerprint in "(fp_[0-9a-f]{8})?", sent in prop::collection::vec(any::<u32>(), 1..9)
         ) {
-            let id = EventId { answer, drawn: Drawn { seed, time }, prompts, fingerprint, sent };
+            let id = EventId { answer, drawn: Drawn { seed, time }, request, fingerprint, sent };
             prop_assert_eq!(id.to_string().parse(), Ok(id));
         }
 

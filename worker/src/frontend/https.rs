@@ -72,8 +72,10 @@ fn config(folder: &Path) -> Result<Arc<ServerConfig>, HttpsError> {
     let invalid = |file: &'static str, problem: String| HttpsError::Invalid { file, problem };
     let (chain, key) = (read(CHAIN)?, read(KEY)?);
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&chain).collect();
-    let certificates = certificates.map_err(|error| invalid(CHAIN, error.to_string()))?;
-    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| invalid(KEY, error.to_string()))?;
+    // The parser's own words quote what it read: a key must not get into a log.
+    let certificates = certificates.map_err(|_| invalid(CHAIN, "no certificates in PEM".into()))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(&key).map_err(|_| invalid(KEY, "no private key in PEM".into()))?;
     let versions = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(|error| invalid(CHAIN, error.to_string()))?;
@@ -162,8 +164,12 @@ pub(super) mod tests {
         let told = |folder: &Folder| Https::read(&folder.0).err().unwrap().to_string();
         assert!(told(&folder).contains("tls.crt: No such file"), "{}", told(&folder));
         drop(folder.renew());
-        fs::write(folder.0.join(KEY), "-----BEGIN PRIVATE KEY-----").unwrap();
-        assert!(told(&folder).starts_with("tls.key: "), "{}", told(&folder));
+        // A key that lost the ends of its lines, as one that went through a variable.
+        let key = fs::read_to_string(folder.0.join(KEY)).unwrap().replace('\n', "");
+        for broken in [&key, "-----BEGIN PRIVATE KEY-----", "secret"] {
+            fs::write(folder.0.join(KEY), broken).unwrap();
+            assert_eq!(told(&folder), "tls.key: no private key in PEM");
+        }
         fs::write(folder.0.join(KEY), KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(told(&folder).starts_with("tls.crt: "), "{}", told(&folder));
     }

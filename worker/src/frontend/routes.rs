@@ -126,7 +126,7 @@ async fn answer<F: Format>(
     tracked.keep(places);
     server.metrics.prompt_tokens(request.prompt_tokens());
     if let Some(last) = &resumed {
-        last.check(&request, server.workers.system_fingerprint().as_deref())?;
+        last.check(&request, F::ID, server.workers.system_fingerprint().as_deref())?;
     }
     let id = resumed.as_ref().map_or_else(|| server.answer_id(F::ID), |last| last.answer.clone());
     let header = server.header(id, drawn.time);
@@ -137,7 +137,7 @@ async fn answer<F: Format>(
     let drawn = Drawn { seed, ..drawn };
     let writer = Writer { header, reply, request };
     if reply.stream {
-        let streamed = Streamed::new(writer, drawn, resumed);
+        let streamed = Streamed::new(writer, drawn, resumed, server.workers.clone());
         let first = match timeout(HEAD_WAITS, updates.next()).await {
             Ok(None) => return Err(ApiError::Internal("nothing was generated".to_string())),
             Ok(Some(first)) => Some(first?),

@@ -19,6 +19,7 @@ use super::seed::Drawn;
 use super::taken;
 use super::tracked::Tracked;
 use super::update::Update;
+use super::workers::Workers;
 use crate::metrics::labels::RequestFailure;
 
 /// How often a comment is sent, which keeps proxies from closing a connection on which nothing happens.
@@ -31,16 +32,17 @@ pub(crate) struct Streamed {
     at: EventId,
     /// Of each choice, how many updates the client has.
     has: Vec<u32>,
+    workers: Workers,
 }
 
 impl Streamed {
     /// `resumed` is the last event that the client has.
-    pub(crate) fn new(writer: Writer, drawn: Drawn, resumed: Option<EventId>) -> Self {
+    pub(crate) fn new(writer: Writer, drawn: Drawn, resumed: Option<EventId>, workers: Workers) -> Self {
         let count = writer.request.count();
         let fingerprint = writer.header.system_fingerprint.clone().unwrap_or_default();
-        let (answer, prompts) = (writer.header.id.clone(), event_id::prompts(&writer.request));
-        let at = EventId { answer, drawn, prompts, fingerprint, sent: vec![0; count] };
-        Self { writer, at, has: resumed.map_or(vec![0; count], |last| last.sent) }
+        let (answer, request) = (writer.header.id.clone(), event_id::hash(&writer.request));
+        let at = EventId { answer, drawn, request, fingerprint, sent: vec![0; count] };
+        Self { writer, at, has: resumed.map_or(vec![0; count], |last| last.sent), workers }
     }
 }
 
@@ -105,7 +107,7 @@ impl State {
             tracked.completed(update.piece.completed());
         }
         let so_far = *so_far;
-        let Streamed { writer, at, has } = &mut self.streamed;
+        let Streamed { writer, at, has, workers } = &mut self.streamed;
         let first = !std::mem::replace(&mut self.opened[update.choice], true);
         let opening = if first { writer.opening::<F>(update.choice) } else { None };
         let first = first && opening.is_none();
@@ -114,7 +116,11 @@ impl State {
             // The prompt's ids come with the first chunk, whichever it is.
             self.opened[update.choice] = false;
         }
-        at.sent[update.choice] += 1;
+        // Where nobody was known when it began, somebody is by now.
+        if at.fingerprint.is_empty() {
+            at.fingerprint = workers.system_fingerprint().unwrap_or_default();
+        }
+        at.sent[update.choice] = at.sent[update.choice].saturating_add(1);
         if at.sent[update.choice] <= has[update.choice] {
             return vec![];
         }

@@ -110,11 +110,6 @@ impl ValidRequest {
         self.prompts.iter().map(|prompt| prompt.tokens.len()).sum()
     }
 
-    /// The tokens of each prompt.
-    pub(crate) fn prompts(&self) -> impl Iterator<Item = &[u32]> {
-        self.prompts.iter().map(|prompt| &prompt.tokens[..])
-    }
-
     /// The tokens of the prompt that a choice continues.
     pub(crate) fn prompt_of(&self, choice: usize) -> &[u32] {
         self.prompts.get(choice / self.n).map_or(&[], |prompt| &prompt.tokens)

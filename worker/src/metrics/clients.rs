@@ -2,7 +2,7 @@
 
 use expertmesh_metrics::Registry;
 use expertmesh_metrics::declare::Declare;
-use prometheus::IntCounterVec;
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
 use super::labels::ClientLimit;
 
@@ -12,6 +12,7 @@ pub(crate) struct ClientMetrics {
     refused: IntCounterVec,
     prompt_tokens: IntCounterVec,
     generated_tokens: IntCounterVec,
+    invalid: IntGauge,
 }
 
 impl ClientMetrics {
@@ -38,17 +39,28 @@ impl ClientMetrics {
                 "Tokens of answers, by client.",
                 &["client"],
             ),
+            invalid: declare.gauge(
+                "expertmesh_client_entries_invalid",
+                "Entries among the API keys that name a client and no key of it: the log says why.",
+            ),
         }
     }
 
-    /// Shows a client from zero on.
-    pub(crate) fn declare(&self, client: &str) {
-        for counter in [&self.requests, &self.prompt_tokens, &self.generated_tokens] {
-            counter.with_label_values(&[client]);
+    /// Shows a client from zero on. What is counted by this after [`Self::forget`] is shown nowhere.
+    pub(crate) fn of(&self, client: &str) -> CountersOfClient {
+        let of = |counters: &IntCounterVec| counters.with_label_values(&[client]);
+        CountersOfClient {
+            requests: of(&self.requests),
+            refused: ClientLimit::ALL
+                .map(|limit| (limit, self.refused.with_label_values(&[client, limit.name()]))),
+            prompt_tokens: of(&self.prompt_tokens),
+            generated_tokens: of(&self.generated_tokens),
         }
-        for limit in ClientLimit::ALL {
-            self.refused.with_label_values(&[client, limit.name()]);
-        }
+    }
+
+    /// How many entries name a client and no key.
+    pub(crate) fn invalid(&self, count: usize) {
+        self.invalid.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     /// Ends a client's series.
@@ -60,20 +72,30 @@ impl ClientMetrics {
             let _ = self.refused.remove_label_values(&[client, limit.name()]);
         }
     }
+}
 
-    pub(crate) fn began(&self, client: &str) {
-        self.requests.with_label_values(&[client]).inc();
+/// What is counted of one client.
+pub(crate) struct CountersOfClient {
+    requests: IntCounter,
+    refused: [(ClientLimit, IntCounter); 3],
+    prompt_tokens: IntCounter,
+    generated_tokens: IntCounter,
+}
+
+impl CountersOfClient {
+    pub(crate) fn began(&self) {
+        self.requests.inc();
     }
 
-    pub(crate) fn refused(&self, client: &str, limit: ClientLimit) {
-        self.refused.with_label_values(&[client, limit.name()]).inc();
+    pub(crate) fn refused(&self, limit: ClientLimit) {
+        self.refused.iter().filter(|(of, _)| *of == limit).for_each(|(_, counter)| counter.inc());
     }
 
-    pub(crate) fn prompt(&self, client: &str, tokens: usize) {
-        self.prompt_tokens.with_label_values(&[client]).inc_by(tokens as u64);
+    pub(crate) fn prompt(&self, tokens: usize) {
+        self.prompt_tokens.inc_by(tokens as u64);
     }
 
-    pub(crate) fn generated(&self, client: &str, tokens: usize) {
-        self.generated_tokens.with_label_values(&[client]).inc_by(tokens as u64);
+    pub(crate) fn generated(&self, tokens: usize) {
+        self.generated_tokens.inc_by(tokens as u64);
     }
 }

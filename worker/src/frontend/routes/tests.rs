@@ -558,6 +558,9 @@ async fn a_stream_goes_on_after_any_of_its_events_at_another_frontend() {
         ("messages", different, 409),
         ("seed", json!(1), 409),
         ("n", json!(2), 409),
+        ("top_p", json!(0.5), 409),
+        ("stop", json!("x"), 409),
+        ("max_tokens", json!(9), 409),
         ("stream", json!(false), 400),
     ] {
         let refused = ask(&other, ("last-event-id", id.clone()), &changed(name, value)).await;
