@@ -18,7 +18,7 @@ use super::chat::Chat;
 use super::choices::{self, Start, Updates};
 use super::clients::Client;
 use super::completions::Completions;
-use super::event_id::EventId;
+use super::event_id::{self, EventId};
 use super::format::{Format, Whole, Writer};
 use super::guests::Guest;
 use super::openai::{self, ApiError, BODY_LIMIT};
@@ -121,13 +121,13 @@ async fn answer<F: Format>(
     check(request.headers())?;
     let body = server.reading.receive(request.into_body(), BODY_TIMEOUT).await?;
     let mut places = server.admit(caller.guest, caller.client)?;
-    let request = validate::<F>(server.clone(), body, drawn).await?;
+    let (request, hash) = validate::<F>(server.clone(), body, drawn).await?;
+    if let Some(last) = &resumed {
+        last.check((&request, hash), F::ID, server.workers.system_fingerprint().as_deref())?;
+    }
     places.sequences = Some(server.sequences(request.count())?);
     tracked.keep(places);
     server.metrics.prompt_tokens(request.prompt_tokens());
-    if let Some(last) = &resumed {
-        last.check(&request, F::ID, server.workers.system_fingerprint().as_deref())?;
-    }
     let id = resumed.as_ref().map_or_else(|| server.answer_id(F::ID), |last| last.answer.clone());
     let header = server.header(id, drawn.time);
     tracked.describe(&header.id, &header.model, request.prompt_tokens());
@@ -136,8 +136,8 @@ async fn answer<F: Format>(
     let (reply, seed) = (request.reply(), request.seed());
     let drawn = Drawn { seed, ..drawn };
     let writer = Writer { header, reply, request };
-    if reply.stream {
-        let streamed = Streamed::new(writer, drawn, resumed, server.workers.clone());
+    if let Some(hash) = hash {
+        let streamed = Streamed::new(writer, (drawn, hash), resumed, server.workers.clone());
         let first = match timeout(HEAD_WAITS, updates.next()).await {
             Ok(None) => return Err(ApiError::Internal("nothing was generated".to_string())),
             Ok(Some(first)) => Some(first?),
@@ -177,17 +177,20 @@ fn check(headers: &HeaderMap) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Parsing, the template and the tokenizer take as long as the prompt is: not on a thread that moves messages.
+/// A request that can be answered, and of a stream what tells it from others. Parsing, the template, the tokenizer and the hash take as long as
+/// the prompt is: not on a thread that moves messages.
 async fn validate<F: Format>(
     server: Arc<Server>,
     body: Received,
     drawn: Drawn,
-) -> Result<ValidRequest, ApiError> {
+) -> Result<(ValidRequest, Option<u32>), ApiError> {
     let share = server.reading.share(body.bytes.len()).await?;
     let valid = tokio::task::spawn_blocking(move || {
         // Kept to the end, also where the client has left.
         let _share = share;
-        F::validate(&server.model, &body.bytes, drawn)
+        let request = F::validate(&server.model, &body.bytes, drawn)?;
+        let hash = request.reply().stream.then(|| event_id::hash(&request));
+        Ok((request, hash))
     });
     let _begins_for_whoever_waits = Abort(valid.abort_handle());
     let valid = valid.await;

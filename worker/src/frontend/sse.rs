@@ -11,7 +11,7 @@ use futures::stream::{self, Stream, StreamExt};
 use serde_json::Value;
 
 use super::choices::Updates;
-use super::event_id::{self, EventId};
+use super::event_id::EventId;
 use super::format::{Format, Writer};
 use super::guests::Guest;
 use super::openai::{ApiError, Completed};
@@ -36,11 +36,16 @@ pub(crate) struct Streamed {
 }
 
 impl Streamed {
-    /// `resumed` is the last event that the client has.
-    pub(crate) fn new(writer: Writer, drawn: Drawn, resumed: Option<EventId>, workers: Workers) -> Self {
+    /// `request` is what its request did not say, and its hash; `resumed` is the last event that the client has.
+    pub(crate) fn new(
+        writer: Writer,
+        request: (Drawn, u32),
+        resumed: Option<EventId>,
+        workers: Workers,
+    ) -> Self {
         let count = writer.request.count();
         let fingerprint = writer.header.system_fingerprint.clone().unwrap_or_default();
-        let (answer, request) = (writer.header.id.clone(), event_id::hash(&writer.request));
+        let (answer, (drawn, request)) = (writer.header.id.clone(), request);
         let at = EventId { answer, drawn, request, fingerprint, sent: vec![0; count] };
         Self { writer, at, has: resumed.map_or(vec![0; count], |last| last.sent), workers }
     }
