@@ -13,3 +13,4 @@ mod traces;
 mod traffic;
 mod up;
 mod walls;
+mod weights;

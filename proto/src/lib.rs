@@ -17,3 +17,4 @@ pub mod placement;
 pub mod slot;
 pub mod trust;
 pub mod v1;
+pub mod weights;

@@ -16,7 +16,7 @@ pub mod reference;
 pub mod up;
 
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The root of the checkout.
@@ -27,6 +27,28 @@ pub fn root() -> PathBuf {
 /// The model that ships, trained for the project.
 pub fn tiny_r1() -> PathBuf {
     root().join("tests/models/tiny-r1")
+}
+
+/// Makes a copy of tiny-r1 in a directory, in which some tensors are wrong where no fingerprint looks.
+pub fn wrong_copy(directory: &Path, is_wrong: impl Fn(&str) -> bool) -> PathBuf {
+    const WEIGHTS: &str = "model.safetensors";
+    std::fs::create_dir_all(directory).expect("a directory");
+    for file in std::fs::read_dir(tiny_r1()).expect("tiny-r1") {
+        let file = file.expect("a file").path();
+        std::fs::copy(&file, directory.join(file.file_name().expect("a name"))).expect("a copy");
+    }
+    let mut bytes = std::fs::read(tiny_r1().join(WEIGHTS)).expect("the weights");
+    let header = 8 + u64::from_le_bytes(*bytes.first_chunk().expect("a header")) as usize;
+    let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..header]).expect("a header of JSON");
+    let wrong = tensors.as_object().expect("tensors").iter().filter(|(name, _)| is_wrong(name));
+    let starts: Vec<u64> = wrong.filter_map(|(_, tensor)| tensor["data_offsets"][0].as_u64()).collect();
+    assert!(!starts.is_empty(), "nothing is wrong");
+    for start in starts {
+        // Other numbers, not much larger ones.
+        bytes[header + start as usize..][2_000..2_400].iter_mut().for_each(|byte| *byte ^= 0x81);
+    }
+    std::fs::write(directory.join(WEIGHTS), bytes).expect("the weights");
+    directory.to_owned()
 }
 
 /// The checks that this machine lacks something for: `make test` names each at its end.

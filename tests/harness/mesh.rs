@@ -35,6 +35,8 @@ pub struct Mesh {
     pub flags: Vec<String>,
     /// Where every process listens, at a port of the kernel's choice.
     pub anywhere: &'static str,
+    /// The directory of each slot's model.
+    pub models: Vec<PathBuf>,
 }
 
 impl Mesh {
@@ -50,22 +52,21 @@ impl Mesh {
 
     /// The same with another address on which all listen.
     pub async fn start_at(name: &str, count: u32, flags: &[&str], anywhere: &'static str) -> Self {
-        let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
-        let mut mesh = Self {
-            scratch,
-            workers: Vec::new(),
-            addresses: Vec::new(),
-            epoch: 0,
-            draining: BTreeSet::new(),
-            flags,
-            anywhere,
-        };
-        mesh.workers = (0..count).map(|slot| mesh.start_worker(slot)).collect();
-        mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
+        let mut mesh = Self::unplaced(name, vec![tiny_r1(); count as usize], flags, anywhere);
         mesh.place(|slot, expert| expert * count / EXPERTS == slot).await;
         for slot in 0..count {
             mesh.until(slot, "ready", |report| report.state() == State::Ready).await;
         }
+        mesh
+    }
+
+    /// Starts a worker for each of some models' directories, without a placement.
+    pub fn unplaced(name: &str, models: Vec<PathBuf>, flags: &[&str], anywhere: &'static str) -> Self {
+        let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
+        let (workers, addresses, draining) = (Vec::new(), Vec::new(), BTreeSet::new());
+        let mut mesh = Self { scratch, workers, addresses, epoch: 0, draining, flags, anywhere, models };
+        mesh.workers = (0..mesh.models.len() as u32).map(|slot| mesh.start_worker(slot)).collect();
+        mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
         mesh
     }
 
@@ -76,7 +77,7 @@ impl Mesh {
     }
 
     fn start_worker(&self, slot: u32) -> Process {
-        let (name, model) = (format!("worker-{slot}"), tiny_r1());
+        let (name, model) = (format!("worker-{slot}"), &self.models[slot as usize]);
         let model = model.to_str().expect("a UTF-8 path");
         let anywhere = self.anywhere;
         let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];

@@ -6,6 +6,7 @@
 
 mod backend;
 mod checkpoint;
+mod checksums;
 mod cpu;
 mod deviation;
 mod fingerprint;
@@ -25,6 +26,7 @@ mod store;
 
 pub use backend::{Answered, Attended, Backend, Draw, Sampled};
 pub use checkpoint::SafetensorsFile;
+pub use checksums::Checksums;
 pub use cpu::backend::{CpuBackend, CpuQueue, CpuRoutes, LoadOptions};
 pub use cpu::isa::{Isa, Level};
 pub use cpu::kv::CpuKv;

@@ -6,12 +6,24 @@ use std::sync::Arc;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
 
+use crate::checksums::Checksums;
+
 /// What holds a model's routed experts. Whoever only loads, evicts and counts needs no more of a backend than this.
 pub trait ExpertStore: Send + Sync + 'static {
-    /// Reads, checks and packs an expert and makes it resident. Returns its bytes. Resident already: does nothing.
+    /// Reads, checks and packs an expert and makes it resident; its checksum is known before. Returns its bytes. Resident
+    /// already: does nothing.
     ///
-    /// Errors: of the checkpoint or the packed model; `OutOfMemory` with the bytes that could not be had.
+    /// Errors: of the checkpoint or the packed model; `OutOfMemory` with the bytes that could not be had;
+    /// `WeightsChanged` where it is not the expert that it was.
     fn load(&self, expert: ExpertId) -> Result<u64, ModelError>;
+
+    /// Reads an expert for its checksum alone, where that is not known.
+    ///
+    /// Errors: those of [`Self::load`].
+    fn check(&self, expert: ExpertId) -> Result<(), ModelError>;
+
+    /// What was read of the model so far.
+    fn checksums(&self) -> &Checksums;
 
     /// Drops an expert. What has it pinned, or is enqueued and uses it, keeps it until then.
     fn evict(&self, expert: ExpertId);

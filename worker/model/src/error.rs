@@ -40,6 +40,11 @@ pub enum ModelError {
     #[error("{}: {problem}", file.display())]
     InvalidCheckpoint { file: PathBuf, problem: String },
 
+    #[error(
+        "expert {expert} of layer {layer} is another than when it was first read: CRC-32C {before:08x} then, {now:08x} now"
+    )]
+    WeightsChanged { layer: usize, expert: u32, before: u32, now: u32 },
+
     #[error("token {token} is not in the vocabulary of {vocabulary}")]
     UnknownToken { token: u32, vocabulary: usize },
 }
@@ -59,6 +64,7 @@ impl ModelError {
             Self::PrepareFailed { .. } => "PrepareFailed",
             Self::OutOfMemory { .. } => "OutOfMemory",
             Self::InvalidCheckpoint { .. } => "InvalidCheckpoint",
+            Self::WeightsChanged { .. } => "WeightsChanged",
             Self::UnknownToken { .. } => "UnknownToken",
         }
     }

@@ -7,6 +7,7 @@ use expertmesh_proto::expert::Limits;
 use expertmesh_proto::slot::Slot;
 use tokio::sync::watch;
 
+use super::weights::Weights;
 use crate::identity::Identity;
 use crate::metrics::worker::WorkerMetrics;
 
@@ -15,15 +16,33 @@ pub(crate) struct Shared {
     pub(crate) identity: Identity,
     pub(crate) limits: Limits,
     pub(crate) metrics: Arc<WorkerMetrics>,
+    pub(crate) weights: Arc<Weights>,
     alive: watch::Sender<BTreeSet<Slot>>,
     /// Those of them that said that they leave.
     leaving: Mutex<BTreeSet<Slot>>,
+    /// The slots that were greeted, or could not be, at least once.
+    greeted: watch::Sender<BTreeSet<Slot>>,
 }
 
 impl Shared {
-    pub(crate) fn new(identity: Identity, limits: Limits, metrics: Arc<WorkerMetrics>) -> Self {
-        let alive = watch::Sender::new(BTreeSet::new());
-        Self { identity, limits, metrics, alive, leaving: Mutex::default() }
+    pub(crate) fn new(
+        identity: Identity,
+        limits: Limits,
+        metrics: Arc<WorkerMetrics>,
+        weights: Arc<Weights>,
+    ) -> Self {
+        let (alive, greeted) = (watch::Sender::default(), watch::Sender::default());
+        Self { identity, limits, metrics, weights, alive, leaving: Mutex::default(), greeted }
+    }
+
+    /// The peer of this slot was greeted, and said what it has read, or could not be.
+    pub(crate) fn was_greeted(&self, slot: Slot) {
+        self.greeted.send_if_modified(|greeted| greeted.insert(slot));
+    }
+
+    /// The slots that were greeted, or could not be, as they become more.
+    pub(crate) fn greeted(&self) -> watch::Receiver<BTreeSet<Slot>> {
+        self.greeted.subscribe()
     }
 
     /// The peer of this slot counts as alive until the result is dropped, also by a link that is torn down.

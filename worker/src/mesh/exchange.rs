@@ -4,8 +4,8 @@
 //! layer that wait together, and puts the answers onto their peers' streams itself. So a ticket wakes one of ours.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use expertmesh_engine::{Backend, Pair};
@@ -31,6 +31,7 @@ use super::alive::Shared;
 use super::relief::{Departure, Relying};
 use super::residency::Residency;
 use super::ticket::describe;
+use super::weights::{Told, Weights};
 use crate::traces::{self, Span, SpanKind};
 
 /// How long a peer's rows wait for the loader.
@@ -39,8 +40,27 @@ const HELLO: Duration = Duration::from_secs(5);
 /// Tickets that wait for the serving thread: all that peers may have under way.
 const JOBS: usize = MAX_WORKERS as usize * MAX_TICKETS;
 
-/// What goes to a peer. It has room for the answers to all tickets that may be under way.
-type Responses = mpsc::Sender<Result<v1::ExchangeResponse, Status>>;
+/// What goes to a peer. It has room for the answers to all tickets that may be under way, and what is said of weights before each.
+#[derive(Clone)]
+struct Responses {
+    sender: mpsc::Sender<Result<v1::ExchangeResponse, Status>>,
+    told: Arc<Mutex<Told>>,
+}
+
+impl Responses {
+    /// Puts a message onto the stream, which has room for it.
+    fn put(&self, message: Response) {
+        let _ = self.sender.try_send(Ok(v1::ExchangeResponse { message: Some(message) }));
+    }
+
+    /// Says what this worker has read since it last said so: what is put afterwards comes afterwards.
+    fn tell(&self, weights: &Weights) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(news) = told.news(weights) {
+            self.put(Response::Weights(news.to_proto()));
+        }
+    }
+}
 
 /// A peer's rows on their way to the serving thread, and where the answers go.
 pub(crate) struct Job {
@@ -89,11 +109,12 @@ impl ExpertExchange for Served {
         let hello = hello(&mut requests).await?;
         let identity = &exchange.shared.identity;
         identity.admit_peer(hello.caller.as_ref())?;
-        // Three more, for the welcome, a heartbeat and the departure. It costs memory only where it is used.
-        let (responses, receiver) = mpsc::channel(MAX_TICKETS * exchange.shared.limits.max_parts() + 3);
-        let welcome = v1::Welcome { callee: Some(identity.caller(0)), slot: identity.slot.0 };
-        let welcome = v1::ExchangeResponse { message: Some(Response::Welcome(welcome)) };
-        responses.send(Ok(welcome)).await.map_err(|_| Status::cancelled("the peer left"))?;
+        // Four more, for the welcome, a heartbeat, what it says of weights, and the departure. It costs memory only where it is used.
+        let (sender, receiver) = mpsc::channel(MAX_TICKETS * (exchange.shared.limits.max_parts() + 1) + 4);
+        let (told, weights) = Told::all(&exchange.shared.weights);
+        let (callee, slot) = (Some(identity.caller(0)), identity.slot.0);
+        let responses = Responses { sender, told: Arc::new(Mutex::new(told)) };
+        responses.put(Response::Welcome(v1::Welcome { callee, slot, weights: Some(weights.to_proto()) }));
         let relying = Some(Relying::on(&exchange.relying));
         let pump = Pump {
             exchange,
@@ -168,7 +189,7 @@ impl Pump {
     async fn run(mut self, requests: Streaming<v1::ExchangeRequest>) {
         if let Err(status) = self.read(requests).await {
             tracing::debug!(slot = %self.slot, "stream of a peer ended: {status}");
-            let _ = self.responses.send(Err(status)).await;
+            let _ = self.responses.sender.send(Err(status)).await;
         }
     }
 
@@ -186,8 +207,11 @@ impl Pump {
                     Some(Request::Hello(_)) => return Err(Invalid::new("hello", "came twice").into()),
                     None => return Ok(()),
                 },
-                _ = heartbeat.tick() => if self.has_room() { self.beat(*departure.borrow()) },
-                () = self.responses.closed() => return Ok(()),
+                _ = heartbeat.tick() => if self.has_room() {
+                    self.responses.tell(&self.exchange.shared.weights);
+                    self.beat(*departure.borrow());
+                },
+                () = self.responses.sender.closed() => return Ok(()),
                 _ = departure.changed() => match *departure.borrow_and_update() {
                     // Once, in the place that is kept for it: the others are those of answers.
                     Departure::Announced => self.beat(Departure::Announced),
@@ -199,14 +223,13 @@ impl Pump {
 
     /// Whether the peer has taken all that it was sent.
     fn has_room(&self) -> bool {
-        self.responses.capacity() == self.responses.max_capacity()
+        self.responses.sender.capacity() == self.responses.sender.max_capacity()
     }
 
     /// A sign of life, and that this worker leaves, while the peer counts on it.
     fn beat(&self, departure: Departure) {
         let leaving = departure != Departure::Stays && self.relying.is_some();
-        let beat = v1::ExchangeResponse { message: Some(Response::Heartbeat(v1::Heartbeat { leaving })) };
-        let _ = self.responses.try_send(Ok(beat));
+        self.responses.put(Response::Heartbeat(v1::Heartbeat { leaving }));
     }
 
     /// Takes a part of a ticket, and hands the ticket on once it is complete.
@@ -298,7 +321,7 @@ pub(crate) fn run<B: Backend>(
 /// Takes the oldest ticket and those of the same layer that are computed with it. A peer that went away meanwhile does
 /// not want its own.
 fn of_one_layer(waiting: &mut VecDeque<Job>) -> Vec<Job> {
-    waiting.retain(|job| !job.responses.is_closed());
+    waiting.retain(|job| !job.responses.sender.is_closed());
     let (mut together, mut rows): (Vec<Job>, usize) = (Vec::new(), 0);
     let mut at = 0;
     while at < waiting.len() {
@@ -359,9 +382,10 @@ fn serve<B: Backend>(backend: &B, queue: &mut B::Queue, shared: &Shared, jobs: &
 impl Job {
     /// Puts the answer onto the peer's stream, which has room: a peer has few tickets under way.
     fn answer(&self, shared: &Shared, missing: &[u32], values: &[u16]) {
+        shared.weights.answers();
+        self.responses.tell(&shared.weights);
         for part in answer_parts(self.ticket, missing, values, &shared.limits) {
-            let part = v1::ExchangeResponse { message: Some(Response::Answer(part)) };
-            let _ = self.responses.try_send(Ok(part));
+            self.responses.put(Response::Answer(part));
         }
         shared.metrics.mesh.served(self.slot, (values.len() / shared.limits.hidden) as u64);
     }
@@ -385,17 +409,17 @@ mod tests {
 
     const LAYER: u32 = 1;
 
-    fn backend() -> CpuBackend {
+    fn backend() -> Arc<CpuBackend> {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v3");
         let backend = CpuBackend::load(&model, &LoadOptions::default(), |_, _| ()).unwrap();
         // Experts 0 to 5 are here.
         for expert in 0..6 {
             backend.load(ExpertId::new(LAYER, expert)).unwrap();
         }
-        backend
+        Arc::new(backend)
     }
 
-    fn shared(backend: &CpuBackend) -> Shared {
+    fn shared(backend: &Arc<CpuBackend>) -> Shared {
         let config = backend.config();
         let limits = Limits {
             hidden: config.hidden,
@@ -413,7 +437,8 @@ mod tests {
             fingerprint,
             trust: None,
         };
-        Shared::new(identity, limits, Arc::new(WorkerMetrics::new(&Registry::new())))
+        let weights = Weights::new(Slot(0), backend.clone(), Arc::default());
+        Shared::new(identity, limits, Arc::new(WorkerMetrics::new(&Registry::new())), weights)
     }
 
     /// A peer's ticket: rows of its own, each with some experts.
@@ -426,13 +451,20 @@ mod tests {
             values: (0..rows.len() * hidden).map(value).collect(),
             ..Rows::default()
         };
-        let (responses, answered) = mpsc::channel(64);
+        let (sender, answered) = mpsc::channel(64);
+        let responses = Responses { sender, told: Arc::default() };
         let ticket = Ticket { session: 1, ticket: u64::from(slot.0), attempt: 0 };
         (Job { slot, ticket, rows, responses, _span: Span::default() }, answered)
     }
 
     fn answers(job: &Job, mut answered: Answered, limits: &Limits) -> Answers {
         let mut parts = AnswerParts::new(job.rows.experts.clone());
+        // What the answer was made with comes before it.
+        let Ok(Ok(v1::ExchangeResponse { message: Some(Response::Weights(read)) })) = answered.try_recv()
+        else {
+            panic!("the answer came first")
+        };
+        assert_eq!((read.expert_crc32c.len(), read.answered), (6, true));
         while let Ok(Ok(v1::ExchangeResponse { message: Some(Response::Answer(part)) })) = answered.try_recv()
         {
             if parts.push(part, limits).unwrap() {
@@ -451,10 +483,10 @@ mod tests {
         let jobs =
             || (1..).map(Slot).zip(asked).map(|(slot, rows)| job(slot, LAYER, shared.limits.hidden, rows));
         let (together, streams): (Vec<Job>, Vec<Answered>) = jobs().unzip();
-        serve(&backend, &mut queue, &shared, &together);
+        serve(&*backend, &mut queue, &shared, &together);
         for ((alone, stream), (job, together)) in jobs().zip(together.iter().zip(streams)) {
             let alone = [alone];
-            serve(&backend, &mut queue, &shared, &alone);
+            serve(&*backend, &mut queue, &shared, &alone);
             let expected = answers(&alone[0], stream, &shared.limits);
             assert_eq!(expected.not_resident.as_slice(), if job.slot == Slot(2) { &[9][..] } else { &[] });
             assert_eq!(answers(job, together, &shared.limits), expected, "peer {}", job.slot);

@@ -16,6 +16,7 @@ use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_client::ExpertExchangeClient;
+use expertmesh_proto::weights::ReadWeights;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
@@ -24,6 +25,7 @@ use tonic::{Code, Status, Streaming};
 use super::alive::Shared;
 use super::relief::Relief;
 use super::ticket::Outgoing;
+use super::weights::Doubt;
 use crate::metrics::labels::PeerFailure;
 
 /// A peer that lives but does not answer a ticket for so long is dead too.
@@ -148,12 +150,15 @@ pub(crate) async fn keep(
         let current = addresses.borrow_and_update().clone();
         if current.is_empty() {
             // Nobody knows yet where it runs.
+            shared.was_greeted(slot);
             if addresses.changed().await.is_err() {
                 return;
             }
             continue;
         }
-        match open(&shared, slot, session, &current).await {
+        let opened = open(&shared, slot, session, &current).await;
+        shared.was_greeted(slot);
+        match opened {
             Ok(stream) => {
                 tracing::info!(%slot, "peer is up");
                 let moved = moved(addresses.clone(), stream.address.clone());
@@ -219,7 +224,8 @@ async fn read(
         std::future::pending().await
     };
     let verdict = tokio::select! {
-        verdict = answers(&mut responses, link, &shared.limits, &leaves) => verdict,
+        verdict = answers(&mut responses, link, (shared, slot), &leaves) => verdict,
+        doubt = shared.weights.doubted(slot, |_| true) => doubt.into(),
         () = moved => Verdict::new(PeerFailure::Left, "it is placed elsewhere now"),
         verdict = relieved => verdict,
     };
@@ -251,7 +257,7 @@ impl Drop for Closing<'_> {
 async fn answers(
     responses: &mut Streaming<v1::ExchangeResponse>,
     link: &Link,
-    limits: &Limits,
+    (shared, slot): (&Shared, Slot),
     leaves: &Notify,
 ) -> Verdict {
     loop {
@@ -266,7 +272,8 @@ async fn answers(
             Err(silent) => return Verdict::new(PeerFailure::Silent, silent.to_string()),
         };
         let taken = match message {
-            Some(Response::Answer(answer)) => link.take(answer, limits),
+            Some(Response::Answer(answer)) => link.take(answer, &shared.limits),
+            Some(Response::Weights(weights)) => hear_weights(shared, slot, &weights, false),
             Some(Response::Heartbeat(v1::Heartbeat { leaving })) => {
                 if leaving {
                     leaves.notify_one();
@@ -281,6 +288,16 @@ async fn answers(
     }
 }
 
+/// Takes what a peer has read of the model. A peer whose copy is not believed gets no rows.
+fn hear_weights(shared: &Shared, slot: Slot, said: &v1::ReadWeights, all: bool) -> Result<(), Verdict> {
+    let said = ReadWeights::from_proto(said, &shared.limits).map_err(Status::from)?;
+    shared.weights.heard(slot, &said, all);
+    match shared.weights.doubt(slot) {
+        None => Ok(()),
+        Some(doubt) => Err(doubt.into()),
+    }
+}
+
 /// Why a peer counts as dead.
 struct Verdict {
     failure: PeerFailure,
@@ -290,6 +307,12 @@ struct Verdict {
 impl Verdict {
     fn new(failure: PeerFailure, message: impl Into<String>) -> Self {
         Self { failure, message: message.into() }
+    }
+}
+
+impl From<Doubt> for Verdict {
+    fn from(doubt: Doubt) -> Self {
+        Self::new(PeerFailure::OtherWeights, doubt.to_string())
     }
 }
 
@@ -355,5 +378,7 @@ async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Resu
         return Err(Verdict::new(PeerFailure::Fenced, message));
     }
     identity.admit_peer(welcome.callee.as_ref())?;
+    // A worker of the version before says nothing.
+    welcome.weights.as_ref().map_or(Ok(()), |weights| hear_weights(shared, slot, weights, true))?;
     Ok(Stream { address: address.to_string(), session, requests, responses })
 }

@@ -10,3 +10,4 @@ pub(crate) mod residency;
 mod route;
 mod ticket;
 pub(crate) mod uses;
+pub(crate) mod weights;

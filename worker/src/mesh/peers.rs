@@ -13,6 +13,7 @@ use super::alive::Shared;
 use super::link::{self, Link};
 use super::relief::Relief;
 use super::ticket::Outgoing;
+use super::weights::Weights;
 use crate::identity::Identity;
 use crate::metrics::worker::WorkerMetrics;
 
@@ -35,9 +36,10 @@ impl Peers {
         identity: Identity,
         limits: Limits,
         metrics: Arc<WorkerMetrics>,
+        weights: Arc<Weights>,
         relief: Relief,
     ) -> Arc<Self> {
-        let (shared, relief) = (Arc::new(Shared::new(identity, limits, metrics)), Arc::new(relief));
+        let (shared, relief) = (Arc::new(Shared::new(identity, limits, metrics, weights)), Arc::new(relief));
         Arc::new(Self { shared, relief, links: Mutex::default() })
     }
 
@@ -64,6 +66,7 @@ impl Peers {
     }
 
     fn adopt(&self, placement: &Placement) {
+        self.shared.weights.keep(&placement.workers().iter().map(|worker| worker.slot).collect());
         let mut links = self.lock();
         links.retain(|&slot, kept| {
             let stays = placement.worker(slot).is_some();

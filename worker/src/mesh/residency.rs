@@ -10,6 +10,7 @@ use expertmesh_proto::expert_set::ExpertSet;
 use tokio::sync::watch;
 
 use super::uses::Uses;
+use super::weights::Weights;
 use crate::metrics::labels::LoadCause;
 use crate::metrics::worker::WorkerMetrics;
 
@@ -51,6 +52,7 @@ pub(crate) struct Snapshot {
 pub(crate) struct Residency {
     store: Arc<dyn ExpertStore>,
     uses: Arc<Uses>,
+    weights: Arc<Weights>,
     metrics: Arc<WorkerMetrics>,
     state: Mutex<State>,
     /// Wakes the loader thread, and those that wait for it.
@@ -82,11 +84,12 @@ impl Residency {
         store: Arc<dyn ExpertStore>,
         room: Room,
         uses: Uses,
+        weights: Arc<Weights>,
         metrics: Arc<WorkerMetrics>,
     ) -> Arc<Self> {
         let uses = Arc::new(uses);
         let (state, turn) = (Mutex::new(State::new(room, uses.clone())), Condvar::new());
-        Arc::new(Self { store, uses, metrics, state, turn, changed: watch::Sender::new(0) })
+        Arc::new(Self { store, uses, weights, metrics, state, turn, changed: watch::Sender::new(0) })
     }
 
     /// Counts changes of the state.
@@ -189,6 +192,8 @@ impl Residency {
                 state.loading = Some(expert);
                 drop(state);
                 let result = self.store.load(expert);
+                // Before any row that waits for it.
+                self.weights.own_changed();
                 state = self.lock();
                 state.loading = None;
                 if let Ok(bytes) = result {

@@ -70,11 +70,13 @@ pub(crate) enum PeerFailure {
     Invalid,
     /// What was sent arrived with another checksum.
     Damaged,
+    /// The peer has read other weights, and is not believed.
+    OtherWeights,
 }
 
 impl PeerFailure {
     /// The failures that end a stream which was up.
-    pub(crate) const OF_STREAMS: [Self; 7] = [
+    pub(crate) const OF_STREAMS: [Self; 8] = [
         Self::Left,
         Self::Unavailable,
         Self::Silent,
@@ -82,6 +84,7 @@ impl PeerFailure {
         Self::Fenced,
         Self::Invalid,
         Self::Damaged,
+        Self::OtherWeights,
     ];
 
     pub(crate) fn name(self) -> &'static str {
@@ -94,6 +97,7 @@ impl PeerFailure {
             Self::Fenced => "fenced",
             Self::Invalid => "invalid",
             Self::Damaged => "damaged",
+            Self::OtherWeights => "other_weights",
         }
     }
 }

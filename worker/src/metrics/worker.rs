@@ -134,6 +134,7 @@ pub(crate) struct MeshMetrics {
     pub(crate) placement_epoch: IntGauge,
     pub(crate) peers: IntGauge,
     pub(crate) peers_alive: IntGauge,
+    pub(crate) doubted: IntGauge,
     dispatched: IntCounterVec,
     served: IntCounterVec,
     rerouted: IntCounterVec,
@@ -149,6 +150,10 @@ impl MeshMetrics {
                 .gauge("expertmesh_worker_placement_epoch", "Epoch of the placement that is followed."),
             peers: declare.gauge("expertmesh_worker_peers", "Peers that the placement names."),
             peers_alive: declare.gauge("expertmesh_worker_peers_alive", "Peers whose stream is up."),
+            doubted: declare.gauge(
+                "expertmesh_worker_weights_doubted",
+                "Workers, this one included, whose copy of the weights differs from another's and is not believed.",
+            ),
             dispatched: declare.counters(
                 "expertmesh_worker_rows_dispatched_total",
                 "Pairs of row and expert sent to a peer.",

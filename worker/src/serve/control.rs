@@ -1,6 +1,7 @@
 //! `Control`: the placement to follow, what this worker says of itself, and how it leaves.
 
-use std::sync::atomic::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_proto::invalid::Invalid;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::Control;
 use expertmesh_proto::v1::report_response::State;
@@ -20,8 +22,10 @@ use tonic::{Request, Response, Status};
 
 use super::run::{Command, Shared};
 use crate::identity::Identity;
+use crate::mesh;
 use crate::mesh::relief::Departure;
 use crate::mesh::residency::Residency;
+use crate::mesh::weights::Doubt;
 use crate::placement::CurrentPlacement;
 use crate::process::age_ms;
 use crate::reports::beat_until;
@@ -39,9 +43,12 @@ pub(crate) struct WorkerState {
     pub(crate) shape: v1::ModelShape,
     pub(crate) placement: CurrentPlacement,
     pub(crate) residency: Arc<Residency>,
+    pub(crate) mesh: Arc<mesh::alive::Shared>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) commands: SyncSender<Command>,
     began: Instant,
+    /// Whether all peers were asked once what they have read.
+    greeted: AtomicBool,
     drained: watch::Sender<bool>,
     /// Held while what to load, or whether to drain, changes: the latest placement has the last word.
     turn: Mutex<()>,
@@ -64,7 +71,7 @@ impl WorkerState {
         identity: Identity,
         shape: v1::ModelShape,
         placement: CurrentPlacement,
-        residency: Arc<Residency>,
+        (residency, mesh): (Arc<Residency>, Arc<mesh::alive::Shared>),
         shared: Arc<Shared>,
         commands: SyncSender<Command>,
     ) -> Arc<Self> {
@@ -74,9 +81,11 @@ impl WorkerState {
             shape,
             placement,
             residency,
+            mesh,
             shared,
             commands,
             began: Instant::now(),
+            greeted: AtomicBool::new(false),
             drained,
             turn,
         })
@@ -101,12 +110,32 @@ impl WorkerState {
         if let Some(lasts) = self.shared.stepping().filter(|lasts| *lasts > STUCK) {
             return Err(format!("a step has been computed for {} s", lasts.as_secs()));
         }
+        if let Some(doubt) = self.mesh.weights.own_doubt() {
+            return Err(doubt.to_string());
+        }
+        if let Some(slot) = self.ungreeted(&placement) {
+            return Err(format!("slot {slot} was not greeted yet"));
+        }
         let residency = self.residency.snapshot();
         match (residency.missing, residency.failure) {
             (0, _) => Ok(()),
             (_, Some(failure)) => Err(failure),
             (missing, None) => Err(format!("{missing} experts are still to load")),
         }
+    }
+
+    /// A peer that may have read other weights, for nobody has asked it. A worker asks all of its first placement, once: what it starts with is
+    /// compared before a token is made with it.
+    fn ungreeted(&self, placement: &Placement) -> Option<Slot> {
+        if self.greeted.load(Ordering::Relaxed) {
+            return None;
+        }
+        let greeted = self.mesh.greeted();
+        let others = placement.workers().iter().map(|worker| worker.slot);
+        let missing =
+            others.filter(|slot| *slot != self.identity.slot).find(|slot| !greeted.borrow().contains(slot));
+        self.greeted.store(missing.is_none(), Ordering::Relaxed);
+        missing
     }
 
     pub(crate) fn report(&self) -> v1::ReportResponse {
@@ -153,6 +182,18 @@ impl WorkerState {
             let empty = load.wait_for(|load| load.running + load.waiting == 0);
             if !matches!(timeout(PERIOD, empty).await, Err(_elapsed)) {
                 return;
+            }
+        }
+    }
+
+    /// Hands all sequences back whenever this worker's copy of the weights comes into doubt.
+    pub(crate) async fn stop_in_doubt(self: Arc<Self>) {
+        let mut doubts = self.mesh.weights.doubts();
+        // The sender lives in self.
+        while doubts.changed().await.is_ok() {
+            if self.shared.standing.is_doubted() {
+                // A full queue of commands wakes the engine as well.
+                let _ = self.commands.try_send(Command::Drain);
             }
         }
     }
@@ -211,6 +252,8 @@ impl WorkerState {
             residency: self.residency.subscribe(),
             load: self.shared.load.subscribe(),
             drained: self.drained.subscribe(),
+            doubts: self.mesh.weights.doubts(),
+            greeted: self.mesh.greeted(),
         }
     }
 }
@@ -221,6 +264,8 @@ pub(crate) struct Changes {
     residency: watch::Receiver<u64>,
     load: watch::Receiver<super::run::Load>,
     drained: watch::Receiver<bool>,
+    doubts: watch::Receiver<BTreeMap<Slot, Doubt>>,
+    greeted: watch::Receiver<BTreeSet<Slot>>,
 }
 
 impl Changes {
@@ -231,6 +276,8 @@ impl Changes {
             _ = self.residency.changed() => {}
             _ = self.load.changed() => {}
             _ = self.drained.changed() => {}
+            _ = self.doubts.changed() => {}
+            _ = self.greeted.changed() => {}
             () = sleep(PERIOD) => return,
         }
         sleep(GATHER).await;

@@ -39,6 +39,7 @@ pub(super) async fn keep_gauges(state: Arc<WorkerState>, peers: Arc<Peers>) {
         metrics.mesh.placement_epoch.set(state.placement.get().epoch().counter as i64);
         metrics.mesh.peers.set(peers.count() as i64);
         metrics.mesh.peers_alive.set(peers.shared.alive().len() as i64);
+        metrics.mesh.doubted.set(peers.shared.weights.doubts().borrow().len() as i64);
         changes.next().await;
     }
 }

@@ -17,6 +17,7 @@ use tokio::sync::{mpsc as tokio_mpsc, watch};
 use tonic::Status;
 
 use crate::mesh::relief::Departure;
+use crate::mesh::weights::Standing;
 use crate::metrics::labels::SequenceOutcome;
 use crate::metrics::worker::WorkerMetrics;
 use crate::traces::{self, Parent, Span, SpanKind};
@@ -87,13 +88,16 @@ pub(crate) struct Shared {
     pub(crate) departure: watch::Sender<Departure>,
     /// Since when the engine's thread computes a step; none between two.
     pub(crate) stepping: Mutex<Option<Instant>>,
+    /// Whether tokens may be made with this worker's copy of the weights.
+    pub(crate) standing: Arc<Standing>,
     pub(crate) metrics: Arc<WorkerMetrics>,
 }
 
 impl Shared {
-    pub(crate) fn new(metrics: Arc<WorkerMetrics>) -> Self {
+    pub(crate) fn new(standing: Arc<Standing>, metrics: Arc<WorkerMetrics>) -> Self {
         let (load, departure) = (watch::Sender::new(Load::default()), watch::Sender::default());
-        Self { load, draining: AtomicBool::new(false), departure, stepping: Mutex::default(), metrics }
+        let (draining, stepping) = (AtomicBool::new(false), Mutex::default());
+        Self { load, draining, departure, stepping, standing, metrics }
     }
 
     fn steps_since(&self, start: Option<Instant>) {
@@ -152,6 +156,9 @@ where
                 Next::Command(Command::Stop) | Next::Closed => return self.drain(),
                 Next::Nothing => {}
             }
+            if self.shared.standing.is_doubted() {
+                self.drain();
+            }
             self.drop_cancelled();
             let full = |id| self.live.get(&id).is_some_and(|live| live.events.capacity() < 2);
             let plan = self.scheduler.plan(full);
@@ -167,6 +174,10 @@ where
         self.next_id += 1;
         if self.shared.draining.load(Ordering::SeqCst) {
             return refuse(&submission.events, Status::unavailable("this worker leaves"), &self.shared);
+        }
+        if self.shared.standing.is_doubted() {
+            let status = Status::unavailable("this worker's copy of the weights is in doubt");
+            return refuse(&submission.events, status, &self.shared);
         }
         match self.scheduler.submit(Sequence::new(self.next_id, submission.tokens.len())) {
             Ok(()) => drop(self.live.insert(self.next_id, submission)),
@@ -196,6 +207,10 @@ where
                 return;
             }
         };
+        if self.shared.standing.is_doubted() {
+            // None of this step's tokens leaves: its sequences are handed back.
+            return;
+        }
         self.scheduler.computed(plan);
         let metrics = &self.shared.metrics.engine;
         metrics.step_seconds.observe(start.elapsed().as_secs_f64());
@@ -247,6 +262,7 @@ where
         let (position, stops) = (history.len() as u32, sampling.ends(token, history.generated()));
         history.push(token);
         tokens.push(token);
+        self.shared.standing.answers();
         self.shared.metrics.engine.generated_tokens.inc();
         self.scheduler.push(id);
         let event = Event::Token(v1::Token { id: token, position, logprobs: logprobs.map(message) });
@@ -406,7 +422,7 @@ mod tests {
         blocks: usize,
     ) -> (Vec<Vec<Result<v1::GenerateEvent, Status>>>, u64) {
         let metrics = Arc::new(WorkerMetrics::new(&Registry::new()));
-        let shared = Arc::new(Shared::new(metrics.clone()));
+        let shared = Arc::new(Shared::new(Arc::default(), metrics.clone()));
         let exchange = LocalExchange::new(&**backend).unwrap();
         let engine = Loop::new(backend.clone(), exchange, BOUNDS, blocks, shared).unwrap();
         let (commands, receiver) = mpsc::sync_channel(8);

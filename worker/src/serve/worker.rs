@@ -32,6 +32,7 @@ use crate::mesh::peers::Peers;
 use crate::mesh::relief::{Departure, Relief, relieved};
 use crate::mesh::residency::{Residency, Room};
 use crate::mesh::uses::Uses;
+use crate::mesh::weights::{Standing, Weights};
 use crate::metrics::worker::WorkerMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::Fatal;
@@ -89,20 +90,22 @@ impl Worker {
         let budget = experts_mib.map(|mib| mib << 20).or_else(left);
         let room = Room { budget, expert: shape.expert_bytes };
         let uses = Uses::new(config.layers, config.experts());
-        let residency = Residency::new(backend.clone(), room, uses, metrics.clone());
-        let shared = Arc::new(Shared::new(metrics.clone()));
+        let standing = Arc::<Standing>::default();
+        let read = Weights::new(identity.slot, backend.clone(), standing.clone());
+        let residency = Residency::new(backend.clone(), room, uses, read.clone(), metrics.clone());
+        let shared = Arc::new(Shared::new(standing, metrics.clone()));
         let relief = Relief {
             residency: residency.clone(),
             placement: placement.subscribe(),
             departure: shared.departure.subscribe(),
         };
-        let peers = Peers::new(identity.clone(), limits(config), metrics, relief);
+        let peers = Peers::new(identity.clone(), limits(config), metrics, read.clone(), relief);
         let (commands, receiver) = sync_channel(COMMANDS);
         let state = WorkerState::new(
             identity.clone(),
             shape,
             placement.clone(),
-            residency.clone(),
+            (residency.clone(), peers.shared.clone()),
             shared.clone(),
             commands.clone(),
         );
@@ -122,6 +125,8 @@ impl Worker {
 
         let links = peers.clone();
         tokio::spawn(async move { links.follow(placement.subscribe()).await });
+        tokio::spawn(read.decide());
+        tokio::spawn(state.clone().stop_in_doubt());
         tokio::spawn(keep_gauges(state.clone(), peers.clone()));
         let relying = watch::Sender::new(0);
         let (relied, departure) = (relying.subscribe(), shared.departure.subscribe());
@@ -153,8 +158,10 @@ impl Worker {
             let _ = finished.await;
         }));
         tracing::info!(slot = %state.identity.slot, "worker {} listens", state.identity.name);
+        let weights = state.mesh.weights.clone();
         tokio::select! {
             () = stop => {}
+            doubt = weights.is_wrong() => return Err(Fatal::new("OtherWeights", doubt.to_string())),
             Some(thread) = self.ended.recv() => return Err(stopped(thread, (self.failure)())),
             ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
         }

@@ -11,8 +11,8 @@ mod value;
 use std::sync::Arc;
 
 use expertmesh_engine::{
-    Answered, Attended, Backend, CpuBackend, CpuKv, CpuRoutes, CpuRows, Draw, ExpertStore, Pair, Pending,
-    Pinned, Routes, Sampled,
+    Answered, Attended, Backend, Checksums, CpuBackend, CpuKv, CpuRoutes, CpuRows, Draw, ExpertStore, Pair,
+    Pending, Pinned, Routes, Sampled,
 };
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
@@ -51,6 +51,14 @@ impl ExpertStore for DeferredCpu {
         let bytes = self.layout().expert_bytes(self.config(), self.cpu.options().weights);
         self.faults.allocate("weights", bytes)?;
         self.cpu.load(expert)
+    }
+
+    fn check(&self, expert: ExpertId) -> Result<(), ModelError> {
+        self.cpu.check(expert)
+    }
+
+    fn checksums(&self) -> &Checksums {
+        self.cpu.checksums()
     }
 
     fn evict(&self, expert: ExpertId) {

@@ -27,6 +27,7 @@ use super::rows::{CpuActivations, CpuRows};
 use super::swiglu::{SwiGlu, gate_up};
 use super::weights::{Ends, FeedForward, Layer};
 use crate::backend::{Answered, Attended, Backend, Draw, Sampled};
+use crate::checksums::Checksums;
 use crate::gate;
 use crate::math::widen;
 use crate::pack::source::Source;
@@ -76,6 +77,7 @@ pub struct CpuBackend {
     /// (layers, experts); those of dense layers stay empty.
     experts: Vec<Held>,
     resident_bytes: AtomicU64,
+    checksums: Checksums,
 }
 
 /// An expert, while it is resident.
@@ -125,11 +127,14 @@ impl CpuBackend {
             done += bytes as u64;
             progress(done, total);
         };
-        let ends = source.blob(Place::Ends, &plan.ends())?;
+        let mut dense = Vec::new(); // each blob's checksum, little-endian
+        let (ends, crc32c) = source.blob(Place::Ends, &plan.ends())?;
+        dense.extend(crc32c.to_le_bytes());
         advance(ends.bytes().len());
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
-            let blob = source.blob(Place::Layer(layer), &plan.layer(layer))?;
+            let (blob, crc32c) = source.blob(Place::Layer(layer), &plan.layer(layer))?;
+            dense.extend(crc32c.to_le_bytes());
             advance(blob.bytes().len());
             layers.push(Layer::view(&config, &plan, layer, &blob));
         }
@@ -144,6 +149,7 @@ impl CpuBackend {
             },
             experts: (0..config.layers * config.experts()).map(|_| Held::default()).collect(),
             resident_bytes: AtomicU64::new(0),
+            checksums: Checksums::new(crc32c::crc32c(&dense)),
             layers,
             source,
             config,
@@ -275,12 +281,34 @@ impl ExpertStore for CpuBackend {
         if self.resident(expert).is_some() {
             return Ok(bytes);
         }
-        let blob = self.source.blob(Place::Expert(layer as usize, number), &parts)?;
+        let (blob, crc32c) = self.source.blob(Place::Expert(layer as usize, number), &parts)?;
+        self.checksums.record(expert, crc32c)?;
         let packed = Arc::new(SwiGlu::view(parts, &blob));
         if held.write().unwrap_or_else(PoisonError::into_inner).replace(packed).is_none() {
             self.resident_bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         Ok(bytes)
+    }
+
+    fn check(&self, expert: ExpertId) -> Result<(), ModelError> {
+        let ExpertId { layer, expert: number } = expert;
+        if self.checksums.of(expert).is_some() {
+            return Ok(());
+        }
+        if self.held(expert).is_none() {
+            return Err(ModelError::UnknownExpert { layer: layer as usize, expert: number });
+        }
+        let parts = Plan::new(&self.config, self.weights).expert(layer as usize, number);
+        let place = Place::Expert(layer as usize, number);
+        let (_, crc32c) = self.source.blob(place, &parts)?;
+        if self.resident(expert).is_none() {
+            self.source.release(place);
+        }
+        self.checksums.record(expert, crc32c)
+    }
+
+    fn checksums(&self) -> &Checksums {
+        &self.checksums
     }
 
     fn evict(&self, expert: ExpertId) {

@@ -112,8 +112,8 @@ impl PackedModel {
         &self.index
     }
 
-    /// A blob, read in and verified: computing with it waits for no disk.
-    pub(crate) fn blob(&self, place: Place) -> Result<Blob, ModelError> {
+    /// A blob, read in and verified, and its CRC-32C: computing with it waits for no disk.
+    pub(crate) fn blob(&self, place: Place) -> Result<(Blob, u32), ModelError> {
         let (extent, crc32c) = self.held(place)?;
         let invalid = |problem: String| {
             invalid(&self.directory.join(&extent.file), format!("{place} at {}: {problem}", extent.offset))
@@ -123,7 +123,7 @@ impl PackedModel {
         blob.read_in().map_err(|error| invalid(error.to_string()))?;
         let found = crc32c::crc32c(blob.bytes());
         match found == *crc32c {
-            true => Ok(blob),
+            true => Ok((blob, found)),
             false => Err(invalid(format!("its CRC-32C is {found:08x}; expected: {crc32c:08x}"))),
         }
     }

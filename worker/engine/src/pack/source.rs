@@ -36,10 +36,14 @@ impl Source {
         }
     }
 
-    /// A blob, whole and in memory.
-    pub(crate) fn blob(&self, place: Place, parts: &Parts) -> Result<Blob, ModelError> {
+    /// A blob, whole and in memory, and its CRC-32C.
+    pub(crate) fn blob(&self, place: Place, parts: &Parts) -> Result<(Blob, u32), ModelError> {
         match self {
-            Self::Checkpoint(checkpoint) => pack_blob(checkpoint, parts),
+            Self::Checkpoint(checkpoint) => {
+                let blob = pack_blob(checkpoint, parts)?;
+                let crc32c = crc32c::crc32c(blob.bytes());
+                Ok((blob, crc32c))
+            }
             Self::Packed(packed) => packed.blob(place),
         }
     }
