@@ -163,6 +163,12 @@ impl ValidatedDeployment {
         self.tracing.iter().flat_map(of).collect()
     }
 
+    /// The port of the collector that traces go to.
+    pub(crate) fn collector_port(&self) -> Option<u16> {
+        let address = self.tracing.as_ref()?.endpoint.trim_end_matches('/');
+        Some(address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(80))
+    }
+
     /// The model's directory on a disk on which the image's root is `root`.
     pub(crate) fn model_below(&self, root: &Path) -> PathBuf {
         root.join(self.model_path.strip_prefix("/").unwrap_or(&self.model_path))

@@ -26,6 +26,7 @@ use crate::identities::Identities;
 use crate::lease::{Election, LeaseError};
 use crate::logging;
 use crate::metrics::Metrics;
+use crate::objects::policies::Around;
 use crate::reconcile::context::Context;
 use crate::reconcile::memory::Memory;
 use crate::watch::{Triggers, watch};
@@ -54,6 +55,9 @@ pub(crate) struct Operator {
     /// Where the Lease is: in a cluster, the pod's namespace; else KUBECONFIG's.
     #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE")]
     lease_namespace: Option<String>,
+    /// Whom the pods of deployments let in, and what they may reach, beside their own deployment's: the chart's networkPolicies, as JSON.
+    #[arg(long, env = "EXPERTMESH_NETWORK_POLICIES", default_value = "{}", value_name = "JSON")]
+    network_policies: Around,
 }
 
 /// Runs until SIGTERM or SIGINT, which is success, or until the lease is lost, which is not.
@@ -89,6 +93,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
         identities,
         image: arguments.image,
         operator_namespace: std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| namespace),
+        around: arguments.network_policies,
         memory: Memory::default(),
         refusals: Arc::default(),
         writer: Writer::new(client.clone(), metrics.reconciles.undone.clone()),

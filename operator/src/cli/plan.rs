@@ -13,7 +13,7 @@ use expertmesh_decide::report::ModelShape;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
-use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::layout::budget::{KV_CACHE_MIB, Layout, MARGIN};
 use expertmesh_model::packed::Index;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::expert_set::ExpertSet;
@@ -25,6 +25,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference}
 
 use crate::manifest;
 use crate::objects::names::Owner;
+use crate::objects::policies::{Around, Surroundings};
 use crate::objects::revision::Revision;
 use crate::objects::{self, Serving, Size};
 use crate::validate::ValidatedDeployment;
@@ -54,7 +55,8 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
         ModelConfig::read(&directory).with_context(|| format!("the model at {}", directory.display()))?;
     let weights = held_as(&deployment, &directory, &config)?;
     let shape = shape(&config, weights).with_context(|| format!("the model at {}", directory.display()))?;
-    print!("{}", render(&deployment, &shape, weights, u64::from(plan.disk) * 1_000_000));
+    let cache = cache(&config, deployment.max_context_tokens);
+    print!("{}", render(&deployment, &shape, weights, (cache, u64::from(plan.disk) * 1_000_000)));
     Ok(())
 }
 
@@ -85,8 +87,13 @@ fn shape(config: &ModelConfig, weights: WeightFormat) -> Result<ModelShape, Mode
     })
 }
 
-/// The plan as text; `disk` is read at so many bytes a second.
-fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightFormat, disk: u64) -> String {
+/// The plan as text; a worker's cache of latents has so many bytes, and `disk` is read at so many a second.
+fn render(
+    deployment: &ValidatedDeployment,
+    shape: &ModelShape,
+    weights: WeightFormat,
+    (cache, disk): (u64, u64),
+) -> String {
     let (workers, copies) = (deployment.desired.workers, deployment.desired.min_replicas);
     let slots: Vec<Slot> = Slot::first(workers).collect();
     let target = place(shape, &slots, copies, &BTreeMap::new());
@@ -123,6 +130,7 @@ fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightF
                 HumanBytes(all as u64 * shape.expert_bytes + u64::from(workers) * shape.dense_bytes)
             ),
         ),
+        ("memory", memory(shape, most, workers, cache)),
         ("imbalance", format!("{imbalance:.2} (most over mean)")),
         ("recovery", recovery(shape.expert_bytes, most, disk)),
     ];
@@ -132,6 +140,27 @@ fn render(deployment: &ValidatedDeployment, shape: &ModelShape, weights: WeightF
     }
     text += "\nobjects     ";
     text + &objects(deployment).join("\n            ") + "\n"
+}
+
+/// A limit that a worker needs: all that it holds, with its share of what one lost worker held.
+fn memory(shape: &ModelShape, most: u64, workers: u32, cache: u64) -> String {
+    let others = u64::from(workers.saturating_sub(1));
+    let taken = most.checked_div(others).unwrap_or(0).next_multiple_of(shape.expert_bytes.max(1));
+    let all = shape.dense_bytes + most + taken + cache + MARGIN;
+    format!(
+        "limits: {{memory: {}Mi}} for each worker: dense part, {} of experts, {} more where a worker is lost, {} of cache, {} for the rest",
+        all.div_ceil(1 << 20),
+        HumanBytes(most),
+        HumanBytes(taken),
+        HumanBytes(cache),
+        HumanBytes(MARGIN),
+    )
+}
+
+/// Bytes of the cache that a worker makes: as many as it makes by itself, or as one sequence needs that fills its context.
+fn cache(config: &ModelConfig, max_context: Option<u32>) -> u64 {
+    let context = max_context.map_or(config.max_positions, |context| context as usize);
+    Layout::Cpu1.kv_bytes(config, context).max(KV_CACHE_MIB << 20)
 }
 
 fn recovery(expert: u64, worker: u64, disk: u64) -> String {
@@ -192,7 +221,9 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     let revision = Revision::new(&owner, deployment, "");
     let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
     let own = objects::of_revision(&owner, &revision, size);
-    let shared = objects::shared(&owner, Serving::of(&revision.hash, &revision.frontend), None);
+    let around = Around::default();
+    let surroundings = Surroundings { around: &around, operator_namespace: None, collector: None };
+    let shared = objects::shared(&owner, Serving::of(&revision.hash, &revision.frontend), surroundings);
     let [worker_budget, frontend_budget] = &shared.disruption_budgets;
     let [workers_policy, frontends_policy] = &shared.network_policies;
     vec![
@@ -230,7 +261,8 @@ mod tests {
         let directory = deployment.model_below(&top.join("tests"));
         let config = ModelConfig::read(&directory).unwrap();
         let weights = held_as(&deployment, &directory, &config).unwrap();
-        render(&deployment, &shape(&config, weights).unwrap(), weights, 1_000_000_000)
+        let cache = cache(&config, deployment.max_context_tokens);
+        render(&deployment, &shape(&config, weights).unwrap(), weights, (cache, 1_000_000_000))
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub(crate) mod names;
 mod network;
 mod pods;
+pub(crate) mod policies;
 pub(crate) mod ports;
 pub(crate) mod revision;
 pub(crate) mod workloads;
@@ -26,6 +27,7 @@ use serde::de::DeserializeOwned;
 pub(crate) use network::Serving;
 
 use names::{Component, Owner};
+use policies::Surroundings;
 use revision::Revision;
 
 /// What every kind of object that we write is able to do.
@@ -70,8 +72,7 @@ pub(crate) struct Size<'a> {
     pub(crate) placement: Option<&'a Placement>,
 }
 
-/// `operator_namespace`: where the operator's pods are, if in this cluster.
-pub(crate) fn shared(owner: &Owner, serving: Serving, operator_namespace: Option<&str>) -> Shared {
+pub(crate) fn shared(owner: &Owner, serving: Serving, surroundings: Surroundings) -> Shared {
     Shared {
         service_account: network::service_account(owner),
         workers_service: network::workers_service(owner, serving),
@@ -79,8 +80,8 @@ pub(crate) fn shared(owner: &Owner, serving: Serving, operator_namespace: Option
         disruption_budgets: [Component::Worker, Component::Frontend]
             .map(|component| network::disruption_budget(owner, component)),
         network_policies: [
-            network::workers_policy(owner, operator_namespace),
-            network::frontends_policy(owner, operator_namespace),
+            policies::of_workers(owner, surroundings),
+            policies::of_frontends(owner, surroundings),
         ],
     }
 }

@@ -1,13 +1,10 @@
-//! Services, NetworkPolicies and the PodDisruptionBudget: one of each per deployment, whatever its revisions.
+//! Services and PodDisruptionBudgets: one of each per deployment, whatever its revisions.
 
 use k8s_openapi::api::core::v1::{PodTemplateSpec, Service, ServiceAccount, ServicePort, ServiceSpec};
-use k8s_openapi::api::networking::v1::{
-    NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort, NetworkPolicySpec,
-};
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{Component, Labels, NAME, Owner, matching};
+use super::names::{Component, Owner, matching};
 use super::pods::{is_dual, is_encrypted};
 use super::ports;
 
@@ -102,63 +99,5 @@ pub(crate) fn disruption_budget(owner: &Owner, component: Component) -> PodDisru
             ..PodDisruptionBudgetSpec::default()
         }),
         ..PodDisruptionBudget::default()
-    }
-}
-
-/// Workers: gRPC from the deployment's own pods and the operator, metrics from anywhere.
-pub(crate) fn workers_policy(owner: &Owner, operator_namespace: Option<&str>) -> NetworkPolicy {
-    let peers = [Component::Worker, Component::Frontend].map(|component| NetworkPolicyPeer {
-        pod_selector: Some(matching(owner.selector(component))),
-        ..NetworkPolicyPeer::default()
-    });
-    let grpc = peers.into_iter().chain([operator(operator_namespace)]).collect();
-    let rules = vec![rule(ports::GRPC_NUMBER, Some(grpc)), rule(ports::METRICS_NUMBER, None)];
-    policy(owner, Component::Worker, owner.workers(), rules)
-}
-
-/// Frontends: HTTP and metrics from anywhere, gRPC from the operator.
-pub(crate) fn frontends_policy(owner: &Owner, operator_namespace: Option<&str>) -> NetworkPolicy {
-    let rules = vec![
-        rule(ports::HTTP_NUMBER, None),
-        rule(ports::METRICS_NUMBER, None),
-        rule(ports::GRPC_NUMBER, Some(vec![operator(operator_namespace)])),
-    ];
-    policy(owner, Component::Frontend, owner.frontends(), rules)
-}
-
-/// The operator's pods: in its namespace where that is known (in a cluster it is), else in any.
-fn operator(namespace: Option<&str>) -> NetworkPolicyPeer {
-    let label = |key: &str, value: &str| (key.to_string(), value.to_string());
-    let namespaces = namespace.map(|name| Labels::from([label("kubernetes.io/metadata.name", name)]));
-    NetworkPolicyPeer {
-        namespace_selector: Some(matching(namespaces.unwrap_or_default())),
-        pod_selector: Some(matching(Labels::from([label(NAME, "expertmesh-operator")]))),
-        ..NetworkPolicyPeer::default()
-    }
-}
-
-fn rule(port: i32, from: Option<Vec<NetworkPolicyPeer>>) -> NetworkPolicyIngressRule {
-    let port = NetworkPolicyPort {
-        port: Some(IntOrString::Int(port)),
-        protocol: Some("TCP".into()),
-        ..NetworkPolicyPort::default()
-    };
-    NetworkPolicyIngressRule { from, ports: Some(vec![port]) }
-}
-
-fn policy(
-    owner: &Owner,
-    component: Component,
-    name: String,
-    rules: Vec<NetworkPolicyIngressRule>,
-) -> NetworkPolicy {
-    NetworkPolicy {
-        metadata: owner.metadata(name, owner.labels_of(component, None)),
-        spec: Some(NetworkPolicySpec {
-            pod_selector: Some(matching(owner.selector(component))),
-            policy_types: Some(vec!["Ingress".into()]),
-            ingress: Some(rules),
-            egress: None,
-        }),
     }
 }

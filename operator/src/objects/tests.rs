@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::Value;
 
+use super::policies::Around;
 use super::revision::recorded_as;
 use super::*;
 use crate::api::ModelDeployment;
@@ -53,7 +54,17 @@ fn placement() -> Placement {
 #[test]
 fn the_objects_of_a_deployment() {
     let serving = Serving { revision: "1a2b3c4d", is_encrypted: false, is_dual: true };
-    let objects = shared(&owner(), serving, Some("expertmesh-system"));
+    let around = r#"{
+        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+        "egress": [{"ports": [{"port": 15012, "protocol": "TCP"}]}]
+    }"#;
+    let around = around.parse().unwrap();
+    let surroundings = Surroundings {
+        around: &around,
+        operator_namespace: Some("expertmesh-system"),
+        collector: Some(4317),
+    };
+    let objects = shared(&owner(), serving, surroundings);
     insta::assert_yaml_snapshot!("service-account", objects.service_account);
     insta::assert_yaml_snapshot!("workers-service", objects.workers_service);
     insta::assert_yaml_snapshot!("client-service", objects.client_service);
@@ -281,8 +292,9 @@ fn frontends_mount_the_secrets_that_their_clients_need_and_the_service_has_the_p
     let volumes = revision.workers.spec.unwrap().volumes.unwrap();
     assert!(!volumes.iter().any(|volume| volume.name == "tls"), "workers have no clients");
     let serving = Serving { revision: "1a2b3c4d", is_encrypted: true, is_dual: false };
+    let surroundings = Surroundings { around: &Around::default(), operator_namespace: None, collector: None };
     insta::assert_yaml_snapshot!(
         "client-service-of-https",
-        shared(&owner(), serving, None).client_service.spec
+        shared(&owner(), serving, surroundings).client_service.spec
     );
 }

@@ -16,6 +16,7 @@ use crate::identities::Identities;
 use crate::key::{Key, Watched};
 use crate::metrics::Metrics;
 use crate::objects::names::Owner;
+use crate::objects::policies::Around;
 use crate::objects::revision::Revision;
 use crate::refusals::Refusals;
 
@@ -32,6 +33,8 @@ pub(crate) struct Context {
     pub(crate) image: Option<String>,
     /// The namespace of the operator's pods, if it runs in this cluster.
     pub(crate) operator_namespace: Option<String>,
+    /// Whom the pods of deployments let in, and what they may reach.
+    pub(crate) around: Around,
     /// Asks for a reconcile when a worker or frontend reports a change.
     pub(crate) trigger: mpsc::Sender<ObjectRef<Watched>>,
     pub(crate) memory: Memory,

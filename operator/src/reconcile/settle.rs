@@ -10,6 +10,7 @@ use super::fetch::Found;
 use super::observe::Observed;
 use crate::apply::ApiError;
 use crate::objects;
+use crate::objects::policies::Surroundings;
 use crate::validate::ValidatedDeployment;
 
 /// Settles a deployment, unless it is paused; and says when to come back, where identities wait.
@@ -25,7 +26,12 @@ pub(super) async fn settle(
     let key = found.owner.key();
     let again = context.identities.ensure(&found.owner, wanted.is_starting()).await?;
     let serving = found.serving(&plan.serving, &wanted.revision);
-    let objects = objects::shared(&found.owner, serving, context.operator_namespace.as_deref());
+    let surroundings = Surroundings {
+        around: &context.around,
+        operator_namespace: context.operator_namespace.as_deref(),
+        collector: deployment.collector_port(),
+    };
+    let objects = objects::shared(&found.owner, serving, surroundings);
     context.writer.shared(&found.owner, &objects).await?;
     let before = found.serving.as_ref().filter(|serving| **serving != plan.serving);
     if before.is_some_and(|before| !plan.retired.contains(before)) {

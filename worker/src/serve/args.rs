@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::layout::budget::KV_CACHE_MIB;
 use expertmesh_proto::slot::{MAX_WORKERS, Slot};
 
 use crate::collector;
@@ -39,7 +40,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(super) max_context_tokens: Option<usize>,
     /// Memory of the latent cache, in MiB; more where one sequence that fills its context needs it
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = KV_CACHE_MIB)]
     pub(super) kv_cache_mib: u64,
     /// Memory for experts, in MiB, those that dead peers held included; without it, what the limit of the cgroup leaves
     #[arg(long, env = "EXPERTMESH_EXPERTS_MIB")]

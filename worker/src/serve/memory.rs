@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// What a worker keeps free beside its weights and its cache: the rows of a step, queues, the code.
-const MARGIN: u64 = 256 << 20;
+use expertmesh_model::layout::budget::MARGIN;
 
 /// Bytes that experts may take of a limit, beside everything else that the worker holds all the time.
 pub(super) fn left_for_experts(limit: u64, dense: u64, cache: u64) -> u64 {

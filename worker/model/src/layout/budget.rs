@@ -6,6 +6,11 @@ use crate::config::model::ModelConfig;
 use crate::config::parts::AttentionConfig;
 use crate::format::WeightFormat;
 
+/// Bytes that a worker keeps free beside its weights and its cache: the rows of a step, queues, the code.
+pub const MARGIN: u64 = 256 << 20;
+/// Memory of a worker's latent cache where nothing else is said, in MiB.
+pub const KV_CACHE_MIB: u64 = 256;
+
 listed! {
     /// A layout of weights and cache in a backend's memory. A packed model has the layout of its packed.json; a device may
     /// arrange the same bytes otherwise in its own memory, and is then budgeted by a layout of its own.
