@@ -8,7 +8,7 @@ FUZZ_SECONDS = 60
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(CURDIR)/target/release:$(PATH)
 
-.PHONY: help up test build soak fuzz bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
+.PHONY: help up test build soak skew fuzz bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,6 +34,9 @@ setup: ## fetch what the tests need beside Rust, and say what cannot be had
 
 soak: build ## what takes long: a client without manners for SOAK_SECONDS (600), an honest one beside it
 	EXPERTMESH_SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --workspace --test all -- abuse --nocapture
+
+skew: build ## the programs of the last release beside those of now, on every wire; builds the last release, once
+	tests/skew.sh
 
 fuzz: ## what strangers' bytes may do: each target of fuzz/ for FUZZ_SECONDS (60); needs a nightly compiler
 	tests/fuzz.sh $(FUZZ_SECONDS)

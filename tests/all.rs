@@ -9,6 +9,7 @@ mod metrics;
 mod monitoring;
 mod openai;
 mod scalers;
+mod skew;
 mod traces;
 mod traffic;
 mod up;

@@ -5,15 +5,23 @@ use std::time::Duration;
 /// How often files are looked at: a kubelet renews a Secret's within a minute or two.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Calls `changed` at once, and then for ever whenever `read` gives something else than the time before.
-pub async fn follow<T: PartialEq>(read: impl Fn() -> T, mut changed: impl FnMut()) {
-    let mut last = None;
+/// Hands on what `read` gives at once, and then for ever whenever that is something else than the time before: what was read, or one error,
+/// however long it lasts.
+pub async fn follow<T: PartialEq, E>(read: impl Fn() -> Result<T, E>, mut take: impl FnMut(Result<&T, E>)) {
+    let mut last: Option<Option<T>> = None;
     loop {
-        let now = Some(read());
-        if last != now {
-            changed();
+        let (now, error) = match read() {
+            Ok(now) => (Some(now), None),
+            Err(error) => (None, Some(error)),
+        };
+        if last.as_ref() != Some(&now) {
+            match (&now, error) {
+                (Some(now), _) => take(Ok(now)),
+                (None, Some(error)) => take(Err(error)),
+                (None, None) => {}
+            }
         }
-        last = now;
+        last = Some(now);
         tokio::time::sleep(LOOK).await;
     }
 }
@@ -26,17 +34,19 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_change_is_told_once() {
-        let (files, told) = (RefCell::new("one"), RefCell::new(vec![]));
-        let following = follow(|| *files.borrow(), || told.borrow_mut().push(*files.borrow()));
+        let (files, told) = (RefCell::new(Ok("one")), RefCell::new(vec![]));
+        let following = follow(|| *files.borrow(), |read| told.borrow_mut().push(read.copied()));
         let replacing = async {
-            tokio::time::sleep(LOOK * 3).await;
-            *files.borrow_mut() = "two";
+            for next in [Err("gone"), Ok("two"), Err("gone")] {
+                tokio::time::sleep(LOOK * 3).await;
+                *files.borrow_mut() = next;
+            }
             tokio::time::sleep(LOOK * 3).await;
         };
         tokio::select! {
             () = following => {}
             () = replacing => {}
         }
-        assert_eq!(*told.borrow(), ["one", "two"]);
+        assert_eq!(*told.borrow(), [Ok("one"), Err("gone"), Ok("two"), Err("gone")]);
     }
 }

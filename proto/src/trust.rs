@@ -114,13 +114,11 @@ impl Trust {
 
     /// Swaps for ever what a folder holds where its files change. `failed` is told why what is there cannot be used: what was, goes on.
     pub async fn follow(&self, folder: &Path, failed: impl Fn(MaterialError)) {
-        let files = [material::CHAIN, material::KEY, material::AUTHORITIES];
-        let read = || files.map(|file| std::fs::read(folder.join(file)).ok());
-        let changed = || match Material::read(folder) {
+        let take = |files: Result<&_, _>| match files.and_then(Material::of) {
             Ok(material) => self.swap(material),
             Err(error) => failed(error),
         };
-        files::follow(read, changed).await;
+        files::follow(|| Material::files(folder), take).await;
     }
 
     pub(crate) fn notice(&self, notice: Notice) {

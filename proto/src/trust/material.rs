@@ -52,11 +52,20 @@ pub(super) struct Verified {
 impl Material {
     /// Reads the three files of a folder.
     pub fn read(folder: &Path) -> Result<Self, MaterialError> {
+        Self::of(&Self::files(folder)?)
+    }
+
+    /// What is in the files of a folder.
+    pub(super) fn files(folder: &Path) -> Result<[Vec<u8>; 3], MaterialError> {
         let read = |file: &str| {
             let path = folder.join(file);
             std::fs::read(&path).map_err(|error| MaterialError::Read { path, error })
         };
-        Self::from_pem(&read(CHAIN)?, &read(KEY)?, &read(AUTHORITIES)?)
+        Ok([read(CHAIN)?, read(KEY)?, read(AUTHORITIES)?])
+    }
+
+    pub(super) fn of([chain, key, authorities]: &[Vec<u8>; 3]) -> Result<Self, MaterialError> {
+        Self::from_pem(chain, key, authorities)
     }
 
     pub fn from_pem(chain: &[u8], key: &[u8], authorities: &[u8]) -> Result<Self, MaterialError> {

@@ -82,11 +82,11 @@ impl Clients {
 
     /// Takes over for ever what the folder says. Where it cannot be read, that is told, and those of before go on.
     pub(crate) async fn follow(&self, folder: &Path) {
-        let changed = || match contents(folder) {
-            Ok(files) => self.swap(entries(&files)),
+        let take = |files: Result<&_, ClientsError>| match files {
+            Ok(files) => self.swap(entries(files)),
             Err(error) => tracing::warn!(%error, "the API keys cannot be read; those of before go on"),
         };
-        files::follow(|| contents(folder).ok(), changed).await;
+        files::follow(|| contents(folder), take).await;
     }
 
     /// Knows these from now on. An entry that says nothing of use is a client without a key, whatever it said before: one that was revoked

@@ -38,16 +38,16 @@ pub(crate) struct Https(Arc<RwLock<Arc<ServerConfig>>>);
 impl Https {
     /// Reads the certificate and its key from a folder.
     pub(crate) fn read(folder: &Path) -> Result<Self, HttpsError> {
-        Ok(Self(Arc::new(RwLock::new(config(folder)?))))
+        Ok(Self(Arc::new(RwLock::new(config(&contents(folder)?)?))))
     }
 
     /// Takes over for ever what the folder says; what cannot be used is told, and the certificate of before goes on.
     pub(crate) async fn follow(&self, folder: &Path) {
-        let changed = || match config(folder) {
+        let take = |files: Result<&_, _>| match files.and_then(config) {
             Ok(config) => *self.0.write().unwrap_or_else(PoisonError::into_inner) = config,
             Err(error) => tracing::warn!(%error, "the new certificate for clients is not used"),
         };
-        files::follow(|| [CHAIN, KEY].map(|file| fs::read(folder.join(file)).ok()), changed).await;
+        files::follow(|| contents(folder), take).await;
     }
 
     /// Begins a connection; an error where its client does not speak TLS.
@@ -64,18 +64,21 @@ impl Https {
     }
 }
 
-fn config(folder: &Path) -> Result<Arc<ServerConfig>, HttpsError> {
+/// What is in the files of a folder: the certificate with those that signed it, and the key.
+fn contents(folder: &Path) -> Result<[Vec<u8>; 2], HttpsError> {
     let read = |file: &str| {
         let path = folder.join(file);
         fs::read(&path).map_err(|error| HttpsError::Read { path, error })
     };
+    Ok([read(CHAIN)?, read(KEY)?])
+}
+
+fn config([chain, key]: &[Vec<u8>; 2]) -> Result<Arc<ServerConfig>, HttpsError> {
     let invalid = |file: &'static str, problem: String| HttpsError::Invalid { file, problem };
-    let (chain, key) = (read(CHAIN)?, read(KEY)?);
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&chain).collect();
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain).collect();
     // The parser's own words quote what it read: a key must not get into a log.
     let certificates = certificates.map_err(|_| invalid(CHAIN, "no certificates in PEM".into()))?;
-    let key =
-        PrivateKeyDer::from_pem_slice(&key).map_err(|_| invalid(KEY, "no private key in PEM".into()))?;
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| invalid(KEY, "no private key in PEM".into()))?;
     let versions = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(|error| invalid(CHAIN, error.to_string()))?;

@@ -1,0 +1,77 @@
+//! The programs of the last release beside those of now: an upgrade replaces one before the other. `make skew` builds them.
+
+use std::path::{Path, PathBuf};
+
+use expertmesh_proto::v1::finished::Reason;
+use expertmesh_tests::mesh::{End, Mesh, read, request};
+use expertmesh_tests::process::{Scratch, binary};
+use expertmesh_tests::reference::{Question, reference};
+use expertmesh_tests::up::Up;
+use expertmesh_tests::wait_for;
+
+/// Where the last release's programs are.
+fn last() -> Option<PathBuf> {
+    let last = std::env::var_os("EXPERTMESH_LAST").map(PathBuf::from);
+    if last.is_none() {
+        eprintln!("skipped: `make skew` builds the last release, which this needs");
+    }
+    last
+}
+
+/// A folder with an operator of one version and a worker of another.
+fn folder(scratch: &Scratch, name: &str, operator: &Path, worker: &Path) -> PathBuf {
+    let folder = scratch.path().join(name);
+    std::fs::create_dir(&folder).expect("a folder");
+    std::fs::copy(operator, folder.join("expertmesh")).expect("an operator");
+    std::fs::copy(worker, folder.join("expertmesh-worker")).expect("a worker");
+    folder
+}
+
+#[test]
+fn an_operator_of_either_version_drives_processes_of_the_other() {
+    let Some(last) = last() else { return };
+    let scratch = Scratch::new("skew");
+    let (operator, worker) = (binary("expertmesh"), binary("expertmesh-worker"));
+    let folders = [
+        folder(&scratch, "new-operator", &operator, &last.join("expertmesh-worker")),
+        folder(&scratch, "new-worker", &last.join("expertmesh"), &worker),
+    ];
+    for folder in folders {
+        let program = folder.join("expertmesh");
+        let mut up = Up::start_of(program.to_str().expect("a UTF-8 path"), "skew", ("", ""), &[]);
+        let questions = Question::several(3);
+        let ask = |up: &Up| {
+            for question in &questions {
+                up.api.check_stream(question, |_| {}).expect("the tokens of one process");
+            }
+        };
+        ask(&up);
+        // Placements, drains and reports, both ways.
+        up.edit("replicas: ", "2");
+        wait_for("two workers", || up.is_ready_with(2));
+        ask(&up);
+        up.edit("replicas: ", "3");
+        wait_for("three workers", || up.is_ready_with(3));
+        ask(&up);
+        up.end("TERM");
+    }
+}
+
+#[tokio::test]
+async fn workers_of_two_versions_answer_with_the_same_tokens() {
+    let Some(last) = last() else { return };
+    let mut mesh = Mesh::start("skew", 2).await;
+    mesh.workers[1].kill();
+    mesh.programs.insert(1, last.join("expertmesh-worker").to_str().expect("a UTF-8 path").to_string());
+    mesh.restart(1).await;
+    mesh.place(|slot, expert| expert / 16 == slot).await;
+    for slot in 0..2 {
+        for question in Question::several(2) {
+            let (wanted, mut tokens) = (reference(&question), Vec::new());
+            let mut client = mesh.inference(slot).await;
+            let end = read(&mut client, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
+            assert!(matches!(end, End::Finished(Reason::Stop | Reason::Length)), "{end:?}");
+            assert_eq!(tokens, wanted.tokens, "slot {slot}: {question:?}");
+        }
+    }
+}
