@@ -121,7 +121,9 @@ async fn deploy(context: &Context, found: &Found) -> Result<Deployed, ReconcileE
 
     // tell: status, Events, metrics (writes to the API server)
     let (mistake, scaling) = (mistake.as_ref(), scaled.scaling.as_ref());
-    let tale = Tale { deployment: &deployment, plan: &plan, acted: &acted, mistake, scaling };
+    let authority_follows = soon.is_some();
+    let tale =
+        Tale { deployment: &deployment, plan: &plan, acted: &acted, mistake, scaling, authority_follows };
     let again = tell(context, found, tale).await?;
     Ok(Deployed { result: acted.result, again: soon.map_or(again, |soon| soon.min(again)) })
 }

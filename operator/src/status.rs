@@ -10,11 +10,13 @@ pub(crate) mod words;
 use expertmesh_decide::action::Desired;
 use expertmesh_decide::observation::Observation;
 use expertmesh_decide::placement::imbalance;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use crate::api::{ModelDeploymentStatus, PlacementStatus};
 use crate::metrics::deployments::Figures;
 use crate::objects::names::{Component, query};
 
+use condition::{Kind, condition};
 use serving::{Experts, answering};
 use situation::Situation;
 
@@ -43,6 +45,20 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
         }),
         autoscaling: situation.scaling.map(|scaling| scaling.status.clone()),
     }
+}
+
+/// The status where nothing can be seen, since no process believes this operator's authority yet: that of before, which is as true as it was, and
+/// what there is to say of the authority.
+pub(crate) fn unseen(
+    before: &ModelDeploymentStatus,
+    computed: &ModelDeploymentStatus,
+) -> ModelDeploymentStatus {
+    let mut unseen = before.clone();
+    if let Some(encrypted) = condition(computed, Kind::Encrypted) {
+        let same = |condition: &&mut Condition| condition.type_ == encrypted.type_;
+        unseen.conditions.iter_mut().filter(same).for_each(|was| was.clone_from(encrypted));
+    }
+    unseen
 }
 
 /// What the metrics show of the same observation.

@@ -14,6 +14,8 @@ pub mod invalid;
 pub mod latency;
 pub mod listen;
 pub mod placement;
+#[cfg(test)]
+mod released;
 pub mod slot;
 pub mod trust;
 pub mod v1;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use expertmesh_decide::observation::{Observation, Seen};
 use expertmesh_decide::rollout::Rollout;
 use jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
@@ -18,7 +19,7 @@ use crate::apply::ApiError;
 use crate::events;
 use crate::objects::names::EXPERTMESH;
 use crate::status::situation::{NextRevision, Scaling, Situation};
-use crate::status::{figures, status};
+use crate::status::{figures, status, unseen};
 use crate::validate::ValidatedDeployment;
 
 /// When to look again where nothing is under way. Watches and reports tell of changes at once.
@@ -34,11 +35,13 @@ pub(super) struct Tale<'a> {
     /// Why the spec is not carried out.
     pub(super) mistake: Option<&'a ReconcileError>,
     pub(super) scaling: Option<&'a Scaling>,
+    /// Whether pods still have to learn of this operator's authority.
+    pub(super) authority_follows: bool,
 }
 
 /// Tells how the deployment is, and says when to look again.
 pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Result<Duration, ApiError> {
-    let Tale { deployment, plan, acted, mistake, scaling } = tale;
+    let Tale { deployment, plan, acted, mistake, scaling, authority_follows } = tale;
     let key = found.owner.key();
     let Decided { observed: serving, decision } = acted.sides.serving();
     let wanted = &acted.sides.wanted.observed;
@@ -54,6 +57,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         serving: &plan.serving,
         model: serving.revision.model(),
         is_identified: serving.revision.is_identified(),
+        authority_follows,
         url: found.owner.url(serving.revision.is_encrypted()),
         seen: &serving.seen,
         is_tried: serving.revision.is_tried,
@@ -66,8 +70,12 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         before: &before,
         now: Timestamp::now(),
     });
-    let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
-    context.metrics.deployments.show(&key, figures);
+    let is_unseen = authority_follows && !before.conditions.is_empty() && is_silent(&serving.seen);
+    let after = if is_unseen { unseen(&before, &after) } else { after };
+    if !is_unseen {
+        let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
+        context.metrics.deployments.show(&key, figures);
+    }
     context.metrics.deployments.show_conditions(&key, &after.conditions);
     write(context, &found.object, &before, &after).await?;
     let settled = decision.waiting_for.is_empty() && decision.actions.is_empty();
@@ -77,6 +85,12 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         return Ok(if other_writer.is_some() { CONFLICTED } else { LATER });
     }
     Ok(context.memory.pause(&key, before != after))
+}
+
+/// Whether all processes run, as far as their pods tell, and none says anything.
+fn is_silent(seen: &Observation) -> bool {
+    let silent = |seen: &Seen| seen.is_started && seen.report.is_none() && seen.failure.is_none();
+    seen.workers.values().chain(&seen.frontends).all(silent)
 }
 
 /// Writes a status where it changed, by server-side apply, so that a field that is left out goes away.

@@ -42,6 +42,10 @@ pub(super) fn all(situation: &Situation, experts: &Experts) -> Vec<Condition> {
 
 fn encrypted(situation: &Situation) -> Verdict {
     match situation.is_identified {
+        true if situation.authority_follows => Verdict::yes(
+            Reason::AuthorityFollows,
+            "another authority follows the one of before: its pods learn of it within three minutes, and answer meanwhile",
+        ),
         true => Verdict::yes(
             Reason::Identities,
             "calls between its parts are TLS, with an identity on both sides",

@@ -20,6 +20,8 @@ pub(crate) struct Situation<'a> {
     pub(crate) model: Option<String>,
     /// Whether its pods have identities.
     pub(crate) is_identified: bool,
+    /// Whether its pods still have to learn of this operator's authority, which follows another.
+    pub(crate) authority_follows: bool,
     /// Where clients reach it.
     pub(crate) url: String,
     pub(crate) seen: &'a Observation,

@@ -125,6 +125,7 @@ fn computed_with(
         serving: "1a2b3c4d",
         model: Some("file:///models/tiny-r1".into()),
         is_identified: true,
+        authority_follows: false,
         url: owner.url(false),
         seen,
         is_tried: seen.ready_workers() > 0,
@@ -342,4 +343,18 @@ fn what_the_api_server_does_not_take_of_a_first_revision_is_why_it_is_not_ready(
         ("True".into(), "ApiRejected".into())
     );
     assert_eq!(beside.next_revision.unwrap().error.as_deref(), Some("cannot apply StatefulSet m"));
+}
+
+#[test]
+fn what_cannot_be_seen_while_one_authority_follows_another_stays_as_it_was() {
+    let before = computed(&desired(2), &healthy());
+    let silent = Observation::default();
+    let mut computed = computed_after(&before, &desired(2), &silent, at("2026-11-24T13:00:00Z"));
+    assert_ne!(told(&computed, Kind::Ready).0, "True");
+    let encrypted = computed.conditions.iter_mut().find(|condition| condition.type_ == "Encrypted").unwrap();
+    encrypted.reason = "AuthorityFollows".into();
+    let unseen = unseen(&before, &computed);
+    assert_eq!(told(&unseen, Kind::Encrypted).1, "AuthorityFollows");
+    assert_eq!(told(&unseen, Kind::Ready), told(&before, Kind::Ready));
+    assert_eq!((unseen.workers, unseen.observed_generation), (before.workers, before.observed_generation));
 }

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A process of an installation. One authority, one installation.
+/// A process of an installation.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Identity {
+    /// The name of the authority that signed: another one follows it where it is lost, and both are believed meanwhile.
     pub installation: String,
     pub who: Who,
 }

@@ -219,19 +219,22 @@ async fn a_client_gives_nothing_to_whoever_is_not_whom_it_called() {
 }
 
 #[tokio::test]
-async fn one_authority_follows_another_without_a_restart_and_connections_stay() {
+async fn one_authority_follows_another_without_a_restart_or_a_refusal_and_connections_stay() {
     let scene = Scene::new().await;
     let before = scene.connect(&scene.leaf(&Who::Operator)).await;
     assert_eq!(calls(before.clone()).await[0], YES);
 
-    // Both are believed for a while, and the leaf is of the new one.
-    let next = Authority::new("one").unwrap();
+    // Both are believed for a while, and the leaf is of the new one: files do not come to all at the same moment.
+    let next = Authority::new("two").unwrap();
     let renewed = next.leaf(&ours(Component::Worker)).unwrap();
     scene.trust.swap(material(&renewed, &[&scene.authority, &next]));
-    let of_next = client(&next.leaf(&Who::Operator).unwrap(), &next);
-    let callee = of_next.member(deployment("a", "m"), Component::Worker);
-    let after = connect(&scene.address, &HOW, Some(&callee)).await.unwrap();
-    assert_eq!(calls(after).await[0], YES);
+    let leaves = [scene.leaf(&ours(Component::Frontend)), next.leaf(&ours(Component::Frontend)).unwrap()];
+    for leaf in leaves {
+        let frontend = Trust::new(material(&leaf, &[&scene.authority, &next]), |_| {});
+        let callee = frontend.sibling(Component::Worker).unwrap();
+        let after = connect(&scene.address, &HOW, Some(&callee)).await.unwrap();
+        assert_eq!(calls(after).await, [YES, NO, NO, NO, YES]);
+    }
     assert_eq!(calls(before).await[0], YES, "what is up stays up");
 }
 
