@@ -34,6 +34,8 @@ const AUTHORITY_CHAIN: &str = "ca.crt";
 const AUTHORITY_KEY: &str = "ca.key";
 /// When the first of the authorities that are believed was added to them.
 const SINCE: &str = "ca.since";
+/// When leaves of the first of them took the place of another's.
+const SHOWN: &str = "ca.shown";
 /// How many authorities are believed: one that took another's place, and those before it.
 const BELIEVED: usize = 3;
 /// How long kubelets take at most to bring what a Secret has to all pods. Until then nobody shows what others do not believe yet.
@@ -275,11 +277,11 @@ fn fingerprint(certificate: &str) -> String {
 /// What has to be written for a deployment.
 #[derive(Debug, Default, PartialEq)]
 struct Due {
-    /// The authorities that are believed, where ours is not among them yet.
+    /// The authorities that are believed, where ours is not among them yet, and since when they are and its leaves are shown.
     bundle: BTreeMap<String, Option<ByteString>>,
     /// Whether leaves are to be made.
     leaves: bool,
-    /// When to look again, where leaves wait until everybody believes ours.
+    /// When to look again, where our authority follows another: when all pods know it, and then when all show its leaves.
     again: Option<Duration>,
 }
 
@@ -305,11 +307,19 @@ fn due(data: &Data, name: &str, ours: &str, now: Timestamp) -> Due {
     let is_fresh = since(&issued(name)).is_some_and(|age| age < RENEWED);
     match text(&signer(name)) {
         None => due.leaves = true,
-        Some(_) if is_ours => due.leaves = !is_fresh,
+        Some(_) if is_ours => {
+            due.leaves = !is_fresh;
+            // Leaves that took the place of another authority's have to come to all pods, too.
+            due.again = SPREADS.checked_sub(since(SHOWN).unwrap_or(SPREADS)).filter(|rest| !rest.is_zero());
+        }
         Some(_) => {
             let spread = if is_known { since(SINCE).unwrap_or(SPREADS) } else { Duration::ZERO };
             due.again = SPREADS.checked_sub(spread).filter(|rest| !rest.is_zero());
             due.leaves = due.again.is_none();
+            if due.leaves {
+                due.bundle.insert(SHOWN.into(), Some(ByteString(now.to_string().into_bytes())));
+                due.again = Some(SPREADS);
+            }
         }
     }
     due
@@ -370,9 +380,15 @@ mod tests {
         assert_eq!(believed(&data), [TWO, ONE], "the leaves of before are believed meanwhile");
         assert_eq!(due(&data, "m", TWO, at(160)).again, Some(SPREADS - Duration::from_secs(60)));
         let spread = due(&data, "m", TWO, at(100 + 180));
-        assert!(spread.leaves && spread.again.is_none());
+        assert!(spread.leaves && spread.again == Some(SPREADS));
         let data = written(data, &spread, TWO, at(280));
-        assert_eq!(due(&data, "m", TWO, at(300)), Due::default());
+        let shown = due(&data, "m", TWO, at(300));
+        assert_eq!(shown.again, Some(SPREADS - Duration::from_secs(20)), "they are on their way to the pods");
+        assert!(!shown.leaves && shown.bundle.is_empty());
+        assert_eq!(due(&data, "m", TWO, at(280 + 180)), Due::default());
+        // The one of before is restored: everybody believes it.
+        let restored = due(&data, "m", ONE, at(1000));
+        assert!(restored.leaves && restored.again == Some(SPREADS));
     }
 
     #[test]

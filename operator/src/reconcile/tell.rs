@@ -70,7 +70,7 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         before: &before,
         now: Timestamp::now(),
     });
-    let is_unseen = authority_follows && !before.conditions.is_empty() && is_silent(&serving.seen);
+    let is_unseen = authority_follows && !before.conditions.is_empty() && has_silent(&serving.seen);
     let after = if is_unseen { unseen(&before, &after) } else { after };
     if !is_unseen {
         let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
@@ -87,10 +87,10 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     Ok(context.memory.pause(&key, before != after))
 }
 
-/// Whether all processes run, as far as their pods tell, and none says anything.
-fn is_silent(seen: &Observation) -> bool {
-    let silent = |seen: &Seen| seen.is_started && seen.report.is_none() && seen.failure.is_none();
-    seen.workers.values().chain(&seen.frontends).all(silent)
+/// Whether a process says nothing, though it runs, as far as its pod tells.
+fn has_silent(seen: &Observation) -> bool {
+    let is_silent = |seen: &Seen| seen.is_started && seen.report.is_none() && seen.failure.is_none();
+    seen.workers.values().chain(&seen.frontends).any(is_silent)
 }
 
 /// Writes a status where it changed, by server-side apply, so that a field that is left out goes away.

@@ -44,7 +44,7 @@ fn encrypted(situation: &Situation) -> Verdict {
     match situation.is_identified {
         true if situation.authority_follows => Verdict::yes(
             Reason::AuthorityFollows,
-            "another authority follows the one of before: its pods learn of it within three minutes, and answer meanwhile",
+            "another authority follows the one of before: its pods learn of it within six minutes, and answer meanwhile",
         ),
         true => Verdict::yes(
             Reason::Identities,
