@@ -8,7 +8,7 @@ FUZZ_SECONDS = 60
 
 export PATH := $(CURDIR)/target/cluster/bin:$(CURDIR)/target/tools/bin:$(CURDIR)/target/release:$(PATH)
 
-.PHONY: help up test build soak skew fuzz bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image audit
+.PHONY: help up test build soak skew fuzz bench setup fmt lint generated check-generated cluster cluster-load monitoring cluster-down image sbom audit
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -87,6 +87,13 @@ cluster-down: ## take the cluster away; its binaries stay
 
 image: build ## the image expertmesh.dev/expertmesh:dev, as target/image/expertmesh.tar
 	@deploy/image.sh
+
+sbom: ## what the image's programs are made of, as CycloneDX: target/sbom
+	@command -v cargo-cyclonedx >/dev/null || $(CARGO) install --locked --root target/tools cargo-cyclonedx
+	@mkdir -p target/sbom
+	$(CARGO) cyclonedx --format json --spec-version 1.5 --describe binaries --no-build-deps --quiet
+	@for folder in operator operator/traffic worker; do mv $$folder/*_bin.cdx.json target/sbom; done && rm -f */*_bin.cdx.json
+	@ls target/sbom
 
 audit: ## dependencies: bans, licences, sources
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --root target/tools cargo-deny
