@@ -2,10 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use expertmesh_proto::v1::finished::Reason;
-use expertmesh_tests::mesh::{End, Mesh, read, request};
 use expertmesh_tests::process::{Scratch, binary};
-use expertmesh_tests::reference::{Question, reference};
+use expertmesh_tests::reference::Question;
 use expertmesh_tests::up::Up;
 use expertmesh_tests::wait_for;
 
@@ -54,24 +52,5 @@ fn an_operator_of_either_version_drives_processes_of_the_other() {
         wait_for("three workers", || up.is_ready_with(3));
         ask(&up);
         up.end("TERM");
-    }
-}
-
-#[tokio::test]
-async fn workers_of_two_versions_answer_with_the_same_tokens() {
-    let Some(last) = last() else { return };
-    let mut mesh = Mesh::start("skew", 2).await;
-    mesh.workers[1].kill();
-    mesh.programs.insert(1, last.join("expertmesh-worker").to_str().expect("a UTF-8 path").to_string());
-    mesh.restart(1).await;
-    mesh.place(|slot, expert| expert / 16 == slot).await;
-    for slot in 0..2 {
-        for question in Question::several(2) {
-            let (wanted, mut tokens) = (reference(&question), Vec::new());
-            let mut client = mesh.inference(slot).await;
-            let end = read(&mut client, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
-            assert!(matches!(end, End::Finished(Reason::Stop | Reason::Length)), "{end:?}");
-            assert_eq!(tokens, wanted.tokens, "slot {slot}: {question:?}");
-        }
     }
 }

@@ -24,13 +24,20 @@ fn models(scratch: &Scratch, count: usize, wrong: usize, is_wrong: impl Fn(&str)
     models
 }
 
-/// Asks a worker, whose answer is to be the one of a process that is alone.
+/// Asks a worker, whose answer is to be the one of a process that is alone. Where it hands the sequence back, since a copy came into doubt, it
+/// is asked to go on, as a frontend does.
 async fn answers(mesh: &Mesh, slot: u32) {
     let question = Question::greedy("What is 46 + 37?");
     let (wanted, mut tokens) = (reference(&question), Vec::new());
     let mut client = mesh.inference(slot).await;
-    let end = read(&mut client, request(&question, &wanted, &[]), |token| tokens.push(token)).await;
-    assert!(matches!(end, End::Finished(Reason::Stop | Reason::Length)), "{end:?}");
+    loop {
+        let known = tokens.clone();
+        match read(&mut client, request(&question, &wanted, &known), |token| tokens.push(token)).await {
+            End::Finished(Reason::Move) => {}
+            End::Finished(Reason::Stop | Reason::Length) => break,
+            end => panic!("{end:?}"),
+        }
+    }
     assert_eq!(tokens, wanted.tokens);
 }
 
@@ -120,5 +127,23 @@ async fn where_nobody_knows_which_of_two_copies_is_right_none_makes_a_token() {
     mesh.restart(1).await;
     mesh.place(|_, _| true).await;
     assert_eq!(mesh.workers[1].wait().code(), Some(1));
+    answers(&mesh, 0).await;
+}
+
+#[tokio::test]
+async fn a_worker_that_answers_with_its_other_experts_is_not_believed_for_it() {
+    let scratch = Scratch::new("copies");
+    // Slot 1 is wrong in what slot 0 holds, and computes rows with what it holds itself.
+    let models = models(&scratch, 2, 1, |tensor| tensor.contains(".experts.4."));
+    let mut mesh = Mesh::unplaced("others", models, &[], ANYWHERE);
+    mesh.place(|slot, expert| expert % 2 == slot).await;
+    until_ready(&mesh, &[0, 1]).await;
+    answers(&mesh, 0).await;
+    let served = metrics(&mesh.addresses[1]);
+    let rows = served.lines().find(|line| line.starts_with("expertmesh_worker_rows_served_total"));
+    assert!(rows.is_some_and(|line| !line.ends_with(" 0")), "{served}");
+    mesh.place(|slot, expert| expert % 2 == slot || expert == 4).await;
+    assert_eq!(mesh.workers[1].wait().code(), Some(1));
+    mesh.until(0, "still ready", |report| report.state() == State::Ready).await;
     answers(&mesh, 0).await;
 }

@@ -16,7 +16,7 @@ pub struct ReadWeights {
     pub dense: u32,
     /// Of the experts' packed bytes.
     pub experts: BTreeMap<ExpertId, u32>,
-    /// Whether tokens were made with these weights.
+    /// Whether tokens were made with these weights, and with all that was said before them.
     pub answered: bool,
 }
 

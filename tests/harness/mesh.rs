@@ -1,6 +1,6 @@
 //! Workers as processes, placed by the test in the operator's stead.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use expertmesh_model::expert::ExpertId;
@@ -37,8 +37,6 @@ pub struct Mesh {
     pub anywhere: &'static str,
     /// The directory of each slot's model.
     pub models: Vec<PathBuf>,
-    /// The programs of slots that run another than the one of now.
-    pub programs: BTreeMap<u32, String>,
 }
 
 impl Mesh {
@@ -66,9 +64,7 @@ impl Mesh {
     pub fn unplaced(name: &str, models: Vec<PathBuf>, flags: &[&str], anywhere: &'static str) -> Self {
         let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
         let (workers, addresses, draining) = (Vec::new(), Vec::new(), BTreeSet::new());
-        let programs = BTreeMap::new();
-        let mut mesh =
-            Self { scratch, workers, addresses, epoch: 0, draining, flags, anywhere, models, programs };
+        let mut mesh = Self { scratch, workers, addresses, epoch: 0, draining, flags, anywhere, models };
         mesh.workers = (0..mesh.models.len() as u32).map(|slot| mesh.start_worker(slot)).collect();
         mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
         mesh
@@ -86,8 +82,7 @@ impl Mesh {
         let anywhere = self.anywhere;
         let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];
         let flags: Vec<&str> = args.into_iter().chain(self.flags.iter().map(String::as_str)).collect();
-        let program = self.programs.get(&slot).map_or("expertmesh-worker", String::as_str);
-        Process::start(&self.scratch, &name, program, &flags)
+        Process::start(&self.scratch, &name, "expertmesh-worker", &flags)
     }
 
     /// Pushes a new placement to every worker that answers.

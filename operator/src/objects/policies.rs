@@ -13,18 +13,26 @@ use serde_json::Value;
 use super::names::{Component, Labels, NAME, Owner, matching};
 use super::ports;
 
-/// Names are asked for over UDP, and over TCP where an answer is long.
-const DNS: i32 = 53;
+/// Names are asked for over UDP, and over TCP where an answer is long. Policies see the ports of pods: a Service of 53 may lead to 5353.
+const DNS: [i32; 2] = [53, 5353];
 
 /// Whom the pods of all deployments let in and what they may reach, beside their own deployment's: the chart's `networkPolicies`.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Around {
     /// Who may scrape and probe; empty: anybody.
     metrics_from: Vec<NetworkPolicyPeer>,
     /// Who may ask frontends; empty: anybody.
     clients_from: Vec<NetworkPolicyPeer>,
-    /// What pods may reach beside names, workers and their collector.
+    /// Whether pods may reach names, workers, their collector and `egress` only.
+    restrict_egress: bool,
     egress: Vec<NetworkPolicyEgressRule>,
+}
+
+impl Default for Around {
+    /// In: anybody who scrapes or asks. Out: nothing else.
+    fn default() -> Self {
+        Self { metrics_from: Vec::new(), clients_from: Vec::new(), restrict_egress: true, egress: Vec::new() }
+    }
 }
 
 /// What is read of [`Around`] as JSON.
@@ -33,6 +41,7 @@ pub(crate) struct Around {
 struct Written {
     metrics_from: Vec<Value>,
     clients_from: Vec<Value>,
+    restrict_egress: Option<bool>,
     egress: Vec<Value>,
 }
 
@@ -42,11 +51,12 @@ impl std::str::FromStr for Around {
     /// Reads `{"metricsFrom": [NetworkPolicyPeer…], "clientsFrom": […], "egress": [NetworkPolicyEgressRule…]}`. A field that Kubernetes does
     /// not know is an error, and so is a peer that names nobody: either would let in more than was meant.
     fn from_str(json: &str) -> Result<Self, String> {
-        let Written { metrics_from, clients_from, egress } =
+        let Written { metrics_from, clients_from, restrict_egress, egress } =
             serde_json::from_str(json).map_err(|error| error.to_string())?;
         let around = Self {
             metrics_from: strictly("metricsFrom", metrics_from)?,
             clients_from: strictly("clientsFrom", clients_from)?,
+            restrict_egress: restrict_egress.unwrap_or(true),
             egress: strictly("egress", egress)?,
         };
         let lists = [("metricsFrom", &around.metrics_from), ("clientsFrom", &around.clients_from)];
@@ -152,7 +162,7 @@ fn policy(
     };
     let workers = vec![pods(owner, Component::Worker)];
     let mut egress = vec![
-        to(vec![over("UDP", DNS), over("TCP", DNS)], Vec::new()),
+        to(DNS.into_iter().flat_map(|port| [over("UDP", port), over("TCP", port)]).collect(), Vec::new()),
         to(vec![over("TCP", ports::GRPC_NUMBER)], workers),
     ];
     egress.extend(collector.map(|port| to(vec![over("TCP", port.into())], Vec::new())));
@@ -161,9 +171,12 @@ fn policy(
         metadata: owner.metadata(name, owner.labels_of(component, None)),
         spec: Some(NetworkPolicySpec {
             pod_selector: Some(matching(owner.selector(component))),
-            policy_types: Some(vec!["Ingress".into(), "Egress".into()]),
+            policy_types: Some(match around.restrict_egress {
+                true => vec!["Ingress".into(), "Egress".into()],
+                false => vec!["Ingress".into()],
+            }),
             ingress: Some(ingress),
-            egress: Some(egress),
+            egress: around.restrict_egress.then_some(egress),
         }),
     }
 }
@@ -182,6 +195,7 @@ mod tests {
         let all: Around = all.parse().unwrap();
         assert_eq!((all.metrics_from.len(), all.clients_from.len(), all.egress.len()), (1, 0, 1));
         assert_eq!("{}".parse::<Around>().unwrap(), Around::default());
+        assert!(!r#"{"restrictEgress": false}"#.parse::<Around>().unwrap().restrict_egress);
 
         let refused = |json: &str| json.parse::<Around>().unwrap_err();
         assert!(refused(r#"{"metricFrom": []}"#).contains("metricFrom"));

@@ -70,7 +70,12 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
         before: &before,
         now: Timestamp::now(),
     });
-    let is_unseen = authority_follows && !before.conditions.is_empty() && has_silent(&serving.seen);
+    let is_told = before.conditions.is_empty() || obstacle.is_some() || plan.next.is_some();
+    let is_unseen = authority_follows
+        && serving.revision.is_identified()
+        && !is_told
+        && has_silent(&serving.seen)
+        && !has_failed(&serving.seen);
     let after = if is_unseen { unseen(&before, &after) } else { after };
     if !is_unseen {
         let figures = figures(&deployment.desired, deployment.frontends, &serving.seen);
@@ -87,9 +92,14 @@ pub(super) async fn tell(context: &Context, found: &Found, tale: Tale<'_>) -> Re
     Ok(context.memory.pause(&key, before != after))
 }
 
+/// Whether a pod tells of a failure.
+fn has_failed(seen: &Observation) -> bool {
+    seen.workers.values().chain(&seen.frontends).any(|seen| seen.failure.is_some())
+}
+
 /// Whether a process says nothing, though it runs, as far as its pod tells.
 fn has_silent(seen: &Observation) -> bool {
-    let is_silent = |seen: &Seen| seen.is_started && seen.report.is_none() && seen.failure.is_none();
+    let is_silent = |seen: &Seen| seen.is_started && seen.report.is_none();
     seen.workers.values().chain(&seen.frontends).any(is_silent)
 }
 

@@ -56,7 +56,7 @@ impl Responses {
     /// Says what this worker has read since it last said so: what is put afterwards comes afterwards.
     fn tell(&self, weights: &Weights) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(news) = told.news(weights) {
+        while let Some(news) = told.news(weights) {
             self.put(Response::Weights(news.to_proto()));
         }
     }
@@ -109,12 +109,13 @@ impl ExpertExchange for Served {
         let hello = hello(&mut requests).await?;
         let identity = &exchange.shared.identity;
         identity.admit_peer(hello.caller.as_ref())?;
-        // Four more, for the welcome, a heartbeat, what it says of weights, and the departure. It costs memory only where it is used.
-        let (sender, receiver) = mpsc::channel(MAX_TICKETS * (exchange.shared.limits.max_parts() + 1) + 4);
-        let (told, weights) = Told::all(&exchange.shared.weights);
+        // Eight more, for the welcome, a heartbeat, what each of them says of weights, and the departure. It costs memory only where it is used.
+        let (sender, receiver) = mpsc::channel(MAX_TICKETS * (exchange.shared.limits.max_parts() + 2) + 8);
+        let (told, weights) = Told::first(&exchange.shared.weights);
         let (callee, slot) = (Some(identity.caller(0)), identity.slot.0);
         let responses = Responses { sender, told: Arc::new(Mutex::new(told)) };
         responses.put(Response::Welcome(v1::Welcome { callee, slot, weights: Some(weights.to_proto()) }));
+        responses.tell(&exchange.shared.weights);
         let relying = Some(Relying::on(&exchange.relying));
         let pump = Pump {
             exchange,
@@ -313,6 +314,11 @@ pub(crate) fn run<B: Backend>(
         {
             waiting.push_back(job);
         }
+        if let Some(doubt) = shared.weights.own_doubt() {
+            // Nobody's token is made with this copy.
+            waiting.drain(..).for_each(|job| job.refuse(Status::failed_precondition(doubt.to_string())));
+            continue;
+        }
         let together = of_one_layer(&mut waiting);
         serve(backend, &mut queue, shared, &together);
     }
@@ -380,9 +386,16 @@ fn serve<B: Backend>(backend: &B, queue: &mut B::Queue, shared: &Shared, jobs: &
 }
 
 impl Job {
+    /// Ends the peer's stream, which tells it that none of its tickets is answered.
+    fn refuse(self, status: Status) {
+        let _ = self.responses.sender.try_send(Err(status));
+    }
+
     /// Puts the answer onto the peer's stream, which has room: a peer has few tickets under way.
     fn answer(&self, shared: &Shared, missing: &[u32], values: &[u16]) {
-        shared.weights.answers();
+        if !values.is_empty() {
+            shared.weights.answers();
+        }
         self.responses.tell(&shared.weights);
         for part in answer_parts(self.ticket, missing, values, &shared.limits) {
             self.responses.put(Response::Answer(part));

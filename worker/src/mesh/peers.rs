@@ -66,7 +66,6 @@ impl Peers {
     }
 
     fn adopt(&self, placement: &Placement) {
-        self.shared.weights.keep(&placement.workers().iter().map(|worker| worker.slot).collect());
         let mut links = self.lock();
         links.retain(|&slot, kept| {
             let stays = placement.worker(slot).is_some();
@@ -75,6 +74,7 @@ impl Peers {
             }
             stays
         });
+        self.shared.weights.keep(&placement.workers().iter().map(|worker| worker.slot).collect());
         for worker in placement.workers().iter().filter(|worker| worker.slot != self.shared.identity.slot) {
             match links.get(&worker.slot) {
                 Some(kept) => drop(kept.addresses.send_replace(worker.addresses.clone())),

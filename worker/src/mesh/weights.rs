@@ -6,33 +6,52 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use expertmesh_engine::{Checksums, ExpertStore};
+use expertmesh_engine::ExpertStore;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::slot::Slot;
 use expertmesh_proto::weights::ReadWeights;
 use tokio::sync::watch;
 
+/// How long after an expert could not be read that decides between two copies it is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
 /// How this worker's own copy stands, for the thread that makes tokens.
 #[derive(Debug, Default)]
 pub(crate) struct Standing {
-    answered: AtomicBool,
+    /// How many experts of this worker were known when a token was made last: tokens were made with those.
+    answered: AtomicUsize,
+    has_answered: AtomicBool,
     doubted: AtomicBool,
+    doubts: AtomicU64,
 }
 
 impl Standing {
-    /// A token was made with these weights, by this worker or by a peer whose rows it computed.
-    pub(crate) fn answers(&self) {
-        if !self.answered.load(Ordering::Relaxed) {
-            self.answered.store(true, Ordering::Relaxed);
+    /// A token was made, by this worker or by a peer whose rows it computed, when so many experts were known here.
+    pub(crate) fn answers(&self, known: usize) {
+        if self.answered.load(Ordering::Relaxed) < known {
+            self.answered.fetch_max(known, Ordering::Relaxed);
+        }
+        if !self.has_answered.load(Ordering::Relaxed) {
+            self.has_answered.store(true, Ordering::Relaxed);
         }
     }
 
     /// Whether no token may be made with these weights.
     pub(crate) fn is_doubted(&self) -> bool {
         self.doubted.load(Ordering::SeqCst)
+    }
+
+    /// Counts the copies that came into doubt, peers' included: what a sequence has in its cache may be made with them.
+    pub(crate) fn doubts(&self) -> u64 {
+        self.doubts.load(Ordering::SeqCst)
+    }
+
+    fn has_answered(&self) -> Option<usize> {
+        self.has_answered.load(Ordering::Relaxed).then(|| self.answered.load(Ordering::Relaxed))
     }
 }
 
@@ -58,57 +77,100 @@ impl fmt::Display for Part {
 pub(crate) struct Doubt {
     part: Part,
     /// Who read what of it, ascending.
-    read: Vec<(Slot, u32)>,
+    read: Vec<(Reader, u32)>,
     /// Whether others are believed; else nobody is.
     pub(crate) wrong: bool,
 }
 
+impl Doubt {
+    fn new(part: Part, words: &Words, wrong: bool) -> Self {
+        Self { part, read: words.iter().map(|(reader, word)| (*reader, word.crc32c)).collect(), wrong }
+    }
+}
+
 impl fmt::Display for Doubt {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let read: Vec<String> =
-            self.read.iter().map(|(slot, crc32c)| format!("{crc32c:08x} in slot {slot}")).collect();
+        let said = |(Reader { slot, is_former }, crc32c): &(Reader, u32)| {
+            let before = if *is_former { ", of the process before" } else { "" };
+            format!("{crc32c:08x} in slot {slot}{before}")
+        };
+        let read: Vec<String> = self.read.iter().map(said).collect();
         write!(f, "the copies of the weights differ: CRC-32C of {} is {}", self.part, read.join(", "))
     }
 }
 
-/// Finds whose copy is not believed. `read` has the parts that were read as more than one, with who read what, ascending;
-/// `answered` are those by whose weights tokens were made.
-fn judge(read: &BTreeMap<Part, Vec<(Slot, u32)>>, answered: &BTreeSet<Slot>) -> BTreeMap<Slot, Doubt> {
-    let mut doubts: BTreeMap<Slot, Doubt> = BTreeMap::new();
+/// Who read something: the process of a slot, or the one that had the slot before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Reader {
+    slot: Slot,
+    is_former: bool,
+}
+
+impl Reader {
+    fn now(slot: Slot) -> Self {
+        Self { slot, is_former: false }
+    }
+
+    fn former(slot: Slot) -> Self {
+        Self { slot, is_former: true }
+    }
+}
+
+/// What was read of a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Word {
+    crc32c: u32,
+    /// Whether tokens were made with it.
+    answered: bool,
+}
+
+type Words = BTreeMap<Reader, Word>;
+
+/// Finds whose copy is not believed, of those that read the parts of which not all read the same.
+fn judge(read: &BTreeMap<Part, Words>) -> BTreeMap<Reader, Doubt> {
+    let mut doubts: BTreeMap<Reader, Doubt> = BTreeMap::new();
     // Who has a wrong copy of one part has no say in another.
-    let said = |doubts: &BTreeMap<Slot, Doubt>, read: &[(Slot, u32)]| -> Vec<(Slot, u32)> {
-        read.iter().copied().filter(|(slot, _)| !doubts.contains_key(slot)).collect()
+    let said = |doubts: &BTreeMap<Reader, Doubt>, words: &Words| -> Words {
+        words
+            .iter()
+            .filter(|(reader, _)| !doubts.contains_key(reader))
+            .map(|(&reader, &word)| (reader, word))
+            .collect()
     };
     loop {
         let before = doubts.len();
-        for (&part, read) in read {
-            let said = said(&doubts, read);
-            let Some(believed) = believed(&said, answered) else { continue };
-            let doubt = Doubt { part, read: said.clone(), wrong: true };
-            let others = said.iter().filter(|(_, crc32c)| *crc32c != believed);
-            doubts.extend(others.map(|(slot, _)| (*slot, doubt.clone())));
+        for (&part, words) in read {
+            let said = said(&doubts, words);
+            let Some(believed) = believed(&said) else { continue };
+            let doubt = Doubt::new(part, &said, true);
+            let others = said.iter().filter(|(_, word)| word.crc32c != believed);
+            doubts.extend(others.map(|(reader, _)| (*reader, doubt.clone())));
         }
         if doubts.len() == before {
             break;
         }
     }
-    let undecided: Vec<_> = read.iter().map(|(&part, read)| (part, said(&doubts, read))).collect();
-    for (part, read) in undecided {
-        if read.iter().any(|(_, crc32c)| *crc32c != read[0].1) {
-            let doubt = Doubt { part, read: read.clone(), wrong: false };
-            doubts.extend(read.iter().map(|(slot, _)| (*slot, doubt.clone())));
-        }
+    let undecided: Vec<_> = read.iter().map(|(&part, words)| (part, said(&doubts, words))).collect();
+    for (part, said) in undecided.iter().filter(|(_, said)| differ(said)) {
+        let doubt = Doubt::new(*part, said, false);
+        doubts.extend(said.keys().map(|reader| (*reader, doubt.clone())));
     }
     doubts
 }
 
+fn differ(words: &Words) -> bool {
+    let mut sums = words.values().map(|word| word.crc32c);
+    let first = sums.next();
+    sums.any(|crc32c| Some(crc32c) != first)
+}
+
 /// The checksum that most read, or of as many those with which tokens were made; `None` where that is no single one, or one worker's word.
-fn believed(read: &[(Slot, u32)], answered: &BTreeSet<Slot>) -> Option<u32> {
+fn believed(words: &Words) -> Option<u32> {
     let mut weight: BTreeMap<u32, (usize, bool)> = BTreeMap::new();
-    for (slot, crc32c) in read {
-        let (count, has_answered) = weight.entry(*crc32c).or_default();
+    for word in words.values() {
+        let (count, answered) = weight.entry(word.crc32c).or_default();
         *count += 1;
-        *has_answered |= answered.contains(slot);
+        *answered |= word.answered;
     }
     let (&first, &most) = weight.iter().max_by_key(|(_, weight)| **weight)?;
     let alone = weight.iter().all(|(crc32c, weight)| *crc32c == first || *weight < most);
@@ -126,43 +188,68 @@ pub(crate) struct Weights {
 
 #[derive(Default)]
 struct Table {
-    /// Of each part, who read what, ascending. A slot's stays while the placement has the slot, also where its process is gone: whoever takes over
-    /// is compared with it.
-    read: BTreeMap<Part, BTreeMap<Slot, u32>>,
-    answered: BTreeSet<Slot>,
+    /// Of each part, who read what. What a process read counts after its end: whoever takes its experts over is compared with it, and so is the
+    /// process that has its slot next, until that has read the part itself.
+    read: BTreeMap<Part, Words>,
     /// The parts of which not all have read the same.
     differ: BTreeSet<Part>,
-    /// How many experts of this worker are in `read`.
+    /// The slots of the placement; none before the first.
+    placed: Option<BTreeSet<Slot>>,
+    /// How many experts of this worker are in `read`, and of how many it is noted that tokens were made with them.
     own: usize,
+    own_answered: Option<usize>,
 }
 
 impl Table {
+    /// A slot's process has read a part. It speaks for the one before it from now on, where both read the same also in what that answered.
     fn insert(&mut self, slot: Slot, part: Part, crc32c: u32) {
-        let read = self.read.entry(part).or_default();
-        read.insert(slot, crc32c);
-        if read.values().any(|other| *other != crc32c) {
-            self.differ.insert(part);
-        } else {
-            self.differ.remove(&part);
+        let words = self.read.entry(part).or_default();
+        let before = [Reader::former(slot), Reader::now(slot)].map(|reader| words.remove(&reader));
+        let answered = before.into_iter().flatten().any(|word| word.crc32c == crc32c && word.answered);
+        words.insert(Reader::now(slot), Word { crc32c, answered });
+        self.compare(part);
+    }
+
+    fn compare(&mut self, part: Part) {
+        match self.read.get(&part).is_some_and(differ) {
+            true => self.differ.insert(part),
+            false => self.differ.remove(&part),
+        };
+    }
+
+    /// Tokens were made with all that a slot has said that it read.
+    fn answered(&mut self, slot: Slot) {
+        for words in self.read.values_mut() {
+            words.entry(Reader::now(slot)).and_modify(|word| word.answered = true);
         }
     }
 
-    fn forget(&mut self, gone: impl Fn(Slot) -> bool) {
-        self.read.retain(|part, read| {
-            read.retain(|slot, _| !gone(*slot));
-            let mut left = read.values();
-            let first = left.next();
-            if left.all(|other| Some(other) == first) {
-                self.differ.remove(part);
+    /// Another process has the slot, or the same one begins anew to say what it has read.
+    fn begins(&mut self, slot: Slot, was_wrong: bool) {
+        let parts: Vec<Part> = self.read.keys().copied().collect();
+        for part in parts {
+            let Some(words) = self.read.get_mut(&part) else { continue };
+            if let Some(word) = words.remove(&Reader::now(slot)).filter(|_| !was_wrong) {
+                words.insert(Reader::former(slot), word);
             }
-            first.is_some()
-        });
-        self.answered.retain(|slot| !gone(*slot));
+            self.compare(part);
+        }
     }
 
+    fn keep(&mut self, kept: impl Fn(Slot) -> bool) {
+        self.read.retain(|_, words| {
+            words.retain(|reader, _| kept(reader.slot));
+            !words.is_empty()
+        });
+        let Self { read, differ, .. } = self;
+        differ.retain(|part| read.get(part).is_some_and(self::differ));
+    }
+
+    /// Whose copy is not believed, of the processes of now.
     fn judge(&self) -> BTreeMap<Slot, Doubt> {
-        let read = |part: &Part| self.read[part].iter().map(|(slot, crc32c)| (*slot, *crc32c)).collect();
-        judge(&self.differ.iter().map(|part| (*part, read(part))).collect(), &self.answered)
+        let differ = self.differ.iter().filter_map(|part| Some((*part, self.read.get(part)?.clone())));
+        let doubts = judge(&differ.collect()).into_iter().filter(|(reader, _)| !reader.is_former);
+        doubts.map(|(reader, doubt)| (reader.slot, doubt)).collect()
     }
 }
 
@@ -176,15 +263,18 @@ impl Weights {
     /// A peer says what it has read: all of it, or what it has read since it last said so.
     pub(crate) fn heard(&self, slot: Slot, said: &ReadWeights, all: bool) {
         let mut table = self.lock();
+        if table.placed.as_ref().is_some_and(|placed| !placed.contains(&slot)) {
+            return; // a link that ends meanwhile
+        }
         if all {
-            table.forget(|other| other == slot);
+            table.begins(slot, self.doubt(slot).is_some_and(|doubt| doubt.wrong));
         }
         table.insert(slot, Part::Dense, said.dense);
         for (&expert, &crc32c) in &said.experts {
             table.insert(slot, Part::Expert(expert), crc32c);
         }
         if said.answered {
-            table.answered.insert(slot);
+            table.answered(slot);
         }
         self.judge(table);
     }
@@ -192,7 +282,8 @@ impl Weights {
     /// The slots of the placement: what others read counts no more.
     pub(crate) fn keep(&self, slots: &BTreeSet<Slot>) {
         let mut table = self.lock();
-        table.forget(|slot| slot != self.me && !slots.contains(&slot));
+        table.keep(|slot| slot == self.me || slots.contains(&slot));
+        table.placed = Some(slots.clone());
         self.judge(table);
     }
 
@@ -229,7 +320,7 @@ impl Weights {
 
     /// What this worker has read makes a token.
     pub(crate) fn answers(&self) {
-        self.standing.answers();
+        self.standing.answers(self.store.checksums().count());
     }
 
     /// This worker itself has read more.
@@ -239,48 +330,54 @@ impl Weights {
 
     /// Reads the experts for itself in which two others differ, so that it can be known who has a wrong copy.
     pub(crate) async fn decide(self: Arc<Self>) {
-        let (mut doubts, mut failed) = (self.doubts(), BTreeSet::new());
+        let (mut doubts, mut told) = (self.doubts(), BTreeSet::new());
         loop {
-            let undecided =
-                doubts.borrow_and_update().values().find_map(|doubt| self.undecided(doubt, &failed));
+            let undecided = doubts.borrow_and_update().values().find_map(|doubt| self.undecided(doubt));
             let Some(expert) = undecided else {
                 // The sender lives in self.
                 let _ = doubts.changed().await;
                 continue;
             };
             let store = self.store.clone();
-            match tokio::task::spawn_blocking(move || store.check(expert)).await {
-                Ok(Ok(())) => self.own_changed(),
-                Ok(Err(error)) => {
-                    tracing::warn!("two peers differ in {expert}, and it cannot be read here: {error}");
-                    failed.insert(expert);
+            let read = tokio::task::spawn_blocking(move || store.check(expert)).await;
+            match read
+                .map_err(|panic| panic.to_string())
+                .and_then(|read| read.map_err(|error| error.to_string()))
+            {
+                Ok(()) => self.own_changed(),
+                Err(problem) => {
+                    if told.insert(expert) {
+                        tracing::warn!("two peers differ in {expert}, and it cannot be read here: {problem}");
+                    }
+                    tokio::time::sleep(RETRY).await;
                 }
-                Err(_panic) => return,
             }
         }
     }
 
-    /// An expert that this worker has not read, and did not fail to, while two others differ in it.
-    fn undecided(&self, doubt: &Doubt, failed: &BTreeSet<ExpertId>) -> Option<ExpertId> {
+    /// An expert that this worker has not read, while two others differ in it.
+    fn undecided(&self, doubt: &Doubt) -> Option<ExpertId> {
         let Part::Expert(expert) = doubt.part else { return None };
-        let unread = self.store.checksums().of(expert).is_none();
-        (!doubt.wrong && unread && !failed.contains(&expert)).then_some(expert)
+        (!doubt.wrong && self.store.checksums().of(expert).is_none()).then_some(expert)
     }
 
     fn judge(&self, mut table: MutexGuard<Table>) {
+        let answered = self.standing.has_answered();
+        if answered.is_some_and(|known| known >= table.own) && table.own_answered != answered {
+            table.answered(self.me);
+            table.own_answered = answered;
+        }
         let new = self.store.checksums().since(table.own);
         table.own += new.len();
         for (expert, crc32c) in new {
             table.insert(self.me, Part::Expert(expert), crc32c);
-        }
-        if self.standing.answered.load(Ordering::Relaxed) {
-            table.answered.insert(self.me);
         }
         let doubts = table.judge();
         self.standing.doubted.store(doubts.contains_key(&self.me), Ordering::SeqCst);
         for (slot, doubt) in doubts.iter().filter(|(slot, _)| !self.doubts.borrow().contains_key(slot)) {
             let who = if doubt.wrong { "others are believed" } else { "nobody is believed yet" };
             tracing::error!(%slot, "{doubt}; {who}");
+            self.standing.doubts.fetch_add(1, Ordering::SeqCst);
         }
         self.doubts.send_if_modified(|current| std::mem::replace(current, doubts.clone()) != doubts);
         drop(table);
@@ -295,30 +392,38 @@ impl Weights {
 #[derive(Debug, Default)]
 pub(crate) struct Told {
     experts: usize,
-    answered: bool,
+    /// How many of them tokens were made with, where any were made.
+    answered: Option<usize>,
 }
 
 impl Told {
-    /// What the peer is to be told now, before any answer that was made with it; `None` where it knows all.
+    /// What a peer is to be told first, that knows nothing: what tokens were made with. [`Self::news`] tells the rest.
+    pub(crate) fn first(weights: &Weights) -> (Self, ReadWeights) {
+        let answered = weights.standing.has_answered();
+        let mut told = Self { experts: 0, answered };
+        let first = told.tell(weights, answered.unwrap_or(0));
+        (told, first)
+    }
+
+    /// What the peer is to be told next, before any answer that was made with it; `None` where it knows all.
     pub(crate) fn news(&mut self, weights: &Weights) -> Option<ReadWeights> {
-        let (checksums, answered) =
-            (weights.store.checksums(), weights.standing.answered.load(Ordering::Relaxed));
-        if checksums.count() == self.experts && answered == self.answered {
+        let (count, answered) = (weights.store.checksums().count(), weights.standing.has_answered());
+        if count == self.experts && answered == self.answered {
             return None;
         }
-        Some(self.tell(checksums, answered))
+        // What tokens were made with comes first: a message says it of all that is known then.
+        let news = answered.filter(|known| self.answered != answered && *known >= self.experts);
+        self.answered = answered;
+        Some(self.tell(weights, news.unwrap_or(count)))
     }
 
-    /// All that this worker has read, for a peer that knows nothing.
-    pub(crate) fn all(weights: &Weights) -> (Self, ReadWeights) {
-        let mut told = Self::default();
-        let all = told.tell(weights.store.checksums(), weights.standing.answered.load(Ordering::Relaxed));
-        (told, all)
-    }
-
-    fn tell(&mut self, checksums: &Checksums, answered: bool) -> ReadWeights {
-        let new = checksums.since(self.experts);
-        *self = Self { experts: self.experts + new.len(), answered };
+    /// The experts up to the first so many that the peer does not know yet; and whether tokens were made with all that it knows then.
+    fn tell(&mut self, weights: &Weights, count: usize) -> ReadWeights {
+        let checksums = weights.store.checksums();
+        let mut new = checksums.since(self.experts);
+        new.truncate(count - self.experts.min(count));
+        self.experts += new.len();
+        let answered = self.answered.is_some_and(|answered| answered >= self.experts);
         ReadWeights { dense: checksums.dense(), experts: new.into_iter().collect(), answered }
     }
 }
@@ -333,12 +438,18 @@ mod tests {
         Part::Expert(ExpertId::new(1, number))
     }
 
-    /// Who is not believed, and whether others are.
+    /// Who is not believed, and whether others are. What is read is (slot, checksum); `answered` are slots.
     fn judged(read: &[(Part, &[(u32, u32)])], answered: &[u32]) -> Vec<(u32, bool)> {
-        let slots = |of: &[(u32, u32)]| of.iter().map(|&(slot, sum)| (Slot(slot), sum)).collect();
-        let read = read.iter().map(|&(part, of)| (part, slots(of))).collect();
-        let answered = answered.iter().copied().map(Slot).collect();
-        judge(&read, &answered).into_iter().map(|(slot, doubt)| (slot.0, doubt.wrong)).collect()
+        let mut table = Table::default();
+        for (part, words) in read {
+            words.iter().for_each(|(slot, crc32c)| table.insert(Slot(*slot), *part, *crc32c));
+        }
+        answered.iter().for_each(|slot| table.answered(Slot(*slot)));
+        doubted(&table)
+    }
+
+    fn doubted(table: &Table) -> Vec<(u32, bool)> {
+        table.judge().into_iter().map(|(slot, doubt)| (slot.0, doubt.wrong)).collect()
     }
 
     #[test]
@@ -369,22 +480,43 @@ mod tests {
     }
 
     #[test]
-    fn what_a_slot_read_counts_while_the_placement_has_it_and_until_its_next_process_says_otherwise() {
+    fn only_what_was_read_when_a_token_was_made_has_answered() {
         let mut table = Table::default();
-        let doubted = |table: &Table| table.judge().into_keys().map(|slot| slot.0).collect::<Vec<_>>();
-        for (slot, crc32c) in [(0, 30), (1, 30), (2, 31)] {
-            table.insert(Slot(slot), DENSE, 7);
-            table.insert(Slot(slot), expert(3), crc32c);
-        }
-        assert_eq!(doubted(&table), [2]);
-        table.forget(|slot| slot == Slot(2));
+        table.insert(Slot(0), expert(3), 30);
+        table.answered(Slot(0));
+        // Slot 1 answers with its other experts, and reads another expert 3 afterwards.
+        table.insert(Slot(1), expert(4), 40);
+        table.answered(Slot(1));
+        table.insert(Slot(1), expert(3), 31);
+        assert_eq!(doubted(&table), [(1, true)]);
+    }
+
+    #[test]
+    fn what_a_process_read_counts_until_the_next_one_of_its_slot_has_read_the_same_part() {
+        let mut table = Table::default();
+        table.insert(Slot(0), expert(3), 30);
+        table.answered(Slot(0));
+        // Slot 0 dies, and slot 1, which takes over, has another copy.
+        table.insert(Slot(1), expert(3), 31);
+        assert_eq!(doubted(&table), [(1, true)]);
+        // The next process of slot 0 has read nothing yet: what the one before it read still counts, and is not held against it.
+        table.begins(Slot(0), false);
+        assert_eq!(doubted(&table), [(1, true)]);
+        table.insert(Slot(0), expert(3), 30);
+        assert_eq!(doubted(&table), [(1, true)], "it goes on with what answered");
+        // A next process that reads what slot 1 did is believed: two say so.
+        table.begins(Slot(0), false);
+        table.insert(Slot(0), expert(3), 31);
         assert!(doubted(&table).is_empty() && table.differ.is_empty());
+        // Of a wrong one nothing counts once another has its slot.
         table.insert(Slot(2), expert(3), 32);
-        table.forget(|slot| slot == Slot(0));
-        assert_eq!(doubted(&table), [1, 2]);
-        table.insert(Slot(2), expert(3), 30);
+        assert_eq!(doubted(&table), [(2, true)]);
+        table.begins(Slot(2), true);
         assert!(doubted(&table).is_empty());
-        table.forget(|_| true);
-        assert!(table.read.is_empty());
+        table.insert(Slot(2), expert(3), 32);
+        table.keep(|slot| slot != Slot(0));
+        assert_eq!(doubted(&table), [(1, false), (2, false)]);
+        table.keep(|_| false);
+        assert!(table.read.is_empty() && table.differ.is_empty());
     }
 }

@@ -121,6 +121,8 @@ pub(crate) struct Loop<B: Backend, X> {
     /// Sequences that run or wait, by the scheduler's ids.
     live: BTreeMap<u64, Submission>,
     next_id: u64,
+    /// How many copies of the weights had come into doubt when sequences were last handed back for it.
+    doubts: u64,
 }
 
 impl<B, X> Loop<B, X>
@@ -139,7 +141,7 @@ where
     ) -> Result<Self, ModelError> {
         let (queue, kv) = (backend.queue()?, backend.allocate_kv(blocks)?);
         let (scheduler, live) = (Scheduler::new(bounds, blocks), BTreeMap::new());
-        Ok(Self { backend, queue, kv, exchange, scheduler, shared, live, next_id: 0 })
+        Ok(Self { backend, queue, kv, exchange, scheduler, shared, live, next_id: 0, doubts: 0 })
     }
 
     /// Runs until [`Command::Stop`] or the last sender is gone.
@@ -156,7 +158,8 @@ where
                 Next::Command(Command::Stop) | Next::Closed => return self.drain(),
                 Next::Nothing => {}
             }
-            if self.shared.standing.is_doubted() {
+            // What is in the cache may be made with a copy that is not believed any more, this worker's or a peer's.
+            if std::mem::replace(&mut self.doubts, self.shared.standing.doubts()) != self.doubts {
                 self.drain();
             }
             self.drop_cancelled();
@@ -207,7 +210,7 @@ where
                 return;
             }
         };
-        if self.shared.standing.is_doubted() {
+        if self.shared.standing.doubts() != self.doubts {
             // None of this step's tokens leaves: its sequences are handed back.
             return;
         }
@@ -262,7 +265,7 @@ where
         let (position, stops) = (history.len() as u32, sampling.ends(token, history.generated()));
         history.push(token);
         tokens.push(token);
-        self.shared.standing.answers();
+        self.shared.standing.answers(self.backend.checksums().count());
         self.shared.metrics.engine.generated_tokens.inc();
         self.scheduler.push(id);
         let event = Event::Token(v1::Token { id: token, position, logprobs: logprobs.map(message) });
