@@ -20,6 +20,7 @@ use expertmesh_proto::v1;
 use expertmesh_proto::v1::exchange_request::Message as Request;
 use expertmesh_proto::v1::exchange_response::Message as Response;
 use expertmesh_proto::v1::expert_exchange_server::{ExpertExchange, ExpertExchangeServer};
+use expertmesh_proto::weights::ReadWeights;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{interval, timeout};
@@ -111,11 +112,11 @@ impl ExpertExchange for Served {
         identity.admit_peer(hello.caller.as_ref())?;
         // Eight more, for the welcome, a heartbeat, what each of them says of weights, and the departure. It costs memory only where it is used.
         let (sender, receiver) = mpsc::channel(MAX_TICKETS * (exchange.shared.limits.max_parts() + 2) + 8);
-        let (told, weights) = Told::first(&exchange.shared.weights);
+        let (told, weights) = Told::all(&exchange.shared.weights);
         let (callee, slot) = (Some(identity.caller(0)), identity.slot.0);
         let responses = Responses { sender, told: Arc::new(Mutex::new(told)) };
-        responses.put(Response::Welcome(v1::Welcome { callee, slot, weights: Some(weights.to_proto()) }));
-        responses.tell(&exchange.shared.weights);
+        let weights = weights.iter().map(ReadWeights::to_proto).collect();
+        responses.put(Response::Welcome(v1::Welcome { callee, slot, weights }));
         let relying = Some(Relying::on(&exchange.relying));
         let pump = Pump {
             exchange,

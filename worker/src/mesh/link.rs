@@ -273,7 +273,7 @@ async fn answers(
         };
         let taken = match message {
             Some(Response::Answer(answer)) => link.take(answer, &shared.limits),
-            Some(Response::Weights(weights)) => hear_weights(shared, slot, &weights, false),
+            Some(Response::Weights(weights)) => hear_weights(shared, slot, &[weights], false),
             Some(Response::Heartbeat(v1::Heartbeat { leaving })) => {
                 if leaving {
                     leaves.notify_one();
@@ -289,8 +289,10 @@ async fn answers(
 }
 
 /// Takes what a peer has read of the model. A peer whose copy is not believed gets no rows.
-fn hear_weights(shared: &Shared, slot: Slot, said: &v1::ReadWeights, all: bool) -> Result<(), Verdict> {
-    let said = ReadWeights::from_proto(said, &shared.limits).map_err(Status::from)?;
+fn hear_weights(shared: &Shared, slot: Slot, said: &[v1::ReadWeights], all: bool) -> Result<(), Verdict> {
+    let said: Result<Vec<_>, _> =
+        said.iter().map(|said| ReadWeights::from_proto(said, &shared.limits)).collect();
+    let said = said.map_err(Status::from)?;
     shared.weights.heard(slot, &said, all);
     match shared.weights.doubt(slot) {
         None => Ok(()),
@@ -379,6 +381,8 @@ async fn greet(shared: &Shared, slot: Slot, session: u64, address: &str) -> Resu
     }
     identity.admit_peer(welcome.callee.as_ref())?;
     // A worker of the version before says nothing.
-    welcome.weights.as_ref().map_or(Ok(()), |weights| hear_weights(shared, slot, weights, true))?;
+    if !welcome.weights.is_empty() {
+        hear_weights(shared, slot, &welcome.weights, true)?;
+    }
     Ok(Stream { address: address.to_string(), session, requests, responses })
 }

@@ -261,7 +261,7 @@ impl Weights {
     }
 
     /// A peer says what it has read: all of it, or what it has read since it last said so.
-    pub(crate) fn heard(&self, slot: Slot, said: &ReadWeights, all: bool) {
+    pub(crate) fn heard(&self, slot: Slot, said: &[ReadWeights], all: bool) {
         let mut table = self.lock();
         if table.placed.as_ref().is_some_and(|placed| !placed.contains(&slot)) {
             return; // a link that ends meanwhile
@@ -269,12 +269,14 @@ impl Weights {
         if all {
             table.begins(slot, self.doubt(slot).is_some_and(|doubt| doubt.wrong));
         }
-        table.insert(slot, Part::Dense, said.dense);
-        for (&expert, &crc32c) in &said.experts {
-            table.insert(slot, Part::Expert(expert), crc32c);
-        }
-        if said.answered {
-            table.answered(slot);
+        for ReadWeights { dense, experts, answered } in said {
+            table.insert(slot, Part::Dense, *dense);
+            for (&expert, &crc32c) in experts {
+                table.insert(slot, Part::Expert(expert), crc32c);
+            }
+            if *answered {
+                table.answered(slot);
+            }
         }
         self.judge(table);
     }
@@ -397,12 +399,13 @@ pub(crate) struct Told {
 }
 
 impl Told {
-    /// What a peer is to be told first, that knows nothing: what tokens were made with. [`Self::news`] tells the rest.
-    pub(crate) fn first(weights: &Weights) -> (Self, ReadWeights) {
+    /// All that this worker has read, for a peer that knows nothing: what tokens were made with, and the rest.
+    pub(crate) fn all(weights: &Weights) -> (Self, Vec<ReadWeights>) {
         let answered = weights.standing.has_answered();
         let mut told = Self { experts: 0, answered };
-        let first = told.tell(weights, answered.unwrap_or(0));
-        (told, first)
+        let mut all = vec![told.tell(weights, answered.unwrap_or(0))];
+        all.extend(std::iter::from_fn(|| told.news(weights)));
+        (told, all)
     }
 
     /// What the peer is to be told next, before any answer that was made with it; `None` where it knows all.

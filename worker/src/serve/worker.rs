@@ -16,6 +16,7 @@ use expertmesh_proto::v1::inference_server::InferenceServer;
 use expertmesh_scheduler::{BLOCK_TOKENS, BlockAllocator, Bounds};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::sleep;
 use tonic::service::Routes;
 
 use super::control::{self, ControlService, WorkerState};
@@ -41,6 +42,8 @@ use crate::process::Fatal;
 const COMMANDS: usize = 1024;
 /// How long peers may take to load what they will be elected for once this worker is gone.
 const RELIEF: Duration = Duration::from_secs(10);
+/// How long a worker whose copy of the weights is wrong serves nobody before it ends, so that its peers hear what it has read, and can tell.
+const HEARD: Duration = Duration::from_secs(2);
 /// How long streams may take to end once they are told to.
 const ENDING: Duration = Duration::from_secs(2);
 
@@ -159,9 +162,14 @@ impl Worker {
         }));
         tracing::info!(slot = %state.identity.slot, "worker {} listens", state.identity.name);
         let weights = state.mesh.weights.clone();
+        let wrong = async {
+            let doubt = weights.is_wrong().await;
+            sleep(HEARD).await;
+            doubt
+        };
         tokio::select! {
             () = stop => {}
-            doubt = weights.is_wrong() => return Err(Fatal::new("OtherWeights", doubt.to_string())),
+            doubt = wrong => return Err(Fatal::new("OtherWeights", doubt.to_string())),
             Some(thread) = self.ended.recv() => return Err(stopped(thread, (self.failure)())),
             ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
         }
