@@ -296,7 +296,8 @@ impl Weights {
 
     /// Why this worker's own copy is not believed.
     pub(crate) fn own_doubt(&self) -> Option<Doubt> {
-        self.doubt(self.me)
+        // One load where all is well: the serving thread asks before each ticket.
+        self.standing.is_doubted().then(|| self.doubt(self.me)).flatten()
     }
 
     /// Whose copy is not believed, as it changes.
