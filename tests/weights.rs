@@ -1,5 +1,6 @@
 //! Workers with another copy of the weights, wrong where no fingerprint looks: no token is made with it.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use expertmesh_proto::v1::finished::Reason;
@@ -8,7 +9,7 @@ use expertmesh_tests::frontend::metrics;
 use expertmesh_tests::mesh::{EXPERTS, End, Mesh, read, request};
 use expertmesh_tests::process::Scratch;
 use expertmesh_tests::reference::{Question, reference};
-use expertmesh_tests::{tiny_r1, wait_for, wrong_copy};
+use expertmesh_tests::{WEIGHTS, copy, tiny_r1, wait_for, wrong_copy};
 use tonic::Code;
 
 const ANYWHERE: &str = "127.0.0.1:0";
@@ -146,4 +147,31 @@ async fn a_worker_that_answers_with_its_other_experts_is_not_believed_for_it() {
     assert_eq!(mesh.workers[1].wait().code(), Some(1));
     mesh.until(0, "still ready", |report| report.state() == State::Ready).await;
     answers(&mesh, 0).await;
+}
+
+#[tokio::test]
+async fn a_worker_whose_files_were_changed_in_place_ends_by_name_and_comes_back() {
+    let scratch = Scratch::new("copies");
+    let model = copy(&scratch.path().join("model"));
+    let other = wrong_copy(&scratch.path().join("other"), |tensor| tensor.contains(".experts.3."));
+    let mut mesh = Mesh::unplaced("changed", vec![model.clone()], &[], ANYWHERE);
+    mesh.place(|_, _| true).await;
+    let all = mesh.until(0, "ready", |report| report.state() == State::Ready).await.resident_bytes;
+
+    // Its experts are in memory: what the file says now is seen where one is read again.
+    let changed = std::fs::read(other.join(WEIGHTS)).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(model.join(WEIGHTS));
+    file.unwrap().write_all(&changed).unwrap();
+    answers(&mesh, 0).await;
+    mesh.place(|_, expert| expert != 3).await;
+    mesh.until(0, "without an expert", |report| report.resident_bytes < all).await;
+    mesh.place(|_, _| true).await;
+    assert_eq!(mesh.workers[0].wait().code(), Some(1));
+    let log = mesh.workers[0].log();
+    assert!(log.contains("expert 3 of layer 1 is another than when it was first read"), "{log}");
+
+    // A process of the files as they are now has one copy, whichever it is.
+    mesh.restart(0).await;
+    mesh.place(|_, _| true).await;
+    until_ready(&mesh, &[0]).await;
 }

@@ -31,12 +31,7 @@ pub fn tiny_r1() -> PathBuf {
 
 /// Makes a copy of tiny-r1 in a directory, in which some tensors are wrong where no fingerprint looks.
 pub fn wrong_copy(directory: &Path, is_wrong: impl Fn(&str) -> bool) -> PathBuf {
-    const WEIGHTS: &str = "model.safetensors";
-    std::fs::create_dir_all(directory).expect("a directory");
-    for file in std::fs::read_dir(tiny_r1()).expect("tiny-r1") {
-        let file = file.expect("a file").path();
-        std::fs::copy(&file, directory.join(file.file_name().expect("a name"))).expect("a copy");
-    }
+    copy(directory);
     let mut bytes = std::fs::read(tiny_r1().join(WEIGHTS)).expect("the weights");
     let header = 8 + u64::from_le_bytes(*bytes.first_chunk().expect("a header")) as usize;
     let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..header]).expect("a header of JSON");
@@ -50,6 +45,19 @@ pub fn wrong_copy(directory: &Path, is_wrong: impl Fn(&str) -> bool) -> PathBuf 
     std::fs::write(directory.join(WEIGHTS), bytes).expect("the weights");
     directory.to_owned()
 }
+
+/// A copy of tiny-r1.
+pub fn copy(directory: &Path) -> PathBuf {
+    std::fs::create_dir_all(directory).expect("a directory");
+    for file in std::fs::read_dir(tiny_r1()).expect("tiny-r1") {
+        let file = file.expect("a file").path();
+        std::fs::copy(&file, directory.join(file.file_name().expect("a name"))).expect("a copy");
+    }
+    directory.to_owned()
+}
+
+/// The file of tiny-r1's weights.
+pub const WEIGHTS: &str = "model.safetensors";
 
 /// The checks that this machine lacks something for: `make test` names each at its end.
 pub fn skipped(group: &str) -> bool {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use expertmesh_engine::ExpertStore;
+use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::expert_set::ExpertSet;
 use tokio::sync::watch;
@@ -58,6 +59,8 @@ pub(crate) struct Residency {
     /// Wakes the loader thread, and those that wait for it.
     turn: Condvar,
     changed: watch::Sender<u64>,
+    /// Why the model is no longer the one that was read.
+    replaced: watch::Sender<Option<String>>,
 }
 
 struct State {
@@ -89,7 +92,8 @@ impl Residency {
     ) -> Arc<Self> {
         let uses = Arc::new(uses);
         let (state, turn) = (Mutex::new(State::new(room, uses.clone())), Condvar::new());
-        Arc::new(Self { store, uses, weights, metrics, state, turn, changed: watch::Sender::new(0) })
+        let (changed, replaced) = (watch::Sender::new(0), watch::Sender::new(None));
+        Arc::new(Self { store, uses, weights, metrics, state, turn, changed, replaced })
     }
 
     /// Counts changes of the state.
@@ -166,6 +170,14 @@ impl Residency {
         }
     }
 
+    /// Waits until an expert is found to be another than when it was first read: the model was replaced under this worker.
+    pub(crate) async fn is_replaced(&self) -> String {
+        let mut replaced = self.replaced.subscribe();
+        // The sender lives in self: this cannot fail while we wait.
+        let why = replaced.wait_for(Option::is_some).await.map(|why| why.clone());
+        why.ok().flatten().unwrap_or_default()
+    }
+
     pub(crate) fn snapshot(&self) -> Snapshot {
         let state = self.lock();
         Snapshot {
@@ -200,6 +212,9 @@ impl Residency {
                     let elected = if wish.urgent { LoadCause::Elected } else { LoadCause::Relief };
                     let cause = if state.is_assigned(expert) { LoadCause::Placement } else { elected };
                     self.metrics.experts.loaded(cause, bytes);
+                }
+                if let Err(error @ ModelError::WeightsChanged { .. }) = &result {
+                    self.replaced.send_replace(Some(error.to_string()));
                 }
                 state.record(expert, result.map_err(|error| error.to_string()));
             } else if let Some(expert) = state.idle() {

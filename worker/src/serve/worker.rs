@@ -9,6 +9,7 @@ use std::time::Duration;
 use expertmesh_engine::Backend;
 use expertmesh_metrics::Registry;
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::layout::budget::KV_BLOCK;
 use expertmesh_proto::channel;
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
 use expertmesh_proto::v1::control_server::ControlServer;
@@ -46,6 +47,8 @@ const RELIEF: Duration = Duration::from_secs(10);
 const HEARD: Duration = Duration::from_secs(2);
 /// How long streams may take to end once they are told to.
 const ENDING: Duration = Duration::from_secs(2);
+// What `expertmesh plan` counts with is what the scheduler gives out.
+const _: () = assert!(KV_BLOCK == BLOCK_TOKENS);
 
 /// What bounds a worker's sequences and their cache.
 #[derive(Debug, Clone, Copy)]
@@ -170,6 +173,7 @@ impl Worker {
         tokio::select! {
             () = stop => {}
             doubt = wrong => return Err(Fatal::new("OtherWeights", doubt.to_string())),
+            why = state.residency.is_replaced() => return Err(Fatal::new("WeightsChanged", why)),
             Some(thread) = self.ended.recv() => return Err(stopped(thread, (self.failure)())),
             ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
         }

@@ -10,6 +10,8 @@ use crate::format::WeightFormat;
 pub const MARGIN: u64 = 256 << 20;
 /// Memory of a worker's latent cache where nothing else is said, in MiB.
 pub const KV_CACHE_MIB: u64 = 256;
+/// Positions that a block of the latent cache holds: a sequence takes whole blocks.
+pub const KV_BLOCK: usize = 64;
 
 listed! {
     /// A layout of weights and cache in a backend's memory. A packed model has the layout of its packed.json; a device may
