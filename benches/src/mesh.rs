@@ -238,6 +238,12 @@ impl Started {
 impl Mesh {
     async fn start(args: &Args, variant: &Variant<'_>, count: u32) -> anyhow::Result<Self> {
         let config = ModelConfig::read(&args.model)?;
+        let most = config.max_positions.saturating_sub(PROMPT as usize);
+        ensure!(
+            args.tokens as usize <= most,
+            "--tokens {}: after prompts of {PROMPT}, this model takes {most} at most",
+            args.tokens
+        );
         let mut workers = Vec::new();
         for slot in 0..count {
             workers.push(Started::new(args, variant, slot, count).await?);

@@ -13,7 +13,7 @@ use expertmesh_decide::report::ModelShape;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
-use expertmesh_model::layout::budget::{KV_CACHE_MIB, Layout, MARGIN};
+use expertmesh_model::layout::budget::{KV_BLOCK, KV_CACHE_MIB, Layout, MARGIN};
 use expertmesh_model::packed::Index;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::expert_set::ExpertSet;
@@ -160,7 +160,7 @@ fn memory(shape: &ModelShape, most: u64, workers: u32, cache: u64) -> String {
 /// Bytes of the cache that a worker makes: as many as it makes by itself, or as one sequence needs that fills its context.
 fn cache(config: &ModelConfig, max_context: Option<u32>) -> u64 {
     let context = max_context.map_or(config.max_positions, |context| context as usize);
-    Layout::Cpu1.kv_bytes(config, context).max(KV_CACHE_MIB << 20)
+    Layout::Cpu1.kv_bytes(config, context.next_multiple_of(KV_BLOCK)).max(KV_CACHE_MIB << 20)
 }
 
 fn recovery(expert: u64, worker: u64, disk: u64) -> String {
