@@ -157,6 +157,11 @@ impl Client {
         self.spend(completed.tokens);
     }
 
+    /// A request that began was not served, and that was not the client's doing: it and its prompt's tokens count for nothing.
+    pub(crate) fn unserved(&self, prompt: usize) {
+        self.account.give_back(&self.limits, prompt, Instant::now());
+    }
+
     fn spend(&self, tokens: usize) {
         self.account.spend(&self.limits, tokens, Instant::now());
     }

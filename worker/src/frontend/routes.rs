@@ -120,13 +120,12 @@ async fn answer<F: Format>(
     };
     check(request.headers())?;
     let body = server.reading.receive(request.into_body(), BODY_TIMEOUT).await?;
-    let mut places = server.admit(caller.guest, caller.client)?;
+    tracked.keep(server.admit(caller.guest, caller.client)?);
     let (request, hash) = validate::<F>(server.clone(), body, drawn).await?;
     if let Some(last) = &resumed {
         last.check((&request, hash), F::ID, server.workers.system_fingerprint().as_deref())?;
     }
-    places.sequences = Some(server.sequences(request.count())?);
-    tracked.keep(places);
+    tracked.keep_sequences(server.sequences(request.count())?);
     server.metrics.prompt_tokens(request.prompt_tokens());
     let id = resumed.as_ref().map_or_else(|| server.answer_id(F::ID), |last| last.answer.clone());
     let header = server.header(id, drawn.time);

@@ -28,6 +28,7 @@ pub(crate) struct Tracked {
     in_flight: watch::Sender<u32>,
     _counted: Counted,
     places: Option<Places>,
+    sequences: Option<OwnedSemaphorePermit>,
     span: Span,
     told: Told,
     failure: Option<RequestFailure>,
@@ -39,8 +40,7 @@ pub(crate) struct Tracked {
 pub(super) struct Places {
     pub(super) _request: OwnedSemaphorePermit,
     pub(super) _connection: Option<Answering>,
-    pub(super) _turn: Option<Turn>,
-    pub(super) sequences: Option<OwnedSemaphorePermit>,
+    pub(super) turn: Option<Turn>,
 }
 
 /// What is known of an answer, for the log.
@@ -72,6 +72,7 @@ impl Tracked {
             log,
             in_flight,
             places: None,
+            sequences: None,
             span: Span::default(),
             told: Told::default(),
             failure: None,
@@ -99,6 +100,11 @@ impl Tracked {
     /// Keeps what the request holds, until its end.
     pub(super) fn keep(&mut self, places: Places) {
         self.places = Some(places);
+    }
+
+    /// Keeps the places of its sequences, too.
+    pub(super) fn keep_sequences(&mut self, places: OwnedSemaphorePermit) {
+        self.sequences = Some(places);
     }
 
     /// Notes what is asked of which model.
@@ -132,6 +138,10 @@ impl Tracked {
 
     /// The answer is an error with the HTTP status `code`.
     pub(super) fn failed(mut self, failure: RequestFailure, code: u16) {
+        let has_begun = self.places.as_ref().is_some_and(|places| places.turn.is_some());
+        if has_begun && code >= 500 && self.told.completed.tokens == 0 {
+            self.client.iter().for_each(|client| client.unserved(self.told.prompt_tokens));
+        }
         self.fail(failure);
         self.end(code);
     }

@@ -77,6 +77,19 @@ impl Account {
         }
     }
 
+    /// Gives back what a request took that was not served: itself, and its `tokens`.
+    pub(super) fn give_back(&self, limits: &Limits, tokens: usize, now: Instant) {
+        let Used { requests, tokens: used, .. } = &mut *self.used();
+        let taken =
+            [(limits.requests_per_minute, requests, 1.0), (limits.tokens_per_minute, used, tokens as f64)];
+        for (most, bucket, amount) in taken {
+            if let Some(most) = most {
+                bucket.flow(most, now);
+                bucket.taken = (bucket.taken - amount).max(0.0);
+            }
+        }
+    }
+
     fn used(&self) -> MutexGuard<'_, Used> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -150,6 +163,19 @@ mod tests {
         account.spend(&limits, 1199, start);
         assert_eq!(refused(account.begin(&limits, start)), (ClientLimit::Tokens, Some(60_000)));
         assert!(account.begin(&limits, start + Duration::from_secs(60)).is_ok());
+    }
+
+    #[test]
+    fn what_was_not_served_is_given_back_and_no_more_than_was_taken() {
+        let (account, now) = (Arc::<Account>::default(), Instant::now());
+        let limits = limits(1, 10, 0);
+        assert!(account.begin(&limits, now).is_ok());
+        account.spend(&limits, 10, now);
+        assert_eq!(refused(account.begin(&limits, now)).0, ClientLimit::Tokens);
+        account.give_back(&limits, 10, now);
+        account.give_back(&limits, 10, now);
+        assert!(account.begin(&limits, now).is_ok());
+        assert_eq!(refused(account.begin(&limits, now)).0, ClientLimit::Requests);
     }
 
     proptest! {

@@ -39,7 +39,8 @@ impl House {
 
     /// For clients with keys alone.
     async fn closed(keys: &[(&str, String)]) -> Self {
-        let folder = std::env::temp_dir().join(format!("expertmesh-keys-{}", std::process::id()));
+        let name = format!("expertmesh-keys-{}-{}", std::process::id(), keys[0].0);
+        let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
         keys.iter().for_each(|(name, text)| std::fs::write(folder.join(name), text).unwrap());
         let clients = Clients::read(&folder, ClientMetrics::new(&Registry::new())).unwrap();
@@ -475,13 +476,40 @@ async fn every_refusal_has_the_shape_that_clients_read() {
     assert_eq!(message, "content-encoding: \"gzip\" is not supported; send the body as it is");
 }
 
-#[tokio::test]
-async fn without_a_key_nobody_is_answered_but_about_the_health() {
+/// An entry for the key `secret`, with one limit.
+fn limited(limit: &str, most: u32) -> String {
     use sha2::{Digest, Sha256};
 
     let hash: String = Sha256::digest("secret").iter().map(|byte| format!("{byte:02x}")).collect();
-    let limited = json!({"key": format!("sha256:{hash}"), "tokensPerMinute": 10}).to_string();
-    let house = House::closed(&[("alice", limited)]).await;
+    json!({"key": format!("sha256:{hash}"), limit: most}).to_string()
+}
+
+#[tokio::test]
+async fn what_no_worker_served_costs_a_client_nothing_of_its_limits() {
+    let house = House::closed(&[("bob", limited("requestsPerMinute", 1))]).await;
+    house.stage.players[0].state.send_replace(WorkerState::Loading);
+    house.stage.until_eligible(0).await;
+    let ask = |stream: bool| {
+        let body = json!({"stream": stream, "messages": [{"role": "user", "content": "What is 46 + 37?"}]});
+        let house = &house;
+        async move {
+            let key = ("authorization", "Bearer secret");
+            house.with("POST", "/v1/chat/completions", key, &body.to_string()).await
+        }
+    };
+    assert_eq!(ask(false).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    drop(text(ask(true).await).await);
+    house.stage.players[0].state.send_replace(WorkerState::Ready);
+    house.stage.until_eligible(1).await;
+    let answered = ask(false).await;
+    assert_eq!(answered.status(), StatusCode::OK);
+    drop(text(answered).await);
+    assert_eq!(ask(false).await.status(), StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
+async fn without_a_key_nobody_is_answered_but_about_the_health() {
+    let house = House::closed(&[("alice", limited("tokensPerMinute", 10))]).await;
     let body = r#"{"model":"tiny-r1","messages":[{"role":"user","content":"What is 46 + 37?"}]}"#;
     for path in ["/v1/chat/completions", "/v1/completions/", "/v1/models", "/v1/models/tiny-r1", "/metrics"] {
         for (header, code) in
