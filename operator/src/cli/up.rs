@@ -35,6 +35,8 @@ use crate::manifest;
 use crate::status::words::failing;
 use crate::validate::ValidatedDeployment;
 
+/// The variable of the environment that may hold the key of this machine's clients.
+const API_KEY: &str = "EXPERTMESH_API_KEY";
 /// How often to look where nothing is heard: also after edits of the file.
 const PERIOD: Duration = Duration::from_millis(500);
 /// Reports that come within this time make one decision.
@@ -53,7 +55,7 @@ pub(crate) struct Up {
     #[arg(long, default_value_t = 8000, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
     /// What clients must show as `authorization: Bearer KEY`; without it, everybody on this machine may ask.
-    #[arg(long, env = "EXPERTMESH_API_KEY", hide_env_values = true, value_name = "KEY", value_parser = api_key::checked)]
+    #[arg(long, env = API_KEY, hide_env_values = true, value_name = "KEY", value_parser = api_key::checked)]
     api_key: Option<String>,
 }
 
@@ -264,12 +266,21 @@ impl Serving {
         let body = format!(
             r#"{{"model":"{name}","stream":true,"messages":[{{"role":"user","content":"What is 46 + 37?"}}]}}"#
         );
-        let key = self.up.api_key.as_ref().map(|key| format!(" -H 'authorization: Bearer {key}'"));
+        let variable = std::env::var(API_KEY).ok();
+        let key = self.up.api_key.as_ref().map(|key| header(key, variable.as_deref()));
         let key = key.unwrap_or_default();
         format!(
             "\n{name} is ready: {state}, at {}\n\n  curl -N {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'\n\n{metrics}Ctrl-C drains and ends it.\n",
             urls.join(" "),
         )
+    }
+}
+
+/// The part of a command for curl that shows a key. One that came by the variable is not written out: whoever pastes the line has it there.
+fn header(key: &str, variable: Option<&str>) -> String {
+    match variable {
+        Some(value) if value == key => format!(" -H \"authorization: Bearer ${API_KEY}\""),
+        _ => format!(" -H 'authorization: Bearer {key}'"),
     }
 }
 
@@ -375,5 +386,13 @@ mod tests {
         let error = check_ports(port, 1).unwrap_err().to_string();
         assert_eq!(error, format!("port {port} of 127.0.0.1 is in use; choose another with --port"));
         assert!(check_ports(u16::MAX, 2).unwrap_err().to_string().contains("need ports up to 65536"));
+    }
+
+    #[test]
+    fn a_key_of_the_environment_is_not_written_out() {
+        let shown = header("secret", Some("secret"));
+        assert_eq!(shown, r#" -H "authorization: Bearer $EXPERTMESH_API_KEY""#);
+        assert_eq!(header("secret", Some("another")), " -H 'authorization: Bearer secret'");
+        assert_eq!(header("secret", None), " -H 'authorization: Bearer secret'");
     }
 }
