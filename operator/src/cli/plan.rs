@@ -276,6 +276,15 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_is_counted_in_whole_blocks() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/models/tiny-r1");
+        let config = ModelConfig::read(&directory).unwrap();
+        let of = |context| cache(&config, Some(context));
+        assert_eq!(of(1_000_001), of(1_000_064));
+        assert!(of(1_000_000) < of(1_000_001));
+    }
+
+    #[test]
     fn uneven_numbers_are_planned_within_one_expert() {
         insta::assert_snapshot!(plan(5, 2, WeightFormat::Native));
     }

@@ -8,7 +8,7 @@ use expertmesh_engine::ExpertStore;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::expert_set::ExpertSet;
-use tokio::sync::watch;
+use tokio::sync::{SetOnce, watch};
 
 use super::uses::Uses;
 use super::weights::Weights;
@@ -60,7 +60,7 @@ pub(crate) struct Residency {
     turn: Condvar,
     changed: watch::Sender<u64>,
     /// Why the model is no longer the one that was read.
-    replaced: watch::Sender<Option<String>>,
+    replaced: SetOnce<String>,
 }
 
 struct State {
@@ -92,7 +92,7 @@ impl Residency {
     ) -> Arc<Self> {
         let uses = Arc::new(uses);
         let (state, turn) = (Mutex::new(State::new(room, uses.clone())), Condvar::new());
-        let (changed, replaced) = (watch::Sender::new(0), watch::Sender::new(None));
+        let (changed, replaced) = (watch::Sender::new(0), SetOnce::new());
         Arc::new(Self { store, uses, weights, metrics, state, turn, changed, replaced })
     }
 
@@ -171,11 +171,8 @@ impl Residency {
     }
 
     /// Waits until an expert is found to be another than when it was first read: the model was replaced under this worker.
-    pub(crate) async fn is_replaced(&self) -> String {
-        let mut replaced = self.replaced.subscribe();
-        // The sender lives in self: this cannot fail while we wait.
-        let why = replaced.wait_for(Option::is_some).await.map(|why| why.clone());
-        why.ok().flatten().unwrap_or_default()
+    pub(crate) async fn is_replaced(&self) -> &str {
+        self.replaced.wait().await
     }
 
     pub(crate) fn snapshot(&self) -> Snapshot {
@@ -214,7 +211,7 @@ impl Residency {
                     self.metrics.experts.loaded(cause, bytes);
                 }
                 if let Err(error @ ModelError::WeightsChanged { .. }) = &result {
-                    self.replaced.send_replace(Some(error.to_string()));
+                    let _ = self.replaced.set(error.to_string()); // the first of them is told
                 }
                 state.record(expert, result.map_err(|error| error.to_string()));
             } else if let Some(expert) = state.idle() {

@@ -173,7 +173,7 @@ impl Worker {
         tokio::select! {
             () = stop => {}
             doubt = wrong => return Err(Fatal::new("OtherWeights", doubt.to_string())),
-            why = state.residency.is_replaced() => return Err(Fatal::new("WeightsChanged", why)),
+            why = state.residency.is_replaced() => return Err(Fatal::new("WeightsChanged", why.to_string())),
             Some(thread) = self.ended.recv() => return Err(stopped(thread, (self.failure)())),
             ended = &mut server => return Err(Fatal::new("ServerStopped", format!("--listen: {ended:?}"))),
         }
