@@ -276,7 +276,8 @@ impl Serving {
     }
 }
 
-/// The part of a command for curl that shows a key. One that came by the variable is not written out: whoever pastes the line has it there.
+/// The part of a command for curl that shows a key. One that came by the variable is not written out, and a
+/// terminal that the line is pasted into needs the variable, too.
 fn header(key: &str, variable: Option<&str>) -> String {
     match variable {
         Some(value) if value == key => format!(" -H \"authorization: Bearer ${API_KEY}\""),

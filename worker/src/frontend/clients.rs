@@ -157,7 +157,7 @@ impl Client {
         self.spend(completed.tokens);
     }
 
-    /// A request that began was not served, and that was not the client's doing: it and its prompt's tokens count for nothing.
+    /// A request that began was turned away for want of a worker or of room: it and its prompt's tokens count for nothing.
     pub(crate) fn unserved(&self, prompt: usize) {
         self.account.give_back(&self.limits, prompt, Instant::now());
     }

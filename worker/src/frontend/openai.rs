@@ -119,6 +119,11 @@ impl ApiError {
         self.facts().status
     }
 
+    /// Whether the request was turned away for want of a worker or of room: whoever asked can do nothing about that.
+    pub(crate) fn is_of_room(&self) -> bool {
+        matches!(self, Self::TooManyRequests | Self::NotYetKnown | Self::NoWorker(_) | Self::ShuttingDown)
+    }
+
     /// The field that is wrong, if it is one.
     fn param(&self) -> Option<&str> {
         match self {

@@ -30,7 +30,7 @@ use super::sse::{self, Streamed};
 use super::tracked::Tracked;
 use super::update::Update;
 use super::valid::ValidRequest;
-use crate::metrics::labels::{Endpoint, RequestFailure};
+use crate::metrics::labels::Endpoint;
 use crate::traces;
 
 /// A client that takes longer to send its body holds memory that others could have.
@@ -260,7 +260,7 @@ fn answered(tracked: Tracked, response: Response) -> Response {
 
 fn refused(tracked: Tracked, error: &ApiError) -> Response {
     let response = error.response(tracked.id());
-    tracked.failed(RequestFailure::Error(error.reason()), error.status().as_u16());
+    tracked.failed(error, error.status().as_u16());
     response
 }
 

@@ -152,7 +152,7 @@ impl Server {
         };
         let connection = guest.map(answering).transpose()?;
         let turn = client.map(|client| client.begin()).transpose()?;
-        Ok(Places { _request: request, _connection: connection, turn })
+        Ok(Places { _request: request, _connection: connection, _turn: turn })
     }
 
     /// Places for the sequences of one request.

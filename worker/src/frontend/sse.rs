@@ -20,7 +20,6 @@ use super::taken;
 use super::tracked::Tracked;
 use super::update::Update;
 use super::workers::Workers;
-use crate::metrics::labels::RequestFailure;
 
 /// How often a comment is sent, which keeps proxies from closing a connection on which nothing happens.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -138,7 +137,7 @@ impl State {
         let Some(tracked) = self.tracked.take() else { return Vec::new() };
         let body = error.told(tracked.id());
         // The status was 200, but the answer is not complete.
-        tracked.failed(RequestFailure::Error(error.reason()), StatusCode::INTERNAL_SERVER_ERROR.as_u16());
+        tracked.failed(error, StatusCode::INTERNAL_SERVER_ERROR.as_u16());
         vec![data(&body)]
     }
 

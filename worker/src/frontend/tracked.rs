@@ -8,7 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use super::access::{AccessLog, Entry, milliseconds};
 use super::clients::{Client, Turn};
 use super::guests::Answering;
-use super::openai::Completed;
+use super::openai::{ApiError, Completed};
 use super::request_id::RequestId;
 use crate::metrics::frontend::{Counted, FrontendMetrics};
 use crate::metrics::labels::{Endpoint, RequestFailure};
@@ -40,7 +40,7 @@ pub(crate) struct Tracked {
 pub(super) struct Places {
     pub(super) _request: OwnedSemaphorePermit,
     pub(super) _connection: Option<Answering>,
-    pub(super) turn: Option<Turn>,
+    pub(super) _turn: Option<Turn>,
 }
 
 /// What is known of an answer, for the log.
@@ -136,13 +136,12 @@ impl Tracked {
         self.end(code);
     }
 
-    /// The answer is an error with the HTTP status `code`.
-    pub(super) fn failed(mut self, failure: RequestFailure, code: u16) {
-        let has_begun = self.places.as_ref().is_some_and(|places| places.turn.is_some());
-        if has_begun && code >= 500 && self.told.completed.tokens == 0 {
+    /// The answer is an error with the HTTP status `code`. A client whose turn had begun gets back what it took, where it had no token for it.
+    pub(super) fn failed(mut self, error: &ApiError, code: u16) {
+        if self.places.is_some() && error.is_of_room() && self.told.completed.tokens == 0 {
             self.client.iter().for_each(|client| client.unserved(self.told.prompt_tokens));
         }
-        self.fail(failure);
+        self.fail(RequestFailure::Error(error.reason()));
         self.end(code);
     }
 
