@@ -111,7 +111,8 @@ podLogsDir: $STATE/$1/pods
 volumePluginDir: $STATE/$1/volume-plugins
 nodeStatusUpdateFrequency: 4s
 syncFrequency: 10s
-evictionHard: {memory.available: 200Mi, nodefs.available: 1%, imagefs.available: 1%}
+# Absolute: a share of a disk that others fill, too, says nothing of what is left for pods.
+evictionHard: {memory.available: 200Mi, nodefs.available: 200Mi, imagefs.available: 200Mi}
 imageGCHighThresholdPercent: 100
 YAML
 }

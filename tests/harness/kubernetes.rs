@@ -152,13 +152,15 @@ impl Namespace {
         let scratch = Scratch::new(&self.name);
         let path = scratch.path().join("dump.txt");
         let mut file = File::create(&path).expect("a file");
-        let commands: [&[&str]; 6] = [
+        let commands: [&[&str]; 8] = [
+            &["describe", "nodes"],
             &["get", "all", "--output=wide"],
             &["get", "mdep", "--output=yaml"],
             &["get", "configmaps", "--output=yaml"],
             &["get", "events", "--sort-by=.metadata.creationTimestamp"],
             &["logs", "--selector=app.kubernetes.io/part-of=expertmesh", "--prefix", "--tail=200"],
             &["logs", "--namespace", SYSTEM, OPERATOR, "--tail=500"],
+            &["logs", "--namespace", SYSTEM, OPERATOR, "--tail=500", "--previous"],
         ];
         for command in commands {
             let said = if command[1] == "--namespace" { kubectl(command) } else { self.kubectl(command) };
@@ -167,7 +169,7 @@ impl Namespace {
         }
         // Of a long report its end is read first.
         let why: String = LAST_FAILURE.take().chars().take(2000).collect();
-        eprintln!("--- what there was of {}: {}\n--- {why}", self.name, path.display());
+        eprintln!("--- what there was of {}: {}\n{}--- {why}", self.name, path.display(), tainted_nodes());
     }
 }
 
@@ -315,6 +317,17 @@ pub fn object_of(path: &str) -> Value {
     let mut object = json_of(&kubectl(&arguments).expect("the file has a good object"));
     object["metadata"] = json!({"name": object["metadata"]["name"]});
     object
+}
+
+/// Nodes that take no pods, a line each with why: of a machine that is full, say.
+fn tainted_nodes() -> String {
+    let list = kubectl(&["get", "nodes", "--output=json"]).map(|text| json_of(&text)).unwrap_or_default();
+    let nodes = list["items"].as_array().into_iter().flatten();
+    let tainted = nodes.filter(|node| !node["spec"]["taints"].is_null());
+    let line = |node: &Value| {
+        format!("--- {} takes no pods: {}\n", node["metadata"]["name"], node["spec"]["taints"])
+    };
+    tainted.map(line).collect()
 }
 
 /// The condition of one type.
