@@ -6,14 +6,17 @@ use std::time::{Duration, Instant};
 
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::trust::authority::LEAF;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
+use expertmesh_proto::v1::report_response::State;
 use expertmesh_tests::frontend::{Frontend, metrics};
-use expertmesh_tests::mesh::{Mesh, apply};
+use expertmesh_tests::mesh::{EXPERTS, Mesh, apply};
 use expertmesh_tests::openai::Load;
+use expertmesh_tests::process::Addresses;
 use expertmesh_tests::promtool::sum;
 use expertmesh_tests::reference::{Question, reference};
-use expertmesh_tests::{http, root, skipped, tiny_r1, wait_for};
+use expertmesh_tests::{PATIENCE, http, root, skipped, tiny_r1, wait_for};
 use serde_json::{Value, json};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -59,6 +62,58 @@ async fn processes_that_have_ipv6_alone_answer_with_the_same_tokens() {
     }
     mesh.workers[1].kill();
     frontend.api.check_stream(&Question::long(1, 100), |_| {}).unwrap();
+}
+
+/// Connections with a certificate whose time is over, as a process counts them.
+fn expired(addresses: &Addresses) -> f64 {
+    sum(&metrics(addresses), "expertmesh_expired_certificates_total")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_whose_certificates_are_over_answer_with_the_same_tokens_count_it_and_take_new_ones() {
+    let mut mesh = Mesh::start_identified("expired", 3, LEAF + Duration::from_secs(10 * 24 * 3600)).await;
+    let frontend = Frontend::start(&mut mesh).await;
+    let ask = |count| {
+        for question in Question::several(count) {
+            frontend
+                .api
+                .check(&question)
+                .and_then(|()| frontend.api.check_stream(&question, |_| {}))
+                .unwrap();
+        }
+    };
+    ask(4);
+    for addresses in &mesh.addresses {
+        assert!(expired(addresses) > 0.0, "{}", metrics(addresses));
+    }
+    // One that comes back is believed by its expired certificate, too.
+    mesh.workers[2].kill();
+    frontend.api.check_stream(&Question::long(1, 100), |_| {}).unwrap();
+    mesh.restart(2).await;
+    mesh.place(|slot, expert| expert * 3 / EXPERTS == slot).await;
+    mesh.until(2, "ready", |report| report.state() == State::Ready).await;
+    ask(2);
+
+    // Its peers, which run, show new ones soon after these are written.
+    mesh.identities.as_ref().unwrap().make(Duration::ZERO);
+    let since = Instant::now();
+    loop {
+        mesh.workers[2].kill();
+        mesh.restart(2).await;
+        mesh.place(|slot, expert| expert * 3 / EXPERTS == slot).await;
+        mesh.until(2, "ready", |report| report.state() == State::Ready).await;
+        wait_for("links to both peers", || {
+            match sum(&metrics(&mesh.addresses[2]), "expertmesh_worker_peers_alive ") {
+                2.0 => Ok(()),
+                up => Err(format!("{up} are up")),
+            }
+        });
+        if expired(&mesh.addresses[2]) == 0.0 {
+            break;
+        }
+        assert!(since.elapsed() < PATIENCE, "{}", metrics(&mesh.addresses[2]));
+    }
+    ask(2);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

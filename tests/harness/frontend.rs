@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use expertmesh_proto::placement::Placement;
+use expertmesh_proto::trust::identity::Component;
 
 use crate::http;
 use crate::mesh::{EXPERTS, Mesh};
@@ -37,7 +38,8 @@ impl Frontend {
         let what = ["frontend", "--served-name", "tiny-r1", "--model", &model, "--placement", &placement];
         let anywhere = mesh.anywhere;
         let listening = ["--listen", anywhere, "--control", anywhere, "--metrics", anywhere];
-        let more: Vec<&str> = mesh.flags.iter().map(String::as_str).collect();
+        let more = mesh.flags_of(Component::Frontend);
+        let more: Vec<&str> = more.iter().map(String::as_str).collect();
         let arguments = [&what[..], &listening[..], &more[..]].concat();
         let mut process = Process::start(&mesh.scratch, "frontend", "expertmesh-worker", &arguments);
         let addresses = process.addresses();

@@ -5,6 +5,7 @@ pub mod dashboards;
 pub mod frontend;
 pub mod gate;
 pub mod http;
+pub mod identities;
 pub mod kubernetes;
 pub mod mesh;
 pub mod openai;

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::channel::{Connect, ConnectError, connect};
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::placement::{PlacedWorker, Placement};
 use expertmesh_proto::slot::Slot;
+use expertmesh_proto::trust::identity::Component;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::generate_event::Event;
@@ -15,9 +18,12 @@ use expertmesh_proto::v1::report_response::State;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
+use crate::identities::Identities;
 use crate::process::{Addresses, Process, Scratch};
 use crate::reference::{Generated, PENALTIES, Question};
 use crate::tiny_r1;
+
+const CONNECT: Connect = Connect { timeout: Duration::from_secs(10), keepalive: None, bulk: false };
 
 /// tiny-r1: layers 1 to 5 hold 32 experts each.
 pub const LAYERS: std::ops::Range<u32> = 1..6;
@@ -37,6 +43,8 @@ pub struct Mesh {
     pub anywhere: &'static str,
     /// The directory of each slot's model.
     pub models: Vec<PathBuf>,
+    /// Who its processes are; without them calls are in plain text.
+    pub identities: Option<Identities>,
 }
 
 impl Mesh {
@@ -53,21 +61,51 @@ impl Mesh {
     /// The same with another address on which all listen.
     pub async fn start_at(name: &str, count: u32, flags: &[&str], anywhere: &'static str) -> Self {
         let mut mesh = Self::unplaced(name, vec![tiny_r1(); count as usize], flags, anywhere);
-        mesh.place(|slot, expert| expert * count / EXPERTS == slot).await;
-        for slot in 0..count {
-            mesh.until(slot, "ready", |report| report.state() == State::Ready).await;
-        }
+        mesh.share().await;
+        mesh
+    }
+
+    /// The same with identities, by certificates as they are so long after they were made.
+    pub async fn start_identified(name: &str, count: u32, age: Duration) -> Self {
+        let mut mesh = Self::planned(name, vec![tiny_r1(); count as usize], &[], "127.0.0.1:0");
+        mesh.identities = Some(Identities::new(mesh.scratch.path(), age));
+        mesh.start_workers();
+        mesh.share().await;
         mesh
     }
 
     /// Starts a worker for each of some models' directories, without a placement.
     pub fn unplaced(name: &str, models: Vec<PathBuf>, flags: &[&str], anywhere: &'static str) -> Self {
+        let mut mesh = Self::planned(name, models, flags, anywhere);
+        mesh.start_workers();
+        mesh
+    }
+
+    fn planned(name: &str, models: Vec<PathBuf>, flags: &[&str], anywhere: &'static str) -> Self {
         let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
         let (workers, addresses, draining) = (Vec::new(), Vec::new(), BTreeSet::new());
-        let mut mesh = Self { scratch, workers, addresses, epoch: 0, draining, flags, anywhere, models };
-        mesh.workers = (0..mesh.models.len() as u32).map(|slot| mesh.start_worker(slot)).collect();
-        mesh.addresses = mesh.workers.iter_mut().map(Process::addresses).collect();
-        mesh
+        let identities = None;
+        Self { scratch, workers, addresses, epoch: 0, draining, flags, anywhere, models, identities }
+    }
+
+    fn start_workers(&mut self) {
+        self.workers = (0..self.models.len() as u32).map(|slot| self.start_worker(slot)).collect();
+        self.addresses = self.workers.iter_mut().map(Process::addresses).collect();
+    }
+
+    /// Gives every worker its share of the experts, and waits until all are ready.
+    async fn share(&mut self) {
+        let count = self.workers.len() as u32;
+        self.place(|slot, expert| expert * count / EXPERTS == slot).await;
+        for slot in 0..count {
+            self.until(slot, "ready", |report| report.state() == State::Ready).await;
+        }
+    }
+
+    /// What a process of a component gets beside its own flags.
+    pub fn flags_of(&self, component: Component) -> Vec<String> {
+        let identity = self.identities.iter().flat_map(|identities| identities.flags(component));
+        self.flags.iter().cloned().chain(identity).collect()
     }
 
     /// Starts a worker again that was killed; it finds its place from the next placement.
@@ -81,7 +119,8 @@ impl Mesh {
         let model = model.to_str().expect("a UTF-8 path");
         let anywhere = self.anywhere;
         let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];
-        let flags: Vec<&str> = args.into_iter().chain(self.flags.iter().map(String::as_str)).collect();
+        let more = self.flags_of(Component::Worker);
+        let flags: Vec<&str> = args.into_iter().chain(more.iter().map(String::as_str)).collect();
         Process::start(&self.scratch, &name, "expertmesh-worker", &flags)
     }
 
@@ -113,13 +152,17 @@ impl Mesh {
         path
     }
 
-    pub async fn control(&self, slot: u32) -> Result<ControlClient<Channel>, tonic::transport::Error> {
-        ControlClient::connect(format!("http://{}", self.addresses[slot as usize].grpc)).await
+    pub async fn control(&self, slot: u32) -> Result<ControlClient<Channel>, ConnectError> {
+        self.connect(slot).await.map(ControlClient::new)
     }
 
     pub async fn inference(&self, slot: u32) -> InferenceClient<Channel> {
-        let address = format!("http://{}", self.addresses[slot as usize].grpc);
-        InferenceClient::connect(address).await.expect("a worker that lives")
+        InferenceClient::new(self.connect(slot).await.expect("a worker that lives"))
+    }
+
+    async fn connect(&self, slot: u32) -> Result<Channel, ConnectError> {
+        let callee = self.identities.as_ref().map(Identities::workers);
+        connect(&self.addresses[slot as usize].grpc, &CONNECT, callee.as_ref()).await
     }
 
     /// Follows a worker's reports until one holds.

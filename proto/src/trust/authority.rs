@@ -75,7 +75,12 @@ impl Authority {
 
     /// A leaf for a process of the installation, as of now.
     pub fn leaf(&self, who: &Who) -> Result<Leaf, AuthorityError> {
-        self.leaf_at(who, OffsetDateTime::now_utc())
+        self.leaf_of_age(who, std::time::Duration::ZERO)
+    }
+
+    /// A leaf as one that was made so long ago, which may be longer than [`LEAF`].
+    pub fn leaf_of_age(&self, who: &Who, age: std::time::Duration) -> Result<Leaf, AuthorityError> {
+        self.leaf_at(who, OffsetDateTime::now_utc() - age)
     }
 
     pub(crate) fn leaf_at(&self, who: &Who, now: OffsetDateTime) -> Result<Leaf, AuthorityError> {
