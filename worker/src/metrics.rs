@@ -2,6 +2,7 @@
 
 pub(crate) mod clients;
 pub(crate) mod frontend;
+pub(crate) mod https;
 pub(crate) mod labels;
 pub(crate) mod trust;
 pub(crate) mod worker;
@@ -10,6 +11,7 @@ use expertmesh_metrics::Registry;
 
 use self::clients::ClientMetrics;
 use self::frontend::FrontendMetrics;
+use self::https::HttpsMetrics;
 use self::trust::TrustMetrics;
 use self::worker::WorkerMetrics;
 
@@ -18,6 +20,7 @@ pub(crate) fn sections() -> String {
     let (worker, frontend) = (Registry::new(), Registry::new());
     let _ = (WorkerMetrics::new(&worker), TrustMetrics::new(&worker));
     let _ = (FrontendMetrics::new(&frontend, ""), TrustMetrics::new(&frontend));
+    let _ = HttpsMetrics::new(&frontend);
     ClientMetrics::new(&frontend).of("");
     worker.section("Worker") + &frontend.section("Frontend")
 }

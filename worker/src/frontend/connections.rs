@@ -162,6 +162,7 @@ mod tests {
     use crate::frontend::guests::Bounds;
     use crate::frontend::https::tests::Folder;
     use crate::metrics::frontend::FrontendMetrics;
+    use crate::metrics::https::HttpsMetrics;
 
     /// Answers `GET /` for at most four connections, whose first head may take so long; returns where.
     async fn host(first_head: Duration) -> std::net::SocketAddr {
@@ -239,7 +240,7 @@ mod tests {
     async fn https_is_spoken_where_there_is_a_certificate_and_nothing_else() {
         let folder = Folder::new("host");
         let client = folder.renew();
-        let https = Https::read(&folder.0).unwrap();
+        let https = Https::read(&folder.0, HttpsMetrics::new(&expertmesh_metrics::Registry::new())).unwrap();
         let address = host_with(Duration::from_millis(300), Some(https)).await;
         let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
         let mut stream = client.connect(name, TcpStream::connect(address).await.unwrap()).await.unwrap();

@@ -3,16 +3,20 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use expertmesh_proto::files;
 use rustls::ServerConfig;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use webpki::{EndEntityCert, KeyUsage};
+
+use crate::metrics::https::HttpsMetrics;
 
 /// The files, as a Secret of the type kubernetes.io/tls names them.
 const CHAIN: &str = "tls.crt";
@@ -33,18 +37,33 @@ pub(crate) enum HttpsError {
 
 /// What connections begin with; clones share what is swapped.
 #[derive(Clone)]
-pub(crate) struct Https(Arc<RwLock<Arc<ServerConfig>>>);
+pub(crate) struct Https {
+    config: Arc<RwLock<Arc<ServerConfig>>>,
+    metrics: HttpsMetrics,
+}
+
+/// A certificate with its key, as connections begin with it.
+struct Shown {
+    config: Arc<ServerConfig>,
+    /// From when until when it is valid, in seconds since 1970; none where that cannot be read.
+    validity: Option<(u64, u64)>,
+}
 
 impl Https {
     /// Reads the certificate and its key from a folder.
-    pub(crate) fn read(folder: &Path) -> Result<Self, HttpsError> {
-        Ok(Self(Arc::new(RwLock::new(config(&contents(folder)?)?))))
+    pub(crate) fn read(folder: &Path, metrics: HttpsMetrics) -> Result<Self, HttpsError> {
+        let Shown { config, validity } = shown(&contents(folder)?)?;
+        metrics.shows(validity.unwrap_or_default());
+        Ok(Self { config: Arc::new(RwLock::new(config)), metrics })
     }
 
     /// Takes over for ever what the folder says; what cannot be used is told, and the certificate of before goes on.
     pub(crate) async fn follow(&self, folder: &Path) {
-        let take = |files: Result<&_, _>| match files.and_then(config) {
-            Ok(config) => *self.0.write().unwrap_or_else(PoisonError::into_inner) = config,
+        let take = |files: Result<&_, _>| match files.and_then(shown) {
+            Ok(Shown { config, validity }) => {
+                *self.config.write().unwrap_or_else(PoisonError::into_inner) = config;
+                self.metrics.shows(validity.unwrap_or_default());
+            }
             Err(error) => tracing::warn!(%error, "the new certificate for clients is not used"),
         };
         files::follow(|| contents(folder), take).await;
@@ -59,7 +78,7 @@ impl Https {
             stream.write_all(NOT_HTTP).await?;
             return Err(std::io::Error::other("it speaks no TLS"));
         }
-        let config = self.0.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let config = self.config.read().unwrap_or_else(PoisonError::into_inner).clone();
         TlsAcceptor::from(config).accept(stream).await
     }
 }
@@ -73,11 +92,12 @@ fn contents(folder: &Path) -> Result<[Vec<u8>; 2], HttpsError> {
     Ok([read(CHAIN)?, read(KEY)?])
 }
 
-fn config([chain, key]: &[Vec<u8>; 2]) -> Result<Arc<ServerConfig>, HttpsError> {
+fn shown([chain, key]: &[Vec<u8>; 2]) -> Result<Shown, HttpsError> {
     let invalid = |file: &'static str, problem: String| HttpsError::Invalid { file, problem };
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain).collect();
     // The parser's own words quote what it read: a key must not get into a log.
     let certificates = certificates.map_err(|_| invalid(CHAIN, "no certificates in PEM".into()))?;
+    let validity = certificates.first().and_then(validity);
     let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| invalid(KEY, "no private key in PEM".into()))?;
     let versions = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
@@ -85,12 +105,30 @@ fn config([chain, key]: &[Vec<u8>; 2]) -> Result<Arc<ServerConfig>, HttpsError> 
     let config = versions.with_no_client_auth().with_single_cert(certificates, key);
     let mut config = config.map_err(|error| invalid(CHAIN, error.to_string()))?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(Arc::new(config))
+    Ok(Shown { config: Arc::new(config), validity })
+}
+
+/// From when until when a certificate is valid. The verifier is asked, which says it of a time that is too early or too late.
+fn validity(certificate: &CertificateDer) -> Option<(u64, u64)> {
+    let certificate = EndEntityCert::try_from(certificate).ok()?;
+    let at = |seconds| {
+        let time = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+        let usage = KeyUsage::server_auth();
+        certificate.verify_for_usage(&[], &[], &[], time, usage, None, None).err()
+    };
+    match (at(0), at(u64::MAX)) {
+        (
+            Some(webpki::Error::CertNotValidYet { not_before, .. }),
+            Some(webpki::Error::CertExpired { not_after, .. }),
+        ) => Some((not_before.as_secs(), not_after.as_secs())),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
-    use rcgen::{CertifiedKey, KeyPair};
+    use expertmesh_metrics::Registry;
+    use rcgen::{CertificateParams, CertifiedKey, KeyPair};
     use rustls::pki_types::ServerName;
     use rustls::{ClientConfig, RootCertStore};
     use tokio_rustls::TlsConnector;
@@ -142,7 +180,7 @@ pub(super) mod tests {
     async fn a_certificate_is_swapped_and_one_that_cannot_be_used_is_not() {
         let folder = Folder::new("swap");
         let first = folder.renew();
-        let https = Https::read(&folder.0).unwrap();
+        let https = Https::read(&folder.0, HttpsMetrics::new(&Registry::new())).unwrap();
         assert!(is_believed(&https, &first).await);
         let second = folder.renew();
         assert!(is_believed(&https, &first).await, "nothing was read yet");
@@ -164,7 +202,8 @@ pub(super) mod tests {
     #[test]
     fn what_is_no_certificate_is_told_with_its_file() {
         let folder = Folder::new("wrong");
-        let told = |folder: &Folder| Https::read(&folder.0).err().unwrap().to_string();
+        let told = |folder: &Folder| shown(&contents(&folder.0)?).map(drop);
+        let told = |folder: &Folder| told(folder).unwrap_err().to_string();
         assert!(told(&folder).contains("tls.crt: No such file"), "{}", told(&folder));
         drop(folder.renew());
         // A key that lost the ends of its lines, as one that went through a variable.
@@ -175,5 +214,16 @@ pub(super) mod tests {
         }
         fs::write(folder.0.join(KEY), KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(told(&folder).starts_with("tls.crt: "), "{}", told(&folder));
+    }
+
+    #[test]
+    fn a_certificates_validity_is_read_and_what_is_none_has_none() {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(["localhost".to_string()]).unwrap();
+        params.not_before = rcgen::date_time_ymd(2026, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2026, 4, 1);
+        let certificate = params.self_signed(&key).unwrap();
+        assert_eq!(validity(certificate.der()), Some((1_767_225_600, 1_775_001_600)));
+        assert_eq!(validity(&CertificateDer::from(vec![0; 8])), None);
     }
 }

@@ -69,6 +69,7 @@ use crate::engine::ComputedAs;
 use crate::identity::fingerprint_message;
 use crate::metrics::clients::ClientMetrics;
 use crate::metrics::frontend::FrontendMetrics;
+use crate::metrics::https::HttpsMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
 use crate::runtime::{self, Service};
@@ -198,6 +199,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let settings = Settings { patience, max_requests: args.max_requests, log: args.access_log };
     let clients = clients(args.api_keys.as_deref(), &registry)?;
     let server = Server::new(model, workers.clone(), metrics, clients, settings);
+    let https = https(args.tls.as_deref(), &registry)?;
     let cors = cors::layer(&args.cors_origins)?;
 
     let http = process::bind("--listen", args.listen)?;
@@ -210,7 +212,6 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let mut aside = JoinSet::new();
     aside.spawn(ends("workers", workers.follow(placement)));
     aside.spawn(ends("control", control::serve(grpc, control, trust)));
-    let https = args.tls.as_deref().map(https).transpose()?;
     if let (Some(https), Some(folder)) = (https.clone(), args.tls.clone()) {
         aside.spawn(ends("HTTPS", async move { https.follow(&folder).await }));
     }
@@ -301,8 +302,11 @@ fn clients(folder: Option<&Path>, registry: &Registry) -> Result<Clients, Fatal>
         .map_err(|error| Fatal::new("ApiKeysInvalid", format!("--api-keys: {error}")))
 }
 
-fn https(folder: &Path) -> Result<Https, Fatal> {
-    Https::read(folder)
+fn https(folder: Option<&Path>, registry: &Registry) -> Result<Option<Https>, Fatal> {
+    let metrics = HttpsMetrics::new(registry);
+    let Some(folder) = folder else { return Ok(None) };
+    Https::read(folder, metrics)
+        .map(Some)
         .map_err(|error| Fatal::new("CertificateInvalid", format!("--tls {}: {error}", folder.display())))
 }
 
