@@ -22,6 +22,7 @@
 //! | (core)              | nodes                         | get                                | `fleet/kubernetes.rs` and `nodes.rs`       |
 //! | events.k8s.io       | events                        | list watch create patch            | `events.rs`, `refusals.rs`                 |
 //! | coordination.k8s.io | leases (in its own namespace) | get create update                  | `lease.rs`                                 |
+//! | coordination.k8s.io | leases (one, by its name)     | get create update                  | `lease.rs`, for `namespaces.rs`            |
 //!
 //! Server-side apply needs `patch`, and `create` where the object does not exist yet. Owner references do not block
 //! deletion, so that the finalizers subresource is not needed.

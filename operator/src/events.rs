@@ -18,6 +18,7 @@ const LONGEST_NOTE: usize = 1000;
 /// What an Event tells of. Stable, since users' tools read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reason {
+    AnotherOperator,
     Autoscaled,
     Created,
     Degraded,
@@ -39,6 +40,7 @@ pub(crate) enum Reason {
 impl Reason {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
+            Self::AnotherOperator => "AnotherOperator",
             Self::Autoscaled => "Autoscaled",
             Self::Created => "Created",
             Self::Degraded => "Degraded",
@@ -60,7 +62,8 @@ impl Reason {
 
     fn event_type(self) -> EventType {
         match self {
-            Self::Degraded
+            Self::AnotherOperator
+            | Self::Degraded
             | Self::GoalUnattainable
             | Self::InvalidSpec
             | Self::NotReady
@@ -90,7 +93,7 @@ pub(crate) struct Note {
 }
 
 impl Note {
-    fn new(reason: Reason, action: impl Into<String>, text: impl Into<String>) -> Self {
+    pub(crate) fn new(reason: Reason, action: impl Into<String>, text: impl Into<String>) -> Self {
         Self { reason, action: action.into(), text: text.into() }
     }
 }

@@ -15,7 +15,7 @@ use expertmesh_proto::trust::identity::{Component, Deployment, Who};
 use jiff::Timestamp;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{Api, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
 use serde_json::json;
@@ -181,7 +181,7 @@ impl Identities {
             metadata: ObjectMeta {
                 name: Some(IDENTITIES.into()),
                 labels: Some([(MANAGED_BY.to_string(), EXPERTMESH.to_string())].into()),
-                owner_references: Some(vec![co_owner(owner)]),
+                owner_references: Some(vec![owner.among_others()]),
                 ..ObjectMeta::default()
             },
             data: Some(data.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()),
@@ -211,7 +211,7 @@ impl Identities {
             return Ok(());
         }
         let patch = json!({
-            "metadata": {"uid": found.uid(), "ownerReferences": [co_owner(owner)]},
+            "metadata": {"uid": found.uid(), "ownerReferences": [owner.among_others()]},
             "data": data,
         });
         let parameters = PatchParams { field_manager: Some(EXPERTMESH.into()), ..PatchParams::default() };
@@ -246,11 +246,6 @@ fn new_authority() -> Result<Secret, IdentitiesError> {
 
 fn deployment(owner: &Owner) -> Deployment {
     Deployment { namespace: owner.namespace.clone(), name: owner.name.clone() }
-}
-
-/// One owner among others: none of them is the controller.
-fn co_owner(owner: &Owner) -> OwnerReference {
-    OwnerReference { controller: None, ..owner.reference.clone() }
 }
 
 /// The deployment that a key belongs to.

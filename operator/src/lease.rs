@@ -1,4 +1,5 @@
-//! One operator works at a time: who that is stands in a `coordination.k8s.io/v1` Lease.
+//! Whose something is stands in a `coordination.k8s.io/v1` Lease: which of an installation's operators works, and which installation's
+//! operator works in a namespace (`namespaces.rs`).
 //!
 //! [`evaluate`] decides, without IO. A lease counts as expired a whole duration after *this* process first saw its
 //! present state, by its own monotonic clock: clocks of different machines are never compared. The holder stops working
@@ -8,12 +9,12 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
 use kube::api::{Api, PostParams};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
-/// How long a lease that is not renewed stays its holder's.
+/// How long the lease of the operator that works stays its holder's when it is not renewed.
 pub(crate) const DURATION: Duration = Duration::from_secs(15);
 /// The holder stops working when it could not renew for this long.
 pub(crate) const RENEW_DEADLINE: Duration = Duration::from_secs(10);
@@ -47,30 +48,39 @@ pub(crate) struct Now {
     pub(crate) wall: Timestamp,
 }
 
+/// Who wants to hold a lease.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    /// No other candidate has this name.
+    pub(crate) name: String,
+    /// How long the lease stays this candidate's when it is not renewed.
+    pub(crate) duration: Duration,
+}
+
 /// Who may hold the lease, as `me` sees it.
-pub(crate) fn evaluate(observed: Option<&Observed>, me: &str, now: Now) -> Verdict {
+pub(crate) fn evaluate(observed: Option<&Observed>, me: &Candidate, now: Now) -> Verdict {
     let Some(Observed { lease, since }) = observed else {
         return Verdict::Create(held(me, now.wall, now.wall, 0));
     };
     let spec = lease.spec.clone().unwrap_or_default();
     let holder = spec.holder_identity.unwrap_or_default();
     let transitions = spec.lease_transitions.unwrap_or(0);
-    if holder == me {
+    if holder == me.name {
         let acquired = spec.acquire_time.map_or(now.wall, |time| time.0);
         return Verdict::Renew(held(me, acquired, now.wall, transitions));
     }
     let seconds = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-    let expires = *since + seconds.map_or(DURATION, Duration::from_secs);
+    let expires = *since + seconds.map_or(me.duration, Duration::from_secs);
     if holder.is_empty() || now.monotonic >= expires {
         return Verdict::Take(held(me, now.wall, now.wall, transitions.saturating_add(1)));
     }
     Verdict::Wait { holder }
 }
 
-fn held(me: &str, acquired: Timestamp, renewed: Timestamp, transitions: i32) -> LeaseSpec {
+fn held(me: &Candidate, acquired: Timestamp, renewed: Timestamp, transitions: i32) -> LeaseSpec {
     LeaseSpec {
-        holder_identity: Some(me.to_string()),
-        lease_duration_seconds: Some(DURATION.as_secs() as i32),
+        holder_identity: Some(me.name.clone()),
+        lease_duration_seconds: Some(me.duration.as_secs() as i32),
         acquire_time: Some(MicroTime(acquired)),
         renew_time: Some(MicroTime(renewed)),
         lease_transitions: Some(transitions),
@@ -106,23 +116,22 @@ impl LeaseError {
 pub(crate) struct Election {
     api: Api<Lease>,
     name: String,
-    me: String,
+    me: Candidate,
     observed: Option<Observed>,
     renewed: Instant,
 }
 
 impl Election {
-    /// `me` must differ between processes: a pod's name, say.
-    pub(crate) fn new(api: Api<Lease>, name: &str, me: &str) -> Self {
-        Self { api, name: name.to_string(), me: me.to_string(), observed: None, renewed: Instant::now() }
+    pub(crate) fn new(api: Api<Lease>, name: &str, me: Candidate) -> Self {
+        Self { api, name: name.to_string(), me, observed: None, renewed: Instant::now() }
     }
 
     /// Resolves once the lease is ours. Errors are logged and tried again.
     pub(crate) async fn win(&mut self) {
         let mut last = String::new();
         loop {
-            let said = match self.step().await {
-                Ok(None) => return info!(lease = self.name, me = self.me, "leading"),
+            let said = match self.step(None).await {
+                Ok(None) => return info!(lease = self.name, me = self.me.name, "leading"),
                 Ok(Some(holder)) => format!("{holder} leads"),
                 Err(error) => error.to_string(),
             };
@@ -140,7 +149,7 @@ impl Election {
         loop {
             sleep(PERIOD).await;
             let deadline = self.renewed + RENEW_DEADLINE;
-            match timeout_at(deadline, self.step()).await {
+            match timeout_at(deadline, self.step(None)).await {
                 Ok(Ok(None)) => {}
                 Ok(Ok(Some(holder))) => return LeaseError::Taken { name: self.name.clone(), holder },
                 Ok(Err(error)) => {
@@ -156,7 +165,7 @@ impl Election {
     pub(crate) async fn release(&mut self) -> Result<(), LeaseError> {
         let Some(Observed { lease, .. }) = self.observed.clone() else { return Ok(()) };
         let spec = lease.spec.clone().unwrap_or_default();
-        if spec.holder_identity.as_deref() != Some(&self.me) {
+        if spec.holder_identity.as_deref() != Some(&self.me.name) {
             return Ok(());
         }
         let spec =
@@ -164,13 +173,26 @@ impl Election {
         self.write(lease.metadata, spec).await
     }
 
-    /// Looks at the lease once, and writes it where that is due. `Some(holder)` where another leads.
-    async fn step(&mut self) -> Result<Option<String>, LeaseError> {
+    /// Whether the object of this uid was an owner of the lease when that was seen last.
+    pub(crate) fn is_owned_by(&self, uid: &str) -> bool {
+        let owners = self.observed.iter().flat_map(|observed| &observed.lease.metadata.owner_references);
+        owners.flatten().any(|owner| owner.uid == uid)
+    }
+
+    /// Looks at the lease once, and writes it, owned by `owner` beside those of before, where that is due. `Some(holder)` where it is
+    /// another's.
+    pub(crate) async fn step(
+        &mut self,
+        owner: Option<&OwnerReference>,
+    ) -> Result<Option<String>, LeaseError> {
         let began = Instant::now();
         let read = self.answered(self.api.get_opt(&self.name)).await?;
         self.observe(read);
-        let metadata =
+        let mut metadata =
             self.observed.as_ref().map(|observed| observed.lease.metadata.clone()).unwrap_or_default();
+        if let Some(owner) = owner.filter(|owner| !self.is_owned_by(&owner.uid)) {
+            metadata.owner_references.get_or_insert_default().push(owner.clone());
+        }
         let now = Now { monotonic: Instant::now(), wall: Timestamp::now() };
         match evaluate(self.observed.as_ref(), &self.me, now) {
             Verdict::Wait { holder } => return Ok(Some(holder)),
@@ -219,40 +241,65 @@ mod tests {
         Now { monotonic: Instant::now(), wall: "2026-11-24T12:00:00Z".parse().unwrap() }
     }
 
+    fn candidate(name: &str) -> Candidate {
+        Candidate { name: name.into(), duration: DURATION }
+    }
+
     fn observed(holder: &str, age: Duration, now: Now) -> Observed {
         let renewed = now.wall - jiff::SignedDuration::from_hours(1);
-        let lease = Lease { spec: Some(held(holder, renewed, renewed, 4)), ..Lease::default() };
+        let lease = Lease { spec: Some(held(&candidate(holder), renewed, renewed, 4)), ..Lease::default() };
         Observed { lease, since: now.monotonic - age }
     }
 
     #[test]
     fn where_there_is_no_lease_it_is_created() {
         let now = now();
-        assert_eq!(evaluate(None, "a", now), Verdict::Create(held("a", now.wall, now.wall, 0)));
+        assert_eq!(
+            evaluate(None, &candidate("a"), now),
+            Verdict::Create(held(&candidate("a"), now.wall, now.wall, 0))
+        );
     }
 
     #[test]
     fn the_holder_renews_and_keeps_the_time_of_acquisition() {
         let now = now();
         let acquired = now.wall - jiff::SignedDuration::from_hours(1);
-        let verdict = evaluate(Some(&observed("a", DURATION * 9, now)), "a", now);
-        assert_eq!(verdict, Verdict::Renew(held("a", acquired, now.wall, 4)));
+        let verdict = evaluate(Some(&observed("a", DURATION * 9, now)), &candidate("a"), now);
+        assert_eq!(verdict, Verdict::Renew(held(&candidate("a"), acquired, now.wall, 4)));
     }
 
     #[test]
     fn another_holder_is_waited_for_until_it_was_silent_for_a_whole_duration_whatever_its_clock_says() {
         let now = now();
         let almost = observed("b", DURATION - Duration::from_millis(1), now);
-        assert_eq!(evaluate(Some(&almost), "a", now), Verdict::Wait { holder: "b".into() });
+        assert_eq!(evaluate(Some(&almost), &candidate("a"), now), Verdict::Wait { holder: "b".into() });
         let silent = observed("b", DURATION, now);
-        assert_eq!(evaluate(Some(&silent), "a", now), Verdict::Take(held("a", now.wall, now.wall, 5)));
+        assert_eq!(
+            evaluate(Some(&silent), &candidate("a"), now),
+            Verdict::Take(held(&candidate("a"), now.wall, now.wall, 5))
+        );
     }
 
     #[test]
     fn a_released_lease_is_taken_at_once() {
         let now = now();
         let released = observed("", Duration::ZERO, now);
-        assert_eq!(evaluate(Some(&released), "a", now), Verdict::Take(held("a", now.wall, now.wall, 5)));
+        assert_eq!(
+            evaluate(Some(&released), &candidate("a"), now),
+            Verdict::Take(held(&candidate("a"), now.wall, now.wall, 5))
+        );
+    }
+
+    #[test]
+    fn a_lease_that_says_no_duration_is_waited_for_as_long_as_ones_own() {
+        let now = now();
+        let mut silent = observed("b", DURATION * 2, now);
+        silent.lease.spec.as_mut().unwrap().lease_duration_seconds = None;
+        let patient = Candidate { duration: DURATION * 3, ..candidate("a") };
+        assert_eq!(evaluate(Some(&silent), &patient, now), Verdict::Wait { holder: "b".into() });
+        silent.since -= DURATION;
+        let verdict = evaluate(Some(&silent), &patient, now);
+        assert_eq!(verdict, Verdict::Take(held(&patient, now.wall, now.wall, 5)));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What happens when something changed: fetch → validate → claim → observe → settle → scale → decide → act → tell.
+//! What happens when something changed: fetch → hold → validate → claim → observe → settle → scale → decide → act → tell.
 //!
 //! Every step can be repeated, and one that finds everything as it should be writes nothing.
 
@@ -22,7 +22,10 @@ use kube::Resource;
 use kube::runtime::controller::Action;
 use tracing::warn;
 
+use crate::events::{self, Note};
 use crate::key::{Key, Watched};
+use crate::namespaces::HoldError;
+use crate::objects::names::Owner;
 use crate::objects::revision::Revision;
 use crate::validate::ValidatedDeployment;
 
@@ -34,6 +37,9 @@ use observe::observe;
 use scale::scale;
 use settle::settle;
 use tell::{Tale, tell};
+
+/// How long until it is looked again whether another operator still works in a namespace.
+const STANDING_BY: Duration = Duration::from_secs(30);
 
 /// Reconciles one deployment once: bounded in time, and counted.
 pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
@@ -60,16 +66,26 @@ pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Re
 }
 
 async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
+    context.namespaces.check(&key.namespace)?;
+
     // fetch (reads from the API server)
-    let found = match fetch(&context.client, key).await {
-        Ok(Fetched::Found(found)) => found,
-        Ok(Fetched::Malformed(invalid)) => return refuse::malformed(context, key, &invalid).await,
+    let fetched = match fetch(&context.client, key).await {
+        Ok(fetched) => fetched,
         Err(error) => {
             let error = error.into();
             refuse::explain_unread(context, key, &error).await?;
             return Err(error);
         }
-        Ok(Fetched::Gone) => {
+    };
+
+    // hold: the namespace is this operator's (renews a Lease, where that is due)
+    if let Some(owner) = fetched.owner(key) {
+        hold(context, &owner).await?;
+    }
+    let found = match fetched {
+        Fetched::Found(found) => found,
+        Fetched::Malformed(invalid) => return refuse::malformed(context, key, &invalid).await,
+        Fetched::Gone => {
             context.forget(key);
             return Ok(Action::await_change());
         }
@@ -79,6 +95,24 @@ async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
         Err(error) => {
             // explain (writes the status)
             refuse::explain(context, &found.object, &error).await?;
+            Err(error)
+        }
+    }
+}
+
+/// Where another operator works, this one writes nothing, no status either: it says so by an Event alone.
+async fn hold(context: &Context, owner: &Owner) -> Result<(), ReconcileError> {
+    match context.namespaces.hold(owner).await {
+        Ok(()) => Ok(()),
+        Err(HoldError::Another(another)) => {
+            context.let_go(&owner.key());
+            let note = Note::new(events::Reason::AnotherOperator, "Reconcile", another.to_string());
+            context.events.post(&owner.regarding(), &[note]).await;
+            Err(another.into())
+        }
+        Err(HoldError::Api(error)) => {
+            let error = error.into();
+            refuse::explain_unread(context, &owner.key(), &error).await?;
             Err(error)
         }
     }
@@ -173,6 +207,9 @@ pub(crate) fn after_error(object: Arc<Watched>, error: &ReconcileError, context:
     let key = Key::of(&object);
     if matches!(error, ReconcileError::Invalid(_) | ReconcileError::Malformed(_)) {
         return Action::await_change(); // only its author can help
+    }
+    if matches!(error, ReconcileError::AnotherOperator(_)) {
+        return Action::requeue(STANDING_BY); // an Event tells
     }
     let wait = context.memory.failed(&key);
     let reason = error.reason().name();

@@ -187,7 +187,7 @@ impl std::fmt::Display for Conflict {
             ),
             None => write!(
                 f,
-                "{kind} {name} is changed back again and again under the name of this operator; does a second operator watch this namespace?"
+                "{kind} {name} is changed back again and again under the name of this operator; does an operator of an earlier release watch this namespace, too?"
             ),
         }
     }
@@ -387,13 +387,16 @@ mod tests {
         now: Instant,
         second: u32,
         version: u32,
+        /// Who undoes what was written.
+        by: Option<String>,
     }
 
     impl Scene {
         fn new() -> Self {
             let key = Key { namespace: "ns".into(), name: "m".into() };
             let (written, named) = (Written::default(), Named::new::<Service>("m-workers"));
-            Self { written, key, named, now: Instant::now(), second: 0, version: 0 }
+            let by = Some("kubectl-edit".into());
+            Self { written, key, named, now: Instant::now(), second: 0, version: 0, by }
         }
 
         /// Writes a content; where `undone`, the API server has to change something for it.
@@ -408,7 +411,7 @@ mod tests {
                 &self.key,
                 self.named.clone(),
                 ([content; 32], &written),
-                Some("kubectl-edit".into()),
+                self.by.clone(),
                 self.now,
             );
         }
@@ -473,6 +476,20 @@ mod tests {
         scene.write(1, false);
         scene.now += PEACE + PACE;
         assert_eq!(scene.written.conflict(&scene.key, scene.now), None, "it is over");
+    }
+
+    #[test]
+    fn who_undoes_it_under_our_own_name_is_taken_for_an_operator_that_knows_no_lease() {
+        let mut scene = Scene { by: None, ..Scene::new() };
+        for times in 0..4 {
+            scene.see(100 + times);
+            scene.write(1, true);
+        }
+        let conflict = scene.written.conflict(&scene.key, scene.now).unwrap().to_string();
+        assert!(
+            conflict.ends_with("does an operator of an earlier release watch this namespace, too?"),
+            "{conflict}"
+        );
     }
 
     #[test]

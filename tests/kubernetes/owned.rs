@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
+use expertmesh_tests::http::get;
 use expertmesh_tests::kubernetes::{
-    Deployment, Namespace, OPERATOR, SYSTEM, condition, kubectl, metrics, operator_pods, requests_about, run,
-    sample, scale_operator,
+    Deployment, Namespace, SYSTEM, condition, kubectl, metrics, operator_pods, requests_about, run, sample,
+    scale_operator,
 };
 use expertmesh_tests::openai::Load;
 use expertmesh_tests::process::{Process, Scratch};
@@ -72,8 +73,11 @@ fn what_is_somebody_elses_is_neither_changed_nor_deleted_and_named() {
         told(&deployment, "Ready", "False", "NameTaken", &[&words]);
         assert_eq!(ours(&namespace), Vec::<String>::new(), "nothing is written before all names are free");
         let still = namespace.everything();
-        let gone =
-            |object: &(String, String)| !object.0.starts_with("ModelDeployment/") && !before.contains(object);
+        // The Lease says that it is this operator who cannot go on.
+        let is_allowed = |object: &(String, String)| {
+            object.0.starts_with("ModelDeployment/") || object.0 == "Lease/expertmesh-deployments"
+        };
+        let gone = |object: &(String, String)| !is_allowed(object) && !before.contains(object);
         assert_eq!(still.into_iter().find(gone), None, "something was changed or made");
         namespace.kubectl(&["delete", &taken.replace(' ', "/")]).unwrap();
     }
@@ -240,55 +244,94 @@ fn a_second_release_for_some_namespaces_works_beside_the_first_with_rights_in_th
     scale_operator(1);
 }
 
+/// Who works in a namespace, by its Lease.
+fn working(namespace: &Namespace) -> Value {
+    namespace.get(&["lease/expertmesh-deployments"])["spec"]["holderIdentity"].clone()
+}
+
+fn wait_until_working(namespace: &Namespace, operator: &str) {
+    wait_for("another to work in the namespace", || match working(namespace) {
+        holder if holder == operator => Ok(()),
+        holder => Err(holder.to_string()),
+    });
+}
+
+/// What a process of ours counts under a name, or null where it counts nothing so.
+fn counted(process: &Process, series: &str) -> Result<String, String> {
+    let log = process.log();
+    let served = log.lines().find_map(|line| line.split_once("metrics and health at ")).ok_or("not yet")?.1;
+    let (_, metrics) = get(&format!("{}/metrics", served.trim()))?;
+    let line = metrics.lines().find_map(|line| line.strip_prefix(series)).unwrap_or("null");
+    Ok(line.trim().to_string())
+}
+
 #[test]
-fn two_operators_of_one_namespace_are_told_and_write_at_a_slow_pace() {
+fn of_two_operators_of_one_namespace_one_works_the_other_tells_of_it_and_goes_on_when_that_ends() {
     if skipped("kubernetes") {
         return;
     }
-    let namespace = Namespace::new("two");
+    let namespace = Namespace::alone("two");
     let deployment = namespace.deploy("tiny", |spec| spec["workers"]["replicas"] = json!(1));
+    let first = format!("{SYSTEM}/expertmesh-operator");
+    assert_eq!(working(&namespace), first.as_str());
     let reached = deployment.reach();
     let load = Load::start(&reached.api, 1);
-    // Of the same installation: it has the authority's Secret.
-    let secret =
-        kubectl(&["get", "secret/expertmesh-authority", "--namespace", SYSTEM, "--output=json"]).unwrap();
-    let mut secret: Value = serde_json::from_str(&secret).unwrap();
-    secret["metadata"] = json!({"name": "expertmesh-authority"});
-    namespace.apply(&secret).unwrap();
-    // Outside of the cluster it does not know from where an operator may come, so that its policies are others.
+
+    // Of another installation: it has an authority of its own, in its own namespace.
     let (watched, lease) =
         (format!("--namespace={0}", namespace.name), format!("--lease-namespace={0}", namespace.name));
     let arguments = ["operator", "--image=expertmesh.dev/expertmesh:dev", &watched, &lease];
     let scratch = Scratch::new("second");
     let ports = ["--metrics=127.0.0.1:0", "--admin=127.0.0.1:0"];
     let mut second = Process::spawn(&scratch, "operator", "expertmesh", &[&arguments[..], &ports].concat());
+    let me = format!("{}/expertmesh-operator", namespace.name);
+    wait_for("an Event that tells of the other", || {
+        let events = namespace.get(&["events", "--field-selector=reason=AnotherOperator"]);
+        let words = format!(
+            "the operator {first} works in namespace {} (Lease expertmesh-deployments), so that this one, {me}, does nothing there",
+            namespace.name
+        );
+        if events.to_string().contains(&words) { Ok(()) } else { Err(second.log()) }
+    });
 
-    let words = "is changed back again and again under the name of this operator; does a second operator watch this namespace?";
-    let status = told(&deployment, "WriterConflict", "True", "OtherWriter", &["NetworkPolicy", words]);
-    assert_eq!(condition(&status, "Ready")["status"], "True");
-    // Whoever was undone for the third time first says so, and writes slowly from then on.
-    wait_for("a line in the log of one of them", || {
-        let logs = kubectl(&["logs", "--namespace", SYSTEM, OPERATOR, "--tail=-1"])? + &second.log();
-        let says =
-            |line: &str| line.contains("WARN") && line.contains(&namespace.name) && line.contains(words);
-        if logs.lines().any(says) { Ok(()) } else { Err(second.log()) }
+    // What changes is carried out by the first alone.
+    let stood_by = r#"expertmesh_reconcile_errors_total{reason="AnotherOperator"}"#;
+    let identities = || namespace.get(&["secret/expertmesh-identities"])["data"].clone();
+    let before = identities();
+    namespace.kubectl(&["scale", "mdep/tiny", "--replicas=2"]).unwrap();
+    deployment.wait_until_sized(2);
+    let count = counted(&second, stood_by).unwrap();
+    namespace.kubectl(&["annotate", &deployment.reference(), "example.com/touched=yes"]).unwrap();
+    wait_for("the second to stand by once more", || match counted(&second, stood_by)? {
+        now if now != count => Ok(()),
+        now => Err(now),
     });
-    let generation =
-        || namespace.get(&["networkpolicy/tiny-workers"])["metadata"]["generation"].as_u64().unwrap_or(0);
-    let mut samples = vec![(Instant::now(), generation())];
-    wait_for("half a minute with four changes at most", || {
-        samples.push((Instant::now(), generation()));
-        let (now, count) = samples[samples.len() - 1];
-        let earlier = samples.iter().rev().find(|(at, _)| now.duration_since(*at).as_secs() >= 30);
-        match earlier.map(|(_, before)| count - before) {
-            Some(changes) if changes <= 4 => Ok(()),
-            changes => Err(format!("{changes:?}")),
-        }
-    });
-    second.assert_runs();
+    assert_eq!(identities(), before);
+    for series in [
+        "expertmesh_actions_total",
+        "expertmesh_condition",
+        "expertmesh_workers_ready",
+        "expertmesh_objects_undone_total 1",
+    ] {
+        assert_eq!(counted(&second, series).unwrap(), "null", "{series}");
+    }
+
+    // The first ends, and the second makes identities of its own authority known; and the reverse.
+    scale_operator(0);
+    wait_until_working(&namespace, &me);
+    told(&deployment, "Encrypted", "True", "AuthorityFollows", &[]);
+    assert_ne!(identities()["ca.crt"], before["ca.crt"]);
+    load.go_on_for(2);
+    second.signal("TERM");
+    assert!(second.wait().success(), "{}", second.log());
+    assert_eq!(working(&namespace), "");
+    scale_operator(1);
+    wait_until_working(&namespace, &first);
+    load.go_on_for(2);
     load.end();
-    drop(second);
-    namespace.kubectl(&["delete", "leases", "--all"]).unwrap();
+    namespace.kubectl(&["delete", &deployment.reference()]).unwrap();
+    namespace.kubectl(&["delete", "lease/expertmesh-operator", "secret/expertmesh-authority"]).unwrap();
+    namespace.wait_until_empty();
 }
 
 #[test]

@@ -23,9 +23,10 @@ use crate::apply::Writer;
 use crate::events::Events;
 use crate::fleet::kubernetes::streams::Caller;
 use crate::identities::Identities;
-use crate::lease::{Election, LeaseError};
+use crate::lease::{Candidate, DURATION, Election, LeaseError};
 use crate::logging;
 use crate::metrics::Metrics;
+use crate::namespaces::Namespaces;
 use crate::objects::policies::Around;
 use crate::reconcile::context::Context;
 use crate::reconcile::memory::Memory;
@@ -71,7 +72,8 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     let incarnation = Incarnation::draw().context("no random number")?;
     let name = arguments.name.unwrap_or_else(|| format!("expertmesh-{}-{incarnation:x}", std::process::id()));
     let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
-    let mut election = Election::new(leases, &arguments.lease, &name);
+    let me = Candidate { name: name.clone(), duration: DURATION };
+    let mut election = Election::new(leases, &arguments.lease, me);
     standing.set(Stand::By);
     tokio::select! {
         () = election.win() => {}
@@ -91,6 +93,7 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
         events: Events::new(client.clone(), &name),
         caller: Caller { incarnation, name, trusted: None },
         identities,
+        namespaces: Namespaces::new(client.clone(), &namespace, &arguments.lease),
         image: arguments.image,
         operator_namespace: std::env::var_os("KUBERNETES_SERVICE_HOST").map(|_| namespace),
         around: arguments.network_policies,
@@ -103,10 +106,11 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
     });
     let synced = || standing.set(Stand::Leading);
     tokio::select! {
-        () = watch(context, &arguments.namespaces, triggers, stopped(stop), synced) => {}
+        () = watch(context.clone(), &arguments.namespaces, triggers, stopped(stop), synced) => {}
         lost = &mut lease => give_up(lost.ok().flatten()),
     }
-    info!("stopped; releasing the lease");
+    info!("stopped; releasing the leases");
+    context.namespaces.release().await;
     let _ = release.send(()); // fails where the lease was lost meanwhile
     Ok(if let Ok(None) = lease.await { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use expertmesh_proto::slot::Slot;
+use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 
 use crate::key::Key;
@@ -53,6 +54,23 @@ pub(crate) struct Owner {
 impl Owner {
     pub(crate) fn key(&self) -> Key {
         Key { namespace: self.namespace.clone(), name: self.name.clone() }
+    }
+
+    /// One owner among others of an object that a namespace has once: none of them is its controller.
+    pub(crate) fn among_others(&self) -> OwnerReference {
+        OwnerReference { controller: None, ..self.reference.clone() }
+    }
+
+    /// What Events about the deployment refer to.
+    pub(crate) fn regarding(&self) -> ObjectReference {
+        ObjectReference {
+            api_version: Some(self.reference.api_version.clone()),
+            kind: Some(self.reference.kind.clone()),
+            namespace: Some(self.namespace.clone()),
+            name: Some(self.name.clone()),
+            uid: Some(self.reference.uid.clone()),
+            ..ObjectReference::default()
+        }
     }
 
     /// `<name>-workers`: the headless Service, the PodDisruptionBudget and the workers' NetworkPolicy.

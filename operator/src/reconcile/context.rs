@@ -15,6 +15,7 @@ use crate::fleet::kubernetes::streams::Caller;
 use crate::identities::Identities;
 use crate::key::{Key, Watched};
 use crate::metrics::Metrics;
+use crate::namespaces::Namespaces;
 use crate::objects::names::Owner;
 use crate::objects::policies::Around;
 use crate::objects::revision::Revision;
@@ -25,6 +26,8 @@ pub(crate) struct Context {
     pub(crate) client: Client,
     pub(crate) writer: Writer,
     pub(crate) identities: Arc<Identities>,
+    /// Those that this operator works in.
+    pub(crate) namespaces: Namespaces,
     pub(crate) events: Events,
     pub(crate) metrics: Metrics,
     /// Who this process is to workers and frontends.
@@ -67,6 +70,12 @@ impl Context {
 
     /// Ends what is remembered and shown of a deployment that is gone.
     pub(super) fn forget(&self, key: &Key) {
+        self.let_go(key);
+        self.namespaces.forget(key);
+    }
+
+    /// Ends what is remembered and shown of a deployment that is another operator's.
+    pub(super) fn let_go(&self, key: &Key) {
         self.memory.forget(key);
         self.writer.forget_all(key);
         self.identities.forget(key);
@@ -75,7 +84,7 @@ impl Context {
 
     /// Ends what is remembered and shown of all deployments that are gone, however that was missed.
     pub(crate) fn forget_all_but(&self, living: impl Fn(&ObjectRef<Watched>) -> bool) {
-        for key in self.memory.keys() {
+        for key in self.memory.keys().into_iter().chain(self.namespaces.keys()) {
             if !living(&key.reference()) {
                 self.forget(&key);
             }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::apply::{ApiError, ApiReason};
+use crate::namespaces::AnotherOperator;
 use crate::validate::ValidationError;
 
 /// However slow the API server or a worker is, a reconcile ends.
@@ -22,6 +23,8 @@ pub(crate) enum ReconcileError {
     )]
     NoImage,
     #[error(transparent)]
+    AnotherOperator(#[from] AnotherOperator),
+    #[error(transparent)]
     Api(#[from] ApiError),
     #[error("did not end within {}s", LONGEST.as_secs())]
     TimedOut,
@@ -32,6 +35,7 @@ pub(crate) enum ReconcileError {
 pub(crate) enum ErrorReason {
     InvalidSpec,
     NoImage,
+    AnotherOperator,
     Api(ApiReason),
     TimedOut,
 }
@@ -42,6 +46,7 @@ impl ErrorReason {
         match self {
             Self::InvalidSpec => "InvalidSpec",
             Self::NoImage => "NoImage",
+            Self::AnotherOperator => "AnotherOperator",
             Self::Api(reason) => reason.name(),
             Self::TimedOut => "TimedOut",
         }
@@ -53,6 +58,7 @@ impl ReconcileError {
         match self {
             Self::Invalid(_) | Self::Malformed(_) => ErrorReason::InvalidSpec,
             Self::NoImage => ErrorReason::NoImage,
+            Self::AnotherOperator(_) => ErrorReason::AnotherOperator,
             Self::Api(error) => ErrorReason::Api(error.reason()),
             Self::TimedOut => ErrorReason::TimedOut,
         }

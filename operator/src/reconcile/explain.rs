@@ -17,6 +17,7 @@ pub(super) fn obstacle(error: &ReconcileError, again: bool) -> Option<Obstacle> 
         }
         ErrorReason::NoImage | ErrorReason::Api(ApiReason::NameTaken) => Some(Obstacle::Spec(says(""))),
         ErrorReason::Api(ApiReason::Forbidden | ApiReason::Rejected) => Some(Obstacle::Writing(says(""))),
+        ErrorReason::AnotherOperator => None, // which writes the status
         ErrorReason::TimedOut
         | ErrorReason::Api(
             ApiReason::Conflict

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment, StatefulSet};
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{Api, ListParams};
 use kube::core::{DeserializeGuard, error_boundary::InvalidObject};
 use kube::{Client, Resource, ResourceExt};
@@ -38,6 +39,25 @@ pub(super) enum Fetched {
     Malformed(Box<InvalidObject>),
     /// Nothing, or what is about to be gone.
     Gone,
+}
+
+impl Fetched {
+    /// What objects of the deployment are owned by, where there is one.
+    pub(super) fn owner(&self, key: &Key) -> Option<Owner> {
+        let uid = match self {
+            Self::Found(found) => return Some(found.owner.clone()),
+            Self::Malformed(invalid) => invalid.metadata.uid.clone()?,
+            Self::Gone => return None,
+        };
+        let reference = OwnerReference {
+            api_version: ModelDeployment::api_version(&()).into_owned(),
+            kind: ModelDeployment::kind(&()).into_owned(),
+            name: key.name.clone(),
+            uid,
+            ..OwnerReference::default()
+        };
+        Some(Owner { namespace: key.namespace.clone(), name: key.name.clone(), reference })
+    }
 }
 
 /// The deployment alone, where there is one; it may not be one that this version can read.

@@ -40,6 +40,9 @@ pub(super) async fn explain_unread(
     key: &Key,
     error: &ReconcileError,
 ) -> Result<(), ApiError> {
+    if context.namespaces.is_anothers(&key.namespace) {
+        return Ok(());
+    }
     match object(&context.client, key).await? {
         Some(DeserializeGuard(Ok(object))) => explain(context, &object, error).await,
         Some(DeserializeGuard(Err(_))) | None => Ok(()),
