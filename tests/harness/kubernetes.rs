@@ -162,6 +162,16 @@ impl Namespace {
             &["logs", "--namespace", SYSTEM, OPERATOR, "--tail=500"],
             &["logs", "--namespace", SYSTEM, OPERATOR, "--tail=500", "--previous"],
         ];
+        let begun_anew = ["worker", "frontend"].into_iter().flat_map(|component| self.pods(component));
+        for pod in begun_anew.filter(|pod| pod.restarts > 0) {
+            let text = self.kubectl(&["logs", &pod.name, "--previous", "--tail=200"]);
+            let _ = writeln!(
+                file,
+                "--- {} before it began anew\n{}\n",
+                pod.name,
+                text.unwrap_or_else(|problem| problem)
+            );
+        }
         for command in commands {
             let said = if command[1] == "--namespace" { kubectl(command) } else { self.kubectl(command) };
             let text = said.unwrap_or_else(|problem| problem);

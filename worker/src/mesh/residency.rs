@@ -346,7 +346,8 @@ impl State {
         let named = |id: &ExpertId| !self.extras.contains_key(id);
         let mut candidates: Vec<_> =
             self.resident.iter().filter(|(id, _)| wish.urgent || !named(id)).collect();
-        candidates.sort_unstable_by_key(|(id, _)| (named(id), self.uses.last(**id), **id));
+        // Each key is read once: rows use experts meanwhile, and an order that changes while it is made is none.
+        candidates.sort_by_cached_key(|(id, _)| (named(id), self.uses.last(**id), **id));
         let too_much = |(_, bytes): &(&ExpertId, &u64)| {
             let more = over > 0;
             over = over.saturating_sub(**bytes);
@@ -434,6 +435,21 @@ mod tests {
         assert_eq!(state.in_the_way(waited_for), [id(1)], "no more than what comes");
         state.room.budget = None;
         assert_eq!(state.in_the_way(waited_for), []);
+    }
+
+    #[test]
+    fn experts_are_ordered_by_their_use_while_rows_use_them() {
+        let mut state = State::new(Room { budget: Some(0), expert: 10 }, Arc::new(Uses::new(8, 64)));
+        let all = || (0..8).flat_map(|layer| (0..64).map(move |expert| ExpertId::new(layer, expert)));
+        state.assign(all().collect());
+        all().for_each(|expert| state.record(expert, Ok(10)));
+        let (uses, wish) = (state.uses.clone(), Wish { expert: ExpertId::new(0, 0), urgent: true });
+        std::thread::scope(|scope| {
+            let sorting = scope.spawn(|| (0..200).for_each(|_| assert_eq!(state.in_the_way(wish).len(), 1)));
+            while !sorting.is_finished() {
+                all().for_each(|ExpertId { layer, expert }| uses.touch(layer, &[expert]));
+            }
+        });
     }
 
     #[test]
