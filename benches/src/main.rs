@@ -4,6 +4,7 @@ mod bandwidth;
 mod busy;
 mod compare;
 mod gguf;
+mod handshakes;
 mod machine;
 mod median;
 mod mesh;
@@ -33,6 +34,8 @@ enum Command {
     Same(same::Args),
     /// Measure several workers of this machine beside one: what the mesh costs
     Mesh(mesh::Args),
+    /// Measure how long workers that start at once take to connect to each other
+    Handshakes(handshakes::Args),
     /// Write a checkpoint with random weights
     Model(model::Args),
     /// Convert that checkpoint for llama.cpp
@@ -50,6 +53,7 @@ fn main() -> anyhow::Result<()> {
         Command::Run(args) => ours::run(&args),
         Command::Same(args) => same::run(&args),
         Command::Mesh(args) => mesh::run(&args),
+        Command::Handshakes(args) => handshakes::run(&args),
         Command::Model(args) => model::run(&args),
         Command::Gguf(args) => gguf::run(&args),
         Command::Bandwidth(args) => bandwidth::run(&args),

@@ -4,6 +4,7 @@
 pub mod backoff;
 pub mod channel;
 pub mod duration;
+pub mod election;
 pub mod epoch;
 pub mod expert;
 pub mod expert_set;

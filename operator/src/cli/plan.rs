@@ -12,9 +12,11 @@ use expertmesh_decide::placement::{imbalance, place};
 use expertmesh_decide::report::ModelShape;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
+use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::{KV_BLOCK, KV_CACHE_MIB, Layout, MARGIN};
 use expertmesh_model::packed::Index;
+use expertmesh_proto::election::elected;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::expert_set::ExpertSet;
 use expertmesh_proto::placement::{PlacedWorker, Placement};
@@ -109,6 +111,7 @@ fn render(
     text += &table(&target, shape, all);
     let held = |set: &ExpertSet| set.len() as u64 * shape.expert_bytes;
     let most = target.values().map(held).max().unwrap_or(0);
+    let with_lost = most_with_lost(&target) as u64 * shape.expert_bytes;
     let placed = target.into_iter().map(|(slot, experts)| PlacedWorker {
         slot,
         name: String::new(),
@@ -130,7 +133,7 @@ fn render(
                 HumanBytes(all as u64 * shape.expert_bytes + u64::from(workers) * shape.dense_bytes)
             ),
         ),
-        ("memory", memory(shape, most, workers, cache)),
+        ("memory", memory(shape, (most, with_lost), cache)),
         ("imbalance", format!("{imbalance:.2} (most over mean)")),
         ("recovery", recovery(shape.expert_bytes, most, disk)),
     ];
@@ -142,10 +145,27 @@ fn render(
     text + &objects(deployment).join("\n            ") + "\n"
 }
 
-/// A limit that a worker needs: all that it holds, with its share of what one lost worker held.
-fn memory(shape: &ModelShape, most: u64, workers: u32, cache: u64) -> String {
-    let others = u64::from(workers.saturating_sub(1));
-    let taken = most.checked_div(others).unwrap_or(0).next_multiple_of(shape.expert_bytes.max(1));
+/// The most experts that a worker holds while any one other is lost, whose experts without another copy are elected to the rest.
+fn most_with_lost(target: &BTreeMap<Slot, ExpertSet>) -> usize {
+    let mut copies: BTreeMap<ExpertId, usize> = BTreeMap::new();
+    for expert in target.values().flat_map(ExpertSet::iter) {
+        *copies.entry(expert).or_default() += 1;
+    }
+    let with = |lost: Slot| {
+        let mut held: BTreeMap<Slot, usize> =
+            target.iter().filter(|(slot, _)| **slot != lost).map(|(slot, set)| (*slot, set.len())).collect();
+        for expert in target[&lost].iter().filter(|expert| copies[expert] == 1) {
+            let taker = elected(expert, target.keys().copied().filter(|slot| *slot != lost));
+            taker.into_iter().for_each(|slot| *held.entry(slot).or_default() += 1);
+        }
+        held.into_values().max().unwrap_or(0)
+    };
+    target.keys().map(|lost| with(*lost)).max().unwrap_or(0)
+}
+
+/// A limit that a worker needs: all that it holds, with what it takes over from one that is lost.
+fn memory(shape: &ModelShape, (most, with_lost): (u64, u64), cache: u64) -> String {
+    let taken = with_lost.saturating_sub(most);
     let all = shape.dense_bytes + most + taken + cache + MARGIN;
     format!(
         "limits: {{memory: {}Mi}} for each worker: dense part, {} of experts, {} more where a worker is lost, {} of cache, {} for the rest",

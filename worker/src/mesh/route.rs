@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use expertmesh_model::expert::ExpertId;
+use expertmesh_proto::election::{elected, weight};
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::slot::Slot;
 
@@ -80,27 +81,12 @@ pub(crate) fn route(holders: &Holders, me: Slot, expert: ExpertId, known: &Known
         return if slot == me { Target::Local } else { Target::Holder(slot) };
     }
     // It should hold the expert and does not yet: nobody is better elected.
-    let candidates = || holders.electorate.iter().copied().filter(usable);
-    let elected =
-        live.max_by_key(nearest).or_else(|| candidates().max_by_key(|&slot| weight(slot, expert, u32::MAX)));
-    match elected {
+    let candidates = holders.electorate.iter().copied().filter(usable);
+    let taker = live.max_by_key(nearest).or_else(|| elected(expert, candidates));
+    match taker {
         Some(slot) if slot != me => Target::Elected(slot),
         _ => Target::Local,
     }
-}
-
-/// Rendezvous hashing (Thaler and Ravishankar, 1998): the highest weight wins, and losing a slot moves only its own.
-fn weight(slot: Slot, expert: ExpertId, salt: u32) -> u64 {
-    let low = mix(u64::from(slot.0) << 32 | u64::from(expert.layer));
-    mix(low ^ (u64::from(expert.expert) << 32 | u64::from(salt)))
-}
-
-/// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
-fn mix(mut x: u64) -> u64 {
-    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 #[cfg(test)]
