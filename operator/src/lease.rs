@@ -163,14 +163,29 @@ impl Election {
 
     /// Lets the next one lead at once. Call it when nothing works any more.
     pub(crate) async fn release(&mut self) -> Result<(), LeaseError> {
+        let nobody = |spec| LeaseSpec {
+            holder_identity: Some(String::new()),
+            lease_duration_seconds: Some(1),
+            ..spec
+        };
+        self.give_up(nobody).await
+    }
+
+    /// Lets another one hold the lease after so long, unless one of the same name renews it before. Call it when nothing works any more.
+    pub(crate) async fn expire_in(&mut self, time: Duration) -> Result<(), LeaseError> {
+        let seconds = Some(time.as_secs() as i32);
+        self.give_up(|spec| LeaseSpec { lease_duration_seconds: seconds, ..spec }).await
+    }
+
+    async fn give_up(&mut self, change: impl FnOnce(LeaseSpec) -> LeaseSpec) -> Result<(), LeaseError> {
+        let read = self.answered(self.api.get_opt(&self.name)).await?;
+        self.observe(read);
         let Some(Observed { lease, .. }) = self.observed.clone() else { return Ok(()) };
-        let spec = lease.spec.clone().unwrap_or_default();
+        let spec = lease.spec.unwrap_or_default();
         if spec.holder_identity.as_deref() != Some(&self.me.name) {
             return Ok(());
         }
-        let spec =
-            LeaseSpec { holder_identity: Some(String::new()), lease_duration_seconds: Some(1), ..spec };
-        self.write(lease.metadata, spec).await
+        self.write(lease.metadata, change(spec)).await
     }
 
     /// Whether the object of this uid was an owner of the lease when that was seen last.
@@ -179,15 +194,28 @@ impl Election {
         owners.flatten().any(|owner| owner.uid == uid)
     }
 
+    /// Looks at a lease that is held once, and renews it where it is there: one that was deleted is left to whom it is about. `Some(holder)`
+    /// where it is another's.
+    pub(crate) async fn renew(&mut self) -> Result<Option<String>, LeaseError> {
+        let read = self.answered(self.api.get_opt(&self.name)).await?;
+        self.observe(read);
+        if self.observed.is_none() { Ok(None) } else { self.act(None).await }
+    }
+
     /// Looks at the lease once, and writes it, owned by `owner` beside those of before, where that is due. `Some(holder)` where it is
     /// another's.
     pub(crate) async fn step(
         &mut self,
         owner: Option<&OwnerReference>,
     ) -> Result<Option<String>, LeaseError> {
-        let began = Instant::now();
         let read = self.answered(self.api.get_opt(&self.name)).await?;
         self.observe(read);
+        self.act(owner).await
+    }
+
+    /// Does what the lease, as it was just read, calls for.
+    async fn act(&mut self, owner: Option<&OwnerReference>) -> Result<Option<String>, LeaseError> {
+        let began = Instant::now();
         let mut metadata =
             self.observed.as_ref().map(|observed| observed.lease.metadata.clone()).unwrap_or_default();
         if let Some(owner) = owner.filter(|owner| !self.is_owned_by(&owner.uid)) {
@@ -204,9 +232,13 @@ impl Election {
         Ok(None)
     }
 
+    /// What is not about the holder, as owners are not, makes no other state of the lease.
     fn observe(&mut self, read: Option<Lease>) {
-        let seen = self.observed.take().filter(|seen| Some(&seen.lease) == read.as_ref());
-        self.observed = seen.or(read.map(|lease| Observed { lease, since: Instant::now() }));
+        let before = self.observed.take();
+        self.observed = read.map(|lease| {
+            let same = before.filter(|seen| seen.lease.spec == lease.spec);
+            Observed { since: same.map_or_else(Instant::now, |seen| seen.since), lease }
+        });
     }
 
     /// The resource version travels along: of two writers, one gets a conflict.

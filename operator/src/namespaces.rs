@@ -1,9 +1,9 @@
 //! One installation's operator works in a namespace, however many watch it: whose it is stands in a Lease there.
 //!
 //! Two that both worked would give the pods identities of two authorities by turns, and each would take for a change what the other wrote.
-//! The holder is named by its own Lease (`namespace/name`), which its replicas share. It renews a namespace's Lease with the regular looks
-//! at the deployments there, and lets go of all at its end, so that an installation that moves to another namespace goes on at once. All
-//! ModelDeployments of the namespace own the Lease together: it goes with the last.
+//! The holder is named by its own Lease (`namespace/name`), which its replicas share. It renews the Leases of all its namespaces, and at its
+//! end gives its successor a head start before another may work: so an upgrade changes no holder, and an installation that moves to another
+//! namespace goes on soon. All ModelDeployments of a namespace own its Lease together: it goes with the last.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +13,7 @@ use futures::{StreamExt, stream};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::{Api, Client};
 use tokio::sync::Mutex as AsyncMutex;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{info, warn};
 
 use crate::apply::ApiError;
@@ -23,10 +23,15 @@ use crate::objects::names::Owner;
 
 /// The Lease of a namespace that has ModelDeployments.
 pub(crate) const LEASE: &str = "expertmesh-deployments";
-/// How long a namespace stays the operator's that fell silent: longer than two regular looks are apart.
-pub(crate) const DURATION: Duration = Duration::from_secs(30 * 60);
-/// How long after the Lease was renewed nothing is asked about it.
-const FRESH: Duration = Duration::from_secs(5 * 60);
+/// How long a namespace stays the operator's that fell silent.
+const DURATION: Duration = Duration::from_secs(6 * 60);
+/// How often Leases are renewed.
+const RENEWED: Duration = Duration::from_secs(2 * 60);
+/// How long after a Lease was renewed a reconcile asks nothing about it.
+const FRESH: Duration = Duration::from_secs(60);
+/// How long after this operator's end nobody but its successor works in its namespaces.
+const HEAD_START: Duration = Duration::from_secs(45);
+const _: () = assert!(2 * RENEWED.as_secs() < DURATION.as_secs(), "a renewal may fail");
 /// How often another's Lease is looked at, at most.
 const LOOK: Duration = Duration::from_secs(10);
 /// How long letting go of all namespaces may take.
@@ -38,7 +43,7 @@ const CONCURRENCY: usize = 8;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the operator {holder} works in namespace {namespace} (Lease {LEASE}), so that this one, {me}, does nothing there; let only one watch the \
-     namespace; where {holder} is gone for good, delete the Lease, or wait: {} minutes after its last renewal this one takes over",
+     namespace; once {holder} has been silent for {} minutes, this one takes over",
     DURATION.as_secs() / 60
 )]
 pub(crate) struct AnotherOperator {
@@ -94,13 +99,50 @@ impl Namespaces {
         }
         let began = Instant::now();
         let holder = election.step(Some(&owner.among_others())).await.map_err(unreadable)?;
-        if let Some(known) = self.known().get_mut(&owner.namespace) {
-            if holder.is_none() && !matches!(known.looked, Some((_, None))) {
-                info!(namespace = owner.namespace, "working in this namespace: Lease {LEASE}");
-            }
-            known.looked = Some((began, holder.clone()));
-        }
+        self.looked(&owner.namespace, began, holder.clone());
         holder.map_or(Ok(()), |holder| Err(self.another(&owner.namespace, holder).into()))
+    }
+
+    /// Renews the Leases that are held, for ever. `lost` is told the deployments of a namespace that is another's now.
+    pub(crate) async fn renew(&self, lost: impl Fn(&Key)) {
+        loop {
+            sleep(RENEWED).await;
+            let held: Vec<_> = {
+                let known = self.known();
+                let held = known.iter().filter(|(_, known)| matches!(known.looked, Some((_, None))));
+                held.map(|(namespace, known)| (namespace.clone(), known.election.clone())).collect()
+            };
+            let renewed = stream::iter(held).for_each_concurrent(CONCURRENCY, |(namespace, election)| {
+                let lost = &lost;
+                async move {
+                    let mut election = election.lock().await;
+                    let began = Instant::now();
+                    match election.renew().await {
+                        Ok(holder) => {
+                            let is_lost = holder.is_some();
+                            self.looked(&namespace, began, holder);
+                            if is_lost {
+                                self.keys_in(&namespace).iter().for_each(lost);
+                            }
+                        }
+                        Err(error) => warn!(namespace, "{error}"),
+                    }
+                }
+            });
+            renewed.await;
+        }
+    }
+
+    fn looked(&self, namespace: &str, at: Instant, holder: Option<String>) {
+        if let Some(known) = self.known().get_mut(namespace) {
+            match (&known.looked, &holder) {
+                (Some((_, None)), None) => {}
+                (_, None) => info!(namespace, "working in this namespace: Lease {LEASE}"),
+                (Some((_, None)), Some(holder)) => warn!(namespace, "{holder} works in this namespace now"),
+                (_, Some(_)) => {}
+            }
+            known.looked = Some((at, holder));
+        }
     }
 
     /// Whether the namespace was another's a moment ago, which is not asked again.
@@ -111,9 +153,9 @@ impl Namespaces {
         }
     }
 
-    /// Whether the namespace was another's when that was seen last, however long ago.
-    pub(crate) fn is_anothers(&self, namespace: &str) -> bool {
-        matches!(self.known().get(namespace), Some(Known { looked: Some((_, Some(_))), .. }))
+    /// Whether the namespace was this operator's when that was seen last, however long ago.
+    pub(crate) fn was_held(&self, namespace: &str) -> bool {
+        matches!(self.known().get(namespace), Some(Known { looked: Some((_, None)), .. }))
     }
 
     fn is_held(&self, namespace: &str) -> bool {
@@ -134,19 +176,22 @@ impl Namespaces {
 
     /// The deployments that are not forgotten.
     pub(crate) fn keys(&self) -> Vec<Key> {
-        let keys = |(namespace, known): (&String, &Known)| {
-            let key = |name: &String| Key { namespace: namespace.clone(), name: name.clone() };
-            known.deployments.iter().map(key).collect::<Vec<_>>()
-        };
-        self.known().iter().flat_map(keys).collect()
+        let namespaces: Vec<String> = self.known().keys().cloned().collect();
+        namespaces.iter().flat_map(|namespace| self.keys_in(namespace)).collect()
     }
 
-    /// Lets another operator work at once, as far as that can be said in a few seconds. Call it when nothing works any more.
+    fn keys_in(&self, namespace: &str) -> Vec<Key> {
+        let known = self.known();
+        let names = known.get(namespace).into_iter().flat_map(|known| &known.deployments);
+        names.map(|name| Key { namespace: namespace.into(), name: name.clone() }).collect()
+    }
+
+    /// Lets another operator work soon, as far as that can be said in a few seconds. Call it when nothing works any more.
     pub(crate) async fn release(&self) {
         let held: Vec<(String, Known)> =
             self.known().drain().filter(|(_, known)| matches!(known.looked, Some((_, None)))).collect();
         let released = stream::iter(held).for_each_concurrent(CONCURRENCY, |(namespace, known)| async move {
-            if let Err(error) = known.election.lock().await.release().await {
+            if let Err(error) = known.election.lock().await.expire_in(HEAD_START).await {
                 warn!(namespace, "{error}; it expires by itself");
             }
         });

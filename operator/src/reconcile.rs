@@ -32,14 +32,14 @@ use crate::validate::ValidatedDeployment;
 use act::{act, decide};
 use context::Context;
 use error::{LONGEST, ReconcileError, TELLING};
-use fetch::{Fetched, Found, fetch};
+use fetch::{Fetched, Found, fetch, object, owner};
 use observe::observe;
 use scale::scale;
 use settle::settle;
 use tell::{Tale, tell};
 
 /// How long until it is looked again whether another operator still works in a namespace.
-const STANDING_BY: Duration = Duration::from_secs(30);
+const STANDING_BY: Duration = Duration::from_secs(15);
 
 /// Reconciles one deployment once: bounded in time, and counted.
 pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, ReconcileError> {
@@ -68,26 +68,16 @@ pub(crate) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Re
 async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
     context.namespaces.check(&key.namespace)?;
 
-    // fetch (reads from the API server)
-    let fetched = match fetch(&context.client, key).await {
-        Ok(fetched) => fetched,
-        Err(error) => {
-            let error = error.into();
-            refuse::explain_unread(context, key, &error).await?;
-            return Err(error);
-        }
-    };
-
-    // hold: the namespace is this operator's (renews a Lease, where that is due)
-    if let Some(owner) = fetched.owner(key) {
-        hold(context, &owner).await?;
-    }
-    let found = match fetched {
-        Fetched::Found(found) => found,
-        Fetched::Malformed(invalid) => return refuse::malformed(context, key, &invalid).await,
-        Fetched::Gone => {
+    let found = match found(context, key).await {
+        Ok(Fetched::Found(found)) => found,
+        Ok(Fetched::Malformed(invalid)) => return refuse::malformed(context, key, &invalid).await,
+        Ok(Fetched::Gone) => {
             context.forget(key);
             return Ok(Action::await_change());
+        }
+        Err(error) => {
+            refuse::explain_unread(context, key, &error).await?;
+            return Err(error);
         }
     };
     match deploy(context, &found).await {
@@ -98,6 +88,18 @@ async fn step(context: &Context, key: &Key) -> Result<Action, ReconcileError> {
             Err(error)
         }
     }
+}
+
+/// What there is of a deployment in a namespace that is this operator's.
+async fn found(context: &Context, key: &Key) -> Result<Fetched, ReconcileError> {
+    // fetch (reads from the API server)
+    let object = object(&context.client, key).await?;
+
+    // hold: the namespace is this operator's (renews a Lease, where that is due)
+    if let Some(owner) = owner(key, object.as_ref()) {
+        hold(context, &owner).await?;
+    }
+    Ok(fetch(&context.client, key, object).await?)
 }
 
 /// Where another operator works, this one writes nothing, no status either: it says so by an Event alone.
@@ -111,9 +113,11 @@ async fn hold(context: &Context, owner: &Owner) -> Result<(), ReconcileError> {
             Err(another.into())
         }
         Err(HoldError::Api(error)) => {
-            let error = error.into();
-            refuse::explain_unread(context, &owner.key(), &error).await?;
-            Err(error)
+            if !context.namespaces.was_held(&owner.namespace) {
+                let note = Note::new(events::Reason::NotReady, "Hold", error.to_string());
+                context.events.post(&owner.regarding(), &[note]).await;
+            }
+            Err(error.into())
         }
     }
 }

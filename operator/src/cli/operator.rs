@@ -104,6 +104,8 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
         metrics,
         trigger,
     });
+    let holding = context.clone();
+    tokio::spawn(async move { holding.namespaces.renew(|key| holding.let_go(key)).await });
     let synced = || standing.set(Stand::Leading);
     tokio::select! {
         () = watch(context.clone(), &arguments.namespaces, triggers, stopped(stop), synced) => {}

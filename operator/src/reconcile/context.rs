@@ -75,7 +75,7 @@ impl Context {
     }
 
     /// Ends what is remembered and shown of a deployment that is another operator's.
-    pub(super) fn let_go(&self, key: &Key) {
+    pub(crate) fn let_go(&self, key: &Key) {
         self.memory.forget(key);
         self.writer.forget_all(key);
         self.identities.forget(key);

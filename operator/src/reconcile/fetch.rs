@@ -41,23 +41,21 @@ pub(super) enum Fetched {
     Gone,
 }
 
-impl Fetched {
-    /// What objects of the deployment are owned by, where there is one.
-    pub(super) fn owner(&self, key: &Key) -> Option<Owner> {
-        let uid = match self {
-            Self::Found(found) => return Some(found.owner.clone()),
-            Self::Malformed(invalid) => invalid.metadata.uid.clone()?,
-            Self::Gone => return None,
-        };
-        let reference = OwnerReference {
-            api_version: ModelDeployment::api_version(&()).into_owned(),
-            kind: ModelDeployment::kind(&()).into_owned(),
-            name: key.name.clone(),
-            uid,
-            ..OwnerReference::default()
-        };
-        Some(Owner { namespace: key.namespace.clone(), name: key.name.clone(), reference })
-    }
+/// What objects of a deployment are owned by, where there is one.
+pub(super) fn owner(key: &Key, object: Option<&DeserializeGuard<ModelDeployment>>) -> Option<Owner> {
+    let (uid, deleted) = match &object?.0 {
+        Ok(object) => (object.uid()?, object.metadata.deletion_timestamp.is_some()),
+        Err(invalid) => (invalid.metadata.uid.clone()?, invalid.metadata.deletion_timestamp.is_some()),
+    };
+    let reference = OwnerReference {
+        api_version: ModelDeployment::api_version(&()).into_owned(),
+        kind: ModelDeployment::kind(&()).into_owned(),
+        name: key.name.clone(),
+        uid,
+        controller: Some(true),
+        ..OwnerReference::default()
+    };
+    (!deleted).then(|| Owner { namespace: key.namespace.clone(), name: key.name.clone(), reference })
 }
 
 /// The deployment alone, where there is one; it may not be one that this version can read.
@@ -70,8 +68,13 @@ pub(super) async fn object(
     api.get_opt(&key.name).await.map_err(failed)
 }
 
-pub(super) async fn fetch(client: &Client, key: &Key) -> Result<Fetched, ApiError> {
-    let object = match object(client, key).await? {
+/// What there is of a deployment whose object was read.
+pub(super) async fn fetch(
+    client: &Client,
+    key: &Key,
+    object: Option<DeserializeGuard<ModelDeployment>>,
+) -> Result<Fetched, ApiError> {
+    let object = match object {
         None => return Ok(Fetched::Gone),
         Some(DeserializeGuard(Err(invalid))) => return Ok(Fetched::Malformed(Box::new(invalid))),
         Some(DeserializeGuard(Ok(object))) => object,

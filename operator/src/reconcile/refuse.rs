@@ -40,8 +40,8 @@ pub(super) async fn explain_unread(
     key: &Key,
     error: &ReconcileError,
 ) -> Result<(), ApiError> {
-    if context.namespaces.is_anothers(&key.namespace) {
-        return Ok(());
+    if !context.namespaces.was_held(&key.namespace) {
+        return Ok(()); // the status may be another operator's to write
     }
     match object(&context.client, key).await? {
         Some(DeserializeGuard(Ok(object))) => explain(context, &object, error).await,

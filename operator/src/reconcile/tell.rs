@@ -17,7 +17,6 @@ use super::fetch::Found;
 use crate::api::{ModelDeployment, ModelDeploymentStatus};
 use crate::apply::ApiError;
 use crate::events;
-use crate::namespaces;
 use crate::objects::names::EXPERTMESH;
 use crate::status::situation::{NextRevision, Scaling, Situation};
 use crate::status::{figures, status, unseen};
@@ -25,7 +24,6 @@ use crate::validate::ValidatedDeployment;
 
 /// When to look again where nothing is under way. Watches and reports tell of changes at once.
 const LATER: Duration = Duration::from_secs(600);
-const _: () = assert!(2 * LATER.as_secs() < namespaces::DURATION.as_secs(), "a look may be late");
 /// When to look again where somebody else writes the same objects.
 const CONFLICTED: Duration = Duration::from_secs(60);
 
