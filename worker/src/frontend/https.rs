@@ -128,7 +128,7 @@ fn validity(certificate: &CertificateDer) -> Option<(u64, u64)> {
 #[cfg(test)]
 pub(super) mod tests {
     use expertmesh_metrics::Registry;
-    use rcgen::{CertificateParams, CertifiedKey, KeyPair};
+    use rcgen::{CertificateParams, KeyPair};
     use rustls::pki_types::ServerName;
     use rustls::{ClientConfig, RootCertStore};
     use tokio_rustls::TlsConnector;
@@ -147,10 +147,18 @@ pub(super) mod tests {
 
         /// Makes another certificate and writes it with its key; returns a client that believes it alone.
         pub(in crate::frontend) fn renew(&self) -> TlsConnector {
-            let CertifiedKey { cert, signing_key } =
-                rcgen::generate_simple_self_signed(["localhost".to_string()]).unwrap();
+            self.renew_until(2050)
+        }
+
+        /// The same of a certificate that is valid from 2026 to a year.
+        fn renew_until(&self, year: i32) -> TlsConnector {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::new(["localhost".to_string()]).unwrap();
+            params.not_before = rcgen::date_time_ymd(2026, 1, 1);
+            params.not_after = rcgen::date_time_ymd(year, 1, 1);
+            let cert = params.self_signed(&key).unwrap();
             fs::write(self.0.join(CHAIN), cert.pem()).unwrap();
-            fs::write(self.0.join(KEY), signing_key.serialize_pem()).unwrap();
+            fs::write(self.0.join(KEY), key.serialize_pem()).unwrap();
             let mut roots = RootCertStore::empty();
             roots.add(cert.der().clone()).unwrap();
             let versions = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -176,13 +184,19 @@ pub(super) mod tests {
         connected.is_ok()
     }
 
+    /// From when until when the certificate is valid that is shown, as it is exported.
+    fn exported(registry: &Registry) -> Vec<f64> {
+        registry.gather().iter().map(|family| family.get_metric()[0].get_gauge().get_value()).collect()
+    }
+
     #[tokio::test]
     async fn a_certificate_is_swapped_and_one_that_cannot_be_used_is_not() {
         let folder = Folder::new("swap");
-        let first = folder.renew();
-        let https = Https::read(&folder.0, HttpsMetrics::new(&Registry::new())).unwrap();
+        let (first, registry) = (folder.renew(), Registry::new());
+        let https = Https::read(&folder.0, HttpsMetrics::new(&registry)).unwrap();
+        assert_eq!(exported(&registry), [1_767_225_600.0, 2_524_608_000.0], "2026 and 2050");
         assert!(is_believed(&https, &first).await);
-        let second = folder.renew();
+        let second = folder.renew_until(2060);
         assert!(is_believed(&https, &first).await, "nothing was read yet");
         let swapped = async {
             while !is_believed(&https, &second).await {
@@ -194,6 +208,7 @@ pub(super) mod tests {
             () = swapped => {}
         }
         assert!(!is_believed(&https, &first).await);
+        assert_eq!(exported(&registry), [1_767_225_600.0, 2_840_140_800.0], "2026 and 2060");
         fs::write(folder.0.join(KEY), KeyPair::generate().unwrap().serialize_pem()).unwrap();
         let _ = tokio::time::timeout(std::time::Duration::from_millis(50), https.follow(&folder.0)).await;
         assert!(is_believed(&https, &second).await, "the key is another's");
