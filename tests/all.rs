@@ -10,6 +10,7 @@ mod monitoring;
 mod openai;
 mod scalers;
 mod skew;
+mod source;
 mod traces;
 mod traffic;
 mod up;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use self::imports::Imports;
 
 /// A crate of the workspace, and packages that are not linked with it, not even through others.
-const LINKED: [(&str, &[&str]); 5] = [
+const LINKED: [(&str, &[&str]); 6] = [
     (
         "expertmesh-operator",
         &[
@@ -28,6 +28,7 @@ const LINKED: [(&str, &[&str]); 5] = [
     ("expertmesh-traffic", &["expertmesh-operator", "expertmesh-engine", "kube", "k8s-openapi"]),
     ("expertmesh-worker", &["expertmesh-decide", "kube", "k8s-openapi"]),
     ("expertmesh-engine", &["expertmesh-proto", "tokio", "tonic"]),
+    ("expertmesh-source", &["expertmesh-engine", "expertmesh-model", "expertmesh-proto", "tokio", "tonic"]),
     ("expertmesh-model", &["expertmesh-engine", "rayon", "memmap2", "safetensors", "tokio"]),
 ];
 /// A crate of the workspace, and packages that it does not use itself, though what it stands on may.

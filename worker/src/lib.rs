@@ -22,6 +22,7 @@ mod reports;
 mod runtime;
 mod sampling;
 mod serve;
+mod source;
 mod stop;
 mod template;
 mod text;

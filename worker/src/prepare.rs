@@ -9,15 +9,18 @@ use std::time::Instant;
 use expertmesh_engine::{PrepareOptions, Prepared, prepare};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::threads::compute_threads;
+use expertmesh_source::address::Address;
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use crate::process::Fatal;
+use crate::source::Drawn;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Directory of the checkpoint: config.json, safetensors, tokenizer.json
+    /// Directory of the checkpoint (config.json, safetensors, tokenizer.json), or hf://ORGANISATION/NAME@REVISION on a hub, of
+    /// which only what is packed is drawn; HF_ENDPOINT and HF_TOKEN say which hub, and who asks
     #[arg(long)]
-    model: PathBuf,
+    model: Address,
     /// Directory of the packed model: a new one, or one to go on with or to extend
     #[arg(long, value_name = "PACKED")]
     out: PathBuf,
@@ -58,16 +61,24 @@ impl Experts {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
+    let (model, drawn) = match args.model {
+        Address::Directory(directory) => (directory, None),
+        Address::Hub(repository) => {
+            let drawn = Drawn::open(repository, &args.out)?;
+            (drawn.folder().to_owned(), Some(drawn))
+        }
+    };
     let options = PrepareOptions {
         weights: args.weights,
         experts: args.experts.map(|Experts(experts)| experts),
         threads: args.threads.map_or_else(compute_threads, NonZeroUsize::get),
+        supply: drawn.clone().map(|drawn| drawn as _),
     };
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("packing {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
     bar.set_style(style.expect("the template is a constant"));
     let start = Instant::now();
-    let prepared = prepare(&args.model, &args.out, &options, &|done, total| {
+    let prepared = prepare(&model, &args.out, &options, &|done, total| {
         bar.set_length(total);
         bar.set_position(done);
     });
@@ -79,6 +90,9 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         args.out.display(),
         start.elapsed().as_secs_f64(),
     );
+    if let Some(drawn) = &drawn {
+        println!("{} of weights were drawn", BinaryBytes(drawn.bytes()));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -33,6 +33,12 @@ impl From<expertmesh_model::error::ModelError> for Fatal {
     }
 }
 
+impl From<expertmesh_source::SourceError> for Fatal {
+    fn from(error: expertmesh_source::SourceError) -> Self {
+        Self::new(error.reason(), error.to_string())
+    }
+}
+
 /// Logs to stderr; `RUST_LOG` sets the level.
 pub(crate) fn log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));

@@ -1,6 +1,7 @@
 //! Tensors of a model's directory: one safetensors file or an index of shards, mapped into memory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use expertmesh_model::config::parts::FP8_BLOCK;
@@ -312,6 +313,28 @@ impl Checkpoint {
     /// What was read is not needed soon: the process gives its pages back.
     pub(crate) fn release(&self) {
         self.files.iter().for_each(|file| leave(&file.map, 0..file.map.len()));
+    }
+
+    /// Where tensors lie, with the scales of those that have some: ranges of files in bytes, ascending, those that touch joined.
+    pub(crate) fn ranges(&self, names: &BTreeSet<&str>) -> Vec<(&Path, Range<u64>)> {
+        let with_scales = names.iter().flat_map(|name| [(*name).to_owned(), scales_of(name)]);
+        let mut found: Vec<(usize, Range<u64>)> = with_scales
+            .filter_map(|name| {
+                let home = *self.homes.get(&name)?;
+                let file = &self.files[home];
+                let (start, end) = file.metadata.info(&name)?.data_offsets;
+                Some((home, (file.data + start) as u64..(file.data + end) as u64))
+            })
+            .collect();
+        found.sort_unstable_by_key(|(home, range)| (*home, range.start));
+        found.dedup_by(|(home, range), (before, joined)| {
+            let touches = home == before && range.start <= joined.end;
+            if touches {
+                joined.end = joined.end.max(range.end);
+            }
+            touches
+        });
+        found.into_iter().map(|(home, range)| (self.files[home].path.as_path(), range)).collect()
     }
 
     /// Every tensor, sorted by name: (name, dtype, shape, bytes).

@@ -29,6 +29,16 @@ pub fn fingerprint(
         Some(index) => (index.identity.checkpoint.weights.clone(), index.weights_as(weights)?),
         None => (weights_of(&Checkpoint::open(model)?), weights.resolved(&ModelConfig::read(model)?)),
     };
+    fingerprint_of(checkpoint, model, weights, numerics)
+}
+
+/// The same where it is known which weights a checkpoint has, of which this directory has nothing but the small files.
+pub(crate) fn fingerprint_of(
+    checkpoint: String,
+    model: &Path,
+    weights: WeightFormat,
+    numerics: Numerics,
+) -> Result<ModelFingerprint, ModelError> {
     Ok(ModelFingerprint {
         architecture: architecture_of(model)?,
         weights: checkpoint,

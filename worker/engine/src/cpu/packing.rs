@@ -1,5 +1,6 @@
 //! From a checkpoint's tensors to blobs, piece by piece.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -78,6 +79,15 @@ pub(crate) fn check_parts(checkpoint: &Checkpoint, parts: &Parts) -> Vec<ModelEr
         }
     }
     errors
+}
+
+/// The names of the tensors that a blob is packed from.
+pub(crate) fn tensors_of(parts: &Parts) -> BTreeSet<&str> {
+    let names = parts.0.iter().flat_map(|Part { kind, .. }| match kind {
+        Kind::Matrix(shape, origin) => origin.tensors(shape).into_iter().map(|(name, _)| name).collect(),
+        Kind::Table { name, .. } | Kind::Vector { name, .. } => vec![name.as_str()],
+    });
+    names.collect()
 }
 
 /// A checkpoint's tensors, the last one kept: a head takes its rows of the one that the head before took its rows of.
@@ -178,5 +188,34 @@ impl Source for Transposed {
 
     fn fp8_row(&self, _: usize) -> Option<(&[u8], &[f32])> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use expertmesh_model::config::model::ModelConfig;
+    use expertmesh_model::format::WeightFormat;
+    use expertmesh_model::layout::plan::Plan;
+
+    use super::*;
+
+    #[test]
+    fn no_tensor_is_in_two_blobs_so_that_one_that_is_packed_needs_none_of_anothers() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
+        let models = std::fs::read_dir(golden).unwrap().flatten();
+        let configs: Vec<_> = models.filter_map(|model| ModelConfig::read(&model.path()).ok()).collect();
+        assert!(configs.len() > 3, "{}", configs.len());
+        for config in &configs {
+            let (plan, mut homes) = (Plan::new(config, WeightFormat::Bf16), BTreeMap::new());
+            for place in plan.places() {
+                for tensor in tensors_of(&plan.parts(place)) {
+                    let other = homes.insert(tensor.to_owned(), place);
+                    assert_eq!(other, None, "{tensor} is in {place}, too");
+                }
+            }
+        }
     }
 }

@@ -17,3 +17,4 @@ mod journal;
 pub(crate) mod mapped;
 pub(crate) mod prepare;
 pub(crate) mod source;
+pub(crate) mod supply;

@@ -11,6 +11,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use expertmesh_model::config::keys::CONFIG;
@@ -19,7 +20,7 @@ use expertmesh_model::error::ModelError;
 use expertmesh_model::files::{self, FileError};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::generation::GENERATION;
-use expertmesh_model::layout::plan::{Place, Plan};
+use expertmesh_model::layout::plan::{Parts, Place, Plan};
 use expertmesh_model::numerics::Numerics;
 use expertmesh_model::packed::{
     CheckpointFingerprint, Extent, INDEX, Identity, Index, JOURNAL, LAYOUT, extents, is_packed,
@@ -28,9 +29,10 @@ use rayon::prelude::*;
 
 use super::durable::write_whole;
 use super::journal::Journal;
+use super::supply::Supply;
 use crate::checkpoint::Checkpoint;
-use crate::cpu::packing::pack_pieces;
-use crate::fingerprint::fingerprint;
+use crate::cpu::packing::{pack_pieces, tensors_of};
+use crate::fingerprint::{fingerprint, fingerprint_of};
 
 const LOCK: &str = "packed.lock";
 
@@ -52,6 +54,8 @@ pub struct PrepareOptions {
     pub experts: Option<BTreeSet<u32>>,
     /// 16 at most are used.
     pub threads: usize,
+    /// Who brings the checkpoint's weights, where they are elsewhere.
+    pub supply: Option<Arc<dyn Supply>>,
 }
 
 /// What a packed directory holds now, in bytes of blobs.
@@ -76,7 +80,13 @@ pub fn prepare(
 ) -> Result<Prepared, ModelError> {
     let config = ModelConfig::read(model)?;
     let checkpoint = Checkpoint::open(model)?;
-    let fingerprint = fingerprint(model, options.weights, Numerics::default())?;
+    let fingerprint = match &options.supply {
+        Some(supply) => {
+            let weights = options.weights.resolved(&config);
+            fingerprint_of(supply.identity(), model, weights, Numerics::default())?
+        }
+        None => fingerprint(model, options.weights, Numerics::default())?,
+    };
     let identity = Identity {
         layout: LAYOUT.id().to_owned(),
         weights: fingerprint.format,
@@ -95,6 +105,7 @@ pub fn prepare(
         plan: Plan::new(&config, options.weights),
         files: directory.files(&blobs)?,
         journal: &directory.journal,
+        supply: options.supply.as_deref(),
         progress: Progress { done: AtomicU64::new(0), total: total(blobs.values()), tell: progress },
     };
     let mut prepared = Prepared { bytes: packing.progress.total, kept: 0, blobs: blobs.len() };
@@ -252,6 +263,7 @@ struct Packing<'a> {
     plan: Plan<'a>,
     files: HashMap<String, (PathBuf, File)>,
     journal: &'a Journal,
+    supply: Option<&'a dyn Supply>,
     progress: Progress<'a>,
 }
 
@@ -305,10 +317,29 @@ impl Packing<'_> {
             Ok(())
         };
         let parts = self.plan.parts(place);
+        let brought = self.bring(&parts)?;
         pack_pieces(&self.checkpoint, &parts, &mut write)?;
         write(parts.bytes()..parts.bytes(), &|_| ())?;
         self.checkpoint.release();
+        for (supply, path, range) in brought {
+            supply.give_back(path, range);
+        }
         Ok(crc)
+    }
+}
+
+/// Ranges of files that a supply brought.
+type Brought<'a> = Vec<(&'a dyn Supply, &'a Path, Range<u64>)>;
+
+impl Packing<'_> {
+    /// Has all that a blob is packed from in its place.
+    fn bring(&self, parts: &Parts) -> Result<Brought<'_>, ModelError> {
+        let Some(supply) = self.supply else { return Ok(vec![]) };
+        let ranges = self.checkpoint.ranges(&tensors_of(parts));
+        for (path, range) in &ranges {
+            supply.bring(path, range.clone()).map_err(|problem| failed(path, problem))?;
+        }
+        Ok(ranges.into_iter().map(|(path, range)| (supply, path, range)).collect())
     }
 }
 

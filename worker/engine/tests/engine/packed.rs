@@ -93,7 +93,7 @@ fn checkpoint(golden: &str) -> PathBuf {
 }
 
 fn options(weights: WeightFormat) -> PrepareOptions {
-    PrepareOptions { weights, experts: None, threads: 1 }
+    PrepareOptions { weights, experts: None, threads: 1, supply: None }
 }
 
 /// Everything that a model computes of a golden's tokens.

@@ -1,0 +1,145 @@
+//! Models that are elsewhere: drawn from a hub, packed, and the same as one that was here all the time.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use expertmesh_source::testing::{TestHub, answer};
+use expertmesh_tests::process::{Process, Scratch, binary};
+use expertmesh_tests::{WEIGHTS, tiny_r1, wait_for};
+
+const MODEL: &str = "hf://expertmesh/tiny-r1";
+
+fn worker(endpoint: &str, arguments: &[&str]) -> Output {
+    let mut command = Command::new(binary("expertmesh-worker"));
+    command.args(arguments).env("HF_ENDPOINT", endpoint).env_remove("HF_TOKEN");
+    command.output().expect("the binary starts")
+}
+
+/// Packs a model, and says what was printed.
+fn prepare(endpoint: &str, model: &str, out: &Path, more: &[&str]) -> String {
+    let out = out.to_str().expect("a UTF-8 path");
+    let output = worker(endpoint, &[&["prepare", "--model", model, "--out", out], more].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// A packed model's blobs, by their files' names.
+fn blobs(packed: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(packed).expect("a packed model").flatten();
+    let blob = |entry: fs::DirEntry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.ends_with(".bin").then(|| (name, fs::read(entry.path()).expect("a file")))
+    };
+    entries.filter_map(blob).collect()
+}
+
+/// Bytes of weights that a hub was asked for.
+fn asked_for(hub: &TestHub) -> u64 {
+    let range = |asked: String| {
+        let (first, last) = asked.strip_prefix(&format!("/cdn/{WEIGHTS} bytes="))?.split_once('-')?;
+        Some(last.parse::<u64>().ok()? + 1 - first.parse::<u64>().ok()?)
+    };
+    hub.asked().into_iter().filter_map(range).sum()
+}
+
+#[test]
+fn a_model_of_a_hub_is_packed_into_the_bytes_of_one_that_is_here_and_answers_the_same() {
+    let (scratch, hub) = (Scratch::new("hub"), TestHub::of(&tiny_r1()));
+    let (here, drawn) = (scratch.path().join("here"), scratch.path().join("drawn"));
+    prepare("", tiny_r1().to_str().unwrap(), &here, &[]);
+    let said = prepare(&hub.endpoint, MODEL, &drawn, &[]);
+    assert!(said.contains("of weights were drawn"), "{said}");
+    assert!(blobs(&here) == blobs(&drawn), "the bytes differ");
+    assert!(!scratch.path().join("drawn.drawn").exists(), "what was drawn is packed, and gone");
+    let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
+    let most = whole + (1 << 20);
+    assert!(
+        asked_for(&hub) <= most,
+        "{} of {whole} bytes: each but the header's neighbours once",
+        asked_for(&hub)
+    );
+
+    let generate = |model: &Path| {
+        let model = model.to_str().unwrap();
+        let output = worker("", &["generate", "--model", model, "--prompt", "2 + 2 =", "--max-tokens", "16"]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    assert_eq!(generate(&drawn), generate(&tiny_r1()));
+}
+
+#[test]
+fn of_a_hub_only_the_experts_that_are_packed_are_drawn_and_none_twice() {
+    let (scratch, hub) = (Scratch::new("share"), TestHub::of(&tiny_r1()));
+    let packed = scratch.path().join("packed");
+    let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
+    prepare(&hub.endpoint, MODEL, &packed, &["--experts", "0-7"]);
+    let first = asked_for(&hub);
+    assert!(first < whole / 2, "{first} of {whole} bytes for a quarter of the experts");
+    prepare(&hub.endpoint, MODEL, &packed, &["--experts", "8-31"]);
+    let both = asked_for(&hub);
+    assert!(both <= whole + (2 << 20), "{both} of {whole} bytes for all, and the header twice");
+    prepare(&hub.endpoint, MODEL, &packed, &[]);
+    assert!(asked_for(&hub) <= both + (1 << 20), "nothing but the header again");
+}
+
+#[test]
+fn a_worker_that_is_killed_while_it_draws_goes_on_where_it_was() {
+    let scratch = Scratch::new("killed-drawing");
+    let entries = fs::read_dir(tiny_r1()).unwrap().flatten();
+    let files = entries.filter_map(|entry| {
+        Some((entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path()).ok()?))
+    });
+    let hub = TestHub::new(files.collect(), |asked| {
+        if asked.path.starts_with("/cdn/") {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        None
+    });
+    let (here, drawn) = (scratch.path().join("here"), scratch.path().join("drawn"));
+    let out = drawn.to_str().unwrap().to_owned();
+    let arguments = ["prepare", "--model", MODEL, "--out", &out];
+    for more in [3, 17, 40, 5, 31] {
+        let before = hub.asked().len();
+        let environment = [("HF_ENDPOINT", hub.endpoint.as_str())];
+        let mut process =
+            Process::spawn_with(&scratch, "prepare", "expertmesh-worker", &arguments, &environment);
+        wait_for("it to have drawn a little", || match hub.asked().len() - before {
+            asked if asked >= more => Ok(()),
+            asked => Err(format!("{asked} requests; {}", process.log())),
+        });
+        process.kill();
+    }
+    let said = prepare(&hub.endpoint, MODEL, &drawn, &[]);
+    assert!(!said.contains("of which 0 B were there"), "{said}");
+    prepare("", tiny_r1().to_str().unwrap(), &here, &[]);
+    assert!(blobs(&here) == blobs(&drawn), "the bytes differ");
+}
+
+#[test]
+fn what_a_hub_does_not_give_ends_in_one_line_that_says_what_to_do() {
+    let scratch = Scratch::new("refused");
+    let out = scratch.path().join("out");
+    let told = |hub: &TestHub, model: &str| {
+        let output = worker(&hub.endpoint, &["prepare", "--model", model, "--out", out.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        said.lines().last().unwrap_or_default().replace(&hub.endpoint, "HUB")
+    };
+    let nobody = TestHub::new(BTreeMap::new(), |_| Some(answer("401 Unauthorized", &[], b"")));
+    let said = told(&nobody, MODEL);
+    assert!(said.contains("is not given without a valid token: set HF_TOKEN"), "{said}");
+    let gated = TestHub::new(BTreeMap::new(), |_| {
+        Some(answer("403 Forbidden", &[("x-error-code", "GatedRepo")], b""))
+    });
+    let said = told(&gated, MODEL);
+    assert!(said.contains("has to be granted access at HUB/expertmesh/tiny-r1"), "{said}");
+    let said = told(&TestHub::new([("x.bin".to_owned(), vec![0])].into(), |_| None), MODEL);
+    assert!(said.contains("it has neither model.safetensors nor model.safetensors.index.json"), "{said}");
+    let cut = TestHub::new([(WEIGHTS.to_owned(), vec![255; 2000])].into(), |_| None);
+    let said = told(&cut, MODEL);
+    assert!(said.contains("model.safetensors: it is no safetensors file"), "{said}");
+}

@@ -1,0 +1,18 @@
+//! Weights that are elsewhere until they are packed.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::path::Path;
+
+/// Brings ranges of a checkpoint's files, which are as long as they should be, and have holes where nothing was brought. Called by several
+/// threads at once.
+pub trait Supply: Debug + Send + Sync {
+    /// Which weights these are, without a byte of them: what the fingerprint has for them.
+    fn identity(&self) -> String;
+
+    /// Has the bytes of a range in their place, or says why not.
+    fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), String>;
+
+    /// They are not needed any more.
+    fn give_back(&self, file: &Path, range: Range<u64>);
+}
