@@ -94,7 +94,7 @@ impl Namespaces {
         };
         let mut election = election.lock().await; // one at a time of the deployments of one namespace
         self.check(&owner.namespace)?;
-        if self.is_held(&owner.namespace) && election.is_owned_by(&owner.reference.uid) {
+        if self.is_held_within(&owner.namespace, FRESH) && election.is_owned_by(&owner.reference.uid) {
             return Ok(());
         }
         let began = Instant::now();
@@ -153,14 +153,14 @@ impl Namespaces {
         }
     }
 
-    /// Whether the namespace was this operator's when that was seen last, however long ago.
+    /// Whether nobody else can have taken the namespace since it was this operator's.
     pub(crate) fn was_held(&self, namespace: &str) -> bool {
-        matches!(self.known().get(namespace), Some(Known { looked: Some((_, None)), .. }))
+        self.is_held_within(namespace, DURATION)
     }
 
-    fn is_held(&self, namespace: &str) -> bool {
+    fn is_held_within(&self, namespace: &str, time: Duration) -> bool {
         let looked = self.known().get(namespace).and_then(|known| known.looked.clone());
-        looked.is_some_and(|(at, holder)| holder.is_none() && at.elapsed() < FRESH)
+        looked.is_some_and(|(at, holder)| holder.is_none() && at.elapsed() < time)
     }
 
     /// A deployment is gone.

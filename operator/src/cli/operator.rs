@@ -105,13 +105,15 @@ pub(crate) async fn run(arguments: Operator) -> anyhow::Result<ExitCode> {
         trigger,
     });
     let holding = context.clone();
-    tokio::spawn(async move { holding.namespaces.renew(|key| holding.let_go(key)).await });
+    let renewing = tokio::spawn(async move { holding.namespaces.renew(|key| holding.let_go(key)).await });
     let synced = || standing.set(Stand::Leading);
     tokio::select! {
         () = watch(context.clone(), &arguments.namespaces, triggers, stopped(stop), synced) => {}
         lost = &mut lease => give_up(lost.ok().flatten()),
     }
     info!("stopped; releasing the leases");
+    renewing.abort();
+    let _ = renewing.await;
     context.namespaces.release().await;
     let _ = release.send(()); // fails where the lease was lost meanwhile
     Ok(if let Ok(None) = lease.await { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -76,6 +76,9 @@ pub(super) async fn fetch(
 ) -> Result<Fetched, ApiError> {
     let object = match object {
         None => return Ok(Fetched::Gone),
+        Some(DeserializeGuard(Err(invalid))) if invalid.metadata.deletion_timestamp.is_some() => {
+            return Ok(Fetched::Gone);
+        }
         Some(DeserializeGuard(Err(invalid))) => return Ok(Fetched::Malformed(Box::new(invalid))),
         Some(DeserializeGuard(Ok(object))) => object,
     };
