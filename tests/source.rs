@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use expertmesh_source::testing::{TestHub, answer};
@@ -53,7 +55,7 @@ fn a_model_of_a_hub_is_packed_into_the_bytes_of_one_that_is_here_and_answers_the
     let said = prepare(&hub.endpoint, MODEL, &drawn, &[]);
     assert!(said.contains("of weights were drawn"), "{said}");
     assert!(blobs(&here) == blobs(&drawn), "the bytes differ");
-    assert!(!scratch.path().join("drawn.drawn").exists(), "what was drawn is packed, and gone");
+    assert!(!drawn.join(".drawn").exists(), "what was drawn is packed, and gone");
     let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
     let most = whole + (1 << 20);
     assert!(
@@ -69,6 +71,25 @@ fn a_model_of_a_hub_is_packed_into_the_bytes_of_one_that_is_here_and_answers_the
         output.stdout
     };
     assert_eq!(generate(&drawn), generate(&tiny_r1()));
+}
+
+#[test]
+fn a_model_of_a_hub_generates_the_same_text_is_drawn_once_and_is_there_when_the_hub_is_not() {
+    let (scratch, hub) = (Scratch::new("cache"), TestHub::of(&tiny_r1()));
+    let generate = |endpoint: &str, model: &str| {
+        let mut command = Command::new(binary("expertmesh-worker"));
+        command.args(["generate", "--model", model, "--prompt", "2 + 2 =", "--max-tokens", "16"]);
+        command.env("HF_ENDPOINT", endpoint).env("EXPERTMESH_CACHE", scratch.path());
+        let output = command.output().expect("the binary starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    let expected = generate("", tiny_r1().to_str().unwrap());
+    assert_eq!(generate(&hub.endpoint, MODEL), expected);
+    let drawn = asked_for(&hub);
+    assert_eq!(generate(&hub.endpoint, MODEL), expected);
+    assert_eq!(asked_for(&hub), drawn, "nothing is drawn twice");
+    assert_eq!(generate("http://127.0.0.1:9", MODEL), expected, "what it was before");
 }
 
 #[test]
@@ -93,26 +114,34 @@ fn a_worker_that_is_killed_while_it_draws_goes_on_where_it_was() {
     let files = entries.filter_map(|entry| {
         Some((entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path()).ok()?))
     });
-    let hub = TestHub::new(files.collect(), |asked| {
+    // Ranges are numbered as they are asked for; those beyond the last that is allowed wait.
+    let (allowed, seen) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (limit, count) = (allowed.clone(), seen.clone());
+    let hub = TestHub::new(files.collect(), move |asked| {
         if asked.path.starts_with("/cdn/") {
-            std::thread::sleep(Duration::from_millis(10));
+            let number = count.fetch_add(1, Ordering::SeqCst);
+            while number >= limit.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
         None
     });
     let (here, drawn) = (scratch.path().join("here"), scratch.path().join("drawn"));
     let out = drawn.to_str().unwrap().to_owned();
     let arguments = ["prepare", "--model", MODEL, "--out", &out];
-    for more in [3, 17, 40, 5, 31] {
-        let before = hub.asked().len();
+    for more in [3, 17, 30, 5, 21] {
+        allowed.store(seen.load(Ordering::SeqCst) + more, Ordering::SeqCst);
         let environment = [("HF_ENDPOINT", hub.endpoint.as_str())];
         let mut process =
             Process::spawn_with(&scratch, "prepare", "expertmesh-worker", &arguments, &environment);
-        wait_for("it to have drawn a little", || match hub.asked().len() - before {
-            asked if asked >= more => Ok(()),
-            asked => Err(format!("{asked} requests; {}", process.log())),
+        wait_for("it to wait for the hub", || {
+            process.assert_runs();
+            let asked = seen.load(Ordering::SeqCst);
+            if asked > allowed.load(Ordering::SeqCst) { Ok(()) } else { Err(format!("{asked} ranges")) }
         });
         process.kill();
     }
+    allowed.store(usize::MAX, Ordering::SeqCst);
     let said = prepare(&hub.endpoint, MODEL, &drawn, &[]);
     assert!(!said.contains("of which 0 B were there"), "{said}");
     prepare("", tiny_r1().to_str().unwrap(), &here, &[]);

@@ -4,15 +4,17 @@ mod request;
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 
 use expertmesh_engine::Logprobs;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
 use expertmesh_model::sampling::Sampling;
+use expertmesh_source::address::Address;
 
 use self::request::{Generated, Request, output_failed};
+use crate::cache::local;
 use crate::conversation::{Contents, Conversation};
 use crate::end::End;
 use crate::engine::{ComputedAs, ComputedWith, load};
@@ -25,9 +27,10 @@ use crate::tokenizer::Tokenizer;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Directory of the model: config.json, safetensors, tokenizer.json
+    /// Directory of the model (config.json, safetensors, tokenizer.json), or hf://ORGANISATION/NAME@REVISION on a hub, which is drawn and
+    /// packed once, into EXPERTMESH_CACHE or ~/.cache/expertmesh
     #[arg(long)]
-    model: PathBuf,
+    model: Address,
     /// The text to continue, or with --chat the user's message
     #[arg(long)]
     prompt: String,
@@ -112,14 +115,15 @@ struct TokenLogprobs<'a> {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
-    let config = ModelConfig::read(&args.model)?;
-    let generation = GenerationConfig::read(&args.model, &config)?;
+    let model = local(&args.model, args.computed_as.weights)?;
+    let config = ModelConfig::read(&model)?;
+    let generation = GenerationConfig::read(&model, &config)?;
     let sampling = args.sampling(&generation, config.vocabulary)?;
-    let tokenizer = Tokenizer::load(&args.model)?;
-    let prompt = encode(&args, &tokenizer, &config)?;
+    let tokenizer = Tokenizer::load(&model)?;
+    let prompt = encode(&args, &model, (&tokenizer, &config))?;
     let most = args.max_tokens.or(generation.max_new_tokens().map(|most| most as usize));
     let limit = most.unwrap_or(usize::MAX).min(config.max_positions - prompt.len());
-    let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
+    let backend = load(&model, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
     let stops = if args.stop.is_empty() { generation.stop_strings() } else { &args.stop };
@@ -196,9 +200,13 @@ impl Generated {
 }
 
 /// The prompt's tokens; they leave room for at least one more.
-fn encode(args: &Args, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<u32>, Fatal> {
+fn encode(
+    args: &Args,
+    model: &Path,
+    (tokenizer, config): (&Tokenizer, &ModelConfig),
+) -> Result<Vec<u32>, Fatal> {
     let invalid = |problem: String| Fatal::new("InvalidPrompt", format!("--prompt: {problem}"));
-    let template = ChatTemplate::load(&args.model)?;
+    let template = ChatTemplate::load(model)?;
     let tokens = if args.chat {
         let messages = vec![Message { role: Role::User, content: args.prompt.clone() }];
         let conversation =

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use expertmesh_engine::{PrepareOptions, Prepared, prepare};
+use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::threads::compute_threads;
 use expertmesh_source::address::Address;
@@ -64,7 +65,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
     let (model, drawn) = match args.model {
         Address::Directory(directory) => (directory, None),
         Address::Hub(repository) => {
-            let drawn = Drawn::open(repository, &args.out)?;
+            crate::process::log();
+            let drawn = Drawn::open(&repository, &args.out)?;
             (drawn.folder().to_owned(), Some(drawn))
         }
     };
@@ -74,16 +76,8 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         threads: args.threads.map_or_else(compute_threads, NonZeroUsize::get),
         supply: drawn.clone().map(|drawn| drawn as _),
     };
-    let bar = ProgressBar::new(0);
-    let style = ProgressStyle::with_template("packing {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
-    bar.set_style(style.expect("the template is a constant"));
     let start = Instant::now();
-    let prepared = prepare(&model, &args.out, &options, &|done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    });
-    bar.finish_and_clear();
-    let Prepared { bytes, kept, blobs } = prepared?;
+    let Prepared { bytes, kept, blobs } = pack(&model, &args.out, &options)?;
     let (size, was_there) = (BinaryBytes(bytes), BinaryBytes(kept));
     println!(
         "{}: {blobs} blobs, {bytes} bytes ({size}, of which {was_there} were there) in {:.1} s",
@@ -94,6 +88,19 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         println!("{} of weights were drawn", BinaryBytes(drawn.bytes()));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Packs a model, with a bar that shows how far it is.
+pub(crate) fn pack(model: &Path, out: &Path, options: &PrepareOptions) -> Result<Prepared, ModelError> {
+    let bar = ProgressBar::new(0);
+    let style = ProgressStyle::with_template("packing {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
+    bar.set_style(style.expect("the template is a constant"));
+    let prepared = prepare(model, out, options, &|done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    prepared
 }
 
 #[cfg(test)]

@@ -2,27 +2,29 @@
 
 use std::fs;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use expertmesh_engine::Supply;
-use expertmesh_source::SourceError;
+use expertmesh_engine::{DRAWN, NotBrought, Supply};
 use expertmesh_source::address::Repository;
 use expertmesh_source::hub::{Access, Hub};
 use expertmesh_source::mirror::Mirror;
+use expertmesh_source::{Source, SourceError};
 
 /// What a repository's weights are drawn through, in a folder that is gone with it.
 #[derive(Debug)]
 pub(crate) struct Drawn(Mirror);
 
 impl Drawn {
-    /// Finds the revision, and draws what is small, into a folder beside `out`.
-    pub(crate) fn open(repository: Repository, out: &Path) -> Result<Arc<Self>, SourceError> {
-        let mut folder = out.as_os_str().to_owned();
-        folder.push(".drawn");
-        let hub = Hub::open(repository.clone(), Access::from_environment())?;
-        tracing::info!(%repository, commit = expertmesh_source::Source::revision(&hub), "drawing");
-        Ok(Arc::new(Self(Mirror::new(Arc::new(hub), &PathBuf::from(folder))?)))
+    /// Finds the revision, and draws what is small, into a folder in `out`: it is on the disk that has room.
+    pub(crate) fn open(repository: &Repository, out: &Path) -> Result<Arc<Self>, SourceError> {
+        Self::of(Hub::open(repository.clone(), Access::from_environment())?, repository, out)
+    }
+
+    /// The same of a revision that was found.
+    pub(crate) fn of(hub: Hub, repository: &Repository, out: &Path) -> Result<Arc<Self>, SourceError> {
+        tracing::info!(%repository, commit = hub.revision(), "drawing");
+        Ok(Arc::new(Self(Mirror::new(Arc::new(hub), &out.join(DRAWN))?)))
     }
 
     /// The folder that has its small files.
@@ -41,8 +43,9 @@ impl Supply for Drawn {
         self.0.identity()
     }
 
-    fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), String> {
-        self.0.bring(name(file), range).map_err(|error| error.to_string())
+    fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), NotBrought> {
+        let brought = self.0.bring(name(file), range);
+        brought.map_err(|error| NotBrought { reason: error.reason(), problem: error.to_string() })
     }
 
     fn give_back(&self, file: &Path, range: Range<u64>) {

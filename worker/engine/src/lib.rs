@@ -39,7 +39,7 @@ pub use mapping::lost::tell_lost_weights;
 pub use pack::mapped::PackedModel;
 pub use pack::prepare::{PrepareOptions, Prepared, prepare};
 pub use pack::source::unloadable;
-pub use pack::supply::Supply;
+pub use pack::supply::{DRAWN, NotBrought, Supply};
 pub use pending::Pending;
 pub use reference::forward::{Gated, LayerTrace, Reference, Trace};
 pub use routes::{ExpertGroup, Grouped, Pair, Routes, group};

@@ -34,6 +34,10 @@ pub enum ModelError {
     #[error("{}: {problem}", path.display())]
     PrepareFailed { path: PathBuf, problem: String },
 
+    /// Weights that are elsewhere; `reason` is their source's.
+    #[error("{problem}")]
+    NotBrought { reason: &'static str, problem: String },
+
     #[error("no memory for {bytes} bytes of {what}: {problem}")]
     OutOfMemory { what: &'static str, bytes: usize, problem: String },
 
@@ -62,6 +66,7 @@ impl ModelError {
             Self::InvalidPacked { .. } => "InvalidPacked",
             Self::ExpertNotPacked { .. } => "ExpertNotPacked",
             Self::PrepareFailed { .. } => "PrepareFailed",
+            Self::NotBrought { reason, .. } => reason,
             Self::OutOfMemory { .. } => "OutOfMemory",
             Self::InvalidCheckpoint { .. } => "InvalidCheckpoint",
             Self::WeightsChanged { .. } => "WeightsChanged",

@@ -10,7 +10,7 @@ use rustls::crypto::ring;
 use serde::de::DeserializeOwned;
 use ureq::Agent;
 use ureq::config::RedirectAuthHeaders;
-use ureq::http::{Response, StatusCode, header};
+use ureq::http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use ureq::tls::{RootCerts, TlsConfig};
 
 use crate::{Sink, SourceError};
@@ -26,8 +26,12 @@ const BODY: Duration = Duration::from_secs(120);
 const ATTEMPTS: u32 = 6;
 /// The pause before the second attempt; each further is twice as long.
 const PAUSE: Duration = Duration::from_millis(500);
-/// The longest pause, whatever a server asks for.
-const LONGEST: Duration = Duration::from_secs(60);
+/// The longest pause, whatever a server asks for: hubs count requests by five minutes.
+const LONGEST: Duration = Duration::from_secs(300);
+/// How often in a row a server may ask to wait since there were too many requests.
+const WAITS: u32 = 12;
+/// Fewer bytes are an attempt in vain, though they are kept.
+const PROGRESS: u64 = 1 << 20;
 /// Bytes that a sink gets at once.
 const BUFFER: usize = 1 << 18;
 
@@ -43,8 +47,12 @@ pub(crate) struct Http {
 
 /// Why one attempt failed.
 enum Failure {
-    /// Another attempt may help, after the time that the server asks for.
+    /// Another attempt may help.
     Passing {
+        problem: String,
+    },
+    /// Another attempt will help, after the time that the server asks for.
+    Throttled {
         problem: String,
         wait: Option<Duration>,
     },
@@ -105,9 +113,9 @@ impl Http {
             let piece = self.again(what, &mut || {
                 let result = self.piece(url, (what, size), (&mut at, end), sink, refused);
                 match result {
-                    // What came is kept, so that this was no attempt in vain.
-                    Err(Failure::Passing { problem, .. }) if at > before => {
-                        tracing::debug!(what, problem, "a body was cut");
+                    Err(Failure::Passing { problem }) if at - before >= PROGRESS => {
+                        tracing::warn!(what, problem, "goes on at byte {at} in {PAUSE:?}");
+                        std::thread::sleep(PAUSE);
                         Ok(())
                     }
                     result => result,
@@ -128,53 +136,72 @@ impl Http {
     ) -> Result<(), Failure> {
         let asked = *at..end;
         let mut response = self.get(url, Some(&asked), refused)?;
-        self.check(what, size, &asked, &response)?;
+        let mut from = self.begins_at((what, size), &asked, &response)?;
         let mut body = response.body_mut().as_reader();
         let mut buffer = vec![0; BUFFER];
-        while *at < end {
-            let most = BUFFER.min(usize::try_from(end - *at).unwrap_or(BUFFER));
-            let count = body
-                .read(&mut buffer[..most])
-                .map_err(|error| Failure::Passing { problem: error.to_string(), wait: None })?;
+        let mut read = |buffer: &mut [u8]| {
+            body.read(buffer).map_err(|error| Failure::Passing { problem: error.to_string() })
+        };
+        while from < end {
+            let next = if from < *at { *at } else { end };
+            let most = BUFFER.min(usize::try_from(next - from).unwrap_or(BUFFER));
+            let count = read(&mut buffer[..most])?;
             if count == 0 {
-                let problem = format!("its body ended {} bytes early", end - *at);
-                return Err(Failure::Passing { problem, wait: None });
+                return Err(Failure::Passing {
+                    problem: format!("its body ended {} bytes early", end - from),
+                });
             }
-            sink(*at, &buffer[..count])
-                .map_err(|error| Failure::Final(SourceError::Sink { what: what.into(), error }))?;
-            *at += count as u64;
+            if from >= *at {
+                sink(from, &buffer[..count])
+                    .map_err(|error| Failure::Final(SourceError::Sink { what: what.into(), error }))?;
+                *at += count as u64;
+            }
+            from += count as u64;
         }
-        Ok(())
+        // Read to its end, a connection is used again.
+        match read(&mut buffer[..1])? {
+            0 => Ok(()),
+            _ => {
+                let problem = format!("more than its {size} bytes came");
+                Err(Failure::Final(SourceError::Changed { what: what.into(), problem }))
+            }
+        }
     }
 
-    /// Whether an answer is of the range and the file that were asked for.
-    fn check(
+    /// Where in the file an answer begins, which is of the range that was asked for, or of a small file whole.
+    fn begins_at(
         &self,
-        what: &str,
-        size: u64,
+        (what, size): (&str, u64),
         asked: &Range<u64>,
         response: &Response<ureq::Body>,
-    ) -> Result<(), Failure> {
+    ) -> Result<u64, Failure> {
         let changed = |problem: String| Failure::Final(SourceError::Changed { what: what.into(), problem });
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
-        let whole = *asked == (0..size);
-        match (response.status(), text(header::CONTENT_RANGE)) {
+        let refused = |problem: String| Failure::Final(SourceError::Refused { what: what.into(), problem });
+        if let Some(coding) = text(header::CONTENT_ENCODING).filter(|coding| *coding != "identity") {
+            return Err(refused(format!("it came encoded as {coding}, though as it is was asked for")));
+        }
+        let begin = match (response.status(), text(header::CONTENT_RANGE)) {
             (StatusCode::PARTIAL_CONTENT, Some(given)) => {
                 let wanted = format!("bytes {}-{}/{size}", asked.start, asked.end - 1);
                 if given != wanted {
                     return Err(changed(format!("{wanted} were asked for, {given} came")));
                 }
+                asked.start
             }
-            (StatusCode::OK, _) if whole => {}
+            (StatusCode::OK, _) if asked.end == size && size <= PIECE => 0,
             (status, _) => {
-                let problem = format!("its server knows no ranges: it answered with {status}");
-                return Err(Failure::Final(SourceError::Refused { what: what.into(), problem }));
+                return Err(refused(format!("its server knows no ranges: it answered with {status}")));
             }
-        }
-        let Some(tag) = text(header::ETAG) else { return Ok(()) };
+        };
+        let Some(tag) = text(header::ETAG) else { return Ok(begin) };
         let mut tags = self.tags.lock().unwrap_or_else(PoisonError::into_inner);
         let first = tags.entry(what.to_owned()).or_insert_with(|| tag.to_owned());
-        if first == tag { Ok(()) } else { Err(changed(format!("its entity tag was {first} and is {tag}"))) }
+        if first == tag {
+            Ok(begin)
+        } else {
+            Err(changed(format!("its entity tag was {first} and is {tag}")))
+        }
     }
 
     fn get(
@@ -183,7 +210,8 @@ impl Http {
         range: Option<&Range<u64>>,
         refused: &dyn Fn(&Response<ureq::Body>) -> Option<SourceError>,
     ) -> Result<Response<ureq::Body>, Failure> {
-        let mut request = self.agent.get(url);
+        // Weights are read by their bytes: no coding may stand between.
+        let mut request = self.agent.get(url).header(header::ACCEPT_ENCODING, "identity");
         if let Some(token) = self.token.as_ref().filter(|_| url.starts_with(&self.home)) {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
@@ -200,12 +228,14 @@ impl Http {
         }
         let problem = format!("{url} answered with {status}");
         Err(match status {
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => {
-                Failure::Passing { problem, wait: asked_to_wait(&response) }
+            StatusCode::TOO_MANY_REQUESTS => {
+                Failure::Throttled { problem, wait: asked_to_wait(response.headers()) }
             }
-            status if status.is_server_error() => {
-                Failure::Passing { problem, wait: asked_to_wait(&response) }
+            StatusCode::SERVICE_UNAVAILABLE if response.headers().contains_key(header::RETRY_AFTER) => {
+                Failure::Throttled { problem, wait: asked_to_wait(response.headers()) }
             }
+            StatusCode::REQUEST_TIMEOUT => Failure::Passing { problem },
+            status if status.is_server_error() => Failure::Passing { problem },
             _ => Failure::Final(SourceError::Refused { what: url.to_owned(), problem }),
         })
     }
@@ -215,34 +245,40 @@ impl Http {
         what: &str,
         attempt: &mut dyn FnMut() -> Result<T, Failure>,
     ) -> Result<T, SourceError> {
-        let (mut attempts, mut pause) = (1, PAUSE);
+        let (mut attempts, mut waits, mut pause) = (1, 0, PAUSE);
         loop {
-            match attempt() {
+            let (problem, asked) = match attempt() {
                 Ok(value) => return Ok(value),
                 Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Passing { problem, .. }) if attempts == ATTEMPTS => {
-                    return Err(SourceError::Unreachable { what: what.into(), attempts, problem });
-                }
-                Err(Failure::Passing { problem, wait }) => {
-                    let wait = wait.unwrap_or(pause).min(LONGEST);
-                    tracing::warn!(what, problem, "tried again in {wait:?}");
-                    std::thread::sleep(wait);
-                }
+                Err(Failure::Passing { problem }) => (problem, None),
+                Err(Failure::Throttled { problem, wait }) => (problem, Some(wait.unwrap_or(LONGEST / 5))),
+            };
+            if attempts == ATTEMPTS || waits == WAITS {
+                let attempts = attempts + waits;
+                return Err(SourceError::Unreachable { what: what.into(), attempts, problem });
             }
-            attempts += 1;
-            pause *= 2;
+            let wait = asked.unwrap_or(pause).min(LONGEST);
+            match asked {
+                Some(_) => waits += 1,
+                None => (attempts, pause) = (attempts + 1, pause * 2),
+            }
+            tracing::warn!(what, problem, "tried again in {wait:?}");
+            std::thread::sleep(wait);
         }
     }
 }
 
 fn passing(error: &ureq::Error) -> Failure {
-    Failure::Passing { problem: error.to_string(), wait: None }
+    Failure::Passing { problem: error.to_string() }
 }
 
-/// `Retry-After` in seconds; its dates are answered with a pause of our own.
-fn asked_to_wait(response: &Response<ureq::Body>) -> Option<Duration> {
-    let seconds = response.headers().get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds))
+/// `Retry-After` in seconds, or `t` of `RateLimit` (draft-ietf-httpapi-ratelimit-headers), as huggingface.co says it.
+fn asked_to_wait(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let after = text("retry-after").and_then(|seconds| seconds.trim().parse().ok());
+    let reset =
+        || text("ratelimit")?.split(';').find_map(|part| part.trim().strip_prefix("t=")?.parse().ok());
+    after.or_else(reset).map(Duration::from_secs)
 }
 
 /// The address of the next page in a `Link` header (RFC 8288).
@@ -256,7 +292,20 @@ fn next(link: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use ureq::http::HeaderName;
+
     use super::*;
+
+    #[test]
+    fn how_long_to_wait_is_said_in_either_of_two_ways() {
+        let wait = |name: &'static str, value: &'static str| {
+            let header = (HeaderName::from_static(name), HeaderValue::from_static(value));
+            asked_to_wait(&[header].into_iter().collect())
+        };
+        assert_eq!(wait("retry-after", "7"), Some(Duration::from_secs(7)));
+        assert_eq!(wait("ratelimit", r#""resolvers";r=0;t=132"#), Some(Duration::from_secs(132)));
+        assert_eq!(wait("retry-after", "Sun, 29 Nov 2026 12:00:00 GMT"), None);
+    }
 
     #[test]
     fn the_next_page_is_found_among_links() {

@@ -56,7 +56,7 @@ impl std::fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    /// Makes the folder, and draws small files and the headers of weights.
+    /// Makes the folder, or takes one that a killed process left and empties it; then draws small files and the headers of weights.
     pub fn new(source: Arc<dyn Source>, folder: &Path) -> Result<Self, SourceError> {
         let kept = |error| SourceError::Sink { what: folder.display().to_string(), error };
         fs::create_dir_all(folder).map_err(kept)?;
@@ -65,6 +65,7 @@ impl Mirror {
             TryLockError::WouldBlock => kept(io::Error::other("another process draws into it now")),
             TryLockError::Error(error) => kept(error),
         })?;
+        empty(folder).map_err(kept)?;
         let mut mirror = Self {
             source,
             folder: folder.to_owned(),
@@ -94,10 +95,13 @@ impl Mirror {
         &self.folder
     }
 
-    /// Which weights these are, without a byte of them: SHA-256 in hex of revision, names, sizes and the source's checksums.
+    /// Which weights these are, without a byte of them: SHA-256 in hex of their files' names, sizes and checksums; and of the revision where
+    /// the source has no checksum of one.
     pub fn identity(&self) -> String {
         let mut hash = Sha256::new();
-        hash.update(self.source.revision());
+        if self.weights.values().any(|(file, _)| file.sha256.is_none()) {
+            hash.update(self.source.revision());
+        }
         for (name, (file, _)) in &self.weights {
             hash.update(format!("\n{name} {} {}", file.size, file.sha256.as_deref().unwrap_or("-")));
         }
@@ -202,6 +206,17 @@ impl Mirror {
     }
 }
 
+/// Removes all but the lock.
+fn empty(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name() != LOCK {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn create(path: &Path, size: u64) -> io::Result<File> {
     let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
     file.set_len(size)?;
@@ -232,5 +247,105 @@ impl Drop for Lane<'_> {
     fn drop(&mut self) {
         *self.0.taken.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
         self.0.free.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::address::Repository;
+    use crate::hub::{Access, Hub};
+    use crate::testing::{TestHub, answer};
+
+    /// A folder that is gone with it.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            Self(std::env::temp_dir().join(format!("expertmesh-mirror-{name}-{}", std::process::id())))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    /// A file of weights whose header has so many bytes, and the numbers up to 250 again and again after it.
+    fn weights(header: usize, data: usize) -> Vec<u8> {
+        let data: Vec<u8> = (0..data).map(|at| (at % 251) as u8).collect();
+        [&(header as u64).to_le_bytes()[..], &vec![b' '; header], &data].concat()
+    }
+
+    fn mirror(hub: &TestHub, folder: &Folder) -> Result<Mirror, SourceError> {
+        let repository = Repository { id: "a/b".into(), revision: "main".into() };
+        let access = Access { endpoint: Some(hub.endpoint.clone()), token: None };
+        Mirror::new(Arc::new(Hub::open(repository, access)?), &folder.0)
+    }
+
+    fn hub(files: &[(&str, Vec<u8>)]) -> TestHub {
+        TestHub::new(files.iter().map(|(name, bytes)| (name.to_string(), bytes.clone())).collect(), |_| None)
+    }
+
+    #[test]
+    fn ranges_are_drawn_into_their_places_and_taken_out_again() {
+        let (folder, whole) = (Folder::new("ranges"), weights(2 << 20, 4 << 20));
+        let hub = hub(&[("config.json", b"{}".to_vec()), (SINGLE, whole.clone())]);
+        let mirror = mirror(&hub, &folder).unwrap();
+        let here = || fs::read(folder.0.join(SINGLE)).unwrap();
+        let header = 8 + (2 << 20);
+        assert!(here()[..header] == whole[..header], "a header that is longer than most");
+        assert!(here()[header..].iter().all(|byte| *byte == 0));
+        mirror.bring(SINGLE, 3 << 20..5 << 20).unwrap();
+        assert!(here()[3 << 20..5 << 20] == whole[3 << 20..5 << 20]);
+        mirror.give_back(SINGLE, 3 << 20..5 << 20);
+        assert!(here()[header..].iter().all(|byte| *byte == 0));
+        assert_eq!(mirror.drawn(), header as u64 + (2 << 20));
+        assert!(mirror.bring(SINGLE, 0..1 << 40).is_err());
+    }
+
+    #[test]
+    fn what_a_killed_process_left_of_another_model_is_not_kept_and_two_at_once_are_refused() {
+        let folder = Folder::new("left");
+        let other = hub(&[("chat_template.jinja", b"another".to_vec()), (SINGLE, weights(2, 2000))]);
+        drop(mirror(&other, &folder).unwrap());
+        let index = br#"{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}"#.to_vec();
+        let (one, two) = (weights(2, 2000), weights(2, 3000));
+        let hub = hub(&[(INDEX, index), ("one.safetensors", one), ("two.safetensors", two)]);
+        let mirrored = mirror(&hub, &folder).unwrap();
+        let entries = fs::read_dir(&folder.0).unwrap().flatten();
+        let mut left: Vec<String> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        left.sort_unstable();
+        assert_eq!(left, [LOCK, INDEX, "one.safetensors", "two.safetensors"]);
+        let error = mirror(&hub, &folder).err().unwrap().to_string();
+        assert!(error.ends_with("another process draws into it now"), "{error}");
+        drop(mirrored);
+    }
+
+    #[test]
+    fn the_same_weights_have_one_identity_whatever_else_a_commit_changed() {
+        let of = |name: &str, data: usize, config: &str| {
+            let hub = hub(&[("config.json", config.into()), (SINGLE, weights(2, data))]);
+            mirror(&hub, &Folder::new(&format!("identity-{name}"))).unwrap().identity()
+        };
+        assert_eq!(of("one", 2000, "{}"), of("two", 2000, "{ }"));
+        assert_ne!(of("one", 2000, "{}"), of("two", 2001, "{}"));
+    }
+
+    #[test]
+    fn a_small_file_that_is_not_what_the_hub_says_and_weights_that_are_none_are_refused() {
+        let folder = Folder::new("refused");
+        let files = [("tokenizer.json".to_owned(), vec![b'x'; 2000]), (SINGLE.to_owned(), weights(2, 2000))];
+        let wrong = TestHub::new(files.into(), |asked| {
+            asked.path.ends_with("/cdn/tokenizer.json").then(|| answer("200 OK", &[], &[b'y'; 2000]))
+        });
+        let error = mirror(&wrong, &folder).err().unwrap();
+        assert_eq!(error.reason(), "SourceChanged", "{error}");
+        let error = mirror(&hub(&[(SINGLE, vec![255; 2000])]), &folder).err().unwrap().to_string();
+        assert!(error.contains("it is no safetensors file"), "{error}");
+        let index = br#"{"weight_map": {"a": "../one.safetensors"}}"#.to_vec();
+        let error = mirror(&hub(&[(INDEX, index)]), &folder).err().unwrap().to_string();
+        assert!(error.ends_with("../one.safetensors is not a file's name"), "{error}");
     }
 }

@@ -29,7 +29,7 @@ use rayon::prelude::*;
 
 use super::durable::write_whole;
 use super::journal::Journal;
-use super::supply::Supply;
+use super::supply::{DRAWN, NotBrought, Supply};
 use crate::checkpoint::Checkpoint;
 use crate::cpu::packing::{pack_pieces, tensors_of};
 use crate::fingerprint::{fingerprint, fingerprint_of};
@@ -232,7 +232,7 @@ impl Directory {
 fn foreign(directory: &Path) -> io::Result<Option<String>> {
     for entry in fs::read_dir(directory)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if name != LOCK && !name.starts_with(JOURNAL) {
+        if name != LOCK && name != DRAWN && !name.starts_with(JOURNAL) {
             return Ok(Some(name));
         }
     }
@@ -337,7 +337,8 @@ impl Packing<'_> {
         let Some(supply) = self.supply else { return Ok(vec![]) };
         let ranges = self.checkpoint.ranges(&tensors_of(parts));
         for (path, range) in &ranges {
-            supply.bring(path, range.clone()).map_err(|problem| failed(path, problem))?;
+            let brought = supply.bring(path, range.clone());
+            brought.map_err(|NotBrought { reason, problem }| ModelError::NotBrought { reason, problem })?;
         }
         Ok(ranges.into_iter().map(|(path, range)| (supply, path, range)).collect())
     }

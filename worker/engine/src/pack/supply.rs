@@ -4,6 +4,17 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::path::Path;
 
+/// The folder in a packed model's directory that what is drawn may lie in while it is packed.
+pub const DRAWN: &str = ".drawn";
+
+/// Why weights were not brought.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotBrought {
+    /// Stable and machine-readable.
+    pub reason: &'static str,
+    pub problem: String,
+}
+
 /// Brings ranges of a checkpoint's files, which are as long as they should be, and have holes where nothing was brought. Called by several
 /// threads at once.
 pub trait Supply: Debug + Send + Sync {
@@ -11,7 +22,7 @@ pub trait Supply: Debug + Send + Sync {
     fn identity(&self) -> String;
 
     /// Has the bytes of a range in their place, or says why not.
-    fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), String>;
+    fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), NotBrought>;
 
     /// They are not needed any more.
     fn give_back(&self, file: &Path, range: Range<u64>);

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 
-use expertmesh_engine::{ExpertStore, PackedModel, PrepareOptions, Prepared, prepare};
+use expertmesh_engine::{ExpertStore, NotBrought, PackedModel, PrepareOptions, Prepared, Supply, prepare};
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
@@ -28,6 +28,7 @@ fn every_weight_format_that_can_be_packed_is_compared() {
 }
 
 /// A directory that is removed in the end.
+#[derive(Debug)]
 struct Out(PathBuf);
 
 impl Out {
@@ -132,6 +133,81 @@ fn a_packed_model_has_the_bits_and_the_fingerprint_of_its_checkpoint() {
                 assert_eq!(fingerprint(&out.0, WeightFormat::Native).unwrap(), expected);
             }
         }
+    }
+}
+
+const SINGLE: &str = "model.safetensors";
+
+/// A checkpoint whose weights are elsewhere: its file has zeros, over which ranges are copied.
+#[derive(Debug)]
+struct Copied {
+    from: PathBuf,
+    folder: Out,
+    brought: Mutex<u64>,
+}
+
+impl Copied {
+    fn new(golden: &str) -> Self {
+        let (from, folder) = (checkpoint(golden), Out::new(&format!("copied-{golden}")));
+        fs::create_dir_all(&folder.0).unwrap();
+        fs::copy(from.join("config.json"), folder.0.join("config.json")).unwrap();
+        let mut holed = fs::read(from.join(SINGLE)).unwrap();
+        let header = header(&holed);
+        holed[header..].fill(0);
+        fs::write(folder.0.join(SINGLE), holed).unwrap();
+        Self { from, folder, brought: Mutex::new(0) }
+    }
+
+    fn write(&self, file: &Path, range: std::ops::Range<u64>, bytes: &[u8]) {
+        use std::os::unix::fs::FileExt;
+        let file = fs::File::options().write(true).open(file).unwrap();
+        file.write_all_at(bytes, range.start).unwrap();
+    }
+}
+
+/// Where the tensors' bytes begin.
+fn header(file: &[u8]) -> usize {
+    8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize
+}
+
+impl Supply for Copied {
+    fn identity(&self) -> String {
+        "copied".into()
+    }
+
+    fn bring(&self, file: &Path, range: std::ops::Range<u64>) -> Result<(), NotBrought> {
+        let whole = fs::read(self.from.join(file.file_name().unwrap())).unwrap();
+        self.write(file, range.clone(), &whole[range.start as usize..range.end as usize]);
+        *self.brought.lock().unwrap() += range.end - range.start;
+        Ok(())
+    }
+
+    fn give_back(&self, file: &Path, range: std::ops::Range<u64>) {
+        self.write(file, range.clone(), &vec![0; (range.end - range.start) as usize]);
+    }
+}
+
+#[test]
+fn weights_that_are_brought_as_they_are_packed_make_the_same_blobs_and_are_given_back() {
+    for golden in ["v3-fp8", "v2", "qwen3-moe"] {
+        let copied = std::sync::Arc::new(Copied::new(golden));
+        let out = Out::new(&format!("brought-{golden}"));
+        let native = options(WeightFormat::Native);
+        let options = PrepareOptions { supply: Some(copied.clone()), threads: 4, ..native.clone() };
+        prepare(&copied.folder.0, &out.0, &options, &|_, _| ()).unwrap();
+        let expected = Out::new(&format!("expected-{golden}"));
+        expected.prepare(golden, &native).unwrap();
+        let blobs = |out: &Out| {
+            let mut files = out.files();
+            files.retain(|name, _| name.ends_with(".bin"));
+            files
+        };
+        assert!(blobs(&out) == blobs(&expected), "{golden}: the bytes differ");
+        let file = copied.folder.files().remove(SINGLE).unwrap();
+        let data = &file[header(&file)..];
+        assert!(data.iter().all(|byte| *byte == 0), "{golden}: something was not given back");
+        let brought = *copied.brought.lock().unwrap() as usize;
+        assert!(brought <= data.len(), "{golden}: {brought} bytes, of {}", data.len());
     }
 }
 

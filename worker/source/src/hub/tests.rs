@@ -162,3 +162,26 @@ fn a_sink_that_is_full_ends_it_at_once() {
         ("SourceNotKept", 1)
     );
 }
+
+#[test]
+fn a_small_file_that_is_cut_where_no_range_is_known_is_read_from_its_beginning_again() {
+    let mut cut = answer("200 OK", &[], b"{}\n");
+    cut.truncate(cut.len() - 1);
+    let hub = hub_with(once("/a/b/resolve", cut));
+    assert_eq!(read(&open(&hub, None).unwrap(), "config.json", 0..3).unwrap(), b"{}\n");
+}
+
+#[test]
+fn what_comes_encoded_or_longer_than_it_is_is_refused() {
+    let encoded = |asked: &Asked| {
+        assert_eq!(asked.header("accept-encoding"), "identity");
+        let headers = [("content-range", "bytes 0-7/400000"), ("content-encoding", "gzip")];
+        asked.path.starts_with("/cdn").then(|| answer("206 Partial Content", &headers, b"12345678"))
+    };
+    let error = read(&open(&hub_with(encoded), None).unwrap(), WEIGHTS, 0..8).unwrap_err();
+    assert!(error.to_string().ends_with("it came encoded as gzip, though as it is was asked for"), "{error}");
+    let longer =
+        |asked: &Asked| asked.path.ends_with("config.json").then(|| answer("200 OK", &[], b"{}\n\n"));
+    let error = read(&open(&hub_with(longer), None).unwrap(), "config.json", 0..3).unwrap_err();
+    assert!(error.to_string().ends_with("more than its 3 bytes came"), "{error}");
+}
