@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use expertmesh_engine::{DRAWN, NotBrought, Supply};
+use expertmesh_engine::{COPIED, DRAWN, NotBrought, Supply};
 use expertmesh_source::address::Repository;
 use expertmesh_source::hub::{Access, Hub};
 use expertmesh_source::mirror::Mirror;
@@ -24,7 +24,7 @@ impl Drawn {
     /// The same of a revision that was found.
     pub(crate) fn of(hub: Hub, repository: &Repository, out: &Path) -> Result<Arc<Self>, SourceError> {
         tracing::info!(%repository, commit = hub.revision(), "drawing");
-        Ok(Arc::new(Self(Mirror::new(Arc::new(hub), &out.join(DRAWN))?)))
+        Ok(Arc::new(Self(Mirror::new(Arc::new(hub), &out.join(DRAWN), &COPIED)?)))
     }
 
     /// The folder that has its small files.

@@ -37,7 +37,7 @@ pub use forward::{Exchange, LocalExchange, Observer, Seen, forward};
 #[cfg(unix)]
 pub use mapping::lost::tell_lost_weights;
 pub use pack::mapped::PackedModel;
-pub use pack::prepare::{PrepareOptions, Prepared, prepare};
+pub use pack::prepare::{COPIED, PrepareOptions, Prepared, prepare};
 pub use pack::source::unloadable;
 pub use pack::supply::{DRAWN, NotBrought, Supply};
 pub use pending::Pending;

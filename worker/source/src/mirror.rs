@@ -19,16 +19,6 @@ use crate::{RemoteFile, Source, SourceError};
 const LOCK: &str = "drawn.lock";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-/// What is taken whole, where there is one.
-const SMALL: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tiktoken.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    INDEX,
-];
 /// The most bytes of a small file: several times what the largest vocabularies and indices have.
 const MOST: u64 = 512 << 20;
 /// The most bytes of a safetensors file's header, as the format has it.
@@ -56,8 +46,9 @@ impl std::fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    /// Makes the folder, or takes one that a killed process left and empties it; then draws small files and the headers of weights.
-    pub fn new(source: Arc<dyn Source>, folder: &Path) -> Result<Self, SourceError> {
+    /// Makes the folder, or takes one that a killed process left and empties it; then draws those of the `small` files that there are, and the
+    /// headers of weights.
+    pub fn new(source: Arc<dyn Source>, folder: &Path, small: &[&str]) -> Result<Self, SourceError> {
         let kept = |error| SourceError::Sink { what: folder.display().to_string(), error };
         fs::create_dir_all(folder).map_err(kept)?;
         let lock = File::create(folder.join(LOCK)).map_err(kept)?;
@@ -74,7 +65,7 @@ impl Mirror {
             drawn: AtomicU64::new(0),
             _lock: lock,
         };
-        for name in SMALL {
+        for name in small.iter().chain([&INDEX]) {
             if let Some(file) = mirror.find(name) {
                 mirror.take(&file)?;
             }
@@ -281,7 +272,8 @@ mod tests {
     fn mirror(hub: &TestHub, folder: &Folder) -> Result<Mirror, SourceError> {
         let repository = Repository { id: "a/b".into(), revision: "main".into() };
         let access = Access { endpoint: Some(hub.endpoint.clone()), token: None };
-        Mirror::new(Arc::new(Hub::open(repository, access)?), &folder.0)
+        let small = ["config.json", "tokenizer.json", "chat_template.jinja"];
+        Mirror::new(Arc::new(Hub::open(repository, access)?), &folder.0, &small)
     }
 
     fn hub(files: &[(&str, Vec<u8>)]) -> TestHub {

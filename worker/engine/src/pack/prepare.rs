@@ -37,7 +37,7 @@ use crate::fingerprint::{fingerprint, fingerprint_of};
 const LOCK: &str = "packed.lock";
 
 /// What a packed model has of its checkpoint as it is, where the checkpoint has it.
-const COPIED: [&str; 6] =
+pub const COPIED: [&str; 6] =
     [CONFIG, GENERATION, "tokenizer.json", "tiktoken.model", "tokenizer_config.json", "chat_template.jinja"];
 
 /// Each has a piece of a blob in memory: 32 MiB, rarely more.
