@@ -8,8 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use expertmesh_source::testing::{TestHub, answer};
+use expertmesh_proto::v1::report_response::State;
+use expertmesh_source::testing::{COMMIT, TestHub, answer};
+use expertmesh_tests::mesh::{End, Mesh, read, request};
 use expertmesh_tests::process::{Process, Scratch, binary};
+use expertmesh_tests::reference::{Question, reference};
 use expertmesh_tests::{WEIGHTS, tiny_r1, wait_for};
 
 const MODEL: &str = "hf://expertmesh/tiny-r1";
@@ -148,6 +151,81 @@ fn a_worker_that_is_killed_while_it_draws_goes_on_where_it_was() {
     assert!(blobs(&here) == blobs(&drawn), "the bytes differ");
 }
 
+/// Workers of a mesh, all of which draw from a hub into one cache.
+fn drawing(name: &str, count: usize, hub: &TestHub) -> (Scratch, Mesh) {
+    let cache = Scratch::new(&format!("{name}-cache"));
+    let flags = ["--cache", cache.path().to_str().expect("a UTF-8 path")];
+    let environment = vec![("HF_ENDPOINT".to_owned(), hub.endpoint.clone())];
+    let mesh = Mesh::elsewhere(name, vec![MODEL.into(); count], &flags, environment);
+    (cache, mesh)
+}
+
+/// Each of some workers answers as one process does that had the model all the time.
+async fn assert_same_tokens(mesh: &Mesh, slots: &[u32]) {
+    for &slot in slots {
+        let question = Question::greedy("What is 46 + 37?");
+        let (expected, mut tokens) = (reference(&question), vec![]);
+        let asked = request(&question, &expected, &[]);
+        let end = read(&mut mesh.inference(slot).await, asked, |token| tokens.push(token)).await;
+        assert!(matches!(end, End::Finished(_)), "{end:?}");
+        assert_eq!(tokens, expected.tokens);
+    }
+}
+
+#[tokio::test]
+async fn workers_of_one_machine_draw_a_model_once_and_answer_as_those_that_had_it() {
+    let hub = TestHub::of(&tiny_r1());
+    let (_cache, mut mesh) = drawing("hub-mesh", 4, &hub);
+    mesh.share().await;
+    let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
+    // Each draws the header, and its neighbours.
+    let most = whole + 4 * (1 << 20);
+    assert!(asked_for(&hub) <= most, "{} of {whole} bytes", asked_for(&hub));
+    assert_same_tokens(&mesh, &[0, 3]).await;
+
+    let before = hub.asked().len();
+    mesh.workers[2].kill();
+    mesh.restart(2).await;
+    mesh.share().await;
+    assert_same_tokens(&mesh, &[2]).await;
+    assert_eq!(hub.asked().len(), before + 1, "one question after the revision: {:?}", hub.asked());
+}
+
+#[tokio::test]
+async fn a_worker_whose_dense_weights_come_slowly_says_what_its_model_is_and_takes_its_place() {
+    let entries = fs::read_dir(tiny_r1()).unwrap().flatten();
+    let files = entries.filter_map(|entry| {
+        Some((entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path()).ok()?))
+    });
+    let open = Arc::new(AtomicUsize::new(0));
+    let gate = open.clone();
+    let hub = TestHub::new(files.collect(), move |asked| {
+        let is_header = asked.range().is_some_and(|range| range.start == 0);
+        while asked.path.starts_with("/cdn/model") && !is_header && gate.load(Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        None
+    });
+    let (_cache, mut mesh) = drawing("hub-slow", 1, &hub);
+    let early = mesh.until(0, "heard", |_| true).await;
+    assert_eq!((early.state(), early.commit.as_str()), (State::Loading, COMMIT));
+    assert!(early.reason.starts_with("loading the dense weights: "), "{}", early.reason);
+    assert_eq!(early.shape.unwrap().experts, 32);
+    assert!(early.bytes_loaded < early.bytes_to_load);
+    mesh.place(|_, _| true).await;
+    let placed = mesh.until(0, "placed", |report| report.experts_loading == 160).await;
+    assert_eq!((placed.state(), placed.epoch), (State::Loading, 1));
+
+    // One stream tells of all: it is not cut where the worker's own service begins.
+    let opening = open.clone();
+    let ready = mesh.until(0, "ready", |report| {
+        opening.store(1, Ordering::SeqCst);
+        report.state() == State::Ready
+    });
+    assert_eq!(ready.await.bytes_loaded, placed.bytes_to_load);
+    assert_same_tokens(&mesh, &[0]).await;
+}
+
 #[test]
 fn what_a_hub_does_not_give_ends_in_one_line_that_says_what_to_do() {
     let scratch = Scratch::new("refused");
@@ -168,7 +246,9 @@ fn what_a_hub_does_not_give_ends_in_one_line_that_says_what_to_do() {
     assert!(said.contains("has to be granted access at HUB/expertmesh/tiny-r1"), "{said}");
     let said = told(&TestHub::new([("x.bin".to_owned(), vec![0])].into(), |_| None), MODEL);
     assert!(said.contains("it has neither model.safetensors nor model.safetensors.index.json"), "{said}");
-    let cut = TestHub::new([(WEIGHTS.to_owned(), vec![255; 2000])].into(), |_| None);
+    let config = fs::read(tiny_r1().join("config.json")).unwrap();
+    let files = [(WEIGHTS.to_owned(), vec![255; 2000]), ("config.json".to_owned(), config)];
+    let cut = TestHub::new(files.into(), |_| None);
     let said = told(&cut, MODEL);
     assert!(said.contains("model.safetensors: it is no safetensors file"), "{said}");
 }

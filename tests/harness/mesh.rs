@@ -43,6 +43,8 @@ pub struct Mesh {
     pub anywhere: &'static str,
     /// The directory of each slot's model.
     pub models: Vec<PathBuf>,
+    /// Variables of its processes' environment.
+    pub environment: Vec<(String, String)>,
     /// Who its processes are; without them calls are in plain text.
     pub identities: Option<Identities>,
 }
@@ -81,11 +83,34 @@ impl Mesh {
         mesh
     }
 
+    /// Starts workers of models that are elsewhere, without a placement.
+    pub fn elsewhere(
+        name: &str,
+        models: Vec<PathBuf>,
+        flags: &[&str],
+        environment: Vec<(String, String)>,
+    ) -> Self {
+        let mut mesh = Self::planned(name, models, flags, "127.0.0.1:0");
+        mesh.environment = environment;
+        mesh.start_workers();
+        mesh
+    }
+
     fn planned(name: &str, models: Vec<PathBuf>, flags: &[&str], anywhere: &'static str) -> Self {
         let (scratch, flags) = (Scratch::new(name), flags.iter().map(ToString::to_string).collect());
         let (workers, addresses, draining) = (Vec::new(), Vec::new(), BTreeSet::new());
-        let identities = None;
-        Self { scratch, workers, addresses, epoch: 0, draining, flags, anywhere, models, identities }
+        Self {
+            scratch,
+            workers,
+            addresses,
+            epoch: 0,
+            draining,
+            flags,
+            anywhere,
+            models,
+            environment: vec![],
+            identities: None,
+        }
     }
 
     fn start_workers(&mut self) {
@@ -94,7 +119,7 @@ impl Mesh {
     }
 
     /// Gives every worker its share of the experts, and waits until all are ready.
-    async fn share(&mut self) {
+    pub async fn share(&mut self) {
         let count = self.workers.len() as u32;
         self.place(|slot, expert| expert * count / EXPERTS == slot).await;
         for slot in 0..count {
@@ -121,7 +146,9 @@ impl Mesh {
         let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];
         let more = self.flags_of(Component::Worker);
         let flags: Vec<&str> = args.into_iter().chain(more.iter().map(String::as_str)).collect();
-        Process::start(&self.scratch, &name, "expertmesh-worker", &flags)
+        let variables = self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let variables: Vec<_> = variables.collect();
+        Process::start_with(&self.scratch, &name, "expertmesh-worker", &flags, &variables)
     }
 
     /// Pushes a new placement to every worker that answers.

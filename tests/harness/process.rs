@@ -61,10 +61,22 @@ pub struct Process {
 impl Process {
     /// Starts a binary that announces its addresses. Its name names its files.
     pub fn start(scratch: &Scratch, name: &str, program: &str, args: &[&str]) -> Self {
+        Self::start_with(scratch, name, program, args, &[])
+    }
+
+    /// The same, with variables of its environment.
+    pub fn start_with(
+        scratch: &Scratch,
+        name: &str,
+        program: &str,
+        args: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Self {
         let announce = scratch.path().join(format!("{name}.json"));
         let _ = std::fs::remove_file(&announce);
         let path = announce.to_str().expect("a UTF-8 path").to_string();
-        let mut process = Self::spawn(scratch, name, program, &[args, &["--announce", &path]].concat());
+        let args = [args, &["--announce", &path]].concat();
+        let mut process = Self::spawn_with(scratch, name, program, &args, variables);
         process.announce = announce;
         process
     }

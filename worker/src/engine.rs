@@ -1,18 +1,11 @@
-//! How a process computes: the options that `generate`, `verify` and `serve` share, and the whole model in one process.
+//! How a process computes: the options that `generate`, `verify` and `serve` share.
 
 use std::num::NonZeroUsize;
-use std::path::Path;
 
-use expertmesh_engine::{Backend, CpuBackend, Isa, LoadOptions};
-use expertmesh_model::expert::ExpertId;
-use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_engine::{Isa, LoadOptions};
 use expertmesh_model::format::WeightFormat;
-use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::numerics::Numerics;
 use expertmesh_model::threads::compute_threads;
-use indicatif::{ProgressBar, ProgressStyle};
-
-use crate::process::Fatal;
 
 /// What a deployment computes: part of its fingerprint.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -37,10 +30,6 @@ pub(crate) struct ComputedWith {
 }
 
 impl ComputedAs {
-    pub(crate) fn fingerprint(self, model: &Path) -> Result<ModelFingerprint, Fatal> {
-        Ok(expertmesh_engine::fingerprint(model, self.weights, self.numerics)?)
-    }
-
     pub(crate) fn with(self, with: ComputedWith) -> LoadOptions {
         LoadOptions {
             weights: self.weights,
@@ -49,28 +38,4 @@ impl ComputedAs {
             threads: with.threads.map_or_else(compute_threads, NonZeroUsize::get),
         }
     }
-}
-
-/// Loads a model with all its experts, with a progress bar where stderr is a terminal.
-pub(crate) fn load(model: &Path, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
-    let bar = ProgressBar::new(0);
-    let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
-    bar.set_style(style.expect("the template is a constant"));
-    let backend = CpuBackend::load(model, options, |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-    })?;
-    let (config, weights) = (backend.config(), backend.options().weights);
-    let experts = config.experts() as u32;
-    let all: Vec<_> = config
-        .moe_layers()
-        .flat_map(|layer| (0..experts).map(move |expert| ExpertId::new(layer as u32, expert)))
-        .collect();
-    bar.set_length(
-        Layout::Cpu1.dense_bytes(config, weights)
-            + all.len() as u64 * Layout::Cpu1.expert_bytes(config, weights),
-    );
-    backend.load_experts(&all, |bytes| bar.inc(bytes))?;
-    bar.finish_and_clear();
-    Ok(backend)
 }

@@ -11,14 +11,13 @@ use expertmesh_engine::Logprobs;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::generation::{GenerationConfig, SamplingOverrides};
 use expertmesh_model::sampling::Sampling;
-use expertmesh_source::address::Address;
 
 use self::request::{Generated, Request, output_failed};
-use crate::cache::local;
 use crate::conversation::{Contents, Conversation};
 use crate::end::End;
-use crate::engine::{ComputedAs, ComputedWith, load};
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::{Fatal, seconds_since_1970};
+use crate::source::{self, load};
 use crate::stop::Checked;
 use crate::template::ChatTemplate;
 use crate::template::message::{Message, Role};
@@ -27,10 +26,8 @@ use crate::tokenizer::Tokenizer;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Directory of the model (config.json, safetensors, tokenizer.json), or hf://ORGANISATION/NAME@REVISION on a hub, which is drawn and
-    /// packed once, into EXPERTMESH_CACHE or ~/.cache/expertmesh
-    #[arg(long)]
-    model: Address,
+    #[command(flatten)]
+    source: source::Args,
     /// The text to continue, or with --chat the user's message
     #[arg(long)]
     prompt: String,
@@ -115,15 +112,17 @@ struct TokenLogprobs<'a> {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
-    let model = local(&args.model, args.computed_as.weights)?;
-    let config = ModelConfig::read(&model)?;
-    let generation = GenerationConfig::read(&model, &config)?;
+    crate::process::log();
+    let found = args.source.find()?;
+    let model = &found.folder;
+    let config = ModelConfig::read(model)?;
+    let generation = GenerationConfig::read(model, &config)?;
     let sampling = args.sampling(&generation, config.vocabulary)?;
-    let tokenizer = Tokenizer::load(&model)?;
-    let prompt = encode(&args, &model, (&tokenizer, &config))?;
+    let tokenizer = Tokenizer::load(model)?;
+    let prompt = encode(&args, model, (&tokenizer, &config))?;
     let most = args.max_tokens.or(generation.max_new_tokens().map(|most| most as usize));
     let limit = most.unwrap_or(usize::MAX).min(config.max_positions - prompt.len());
-    let backend = load(&model, &args.computed_as.with(args.computed_with))?;
+    let backend = load(&found, &args.computed_as.with(args.computed_with))?;
 
     let mut out = io::stdout().lock();
     let stops = if args.stop.is_empty() { generation.stop_strings() } else { &args.stop };

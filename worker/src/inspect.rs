@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use expertmesh_engine::{Isa, PackedModel, unloadable};
@@ -13,10 +13,12 @@ use expertmesh_model::facts::{AttentionFacts, ModelFacts};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::generation::GenerationConfig;
 use expertmesh_model::numerics::Numerics;
+use expertmesh_source::address::Address;
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use crate::engine::ComputedAs;
 use crate::process::Fatal;
+use crate::source::{self, Found};
 use crate::template::ChatTemplate;
 use crate::tokenizer::Tokenizer;
 
@@ -25,9 +27,9 @@ const MOST_TENSORS: usize = 20;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Directory of a checkpoint or of a packed model
+    /// Directory of a checkpoint or of a packed model, or hf://ORGANISATION/NAME@REVISION on a hub, of which no weights are drawn
     #[arg(long)]
-    model: PathBuf,
+    model: Address,
     /// Read all of a packed model and compare its checksums
     #[arg(long)]
     check: bool,
@@ -66,10 +68,13 @@ struct PackedFacts {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
-    let config = ModelConfig::read(&args.model)?;
-    let packed = PackedModel::open(&args.model, &config)?;
+    crate::process::log();
+    let found = source::Args { model: args.model, cache: None }.find()?;
+    let model = found.headers()?;
+    let config = ModelConfig::read(&model)?;
+    let packed = PackedModel::open(&model, &config)?;
     if args.check && packed.is_none() {
-        let message = format!("--check: {} is not a packed model", args.model.display());
+        let message = format!("--check: {} is not a packed model", model.display());
         return Err(Fatal::new("NotPacked", message));
     }
     let report = Report {
@@ -77,7 +82,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         packed: packed.map(|packed| packed_facts(&packed, args.check)),
         isa: Isa::available().map(|isa| isa.level().name()).collect(),
         numerics: Numerics::ALL.map(Numerics::name).to_vec(),
-        refused: refused(&args.model, &config),
+        refused: refused(&found, &model, &config),
     };
     if args.json {
         serde_json::to_writer_pretty(io::stdout(), &report)
@@ -92,10 +97,10 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 /// What the starts of a worker and of a frontend fail with, by the ways in which they read a model.
-fn refused(model: &Path, config: &ModelConfig) -> Vec<Refusal> {
+fn refused(found: &Found, model: &Path, config: &ModelConfig) -> Vec<Refusal> {
     let computed = ComputedAs { weights: WeightFormat::default(), numerics: Numerics::default() };
     let mut refused: Vec<Fatal> = config.placed_layers().err().map(Fatal::from).into_iter().collect();
-    match computed.fingerprint(model) {
+    match found.fingerprint(computed) {
         Ok(_) => refused.extend(tensors(model, config, computed.weights)),
         Err(error) => refused.push(error),
     }
@@ -263,7 +268,7 @@ mod tests {
 
     #[test]
     fn what_serving_would_refuse_is_said_file_by_file() {
-        let refused = |model: &Path| refused(model, &ModelConfig::read(model).unwrap());
+        let refused = |model: &Path| refused(&Found::here(model), model, &ModelConfig::read(model).unwrap());
         assert!(refused(&tiny_r1()).is_empty());
         let copy = std::env::temp_dir().join(format!("expertmesh-inspect-{}", std::process::id()));
         fs::create_dir_all(&copy).unwrap();
@@ -297,7 +302,7 @@ mod tests {
         let told = |from: &str, to: &str| {
             assert!(config.contains(from), "{from}");
             fs::write(copy.join("config.json"), config.replace(from, to)).unwrap();
-            let refused = refused(&copy, &ModelConfig::read(&copy).unwrap());
+            let refused = refused(&Found::here(&copy), &copy, &ModelConfig::read(&copy).unwrap());
             refused.into_iter().map(|refusal| refusal.message).collect::<Vec<_>>()
         };
         let weights = copy.join("model.safetensors");

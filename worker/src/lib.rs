@@ -1,7 +1,6 @@
 //! `expertmesh-worker`: one process of a deployment, or a model on the command line. A library, so that what reads a stranger's
 //! bytes can be fuzzed.
 
-mod cache;
 mod collector;
 mod conversation;
 mod end;

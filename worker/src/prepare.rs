@@ -1,12 +1,13 @@
 //! `expertmesh-worker prepare`: a checkpoint becomes a packed model, which is mapped instead of read.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use expertmesh_engine::{PrepareOptions, Prepared, prepare};
+use expertmesh_engine::{DRAWN, PrepareOptions, Prepared, prepare};
 use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::threads::compute_threads;
@@ -14,7 +15,7 @@ use expertmesh_source::address::Address;
 use indicatif::{BinaryBytes, ProgressBar, ProgressStyle};
 
 use crate::process::Fatal;
-use crate::source::Drawn;
+use crate::source;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -62,14 +63,10 @@ impl Experts {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
-    let (model, drawn) = match args.model {
-        Address::Directory(directory) => (directory, None),
-        Address::Hub(repository) => {
-            crate::process::log();
-            let drawn = Drawn::open(&repository, &args.out)?;
-            (drawn.folder().to_owned(), Some(drawn))
-        }
-    };
+    crate::process::log();
+    // What is drawn is on the disk that has room.
+    let source = source::Args { model: args.model, cache: Some(args.out.join(DRAWN)) };
+    let source::Found { folder: model, elsewhere: drawn, .. } = source.find()?;
     let options = PrepareOptions {
         weights: args.weights,
         experts: args.experts.map(|Experts(experts)| experts),
@@ -84,8 +81,12 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
         args.out.display(),
         start.elapsed().as_secs_f64(),
     );
-    if let Some(drawn) = &drawn {
+    if let Some(drawn) = drawn {
         println!("{} of weights were drawn", BinaryBytes(drawn.bytes()));
+        drop((options, drawn));
+        let folder = args.out.join(DRAWN);
+        fs::remove_dir_all(&folder)
+            .map_err(|error| Fatal::new("PrepareFailed", format!("{}: {error}", folder.display())))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,62 +1,262 @@
-//! A model that is elsewhere, as `--model hf://…` names it.
+//! Where a process has its model from: a directory of this machine, or a hub, whose weights are drawn as they are packed.
 
 use std::fs;
+use std::io;
 use std::ops::Range;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use expertmesh_engine::{COPIED, DRAWN, NotBrought, Supply};
-use expertmesh_source::address::Repository;
+use expertmesh_engine::{
+    Backend, Cache, CpuBackend, DRAWN, LoadOptions, NotBrought, Origin, Supply, fingerprint, fingerprint_of,
+};
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::expert::ExpertId;
+use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::numerics::Numerics;
+use expertmesh_model::packed::{COPIED, is_packed};
+use expertmesh_source::SourceError;
+use expertmesh_source::address::{Address, Repository};
 use expertmesh_source::hub::{Access, Hub};
+use expertmesh_source::located::{Located, cache, is_commit};
 use expertmesh_source::mirror::Mirror;
-use expertmesh_source::{Source, SourceError};
+use indicatif::{ProgressBar, ProgressStyle};
 
-/// What a repository's weights are drawn through, in a folder that is gone with it.
-#[derive(Debug)]
-pub(crate) struct Drawn(Mirror);
+use crate::engine::ComputedAs;
+use crate::process::Fatal;
+
+/// Which model, and where its packed blobs are kept.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    /// The model: a directory (config.json, safetensors, tokenizer.json), or hf://ORGANISATION/NAME@REVISION on a hub; HF_ENDPOINT and
+    /// HF_TOKEN say which hub, and who asks
+    #[arg(long)]
+    pub(crate) model: Address,
+    /// The directory into which weights are packed once, and from which they are mapped ever after; without it, those of a hub go to
+    /// EXPERTMESH_CACHE or ~/.cache/expertmesh, and a directory's are packed in memory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cache: Option<PathBuf>,
+}
+
+/// The processes of a deployment serve one commit.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Pinned {
+    /// The file that says which commit of the hub's repository the deployment serves; while there is none, what this cache has found first
+    /// stays
+    #[arg(long, value_name = "FILE")]
+    commit: Option<PathBuf>,
+}
+
+impl Args {
+    /// Finds the model, and draws what is small of one that is elsewhere. Waits for networks.
+    pub(crate) fn find(&self) -> Result<Found, Fatal> {
+        match &self.model {
+            Address::Directory(directory) => {
+                Ok(Found { cache: self.cache.clone(), ..Found::here(directory) })
+            }
+            Address::Hub(repository) => self.elsewhere(repository, repository.clone()),
+        }
+    }
+
+    /// The same of a deployment's process.
+    pub(crate) fn find_pinned(&self, pinned: &Pinned) -> Result<Found, Fatal> {
+        match &self.model {
+            Address::Directory(_) => self.find(),
+            Address::Hub(repository) => {
+                let told = pinned.commit.as_deref().map(read_commit).transpose()?.flatten();
+                let noted = || Located::noted(repository, &self.cache().ok()?);
+                let first = || pinned.commit.as_ref().and_then(|_| noted());
+                let revision = told.or_else(first).unwrap_or_else(|| repository.revision.clone());
+                self.elsewhere(repository, Repository { id: repository.id.clone(), revision })
+            }
+        }
+    }
+
+    fn elsewhere(&self, named: &Repository, repository: Repository) -> Result<Found, Fatal> {
+        let (cache, access) = (self.cache()?, Access::from_environment());
+        let warn = |text: String| tracing::warn!("{text}");
+        let located = Located::find(&repository, &access, (&cache, &COPIED), warn)?;
+        tracing::info!(model = %named, commit = located.commit(), "found");
+        let drawn = Drawn { located, access, mirror: Mutex::default() };
+        Ok(Found {
+            folder: drawn.located.folder.clone(),
+            elsewhere: Some(Arc::new(drawn)),
+            cache: Some(cache),
+        })
+    }
+
+    fn cache(&self) -> Result<PathBuf, Fatal> {
+        let nowhere = || Fatal::new("NoCache", "neither EXPERTMESH_CACHE nor HOME says where a cache may be");
+        self.cache.clone().or_else(cache).ok_or_else(nowhere)
+    }
+}
+
+/// What the file says, where it says something.
+fn read_commit(file: &Path) -> Result<Option<String>, Fatal> {
+    let invalid =
+        |problem: String| Fatal::new("InvalidCommit", format!("--commit {}: {problem}", file.display()));
+    match fs::read_to_string(file) {
+        Ok(text) if text.trim().is_empty() => Ok(None),
+        Ok(text) if is_commit(text.trim()) => Ok(Some(text.trim().to_owned())),
+        Ok(text) => Err(invalid(format!("{:?} is no commit", text.trim()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(invalid(error.to_string())),
+    }
+}
+
+/// A model that was found, at one commit where it is elsewhere.
+#[derive(Debug, Clone)]
+pub(crate) struct Found {
+    /// Has its small files; of a model that is here, all.
+    pub(crate) folder: PathBuf,
+    /// What its weights are drawn by.
+    pub(crate) elsewhere: Option<Arc<Drawn>>,
+    cache: Option<PathBuf>,
+}
+
+impl Found {
+    /// A directory of this machine, without a cache.
+    pub(crate) fn here(directory: &Path) -> Self {
+        Self { folder: directory.to_owned(), elsewhere: None, cache: None }
+    }
+
+    /// The commit of a model that is on a hub.
+    pub(crate) fn commit(&self) -> Option<&str> {
+        self.elsewhere.as_ref().map(|drawn| drawn.commit())
+    }
+
+    pub(crate) fn fingerprint(&self, computed: ComputedAs) -> Result<ModelFingerprint, Fatal> {
+        let ComputedAs { weights, numerics } = computed;
+        Ok(match &self.elsewhere {
+            None => fingerprint(&self.folder, weights, numerics)?,
+            Some(drawn) => {
+                let weights = weights.resolved(&ModelConfig::read(&self.folder)?);
+                fingerprint_of(drawn.located.identity.clone(), &self.folder, weights, numerics)?
+            }
+        })
+    }
+
+    /// Loads all but the routed experts; `progress` gets (done, total) in bytes.
+    pub(crate) fn load(
+        &self,
+        options: &LoadOptions,
+        progress: impl Fn(u64, u64) + Sync,
+    ) -> Result<CpuBackend, Fatal> {
+        Ok(match self.cache(options)? {
+            Some(cache) => CpuBackend::cached(cache, options, progress)?,
+            None => CpuBackend::load(&self.folder, options, progress)?,
+        })
+    }
+
+    /// What blobs are packed into, where they are.
+    fn cache(&self, options: &LoadOptions) -> Result<Option<Cache>, Fatal> {
+        let computed = ComputedAs { weights: options.weights, numerics: Numerics::default() };
+        let (directory, origin, fingerprint) = match (&self.elsewhere, &self.cache) {
+            (Some(drawn), _) => {
+                let fingerprint = self.fingerprint(computed)?;
+                let supply: Arc<dyn Supply> = drawn.clone();
+                (drawn.located.packed(&fingerprint.format), Origin::Supply(supply), fingerprint)
+            }
+            (None, Some(cache)) if !is_packed(&self.folder) => {
+                let fingerprint = self.fingerprint(computed)?;
+                let local = cache.join("local").join(&fingerprint.weights).join(&fingerprint.format);
+                (local, Origin::Directory(self.folder.clone()), fingerprint)
+            }
+            (None, _) => return Ok(None),
+        };
+        let tell = Box::new(|text: &str| tracing::warn!("{text}"));
+        Ok(Some(Cache::open(&self.folder, &directory, fingerprint, origin, tell)?))
+    }
+
+    /// The folder that has its small files and its weights' headers.
+    pub(crate) fn headers(&self) -> Result<PathBuf, Fatal> {
+        match &self.elsewhere {
+            None => Ok(self.folder.clone()),
+            Some(drawn) => Ok(drawn.mirror()?.folder().to_owned()),
+        }
+    }
+
+    /// The same, with all weights, and further files where there are such.
+    pub(crate) fn whole(&self, more: &[&str]) -> Result<PathBuf, Fatal> {
+        if let Some(drawn) = &self.elsewhere {
+            let mirror = drawn.mirror()?;
+            mirror.add(more)?;
+            mirror.bring_all()?;
+        }
+        self.headers()
+    }
+}
+
+/// What a repository's weights are drawn through, in a folder that is gone with it. The hub is not asked before.
+pub(crate) struct Drawn {
+    located: Located,
+    access: Access,
+    mirror: Mutex<Option<Arc<Mirror>>>,
+}
+
+impl std::fmt::Debug for Drawn {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "Drawn({})", self.located.repository)
+    }
+}
 
 impl Drawn {
-    /// Finds the revision, and draws what is small, into a folder in `out`: it is on the disk that has room.
-    pub(crate) fn open(repository: &Repository, out: &Path) -> Result<Arc<Self>, SourceError> {
-        Self::of(Hub::open(repository.clone(), Access::from_environment())?, repository, out)
-    }
-
-    /// The same of a revision that was found.
-    pub(crate) fn of(hub: Hub, repository: &Repository, out: &Path) -> Result<Arc<Self>, SourceError> {
-        tracing::info!(%repository, commit = hub.revision(), "drawing");
-        Ok(Arc::new(Self(Mirror::new(Arc::new(hub), &out.join(DRAWN), &COPIED)?)))
-    }
-
-    /// The folder that has its small files.
-    pub(crate) fn folder(&self) -> &Path {
-        self.0.folder()
+    pub(crate) fn commit(&self) -> &str {
+        self.located.commit()
     }
 
     /// Bytes of weights that were drawn.
     pub(crate) fn bytes(&self) -> u64 {
-        self.0.drawn()
+        let mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        mirror.as_ref().map_or(0, |mirror| mirror.drawn())
     }
+
+    fn mirror(&self) -> Result<Arc<Mirror>, SourceError> {
+        let mut mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mirror) = &*mirror {
+            return Ok(mirror.clone());
+        }
+        tracing::info!(model = %self.located.repository, "drawing");
+        let hub = Hub::open(self.located.repository.clone(), self.access.clone())?;
+        let within = self.located.folder.join(DRAWN);
+        let drawn = Arc::new(Mirror::somewhere(Arc::new(hub), &self.located.folder, &within)?);
+        *mirror = Some(drawn.clone());
+        Ok(drawn)
+    }
+}
+
+fn not_brought(error: &SourceError) -> NotBrought {
+    NotBrought { reason: error.reason(), problem: error.to_string() }
 }
 
 impl Supply for Drawn {
     fn identity(&self) -> String {
-        self.0.identity()
+        self.located.identity.clone()
+    }
+
+    fn checkpoint(&self) -> Result<PathBuf, NotBrought> {
+        self.mirror().map(|mirror| mirror.folder().to_owned()).map_err(|error| not_brought(&error))
     }
 
     fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), NotBrought> {
-        let brought = self.0.bring(name(file), range);
-        brought.map_err(|error| NotBrought { reason: error.reason(), problem: error.to_string() })
+        let bring = || self.mirror()?.bring(name(file), range);
+        bring().map_err(|error| not_brought(&error))
     }
 
     fn give_back(&self, file: &Path, range: Range<u64>) {
-        self.0.give_back(name(file), range);
+        if let Ok(mirror) = self.mirror() {
+            mirror.give_back(name(file), range);
+        }
     }
 }
 
 impl Drop for Drawn {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(self.0.folder()) {
-            tracing::warn!("{}: {error}", self.0.folder().display());
+        let mirror = self.mirror.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(mirror) = mirror else { return };
+        if let Err(error) = fs::remove_dir_all(mirror.folder()) {
+            tracing::warn!("{}: {error}", mirror.folder().display());
         }
     }
 }
@@ -64,4 +264,40 @@ impl Drop for Drawn {
 /// A file's name in the folder, which is its path at the source: weights lie at a model's top.
 fn name(file: &Path) -> &str {
     file.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// Loads a model with all its experts, with a progress bar where stderr is a terminal.
+pub(crate) fn load(model: &Found, options: &LoadOptions) -> Result<CpuBackend, Fatal> {
+    let bar = ProgressBar::new(0);
+    let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
+    bar.set_style(style.expect("the template is a constant"));
+    let backend = model.load(options, |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    })?;
+    let (config, weights) = (backend.config(), backend.options().weights);
+    let experts = config.experts() as u32;
+    let all: Vec<_> = config
+        .moe_layers()
+        .flat_map(|layer| (0..experts).map(move |expert| ExpertId::new(layer as u32, expert)))
+        .collect();
+    bar.set_length(
+        Layout::Cpu1.dense_bytes(config, weights)
+            + all.len() as u64 * Layout::Cpu1.expert_bytes(config, weights),
+    );
+    let packed = AtomicU64::new(0);
+    backend.fill(&all, &|bytes| {
+        packed.fetch_add(bytes, Ordering::Relaxed);
+        bar.inc(bytes);
+    })?;
+    // What was packed was counted.
+    backend.load_experts(&all, |bytes| {
+        let counted =
+            packed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes));
+        if counted.is_err() {
+            bar.inc(bytes);
+        }
+    })?;
+    bar.finish_and_clear();
+    Ok(backend)
 }

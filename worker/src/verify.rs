@@ -12,12 +12,14 @@ use expertmesh_engine::{CpuBackend, Reference, SafetensorsFile};
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::packed;
 use expertmesh_scheduler::{BlockAllocator, Span, Step};
+use expertmesh_source::address::Address;
 
 use self::fast::fast_and_reference;
 use self::tensors::{Tensors, dump, record, traced};
 use self::verdict::{Verdict, same_bits};
-use crate::engine::{ComputedAs, ComputedWith, load};
+use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
+use crate::source::{self, load};
 
 const GOLDEN: &str = "golden.safetensors";
 
@@ -29,9 +31,10 @@ const CHUNKS: [usize; 2] = [7, 1];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Directory of the model: config.json, safetensors, golden.safetensors
+    /// Directory of the model: config.json, safetensors, golden.safetensors; or hf://ORGANISATION/NAME@REVISION on a hub, all of which is
+    /// drawn
     #[arg(long)]
-    model: PathBuf,
+    model: Address,
     #[command(flatten)]
     computed_as: ComputedAs,
     #[command(flatten)]
@@ -42,21 +45,24 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
+    crate::process::log();
     verify(&args).map(|ok| if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Prints the tables, and says whether nothing is wrong.
 fn verify(args: &Args) -> Result<bool, Fatal> {
-    refuse_packed(&args.model)?;
-    let golden = SafetensorsFile::open(&args.model.join(GOLDEN))?;
-    let reference = Reference::open(&args.model)?;
+    let found = source::Args { model: args.model.clone(), cache: None }.find()?;
+    let model = found.whole(&[GOLDEN])?;
+    refuse_packed(&model)?;
+    let golden = SafetensorsFile::open(&model.join(GOLDEN))?;
+    let reference = Reference::open(&model)?;
     let tokens = tokens(&golden, reference.config())?;
     let trace = reference.forward(&tokens)?;
     let ours = traced(reference.config(), &tokens, trace.clone());
 
     println!("{:<12} {:<12} {:<12} {:>10} {:>10}", "tensor", "shape", "verdict", "largest", "relative");
     let mut all_ok = reference_and_golden(&ours, &golden)?;
-    let backend = load(&args.model, &args.computed_as.with(args.computed_with))?;
+    let backend = load(&found, &args.computed_as.with(args.computed_with))?;
     all_ok &= fast_and_reference(&backend, &reference, &tokens, &trace)?;
     all_ok &= whole_and_chunks(&backend, &tokens)?;
     if let Some(path) = &args.dump {

@@ -32,8 +32,9 @@ pub fn fingerprint(
     fingerprint_of(checkpoint, model, weights, numerics)
 }
 
-/// The same where it is known which weights a checkpoint has, of which this directory has nothing but the small files.
-pub(crate) fn fingerprint_of(
+/// The same where it is known which weights a checkpoint has, of which this directory has nothing but the small files; `weights` is not
+/// `native`.
+pub fn fingerprint_of(
     checkpoint: String,
     model: &Path,
     weights: WeightFormat,

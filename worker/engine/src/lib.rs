@@ -32,12 +32,13 @@ pub use cpu::isa::{Isa, Level};
 pub use cpu::kv::CpuKv;
 pub use cpu::rows::{CpuActivations, CpuRows};
 pub use deviation::{Deviation, LayerDeviation, Tolerance, mean_divergence, relative};
-pub use fingerprint::fingerprint;
+pub use fingerprint::{fingerprint, fingerprint_of};
 pub use forward::{Exchange, LocalExchange, Observer, Seen, forward};
 #[cfg(unix)]
 pub use mapping::lost::tell_lost_weights;
+pub use pack::cache::{Cache, Origin, Tell};
 pub use pack::mapped::PackedModel;
-pub use pack::prepare::{COPIED, PrepareOptions, Prepared, prepare};
+pub use pack::prepare::{PrepareOptions, Prepared, prepare};
 pub use pack::source::unloadable;
 pub use pack::supply::{DRAWN, NotBrought, Supply};
 pub use pending::Pending;

@@ -11,6 +11,7 @@ use crate::error::ModelError;
 use crate::files::{self, FileError};
 use crate::fingerprint::architecture_of;
 use crate::format::WeightFormat;
+use crate::generation::GENERATION;
 use crate::layout::budget::Layout;
 use crate::layout::plan::{Place, Plan};
 
@@ -18,6 +19,10 @@ use crate::layout::plan::{Place, Plan};
 pub const INDEX: &str = "packed.json";
 /// The name of the list of what `prepare` has written and the index does not name yet.
 pub const JOURNAL: &str = "packed.journal";
+
+/// What a packed model has of its checkpoint as it is, where the checkpoint has it: all of it that is small.
+pub const COPIED: [&str; 6] =
+    [CONFIG, GENERATION, "tokenizer.json", "tiktoken.model", "tokenizer_config.json", "chat_template.jinja"];
 
 const DENSE: &str = "dense.bin";
 

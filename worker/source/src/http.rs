@@ -23,7 +23,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 const RESPONSE: Duration = Duration::from_secs(30);
 const BODY: Duration = Duration::from_secs(120);
 /// Attempts in a row that bring no byte.
-const ATTEMPTS: u32 = 6;
+pub(crate) const ATTEMPTS: u32 = 6;
 /// The pause before the second attempt; each further is twice as long.
 const PAUSE: Duration = Duration::from_millis(500);
 /// The longest pause, whatever a server asks for: hubs count requests by five minutes.
@@ -41,6 +41,8 @@ pub(crate) struct Http {
     /// What all addresses begin with that may see the token.
     home: String,
     token: Option<String>,
+    /// Attempts in a row that bring no byte.
+    pub(crate) attempts: u32,
     /// What a file is called where it is read, and the entity tag that it had first.
     tags: Mutex<HashMap<String, String>>,
 }
@@ -72,7 +74,13 @@ impl Http {
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .user_agent(concat!("expertmesh/", env!("CARGO_PKG_VERSION")))
             .tls_config(tls.build());
-        Self { agent: config.build().into(), home: format!("{home}/"), token, tags: Mutex::default() }
+        Self {
+            agent: config.build().into(),
+            home: format!("{home}/"),
+            token,
+            attempts: ATTEMPTS,
+            tags: Mutex::default(),
+        }
     }
 
     /// A JSON document, and where its next page is. `refused` says what a status means.
@@ -253,7 +261,7 @@ impl Http {
                 Err(Failure::Passing { problem }) => (problem, None),
                 Err(Failure::Throttled { problem, wait }) => (problem, Some(wait.unwrap_or(LONGEST / 5))),
             };
-            if attempts == ATTEMPTS || waits == WAITS {
+            if attempts == self.attempts || waits == WAITS {
                 let attempts = attempts + waits;
                 return Err(SourceError::Unreachable { what: what.into(), attempts, problem });
             }

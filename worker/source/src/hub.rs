@@ -6,7 +6,7 @@ use serde::Deserialize;
 use ureq::http::{Response, StatusCode};
 
 use crate::address::Repository;
-use crate::http::Http;
+use crate::http::{ATTEMPTS, Http};
 use crate::{RemoteFile, Sink, Source, SourceError};
 
 /// The hub where none is named.
@@ -65,6 +65,11 @@ struct Lfs {
 impl Hub {
     /// Finds the commit of a repository's revision, and its files.
     pub fn open(repository: Repository, access: Access) -> Result<Self, SourceError> {
+        Self::resolve(repository, access, ATTEMPTS)?.listed()
+    }
+
+    /// Finds the commit of a repository's revision alone, in so many attempts.
+    pub fn resolve(repository: Repository, access: Access, attempts: u32) -> Result<Self, SourceError> {
         let endpoint = access.endpoint.as_deref().unwrap_or(ENDPOINT).trim_end_matches('/').to_owned();
         let mut hub = Self {
             http: Http::new(&endpoint, access.token.map(|token| token.trim().to_owned())),
@@ -73,6 +78,7 @@ impl Hub {
             commit: String::new(),
             files: vec![],
         };
+        hub.http.attempts = attempts;
         let what = hub.repository.to_string();
         let url = hub.api("revision", &hub.repository.revision);
         let (Revision { sha }, _) = hub.http.document(&url, &what, &|answer| hub.refused(answer, &what))?;
@@ -80,9 +86,14 @@ impl Hub {
             let problem = format!("the hub names {sha:?} as its commit, which is none");
             return Err(SourceError::Refused { what, problem });
         }
-        hub.commit = sha;
-        hub.files = hub.list()?;
+        (hub.commit, hub.http.attempts) = (sha, ATTEMPTS);
         Ok(hub)
+    }
+
+    /// The same with its files.
+    pub fn listed(mut self) -> Result<Self, SourceError> {
+        self.files = self.list()?;
+        Ok(self)
     }
 
     fn list(&self) -> Result<Vec<RemoteFile>, SourceError> {

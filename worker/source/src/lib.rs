@@ -4,6 +4,7 @@
 pub mod address;
 mod http;
 pub mod hub;
+pub mod located;
 pub mod mirror;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -24,9 +24,12 @@ const MOST: u64 = 512 << 20;
 /// The most bytes of a safetensors file's header, as the format has it.
 const HEADER: u64 = 100_000_000;
 /// What is read of a file of weights at first: more than most headers have.
-const FIRST: u64 = 1 << 20;
+const FIRST: u64 = 256 << 10;
 /// Ranges that are drawn at the same time.
 const LANES: usize = 8;
+/// Processes that draw into one place at the same time, at most.
+const FOLDERS: usize = 1024;
+const IN_USE: &str = "another process draws into it now";
 
 /// The files of a model elsewhere, in a folder of this machine.
 pub struct Mirror {
@@ -46,17 +49,23 @@ impl std::fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    /// Makes the folder, or takes one that a killed process left and empties it; then draws those of the `small` files that there are, and the
-    /// headers of weights.
-    pub fn new(source: Arc<dyn Source>, folder: &Path, small: &[&str]) -> Result<Self, SourceError> {
+    /// Makes the folder, or takes one that a killed process left and empties it; then copies what the folder `small` has, and draws the headers
+    /// of weights.
+    pub fn new(source: Arc<dyn Source>, small: &Path, folder: &Path) -> Result<Self, SourceError> {
         let kept = |error| SourceError::Sink { what: folder.display().to_string(), error };
         fs::create_dir_all(folder).map_err(kept)?;
         let lock = File::create(folder.join(LOCK)).map_err(kept)?;
         lock.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => kept(io::Error::other("another process draws into it now")),
+            TryLockError::WouldBlock => kept(io::Error::other(IN_USE)),
             TryLockError::Error(error) => kept(error),
         })?;
         empty(folder).map_err(kept)?;
+        for entry in fs::read_dir(small).map_err(kept)? {
+            let entry = entry.map_err(kept)?;
+            if entry.file_type().map_err(kept)?.is_file() {
+                fs::copy(entry.path(), folder.join(entry.file_name())).map_err(kept)?;
+            }
+        }
         let mut mirror = Self {
             source,
             folder: folder.to_owned(),
@@ -65,14 +74,8 @@ impl Mirror {
             drawn: AtomicU64::new(0),
             _lock: lock,
         };
-        for name in small.iter().chain([&INDEX]) {
-            if let Some(file) = mirror.find(name) {
-                mirror.take(&file)?;
-            }
-        }
-        for name in mirror.names_of_weights()? {
-            let what = format!("{name} at {}", mirror.source.revision());
-            let file = mirror.find(&name).ok_or(SourceError::NotFound { what })?;
+        for file in weights(&*mirror.source, folder)? {
+            let name = file.path.clone();
             let kept = |error| SourceError::Sink { what: name.clone(), error };
             let holes = create(&mirror.folder.join(&name), file.size).map_err(kept)?;
             mirror.weights.insert(name.clone(), (file, holes));
@@ -81,22 +84,22 @@ impl Mirror {
         Ok(mirror)
     }
 
+    /// The first folder in `within` that no process draws into.
+    pub fn somewhere(source: Arc<dyn Source>, small: &Path, within: &Path) -> Result<Self, SourceError> {
+        let mut number = 0;
+        loop {
+            match Self::new(source.clone(), small, &within.join(number.to_string())) {
+                Err(SourceError::Sink { error, .. }) if error.to_string() == IN_USE && number < FOLDERS => {
+                    number += 1;
+                }
+                mirror => return mirror,
+            }
+        }
+    }
+
     /// Where the files are.
     pub fn folder(&self) -> &Path {
         &self.folder
-    }
-
-    /// Which weights these are, without a byte of them: SHA-256 in hex of their files' names, sizes and checksums; and of the revision where
-    /// the source has no checksum of one.
-    pub fn identity(&self) -> String {
-        let mut hash = Sha256::new();
-        if self.weights.values().any(|(file, _)| file.sha256.is_none()) {
-            hash.update(self.source.revision());
-        }
-        for (name, (file, _)) in &self.weights {
-            hash.update(format!("\n{name} {} {}", file.size, file.sha256.as_deref().unwrap_or("-")));
-        }
-        format!("{:x}", hash.finalize())
     }
 
     /// Bytes that were drawn of weights, headers among them.
@@ -120,6 +123,16 @@ impl Mirror {
         Ok(())
     }
 
+    /// Draws further files whole, where there are such.
+    pub fn add(&self, names: &[&str]) -> Result<(), SourceError> {
+        draw_small(&*self.source, names, &self.folder)
+    }
+
+    /// Draws all files of weights into their places.
+    pub fn bring_all(&self) -> Result<(), SourceError> {
+        self.weights.iter().try_for_each(|(name, (file, _))| self.bring(name, 0..file.size))
+    }
+
     /// Makes a hole of what a range of a file of weights takes of the disk, where its file system has holes.
     pub fn give_back(&self, name: &str, range: Range<u64>) {
         if let Ok((_, holes)) = self.weights_of(name) {
@@ -130,56 +143,6 @@ impl Mirror {
 
     fn weights_of(&self, name: &str) -> Result<&(RemoteFile, File), SourceError> {
         self.weights.get(name).ok_or_else(|| SourceError::NotFound { what: name.to_owned() })
-    }
-
-    fn find(&self, path: &str) -> Option<RemoteFile> {
-        self.source.files().iter().find(|file| file.path == path).cloned()
-    }
-
-    /// A small file, whole and as its source's checksum has it.
-    fn take(&self, file: &RemoteFile) -> Result<(), SourceError> {
-        let what = || format!("{} at {}", file.path, self.source.revision());
-        if file.size > MOST {
-            let problem = format!("{} bytes, which no such file has", file.size);
-            return Err(SourceError::Refused { what: what(), problem });
-        }
-        let mut bytes = Vec::new();
-        if file.size > 0 {
-            self.source.read(file, 0..file.size, &mut |_, piece| {
-                bytes.extend_from_slice(piece);
-                Ok(())
-            })?;
-        }
-        let found = format!("{:x}", Sha256::digest(&bytes));
-        if let Some(wanted) = file.sha256.as_ref().filter(|wanted| !wanted.eq_ignore_ascii_case(&found)) {
-            let problem = format!("its SHA-256 is {found}, not {wanted}");
-            return Err(SourceError::Changed { what: what(), problem });
-        }
-        fs::write(self.folder.join(&file.path), bytes)
-            .map_err(|error| SourceError::Sink { what: what(), error })
-    }
-
-    fn names_of_weights(&self) -> Result<BTreeSet<String>, SourceError> {
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
-        let refused =
-            |problem: String| SourceError::Refused { what: self.source.revision().to_owned(), problem };
-        if self.find(SINGLE).is_some() {
-            return Ok([SINGLE.to_owned()].into());
-        }
-        if self.find(INDEX).is_none() {
-            return Err(refused(format!("it has neither {SINGLE} nor {INDEX}")));
-        }
-        let text = fs::read(self.folder.join(INDEX)).map_err(|error| refused(format!("{INDEX}: {error}")))?;
-        let Index { weight_map } =
-            serde_json::from_slice(&text).map_err(|error| refused(format!("{INDEX}: {error}")))?;
-        let names: BTreeSet<String> = weight_map.into_values().collect();
-        match names.iter().find(|name| Path::new(name).components().count() != 1 || *name == "..") {
-            Some(name) => Err(refused(format!("{INDEX}: {name} is not a file's name"))),
-            None => Ok(names),
-        }
     }
 
     fn draw_header(&self, name: &str) -> Result<(), SourceError> {
@@ -194,6 +157,95 @@ impl Mirror {
             return Err(refused("it is no safetensors file: its header is longer than it may be".into()));
         }
         if end > first { self.bring(name, first..end) } else { Ok(()) }
+    }
+}
+
+/// Draws those of some small files that there are into a folder, and the index of weights; each is there whole or not at all.
+pub fn draw_small(source: &dyn Source, names: &[&str], folder: &Path) -> Result<(), SourceError> {
+    for name in names.iter().chain([&INDEX]) {
+        if let Some(file) = find(source, name) {
+            take(source, file, folder)?;
+        }
+    }
+    Ok(())
+}
+
+/// Which weights these are, without a byte of them: SHA-256 in hex of their files' names, sizes and checksums; and of the revision where the
+/// source has no checksum of one. `small` has the small files.
+pub fn identity(source: &dyn Source, small: &Path) -> Result<String, SourceError> {
+    let files = weights(source, small)?;
+    let mut hash = Sha256::new();
+    if files.iter().any(|file| file.sha256.is_none()) {
+        hash.update(source.revision());
+    }
+    for RemoteFile { path, size, sha256 } in &files {
+        hash.update(format!("\n{path} {size} {}", sha256.as_deref().unwrap_or("-")));
+    }
+    Ok(format!("{:x}", hash.finalize()))
+}
+
+fn find<'a>(source: &'a dyn Source, path: &str) -> Option<&'a RemoteFile> {
+    source.files().iter().find(|file| file.path == path)
+}
+
+/// A small file, whole and as its source's checksum has it.
+fn take(source: &dyn Source, file: &RemoteFile, folder: &Path) -> Result<(), SourceError> {
+    let what = || format!("{} at {}", file.path, source.revision());
+    if file.size > MOST {
+        let problem = format!("{} bytes, which no such file has", file.size);
+        return Err(SourceError::Refused { what: what(), problem });
+    }
+    let mut bytes = Vec::new();
+    if file.size > 0 {
+        source.read(file, 0..file.size, &mut |_, piece| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        })?;
+    }
+    let found = format!("{:x}", Sha256::digest(&bytes));
+    if let Some(wanted) = file.sha256.as_ref().filter(|wanted| !wanted.eq_ignore_ascii_case(&found)) {
+        let problem = format!("its SHA-256 is {found}, not {wanted}");
+        return Err(SourceError::Changed { what: what(), problem });
+    }
+    write_whole(&folder.join(&file.path), &bytes).map_err(|error| SourceError::Sink { what: what(), error })
+}
+
+/// Writes a file beside its place, whoever else does the same, and puts it there.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(format!(".{}", std::process::id()));
+    fs::write(&partial, bytes)?;
+    fs::rename(&partial, path)
+}
+
+/// The files of weights, by their names; the folder has their index.
+fn weights(source: &dyn Source, folder: &Path) -> Result<Vec<RemoteFile>, SourceError> {
+    let of = |name: &String| {
+        let what = format!("{name} at {}", source.revision());
+        find(source, name).cloned().ok_or(SourceError::NotFound { what })
+    };
+    names_of_weights(source, folder)?.iter().map(of).collect()
+}
+
+fn names_of_weights(source: &dyn Source, folder: &Path) -> Result<BTreeSet<String>, SourceError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let refused = |problem: String| SourceError::Refused { what: source.revision().to_owned(), problem };
+    if find(source, SINGLE).is_some() {
+        return Ok([SINGLE.to_owned()].into());
+    }
+    if find(source, INDEX).is_none() {
+        return Err(refused(format!("it has neither {SINGLE} nor {INDEX}")));
+    }
+    let text = fs::read(folder.join(INDEX)).map_err(|error| refused(format!("{INDEX}: {error}")))?;
+    let Index { weight_map } =
+        serde_json::from_slice(&text).map_err(|error| refused(format!("{INDEX}: {error}")))?;
+    let names: BTreeSet<String> = weight_map.into_values().collect();
+    match names.iter().find(|name| Path::new(name).components().count() != 1 || *name == "..") {
+        Some(name) => Err(refused(format!("{INDEX}: {name} is not a file's name"))),
+        None => Ok(names),
     }
 }
 
@@ -272,8 +324,11 @@ mod tests {
     fn mirror(hub: &TestHub, folder: &Folder) -> Result<Mirror, SourceError> {
         let repository = Repository { id: "a/b".into(), revision: "main".into() };
         let access = Access { endpoint: Some(hub.endpoint.clone()), token: None };
-        let small = ["config.json", "tokenizer.json", "chat_template.jinja"];
-        Mirror::new(Arc::new(Hub::open(repository, access)?), &folder.0, &small)
+        let names = ["config.json", "tokenizer.json", "chat_template.jinja"];
+        let (hub, small) = (Hub::open(repository, access)?, folder.0.join("small"));
+        fs::create_dir_all(&small).unwrap();
+        draw_small(&hub, &names, &small)?;
+        Mirror::new(Arc::new(hub), &small, &folder.0.join("drawn"))
     }
 
     fn hub(files: &[(&str, Vec<u8>)]) -> TestHub {
@@ -285,7 +340,7 @@ mod tests {
         let (folder, whole) = (Folder::new("ranges"), weights(2 << 20, 4 << 20));
         let hub = hub(&[("config.json", b"{}".to_vec()), (SINGLE, whole.clone())]);
         let mirror = mirror(&hub, &folder).unwrap();
-        let here = || fs::read(folder.0.join(SINGLE)).unwrap();
+        let here = || fs::read(folder.0.join("drawn").join(SINGLE)).unwrap();
         let header = 8 + (2 << 20);
         assert!(here()[..header] == whole[..header], "a header that is longer than most");
         assert!(here()[header..].iter().all(|byte| *byte == 0));
@@ -302,11 +357,12 @@ mod tests {
         let folder = Folder::new("left");
         let other = hub(&[("chat_template.jinja", b"another".to_vec()), (SINGLE, weights(2, 2000))]);
         drop(mirror(&other, &folder).unwrap());
+        fs::remove_dir_all(folder.0.join("small")).unwrap();
         let index = br#"{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}"#.to_vec();
         let (one, two) = (weights(2, 2000), weights(2, 3000));
         let hub = hub(&[(INDEX, index), ("one.safetensors", one), ("two.safetensors", two)]);
         let mirrored = mirror(&hub, &folder).unwrap();
-        let entries = fs::read_dir(&folder.0).unwrap().flatten();
+        let entries = fs::read_dir(folder.0.join("drawn")).unwrap().flatten();
         let mut left: Vec<String> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
         left.sort_unstable();
         assert_eq!(left, [LOCK, INDEX, "one.safetensors", "two.safetensors"]);
@@ -319,7 +375,9 @@ mod tests {
     fn the_same_weights_have_one_identity_whatever_else_a_commit_changed() {
         let of = |name: &str, data: usize, config: &str| {
             let hub = hub(&[("config.json", config.into()), (SINGLE, weights(2, data))]);
-            mirror(&hub, &Folder::new(&format!("identity-{name}"))).unwrap().identity()
+            let folder = Folder::new(&format!("identity-{name}"));
+            let mirror = mirror(&hub, &folder).unwrap();
+            identity(&*mirror.source, &folder.0.join("small")).unwrap()
         };
         assert_eq!(of("one", 2000, "{}"), of("two", 2000, "{ }"));
         assert_ne!(of("one", 2000, "{}"), of("two", 2001, "{}"));

@@ -73,6 +73,7 @@ use crate::metrics::https::HttpsMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::{self, Addresses, Fatal};
 use crate::runtime::{self, Service};
+use crate::source::{self, Found};
 use crate::trust;
 
 /// How long connections may stay open that no running request needs, once this frontend closes.
@@ -80,9 +81,10 @@ const LINGER: Duration = Duration::from_secs(2);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The model's directory; its weights are not read
-    #[arg(long)]
-    model: PathBuf,
+    #[command(flatten)]
+    source: source::Args,
+    #[command(flatten)]
+    pinned: source::Pinned,
     #[command(flatten)]
     computed_as: ComputedAs,
     /// The model's name in the API; where it is given several times, the others are names for it too
@@ -184,12 +186,15 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 
 async fn serve(args: Args) -> Result<(), Fatal> {
     let stop = process::asked_to_stop();
-    let mut model = Model::load(&args.model, args.served_name.clone(), args.max_context_tokens)?;
+    let (source, pinned) = (args.source.clone(), args.pinned.clone());
+    let finding = tokio::task::spawn_blocking(move || source.find_pinned(&pinned));
+    let found = finding.await.map_err(|error| Fatal::new("StartFailed", error.to_string()))??;
+    let mut model = Model::load(&found.folder, args.served_name.clone(), args.max_context_tokens)?;
     model.contents = Contents::spelling(args.special_tokens_in_content);
     let program = std::env::current_exe().map_err(|error| Fatal::new("StartFailed", error.to_string()))?;
-    model.template = model.template.apart(program, &args.model);
+    model.template = model.template.apart(program, &found.folder);
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
-    let me = caller(&args)?;
+    let me = caller(&args, &found)?;
     let registry = Registry::new();
     let metrics = FrontendMetrics::new(&registry, &model.name);
     let trust = trust::trust(&args.trust, Component::Frontend, &registry)?;
@@ -281,9 +286,9 @@ async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Ser
     }
 }
 
-/// Who this frontend is; it names a fingerprint where the model's directory has the weights too.
-fn caller(args: &Args) -> Result<v1::Caller, Fatal> {
-    let fingerprint = match args.computed_as.fingerprint(&args.model) {
+/// Who this frontend is; it names a fingerprint where it is known which weights the model has.
+fn caller(args: &Args, found: &Found) -> Result<v1::Caller, Fatal> {
+    let fingerprint = match found.fingerprint(args.computed_as) {
         Ok(fingerprint) => Some(fingerprint_message(&fingerprint)),
         Err(error) => {
             tracing::info!(%error, "no fingerprint here; the first ready worker's counts");

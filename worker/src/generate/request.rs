@@ -130,7 +130,7 @@ mod tests {
     use expertmesh_model::sampling::SamplingParams;
 
     use super::*;
-    use crate::engine::load;
+    use crate::source::{Found, load};
     use crate::tokenizer::tests::tiny_r1;
 
     #[derive(serde::Deserialize)]
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn greedy_answers_are_transformers_where_no_token_was_close() {
-        let backend = load(&tiny_r1(), &LoadOptions::default()).unwrap();
+        let backend = load(&Found::here(&tiny_r1()), &LoadOptions::default()).unwrap();
         let heldout = std::fs::read(tiny_r1().join("heldout.json")).unwrap();
         let conversations: Vec<Conversation> = serde_json::from_slice(&heldout).unwrap();
         let clear = |conversation: &&Conversation| {
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_long_prompt_goes_in_chunks_and_an_answer_ends_where_the_context_does() {
-        let backend = load(&tiny_r1(), &LoadOptions::default()).unwrap();
+        let backend = load(&Found::here(&tiny_r1()), &LoadOptions::default()).unwrap();
         let prompt: Vec<u32> = (0..1000).map(|i| i * 7 % 1500 + 10).collect();
         let sampling = sampling(SamplingParams { seed: 3, ..Default::default() });
         let request = Request { prompt: &prompt, limit: 24, sampling: &sampling, logprobs: None };
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn the_greedy_token_is_the_most_probable_one_and_early_ends_do_not_come() {
-        let backend = load(&tiny_r1(), &LoadOptions::default()).unwrap();
+        let backend = load(&Found::here(&tiny_r1()), &LoadOptions::default()).unwrap();
         let greedy = sampling(SamplingParams { temperature: 0.0, ..Default::default() });
         let prompt = [0, 2, 100, 101, 3];
         let request = Request { prompt: &prompt, limit: 12, sampling: &greedy, logprobs: Some(2) };

@@ -89,13 +89,16 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
-    pub(crate) fn into_service(self) -> ExpertExchangeServer<impl ExpertExchange> {
+    pub(crate) fn into_service(self) -> ExchangeServer {
         // Larger than a part, so that an oversized one is refused by us and by name.
         ExpertExchangeServer::new(Served(Arc::new(self))).max_decoding_message_size(4 * MAX_PART_BYTES)
     }
 }
 
-struct Served(Arc<Exchange>);
+/// The service of rows that come in.
+pub(crate) type ExchangeServer = ExpertExchangeServer<Served>;
+
+pub(crate) struct Served(Arc<Exchange>);
 
 #[tonic::async_trait]
 impl ExpertExchange for Served {

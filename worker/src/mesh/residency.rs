@@ -1,4 +1,4 @@
-//! Which experts are resident here. An expert is absent, loading or resident; one thread loads.
+//! Which experts are resident here. An expert is absent, loading or resident; threads of their own load.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -56,7 +56,7 @@ pub(crate) struct Residency {
     weights: Arc<Weights>,
     metrics: Arc<WorkerMetrics>,
     state: Mutex<State>,
-    /// Wakes the loader thread, and those that wait for it.
+    /// Wakes the loader threads, and those that wait for it.
     turn: Condvar,
     changed: watch::Sender<u64>,
     /// Why the model is no longer the one that was read.
@@ -69,7 +69,7 @@ struct State {
     assigned: ExpertSet,
     /// Wanted by a row that waits.
     urgent: VecDeque<ExpertId>,
-    loading: Option<ExpertId>,
+    loading: BTreeSet<ExpertId>,
     resident: BTreeMap<ExpertId, u64>,
     /// Resident but not assigned, since when.
     extras: BTreeMap<ExpertId, Instant>,
@@ -186,7 +186,7 @@ impl Residency {
         }
     }
 
-    /// The loader thread: urgent wishes first, then the placement's; drops what has been idle. Returns at [`Self::stop`].
+    /// A loader thread, of which there may be several: urgent wishes first, then the placement's; drops what has been idle. Returns at [`Self::stop`].
     pub(crate) fn run(&self) {
         let mut state = self.lock();
         while !state.stop {
@@ -198,13 +198,13 @@ impl Residency {
                         state.displaced.insert(expert);
                     }
                 }
-                state.loading = Some(expert);
+                state.loading.insert(expert);
                 drop(state);
                 let result = self.store.load(expert);
                 // Before any row that waits for it.
                 self.weights.own_changed();
                 state = self.lock();
-                state.loading = None;
+                state.loading.remove(&expert);
                 if let Ok(bytes) = result {
                     let elected = if wish.urgent { LoadCause::Elected } else { LoadCause::Relief };
                     let cause = if state.is_assigned(expert) { LoadCause::Placement } else { elected };
@@ -258,7 +258,7 @@ impl State {
             uses,
             assigned: ExpertSet::default(),
             urgent: VecDeque::new(),
-            loading: None,
+            loading: BTreeSet::new(),
             resident: BTreeMap::new(),
             extras: BTreeMap::new(),
             displaced: BTreeSet::new(),
@@ -302,7 +302,7 @@ impl State {
 
     /// An expert that came and was evicted before its waiter woke is wanted again.
     fn keep_wanting(&mut self, expert: ExpertId) {
-        if self.loading != Some(expert) {
+        if !self.loading.contains(&expert) {
             self.want(expert);
         }
     }
@@ -325,14 +325,20 @@ impl State {
 
     fn next(&mut self) -> Option<Wish> {
         while let Some(expert) = self.urgent.pop_front() {
-            if !self.resident.contains_key(&expert) {
+            if !self.resident.contains_key(&expert) && !self.loading.contains(&expert) {
                 return Some(Wish { expert, urgent: true });
             }
         }
-        let again = |expert: &ExpertId| self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY);
+        let again = |expert: &ExpertId| {
+            !self.loading.contains(expert)
+                && self.failed.get(expert).is_none_or(|(at, _)| at.elapsed() > RETRY)
+        };
         let back = !self.displaced.is_empty() && self.has_room();
         let displaced = self.displaced.iter().copied().filter(|_| back);
-        let soon = || self.soon.first().copied().filter(|_| self.has_room());
+        let soon = || {
+            let mut soon = self.soon.iter().copied().filter(|expert| !self.loading.contains(expert));
+            soon.next().filter(|_| self.has_room())
+        };
         let next = self.missing().chain(displaced).find(again).or_else(soon);
         next.map(|expert| Wish { expert, urgent: false })
     }
@@ -341,7 +347,7 @@ impl State {
     /// it names, the least recently used first; no more than what the wish takes. Where the placement names more than fits, that stays.
     fn in_the_way(&self, wish: Wish) -> Vec<ExpertId> {
         let Room { budget: Some(budget), expert } = self.room else { return vec![] };
-        let taken: u64 = self.resident.values().sum();
+        let taken = self.taken();
         let mut over = taken.saturating_add(expert).saturating_sub(budget).min(expert);
         let named = |id: &ExpertId| !self.extras.contains_key(id);
         let mut candidates: Vec<_> =
@@ -356,9 +362,15 @@ impl State {
         candidates.into_iter().take_while(too_much).map(|(id, _)| *id).collect()
     }
 
+    /// Bytes of what is resident, and of what is about to be.
+    fn taken(&self) -> u64 {
+        let resident: u64 = self.resident.values().sum();
+        resident + self.loading.len() as u64 * self.room.expert
+    }
+
     /// Whether one more expert fits.
     fn has_room(&self) -> bool {
-        let taken: u64 = self.resident.values().sum();
+        let taken = self.taken();
         self.room.budget.is_none_or(|budget| taken.saturating_add(self.room.expert) <= budget)
     }
 

@@ -93,6 +93,7 @@ pub(crate) struct ExpertMetrics {
     pub(crate) resident: IntGauge,
     pub(crate) resident_bytes: IntGauge,
     pub(crate) missing: IntGauge,
+    pub(crate) drawn: IntCounter,
     loads: IntCounterVec,
     loaded_bytes: IntCounter,
 }
@@ -115,6 +116,10 @@ impl ExpertMetrics {
             missing: declare.gauge(
                 "expertmesh_worker_experts_missing",
                 "Pairs of layer and expert that the placement wants here and that are not resident yet.",
+            ),
+            drawn: declare.counter(
+                "expertmesh_worker_drawn_bytes_total",
+                "Bytes of weights drawn from where the model is, headers of files included; 0 where all is in the cache.",
             ),
             loads,
             loaded_bytes: declare

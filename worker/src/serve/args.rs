@@ -11,13 +11,15 @@ use expertmesh_proto::slot::{MAX_WORKERS, Slot};
 use crate::collector;
 use crate::engine::{ComputedAs, ComputedWith};
 use crate::process::Fatal;
+use crate::source;
 use crate::trust;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The model's directory
-    #[arg(long)]
-    pub(super) model: PathBuf,
+    #[command(flatten)]
+    pub(super) source: source::Args,
+    #[command(flatten)]
+    pub(super) pinned: source::Pinned,
     /// This worker's name; a StatefulSet's pod name says its slot too
     #[arg(long, env = "POD_NAME")]
     pub(super) name: String,

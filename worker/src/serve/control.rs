@@ -28,10 +28,11 @@ use crate::mesh::residency::Residency;
 use crate::mesh::weights::Doubt;
 use crate::placement::CurrentPlacement;
 use crate::process::age_ms;
-use crate::reports::beat_until;
+use crate::reports::{Reports, beat_until};
+use crate::source::Drawn;
 
 /// A report at least so often.
-const PERIOD: Duration = Duration::from_secs(1);
+pub(super) const PERIOD: Duration = Duration::from_secs(1);
 /// A step that takes longer does not end: frontends give sequences up after as long.
 const STUCK: Duration = Duration::from_secs(120);
 /// Changes within so long make one report.
@@ -46,6 +47,8 @@ pub(crate) struct WorkerState {
     pub(crate) mesh: Arc<mesh::alive::Shared>,
     pub(crate) shared: Arc<Shared>,
     pub(crate) commands: SyncSender<Command>,
+    /// What weights are drawn by, where the model is elsewhere.
+    pub(crate) drawn: Option<Arc<Drawn>>,
     began: Instant,
     /// Whether all peers were asked once what they have read.
     greeted: AtomicBool,
@@ -69,7 +72,7 @@ pub(crate) fn shape(config: &ModelConfig, layout: Layout, weights: WeightFormat)
 impl WorkerState {
     pub(crate) fn new(
         identity: Identity,
-        shape: v1::ModelShape,
+        (shape, drawn): (v1::ModelShape, Option<Arc<Drawn>>),
         placement: CurrentPlacement,
         (residency, mesh): (Arc<Residency>, Arc<mesh::alive::Shared>),
         shared: Arc<Shared>,
@@ -84,6 +87,7 @@ impl WorkerState {
             mesh,
             shared,
             commands,
+            drawn,
             began: Instant::now(),
             greeted: AtomicBool::new(false),
             drained,
@@ -169,6 +173,21 @@ impl WorkerState {
             eligible_workers: 0,
             bytes_loaded,
             bytes_to_load: bytes_loaded + u64::from(residency.missing) * self.shape.expert_bytes,
+            commit: self.drawn.as_ref().map_or("", |drawn| drawn.commit()).to_owned(),
+        }
+    }
+
+    /// Reports what changes, until the reader is gone or this worker ends.
+    pub(super) async fn report_to(&self, reports: Reports, heartbeats: bool) {
+        let (mut changes, mut departure) = (self.changes(), self.shared.departure.subscribe());
+        while reports.send(Ok(self.report())).await.is_ok() && *departure.borrow() != Departure::Ends {
+            let something = async {
+                tokio::select! {
+                    () = changes.next() => {}
+                    _ = departure.changed() => {}
+                }
+            };
+            beat_until(something, &reports, heartbeats).await;
         }
     }
 
@@ -284,7 +303,7 @@ impl Changes {
     }
 }
 
-fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), Invalid> {
+pub(super) fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), Invalid> {
     let layers = shape.first_moe_layer..shape.layers;
     let mut placed = placement.workers().iter().flat_map(|worker| worker.experts.iter());
     match placed.find(|id| !layers.contains(&id.layer) || id.expert >= shape.experts) {
@@ -320,18 +339,7 @@ impl Control for ControlService {
         self.0.identity.admit(request.caller.as_ref())?;
         let (reports, receiver) = mpsc::channel(1);
         let state = self.0.clone();
-        tokio::spawn(async move {
-            let (mut changes, mut departure) = (state.changes(), state.shared.departure.subscribe());
-            while reports.send(Ok(state.report())).await.is_ok() && *departure.borrow() != Departure::Ends {
-                let something = async {
-                    tokio::select! {
-                        () = changes.next() => {}
-                        _ = departure.changed() => {}
-                    }
-                };
-                beat_until(something, &reports, request.heartbeats).await;
-            }
-        });
+        tokio::spawn(async move { state.report_to(reports, request.heartbeats).await });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 

@@ -2,11 +2,13 @@
 
 mod args;
 mod control;
+mod early;
 mod gauges;
 pub(crate) mod inference;
 mod loading;
 mod memory;
 mod run;
+mod services;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -15,13 +17,15 @@ mod worker;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use expertmesh_metrics::Registry;
-use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::layout::budget::Layout;
 use expertmesh_proto::trust::identity::Component;
 
+use self::early::Early;
 use self::loading::Loading;
+use self::services::Services;
 use self::worker::{Capacity, Worker};
 use crate::identity::Identity;
 use crate::placement::CurrentPlacement;
@@ -40,9 +44,7 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 
 async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let mut stop = pin!(process::asked_to_stop());
-    let config = ModelConfig::read(&args.model)?;
-    config.placed_layers()?;
-    let (slot, max_context) = (args.slot()?, args.max_context(&config)?);
+    let (slot, began) = (args.slot()?, Instant::now());
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
     let grpc = process::bind("--listen", args.listen)?;
     let http = process::bind("--metrics", args.metrics)?;
@@ -52,13 +54,33 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let (registry, loading) = (Registry::new(), Arc::new(Loading::default()));
     let router = probes::router(registry.clone(), loading.clone().readiness());
     let probes = tokio::spawn(async move { axum::serve(http, router).await });
-    let loaded = tokio::select! {
-        loaded = loading::for_processor(args.model.clone(), args.computed_as, args.computed_with, loading.clone()) => loaded?,
+    let (found, config) = tokio::select! {
+        found = loading::find(&args) => found?,
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
-    let (incarnation, fingerprint) = (process::incarnation()?, loaded.fingerprint.clone());
+    config.placed_layers()?;
+    let max_context = args.max_context(&config)?;
+    let (incarnation, fingerprint) = (process::incarnation()?, found.fingerprint(args.computed_as)?);
     let trust = trust(&args.trust, Component::Worker, &registry)?;
     let identity = Identity { name: args.name.clone(), slot, incarnation, fingerprint, trust };
+    let weights = identity.fingerprint.format.parse().unwrap_or(args.computed_as.weights);
+    let early = Early {
+        identity: identity.clone(),
+        shape: control::shape(&config, Layout::Cpu1, weights),
+        placement: placement.clone(),
+        loading: loading.clone(),
+        commit: found.commit().unwrap_or_default().to_owned(),
+        began,
+    };
+    let services = Services::open(grpc, early);
+    if let Some(path) = &args.announce {
+        process::announce(path, addresses)?;
+    }
+    let (with, so_far) = (args.computed_with, loading.clone());
+    let loaded = tokio::select! {
+        loaded = loading::for_processor(found.clone(), args.computed_as, with, so_far) => loaded?,
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+    };
     let capacity = Capacity {
         max_context,
         kv_cache_mib: args.kv_cache_mib,
@@ -67,11 +89,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         waiting: args.max_waiting.get(),
     };
     let worker = Worker::start(loaded, identity, capacity, placement, &registry)?;
-    let _ = loading.worker.set(worker.state.clone());
-    if let Some(path) = &args.announce {
-        process::announce(path, addresses)?;
-    }
-    let result = worker.serve(grpc, stop, Duration::from_secs(args.drain_timeout)).await;
+    let result = worker.serve(services, stop, Duration::from_secs(args.drain_timeout)).await;
     probes.abort();
     result
 }

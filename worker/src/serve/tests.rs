@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use expertmesh_deferred::DeferredCpu;
 use expertmesh_engine::{Backend, CpuBackend, LoadOptions, fingerprint};
@@ -13,6 +13,7 @@ use expertmesh_metrics::Registry;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_model::fingerprint::ModelFingerprint;
 use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::numerics::Numerics;
 use expertmesh_proto::epoch::Epoch;
 use expertmesh_proto::incarnation::Incarnation;
@@ -21,7 +22,10 @@ use expertmesh_proto::slot::Slot;
 use expertmesh_proto::v1;
 use tokio::net::TcpListener;
 
+use super::control::shape;
+use super::early::Early;
 use super::loading::Loaded;
+use super::services::Services;
 use super::worker::{Capacity, Worker};
 use crate::frontend::resume::{Patience, Sequence};
 use crate::frontend::sequence::{Generated, SequenceRequest, Step};
@@ -71,10 +75,18 @@ fn serve<B: Backend>(
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let result = runtime.block_on(async {
-            let loaded = Loaded { backend, weights: WeightFormat::Native, fingerprint: computed() };
+            let loaded = Loaded { backend, weights: WeightFormat::Native, drawn: None };
+            let early = Early {
+                identity: identity.clone(),
+                shape: shape(loaded.backend.config(), Layout::Cpu1, loaded.weights),
+                placement: current.clone(),
+                loading: Arc::default(),
+                commit: String::new(),
+                began: Instant::now(),
+            };
+            let services = Services::open(TcpListener::from_std(listener).unwrap(), early);
             let worker = Worker::start(loaded, identity, CAPACITY, current, &Registry::new())?;
-            let listener = TcpListener::from_std(listener).unwrap();
-            worker.serve(listener, pin!(std::future::pending()), Duration::ZERO).await
+            worker.serve(services, pin!(std::future::pending()), Duration::ZERO).await
         });
         runtime.shutdown_timeout(Duration::from_secs(1));
         result

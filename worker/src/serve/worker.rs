@@ -10,22 +10,18 @@ use expertmesh_engine::Backend;
 use expertmesh_metrics::Registry;
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::layout::budget::KV_BLOCK;
-use expertmesh_proto::channel;
 use expertmesh_proto::expert::{Limits, MAX_TICKET_ROWS};
-use expertmesh_proto::v1::control_server::ControlServer;
-use expertmesh_proto::v1::inference_server::InferenceServer;
 use expertmesh_scheduler::{BLOCK_TOKENS, BlockAllocator, Bounds};
-use tokio::net::TcpListener;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
-use tonic::service::Routes;
 
-use super::control::{self, ControlService, WorkerState};
+use super::control::{self, WorkerState};
 use super::gauges::{keep_gauges, keep_health};
 use super::inference::{InferenceService, RequestLimits};
 use super::loading::Loaded;
 use super::memory::{left_for_experts, limit};
 use super::run::{Command, Loop, Shared};
+use super::services::Services;
 use super::threads;
 use crate::identity::Identity;
 use crate::mesh::dispatch::MeshExchange;
@@ -41,6 +37,8 @@ use crate::process::Fatal;
 
 /// Commands that wait for the engine's thread.
 const COMMANDS: usize = 1024;
+/// Experts that are loaded at the same time where they may have to be drawn: the way there is long, and has room for several.
+const LANES: usize = 8;
 /// How long peers may take to load what they will be elected for once this worker is gone.
 const RELIEF: Duration = Duration::from_secs(10);
 /// How long a worker whose copy of the weights is wrong serves nobody before it ends, so that its peers hear what it has read, and can tell.
@@ -85,7 +83,7 @@ impl Worker {
         placement: CurrentPlacement,
         registry: &Registry,
     ) -> Result<Self, Fatal> {
-        let Loaded { backend, weights, .. } = loaded;
+        let Loaded { backend, weights, drawn } = loaded;
         let metrics = Arc::new(WorkerMetrics::new(registry));
         let config = backend.config();
         let Capacity { max_context, kv_cache_mib, experts_mib, running, waiting } = capacity;
@@ -109,7 +107,7 @@ impl Worker {
         let (commands, receiver) = sync_channel(COMMANDS);
         let state = WorkerState::new(
             identity.clone(),
-            shape,
+            (shape, drawn.clone()),
             placement.clone(),
             (residency.clone(), peers.shared.clone()),
             shared.clone(),
@@ -126,8 +124,10 @@ impl Worker {
         threads::start("engine", &ends, move || engine.run(&receiver))?;
         let (serving, queue, links) = (backend.clone(), backend.queue()?, peers.shared.clone());
         threads::start("experts", &ends, move || exchange::run(&*serving, queue, &links, queued))?;
-        let loader = residency.clone();
-        threads::start("loader", &ends, move || loader.run())?;
+        for _ in 0..if drawn.is_some() { LANES } else { 1 } {
+            let loader = residency.clone();
+            threads::start("loader", &ends, move || loader.run())?;
+        }
 
         let links = peers.clone();
         tokio::spawn(async move { links.follow(placement.subscribe()).await });
@@ -148,21 +148,16 @@ impl Worker {
     /// ends by itself ends the worker, with the device's name where that was lost.
     pub(super) async fn serve(
         mut self,
-        grpc: TcpListener,
+        services: Services,
         stop: Pin<&mut impl Future<Output = ()>>,
         drain: Duration,
     ) -> Result<ExitCode, Fatal> {
-        let (health, health_service) = tonic_health::server::health_reporter();
         let state = self.state.clone();
+        services.complete(self.exchange.into_service(), self.inference);
+        let _ = services.loading.worker.set(state.clone());
+        state.follow(); // what was placed up to this moment
+        let Services { health, mut server, finish, .. } = services;
         tokio::spawn(keep_health(state.clone(), health));
-        let (finish, finished) = oneshot::channel::<()>();
-        let services = Routes::new(health_service)
-            .add_service(self.exchange.into_service())
-            .add_service(InferenceServer::new(self.inference).max_decoding_message_size(16 << 20))
-            .add_service(ControlServer::new(ControlService(state.clone())));
-        let mut server = tokio::spawn(channel::serve(grpc, services, state.identity.trust.clone(), async {
-            let _ = finished.await;
-        }));
         tracing::info!(slot = %state.identity.slot, "worker {} listens", state.identity.name);
         let weights = state.mesh.weights.clone();
         let wrong = async {

@@ -11,7 +11,7 @@ use crate::tokenizer::tests::tiny_r1;
 fn args(model: PathBuf) -> Args {
     let computed_as = ComputedAs { weights: WeightFormat::Native, numerics: Numerics::Pair };
     let computed_with = ComputedWith { isa: None, threads: std::num::NonZeroUsize::new(2) };
-    Args { model, computed_as, computed_with, dump: None }
+    Args { model: Address::Directory(model), computed_as, computed_with, dump: None }
 }
 
 /// tiny-r1 with another golden.
@@ -114,7 +114,9 @@ fn a_fast_path_on_other_weights_is_not_ok() {
     let trace = reference.forward(&tokens).unwrap();
     let Args { computed_as, computed_with, .. } = args(other.clone());
     let compared = |model: &Path| {
-        let backend = load(model, &computed_as.with(computed_with)).unwrap();
+        let model = Address::Directory(model.to_owned());
+        let found = source::Args { model, cache: None }.find().unwrap();
+        let backend = load(&found, &computed_as.with(computed_with)).unwrap();
         fast_and_reference(&backend, &reference, &tokens, &trace).unwrap()
     };
     assert!(compared(&tiny_r1()) && !compared(&other));

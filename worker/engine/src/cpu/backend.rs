@@ -30,6 +30,7 @@ use crate::backend::{Answered, Attended, Backend, Draw, Sampled};
 use crate::checksums::Checksums;
 use crate::gate;
 use crate::math::widen;
+use crate::pack::cache::Cache;
 use crate::pack::source::Source;
 use crate::pending::Pending;
 use crate::rope::Rope;
@@ -121,21 +122,52 @@ impl CpuBackend {
     ) -> Result<Self, ModelError> {
         let config = ModelConfig::read(model)?;
         let (source, format) = Source::open(model, &config, options.weights)?;
-        let plan = Plan::new(&config, format);
         let (mut done, total) = (0, Layout::Cpu1.dense_bytes(&config, format));
-        let mut advance = |bytes: usize| {
-            done += bytes as u64;
+        Self::of(source, config, format, options, |bytes| {
+            done += bytes;
             progress(done, total);
-        };
+        })
+    }
+
+    /// The same of a cache, into which what is missing is packed.
+    pub fn cached(
+        cache: Cache,
+        options: &LoadOptions,
+        progress: impl Fn(u64, u64) + Sync,
+    ) -> Result<Self, ModelError> {
+        let (config, format) = (cache.config().clone(), cache.weights());
+        let (done, total) = (AtomicU64::new(0), Layout::Cpu1.dense_bytes(&config, format));
+        let advance = |bytes| progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+        let dense: Vec<Place> =
+            std::iter::once(Place::Ends).chain((0..config.layers).map(Place::Layer)).collect();
+        let packed = cache.fill(&dense, &advance)?;
+        // What was packed was counted piece by piece.
+        let mut places = dense.into_iter();
+        Self::of(Source::Cached(Box::new(cache)), config, format, options, |bytes| {
+            if places.next().is_none_or(|place| !packed.contains(&place)) {
+                advance(bytes);
+            }
+        })
+    }
+
+    /// `advance` gets the bytes of each blob: of the ends, then of each layer.
+    fn of(
+        source: Source,
+        config: ModelConfig,
+        format: WeightFormat,
+        options: &LoadOptions,
+        mut advance: impl FnMut(u64),
+    ) -> Result<Self, ModelError> {
+        let plan = Plan::new(&config, format);
         let mut dense = Vec::new(); // each blob's checksum, little-endian
         let (ends, crc32c) = source.blob(Place::Ends, &plan.ends())?;
         dense.extend(crc32c.to_le_bytes());
-        advance(ends.bytes().len());
+        advance(ends.bytes().len() as u64);
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
             let (blob, crc32c) = source.blob(Place::Layer(layer), &plan.layer(layer))?;
             dense.extend(crc32c.to_le_bytes());
-            advance(blob.bytes().len());
+            advance(blob.bytes().len() as u64);
             layers.push(Layer::view(&config, &plan, layer, &blob));
         }
         Ok(Self {
@@ -160,6 +192,13 @@ impl CpuBackend {
     pub fn options(&self) -> LoadOptions {
         let Compute { pool, isa, numerics } = &self.compute;
         LoadOptions { weights: self.weights, numerics: *numerics, isa: *isa, threads: pool.threads() }
+    }
+
+    /// Has experts packed into the cache, where there is one and they are not; `progress` gets the bytes of each piece.
+    pub fn fill(&self, experts: &[ExpertId], progress: &(dyn Fn(u64) + Sync)) -> Result<(), ModelError> {
+        let Source::Cached(cache) = &self.source else { return Ok(()) };
+        let places = experts.iter().map(|id| Place::Expert(id.layer as usize, id.expert));
+        cache.fill(&places.collect::<Vec<_>>(), progress).map(drop)
     }
 
     /// Makes experts resident on all threads, while nothing is computed; `progress` gets each one's bytes.

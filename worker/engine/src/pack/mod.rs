@@ -6,15 +6,19 @@
 //! | `dense.bin` | embeddings and head, then every layer without its routed experts |
 //! | `layer-NNN.bin` | a layer's routed experts, each where its number puts it; those of no subset are holes, which take no space |
 //! | `config.json`, `tokenizer.json`, … | copies of the checkpoint's |
-//! | `packed.journal` | while `prepare` runs, and after it was killed: the blobs that it has written |
-//! | `packed.lock` | locked by the one process that prepares |
+//! | `packed.journal` | the blobs that were written and the index does not name: while `prepare` runs, after it was killed, and in a cache |
+//! | `packed.lock` | locked by the one process that prepares, or by those together that use it as a cache |
+//! | `packed.turn-NN` | locked in a cache while a blob is packed |
 //!
 //! A blob begins on a page and has the bytes that [`Plan`](expertmesh_model::layout::plan::Plan) says, so that the index states no
 //! shapes. Numerics are not in it either: they say how the same weights are added.
 
+pub(crate) mod cache;
+mod directory;
 pub(crate) mod durable;
 mod journal;
 pub(crate) mod mapped;
+mod packing;
 pub(crate) mod prepare;
 pub(crate) mod source;
 pub(crate) mod supply;

@@ -1,4 +1,4 @@
-//! Where a backend's blobs come from: a checkpoint, or a packed model.
+//! Where a backend's blobs come from: a checkpoint, a packed model, or one that grows.
 
 use std::path::Path;
 
@@ -7,6 +7,7 @@ use expertmesh_model::error::ModelError;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::plan::{Parts, Place, Plan};
 
+use super::cache::Cache;
 use super::mapped::PackedModel;
 use crate::checkpoint::Checkpoint;
 use crate::cpu::blob::Blob;
@@ -18,6 +19,8 @@ pub(crate) enum Source {
     Checkpoint(Checkpoint),
     /// A packed model, whose blobs are mapped.
     Packed(PackedModel),
+    /// A packed model, whose blobs are packed where they are not there yet.
+    Cached(Box<Cache>),
 }
 
 impl Source {
@@ -45,6 +48,7 @@ impl Source {
                 Ok((blob, crc32c))
             }
             Self::Packed(packed) => packed.blob(place),
+            Self::Cached(cache) => cache.blob(place),
         }
     }
 
@@ -53,7 +57,7 @@ impl Source {
         match (self, place) {
             (Self::Checkpoint(checkpoint), _) => check_parts(checkpoint, parts),
             // A packed model may have but the experts that one worker is to hold.
-            (Self::Packed(_), Place::Expert(..)) => Vec::new(),
+            (Self::Packed(_), Place::Expert(..)) | (Self::Cached(_), _) => Vec::new(),
             (Self::Packed(packed), Place::Ends | Place::Layer(_)) => {
                 packed.held(place).err().into_iter().collect()
             }
@@ -62,8 +66,10 @@ impl Source {
 
     /// Gives a blob's pages back, since it is not needed soon.
     pub(crate) fn release(&self, place: Place) {
-        if let Self::Packed(packed) = self {
-            packed.release(place);
+        match self {
+            Self::Checkpoint(_) => {}
+            Self::Packed(packed) => packed.release(place),
+            Self::Cached(cache) => cache.release(place),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The folder in a packed model's directory that what is drawn may lie in while it is packed.
 pub const DRAWN: &str = ".drawn";
@@ -20,6 +20,9 @@ pub struct NotBrought {
 pub trait Supply: Debug + Send + Sync {
     /// Which weights these are, without a byte of them: what the fingerprint has for them.
     fn identity(&self) -> String;
+
+    /// The folder that has the checkpoint's files, with the headers of weights in their places.
+    fn checkpoint(&self) -> Result<PathBuf, NotBrought>;
 
     /// Has the bytes of a range in their place, or says why not.
     fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), NotBrought>;

@@ -2,6 +2,7 @@
 
 mod answers;
 mod bits;
+mod cached;
 mod configs;
 mod corrupted;
 mod fast;

@@ -29,17 +29,17 @@ fn every_weight_format_that_can_be_packed_is_compared() {
 
 /// A directory that is removed in the end.
 #[derive(Debug)]
-struct Out(PathBuf);
+pub(super) struct Out(pub(super) PathBuf);
 
 impl Out {
-    fn new(test: &str) -> Self {
+    pub(super) fn new(test: &str) -> Self {
         let path = std::env::temp_dir().join(format!("expertmesh-packed-{test}-{}", std::process::id()));
         fs::remove_dir_all(&path).ok();
         Self(path)
     }
 
     /// Of a golden's model, by one thread.
-    fn of(test: &str, golden: &str, weights: WeightFormat) -> Self {
+    pub(super) fn of(test: &str, golden: &str, weights: WeightFormat) -> Self {
         let out = Self::new(test);
         out.prepare(golden, &options(weights)).unwrap();
         out
@@ -54,7 +54,7 @@ impl Out {
     }
 
     /// Every file but the lock.
-    fn files(&self) -> BTreeMap<String, Vec<u8>> {
+    pub(super) fn files(&self) -> BTreeMap<String, Vec<u8>> {
         let files = fs::read_dir(&self.0).unwrap().map(|entry| entry.unwrap());
         files
             .map(|file| (file.file_name().into_string().unwrap(), fs::read(file.path()).unwrap()))
@@ -62,7 +62,7 @@ impl Out {
             .collect()
     }
 
-    fn change(&self, file: &str, change: impl FnOnce(&mut Vec<u8>)) {
+    pub(super) fn change(&self, file: &str, change: impl FnOnce(&mut Vec<u8>)) {
         let path = self.0.join(file);
         let mut bytes = fs::read(&path).unwrap();
         change(&mut bytes);
@@ -72,7 +72,7 @@ impl Out {
     }
 
     /// The error, with the directory's name taken out.
-    fn reported(&self, error: ModelError) -> (&'static str, String) {
+    pub(super) fn reported(&self, error: ModelError) -> (&'static str, String) {
         let text = error.to_string().replace(&format!("{}/", self.0.display()), "");
         (error.reason(), text.replace(&self.0.display().to_string(), "OUT"))
     }
@@ -89,22 +89,22 @@ impl Drop for Out {
     }
 }
 
-fn checkpoint(golden: &str) -> PathBuf {
+pub(super) fn checkpoint(golden: &str) -> PathBuf {
     model("golden").join(golden)
 }
 
-fn options(weights: WeightFormat) -> PrepareOptions {
+pub(super) fn options(weights: WeightFormat) -> PrepareOptions {
     PrepareOptions { weights, experts: None, threads: 1, supply: None }
 }
 
 /// Everything that a model computes of a golden's tokens.
-fn computed(backend: &CpuBackend, golden: &str) -> Record {
+pub(super) fn computed(backend: &CpuBackend, golden: &str) -> Record {
     let (_, ids) = super::golden(&format!("golden/{golden}"));
     let mut kv = backend.allocate_kv(BlockAllocator::needed(ids.len())).unwrap();
     compute(backend, &every_row(&ids, &blocks(ids.len())), &mut kv)
 }
 
-fn with_all_experts(backend: CpuBackend) -> CpuBackend {
+pub(super) fn with_all_experts(backend: CpuBackend) -> CpuBackend {
     let experts = backend.config().experts() as u32;
     let layers: Vec<usize> = backend.config().moe_layers().collect();
     let all: Vec<_> = layers
@@ -140,15 +140,15 @@ const SINGLE: &str = "model.safetensors";
 
 /// A checkpoint whose weights are elsewhere: its file has zeros, over which ranges are copied.
 #[derive(Debug)]
-struct Copied {
+pub(super) struct Copied {
     from: PathBuf,
     folder: Out,
-    brought: Mutex<u64>,
+    pub(super) brought: Mutex<u64>,
 }
 
 impl Copied {
-    fn new(golden: &str) -> Self {
-        let (from, folder) = (checkpoint(golden), Out::new(&format!("copied-{golden}")));
+    pub(super) fn new(golden: &str, test: &str) -> Self {
+        let (from, folder) = (checkpoint(golden), Out::new(&format!("copied-{test}-{golden}")));
         fs::create_dir_all(&folder.0).unwrap();
         fs::copy(from.join("config.json"), folder.0.join("config.json")).unwrap();
         let mut holed = fs::read(from.join(SINGLE)).unwrap();
@@ -166,13 +166,17 @@ impl Copied {
 }
 
 /// Where the tensors' bytes begin.
-fn header(file: &[u8]) -> usize {
+pub(super) fn header(file: &[u8]) -> usize {
     8 + u64::from_le_bytes(*file.first_chunk().unwrap()) as usize
 }
 
 impl Supply for Copied {
     fn identity(&self) -> String {
         "copied".into()
+    }
+
+    fn checkpoint(&self) -> Result<PathBuf, NotBrought> {
+        Ok(self.folder.0.clone())
     }
 
     fn bring(&self, file: &Path, range: std::ops::Range<u64>) -> Result<(), NotBrought> {
@@ -190,7 +194,7 @@ impl Supply for Copied {
 #[test]
 fn weights_that_are_brought_as_they_are_packed_make_the_same_blobs_and_are_given_back() {
     for golden in ["v3-fp8", "v2", "qwen3-moe"] {
-        let copied = std::sync::Arc::new(Copied::new(golden));
+        let copied = std::sync::Arc::new(Copied::new(golden, "brought"));
         let out = Out::new(&format!("brought-{golden}"));
         let native = options(WeightFormat::Native);
         let options = PrepareOptions { supply: Some(copied.clone()), threads: 4, ..native.clone() };

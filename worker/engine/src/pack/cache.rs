@@ -1,0 +1,240 @@
+//! A packed model that grows: a blob is packed into it where it is first asked for, and mapped ever after.
+//!
+//! Several processes may use one directory. Each looks into the journal before it packs, and holds a lock while it does, so that a blob is
+//! packed once. Killed at any point, the next start believes what the journal names where its checksum is right. A blob that is damaged is
+//! packed again.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
+use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_model::format::WeightFormat;
+use expertmesh_model::layout::plan::{Place, Plan};
+use expertmesh_model::packed::{Extent, Index, JOURNAL, extents};
+use memmap2::Mmap;
+use rayon::prelude::*;
+
+use super::directory::{Claim, Directory, failed};
+use super::packing::Packing;
+use super::prepare::identity;
+use super::supply::Supply;
+use crate::checkpoint::Checkpoint;
+use crate::cpu::blob::Blob;
+use crate::mapping;
+
+/// Blobs that are packed at the same time, where several are wanted at once.
+const LANES: usize = 8;
+
+/// Where a cache has its weights from.
+#[derive(Debug, Clone)]
+pub enum Origin {
+    /// A checkpoint's directory.
+    Directory(PathBuf),
+    /// A checkpoint that is elsewhere. It is asked for nothing while all that is wanted is in the cache.
+    Supply(Arc<dyn Supply>),
+}
+
+/// Gets what a human should know: that a blob was damaged.
+pub type Tell = Box<dyn Fn(&str) + Send + Sync>;
+
+/// A packed model's directory that blobs are packed into as they are wanted.
+pub struct Cache {
+    config: ModelConfig,
+    weights: WeightFormat,
+    directory: Directory,
+    extents: BTreeMap<Place, Extent>,
+    /// The files of blobs, by their names.
+    files: HashMap<String, Kept>,
+    written: Mutex<Seen>,
+    origin: Origin,
+    /// Opened where something is packed.
+    checkpoint: Mutex<Option<Arc<Checkpoint>>>,
+    tell: Tell,
+}
+
+/// A file of blobs, as long as it will be: what was not packed is a hole.
+struct Kept {
+    path: PathBuf,
+    file: File,
+    pages: Arc<Mmap>,
+}
+
+/// What is known to be written, as of so many bytes of the journal.
+struct Seen {
+    blobs: BTreeMap<Place, u32>,
+    read: u64,
+}
+
+impl Cache {
+    /// Opens or makes the cache of a model: `model` has its small files, and `fingerprint` says what is packed.
+    ///
+    /// # Errors
+    /// `PrepareFailed` where the directory holds anything else, or `prepare` works in it.
+    pub fn open(
+        model: &Path,
+        directory: &Path,
+        fingerprint: ModelFingerprint,
+        origin: Origin,
+        tell: Tell,
+    ) -> Result<Self, ModelError> {
+        let (config, identity) = (ModelConfig::read(model)?, identity(fingerprint));
+        let weights = Index::new(directory, identity.clone()).weights()?;
+        let (directory, written) = Directory::claim(directory, model, &identity, Claim::Together)?;
+        let extents = extents(&config, weights);
+        let mut files = HashMap::new();
+        for (name, (path, file)) in directory.files(&extents)? {
+            let pages = mapping::map(&file, &path).map_err(|error| failed(&path, error))?;
+            mapping::in_huge_pages(&pages);
+            files.insert(name, Kept { path, file, pages: Arc::new(pages) });
+        }
+        let cache = Self {
+            config,
+            weights,
+            directory,
+            extents,
+            files,
+            written: Mutex::new(Seen { blobs: written, read: 0 }),
+            origin,
+            checkpoint: Mutex::new(None),
+            tell,
+        };
+        // From here on a line of the journal is news: what it said before may turn out to be damaged.
+        cache.look()?;
+        Ok(cache)
+    }
+
+    /// The format of the blobs; never `native`.
+    pub fn weights(&self) -> WeightFormat {
+        self.weights
+    }
+
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Packs those of some blobs that were not, several at a time; `progress` gets the bytes of each piece. Returns which those were.
+    pub(crate) fn fill(
+        &self,
+        places: &[Place],
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<BTreeSet<Place>, ModelError> {
+        let missing: Vec<Place> = {
+            let seen = self.seen();
+            places.iter().copied().filter(|place| !seen.blobs.contains_key(place)).collect()
+        };
+        if missing.is_empty() {
+            return Ok(BTreeSet::new());
+        }
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(LANES).build();
+        let threads = threads.map_err(|error| failed(Path::new("threads"), error))?;
+        let pack = |place: &Place| self.packed(*place, progress).map(drop);
+        threads.install(|| missing.par_iter().with_max_len(1).try_for_each(pack))?;
+        Ok(missing.into_iter().collect())
+    }
+
+    /// A blob, read in and verified, and its CRC-32C. It is packed before, where it is not there, or damaged.
+    pub(crate) fn blob(&self, place: Place) -> Result<(Blob, u32), ModelError> {
+        match self.kept(place)? {
+            Some(kept) => Ok(kept),
+            None => self.packed(place, &|_| ()),
+        }
+    }
+
+    /// Gives a blob's pages back, since it is not needed soon.
+    pub(crate) fn release(&self, place: Place) {
+        if let Some(extent) = self.extents.get(&place) {
+            self.view(extent).leave();
+        }
+    }
+
+    /// What no other process has packed by now is packed; its own turn at that.
+    fn packed(&self, place: Place, progress: &(dyn Fn(u64) + Sync)) -> Result<(Blob, u32), ModelError> {
+        let _turn = self.directory.turn(place)?;
+        self.look()?;
+        if let Some(kept) = self.kept(place)? {
+            return Ok(kept);
+        }
+        let Some(extent) = self.extents.get(&place) else { return Err(unknown(place)) };
+        let Kept { path, file, .. } = &self.files[&extent.file];
+        let (checkpoint, plan) = (self.checkpoint()?, Plan::new(&self.config, self.weights));
+        let supply = match &self.origin {
+            Origin::Directory(_) => None,
+            Origin::Supply(supply) => Some(&**supply),
+        };
+        let packing = Packing { checkpoint: &checkpoint, supply, progress };
+        let crc32c = packing.pack(&plan.parts(place), (path, file), extent)?;
+        self.directory.journal.add(place, crc32c).map_err(|error| self.of_journal(error))?;
+        self.seen().blobs.insert(place, crc32c);
+        let what = format!("{place} is not what was written a moment ago");
+        self.kept(place)?.ok_or_else(|| failed(path, what))
+    }
+
+    /// A blob that was packed, where it is whole.
+    fn kept(&self, place: Place) -> Result<Option<(Blob, u32)>, ModelError> {
+        let Some(extent) = self.extents.get(&place) else { return Err(unknown(place)) };
+        let Some(crc32c) = self.seen().blobs.get(&place).copied() else { return Ok(None) };
+        let Kept { path, file, .. } = &self.files[&extent.file];
+        let length = file.metadata().map_err(|error| failed(path, error))?.len();
+        if length < extent.end() {
+            return Err(failed(path, format!("cut while it was in use: {length} bytes")));
+        }
+        let blob = self.view(extent);
+        blob.read_in().map_err(|error| failed(path, error))?;
+        let found = crc32c::crc32c(blob.bytes());
+        if found == crc32c {
+            return Ok(Some((blob, crc32c)));
+        }
+        (self.tell)(&format!(
+            "{}: {place} is damaged, its CRC-32C is {found:08x} and was {crc32c:08x}: it is packed again",
+            path.display()
+        ));
+        self.seen().blobs.remove(&place);
+        Ok(None)
+    }
+
+    /// Takes note of what other processes have packed.
+    fn look(&self) -> Result<(), ModelError> {
+        let mut seen = self.seen();
+        let (blobs, read) =
+            self.directory.journal.since(seen.read).map_err(|error| self.of_journal(error))?;
+        seen.blobs.extend(blobs);
+        seen.read = read;
+        Ok(())
+    }
+
+    fn checkpoint(&self) -> Result<Arc<Checkpoint>, ModelError> {
+        let mut opened = self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(checkpoint) = &*opened {
+            return Ok(checkpoint.clone());
+        }
+        let checkpoint = Arc::new(match &self.origin {
+            Origin::Directory(directory) => Checkpoint::open(directory)?,
+            Origin::Supply(supply) => Checkpoint::open(&supply.checkpoint()?)?,
+        });
+        *opened = Some(checkpoint.clone());
+        Ok(checkpoint)
+    }
+
+    fn view(&self, extent: &Extent) -> Blob {
+        Blob::mapped(self.files[&extent.file].pages.clone(), extent.offset as usize..extent.end() as usize)
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn of_journal(&self, error: std::io::Error) -> ModelError {
+        failed(&self.directory.path.join(JOURNAL), error)
+    }
+}
+
+fn unknown(place: Place) -> ModelError {
+    match place {
+        Place::Expert(layer, expert) => ModelError::UnknownExpert { layer, expert },
+        place => panic!("{place} is no blob of this model"),
+    }
+}

@@ -1,0 +1,90 @@
+//! Packs one blob of a checkpoint into its place, piece by piece.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use expertmesh_model::error::ModelError;
+use expertmesh_model::layout::plan::Parts;
+use expertmesh_model::packed::Extent;
+
+use super::directory::failed;
+use super::supply::{NotBrought, Supply};
+use crate::checkpoint::Checkpoint;
+use crate::cpu::packing::{pack_pieces, tensors_of};
+
+/// Bytes that are read at once.
+const READ: usize = 1 << 20;
+
+/// What blobs are packed from.
+pub(super) struct Packing<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    /// Who brings the checkpoint's weights, where they are elsewhere.
+    pub(super) supply: Option<&'a dyn Supply>,
+    /// Gets the bytes of each piece that was written.
+    pub(super) progress: &'a (dyn Fn(u64) + Sync),
+}
+
+impl Packing<'_> {
+    /// Packs a blob into its place in a file; its checksum.
+    pub(super) fn pack(
+        &self,
+        parts: &Parts,
+        (path, file): (&Path, &File),
+        extent: &Extent,
+    ) -> Result<u32, ModelError> {
+        let (mut crc, mut at, mut piece) = (0, 0, Vec::new());
+        // `at` is where the last piece ended: up to the next one there are zeros.
+        let mut write = |range: Range<usize>, fill: &dyn Fn(&mut [u8])| {
+            piece.clear();
+            piece.resize(range.end - at, 0);
+            fill(&mut piece[range.start - at..]);
+            crc = crc32c::crc32c_append(crc, &piece);
+            file.write_all_at(&piece, extent.offset + at as u64).map_err(|error| failed(path, error))?;
+            (self.progress)(piece.len() as u64);
+            at = range.end;
+            Ok(())
+        };
+        let brought = self.bring(parts)?;
+        pack_pieces(self.checkpoint, parts, &mut write)?;
+        write(parts.bytes()..parts.bytes(), &|_| ())?;
+        self.checkpoint.release();
+        for (supply, path, range) in brought {
+            supply.give_back(path, range);
+        }
+        Ok(crc)
+    }
+
+    /// Has all that a blob is packed from in its place.
+    fn bring(&self, parts: &Parts) -> Result<Brought<'_>, ModelError> {
+        let Some(supply) = self.supply else { return Ok(vec![]) };
+        let ranges = self.checkpoint.ranges(&tensors_of(parts));
+        for (path, range) in &ranges {
+            supply.bring(path, range.clone())?;
+        }
+        Ok(ranges.into_iter().map(|(path, range)| (supply, path, range)).collect())
+    }
+}
+
+/// Ranges of files that a supply brought.
+type Brought<'a> = Vec<(&'a dyn Supply, &'a Path, Range<u64>)>;
+
+impl From<NotBrought> for ModelError {
+    fn from(NotBrought { reason, problem }: NotBrought) -> Self {
+        Self::NotBrought { reason, problem }
+    }
+}
+
+/// What the bytes of a blob's place have for a checksum.
+pub(super) fn checksum(file: &File, extent: &Extent) -> io::Result<u32> {
+    let (mut crc, mut at, mut buffer) = (0, extent.offset, vec![0; READ]);
+    while at < extent.end() {
+        let bytes = &mut buffer[..READ.min((extent.end() - at) as usize)];
+        file.read_exact_at(bytes, at)?;
+        crc = crc32c::crc32c_append(crc, bytes);
+        at += bytes.len() as u64;
+    }
+    Ok(crc)
+}
