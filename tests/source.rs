@@ -13,6 +13,7 @@ use expertmesh_source::testing::{COMMIT, TestHub, answer};
 use expertmesh_tests::mesh::{End, Mesh, read, request};
 use expertmesh_tests::process::{Process, Scratch, binary};
 use expertmesh_tests::reference::{Question, reference};
+use expertmesh_tests::up::Up;
 use expertmesh_tests::{WEIGHTS, tiny_r1, wait_for};
 
 const MODEL: &str = "hf://expertmesh/tiny-r1";
@@ -189,6 +190,24 @@ async fn workers_of_one_machine_draw_a_model_once_and_answer_as_those_that_had_i
     mesh.share().await;
     assert_same_tokens(&mesh, &[2]).await;
     assert_eq!(hub.asked().len(), before + 1, "one question after the revision: {:?}", hub.asked());
+}
+
+#[test]
+fn expertmesh_up_draws_a_hubs_model_once_and_serves_it_when_the_hub_is_gone() {
+    let (cache, hub) = (Scratch::new("up-cache"), TestHub::of(&tiny_r1()));
+    let serve = |endpoint: &str| {
+        let to = format!("{MODEL}\n    endpoint: {endpoint}");
+        let variables = [("EXPERTMESH_CACHE", cache.path().to_str().expect("a UTF-8 path"))];
+        let change = ("file:///models/tiny-r1", to.as_str());
+        let mut up = Up::start_in("expertmesh", "up-hub", change, (&[], &variables));
+        up.api.check(&Question::greedy("What is 46 + 37?")).unwrap();
+        up.end("INT");
+    };
+    serve(&hub.endpoint);
+    let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
+    let most = whole + 4 * (1 << 20);
+    assert!(asked_for(&hub) <= most, "{} of {whole} bytes by four workers", asked_for(&hub));
+    serve("http://127.0.0.1:9");
 }
 
 #[tokio::test]

@@ -159,7 +159,7 @@ fn what_cannot_start_is_told_in_one_line() {
             &free,
             "spec.experts.minReplicas (5) must not be above",
         ),
-        ("scheme", "file:///", "s3://", &free, "spec.model.uri (s3://models/tiny-r1) must be file://"),
+        ("scheme", "file:///", "s3://", &free, "spec.model.uri (s3://models/tiny-r1) must be file:///PATH"),
         (
             "weights",
             "tiny-r1\n  workers",

@@ -4,9 +4,9 @@
 
 mod autoscaling;
 mod frontend;
+mod model;
 mod pods;
 
-use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
@@ -18,6 +18,7 @@ pub(crate) use autoscaling::{
     SelectPolicy,
 };
 pub(crate) use frontend::{Frontend, SecretReference};
+pub(crate) use model::{Cache, Model, Retain, SecretKey};
 pub(crate) use pods::{PodFields, Resources};
 
 /// Serves a mixture-of-experts model from workers that share its experts.
@@ -51,6 +52,12 @@ pub(crate) use pods::{PodFields, Resources};
         type_ = "string",
         json_path = ".status.experts",
         description = "experts of which every layer is resident on a live worker"
+    ),
+    printcolumn(
+        name = "Loading",
+        type_ = "string",
+        json_path = ".status.loading",
+        description = "how far the model is loaded, and how fast"
     ),
     printcolumn(name = "URL", type_ = "string", json_path = ".status.url"),
     printcolumn(
@@ -87,45 +94,6 @@ pub(crate) struct ModelDeploymentSpec {
     /// Changes nothing while true: no scaling, no placement. What runs goes on serving.
     #[serde(default)]
     pub(crate) paused: bool,
-}
-
-/// Which model, and where it lies.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct Model {
-    /// `file://` and an absolute path: a folder of the image, or of the disk under `expertmesh up`.
-    #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^file:///[^/]') && !self.contains('/../') && !self.endsWith('/..')").message(Message::Expression(
-        "'spec.model.uri (' + self + ') must be file:// and an absolute path without .., such as file:///models/tiny-r1'".into()
-    )))]
-    pub(crate) uri: String,
-    /// How weights are held: as they are stored (`native`), or in another format, made while loading if not by `prepare`.
-    #[serde(default)]
-    pub(crate) weights: Weights,
-}
-
-/// The names are those of [`WeightFormat`].
-#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Weights {
-    #[default]
-    Native,
-    Bf16,
-    Fp8,
-    Int8,
-    Int4,
-}
-
-impl From<Weights> for WeightFormat {
-    fn from(weights: Weights) -> Self {
-        match weights {
-            Weights::Native => Self::Native,
-            Weights::Bf16 => Self::Bf16,
-            Weights::Fp8 => Self::Fp8,
-            Weights::Int8 => Self::Int8,
-            Weights::Int4 => Self::Int4,
-        }
-    }
 }
 
 /// The processes that hold the model and run sequences.
@@ -242,6 +210,12 @@ pub(crate) struct ModelDeploymentStatus {
     /// Experts of which every layer is resident on a live worker, of all, such as 32/32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) experts: Option<String>,
+    /// While workers load: the share of all bytes that is there, and bytes per second, such as 31 % 410 MB/s.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) loading: Option<String>,
+    /// The commit of a hub's repository that is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) commit: Option<String>,
     /// The URI of the model that serves: while another is made ready, the one before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) model: Option<String>,

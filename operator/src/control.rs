@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use expertmesh_decide::observation::{Member, Seen};
 use expertmesh_decide::report::{Latencies, ModelShape, Report, State};
@@ -21,6 +21,7 @@ use expertmesh_proto::trust::{Callee, Trust};
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_client::ControlClient;
 use expertmesh_proto::v1::report_response::State as WireState;
+use expertmesh_source::located::is_commit;
 use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::Notify;
@@ -35,6 +36,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// A process that sends no report for so long is silent, where it sends no heartbeats either: they come at least every second.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(4);
 const RETRY: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(2));
+/// How long it takes at least until another mark is set by which a pace is measured.
+const PACE: Duration = Duration::from_secs(3);
 /// More layers than any model has; bounds what a report can make us place.
 const MAX_LAYERS: u32 = 1024;
 
@@ -77,6 +80,30 @@ struct Heard {
     silent_since: Option<Timestamp>,
     draining_since: Option<Timestamp>,
     told: Option<Placement>,
+    pace: Pace,
+}
+
+/// How fast bytes come, over some seconds.
+#[derive(Default)]
+struct Pace {
+    /// What was loaded when, the last and the one before.
+    marks: [Option<(Instant, u64)>; 2],
+}
+
+impl Pace {
+    /// Bytes per second since the mark before the last, which is some seconds old once there is one.
+    fn at(&mut self, now: Instant, loaded: u64) -> u64 {
+        let [before, last] = &mut self.marks;
+        if last.is_none_or(|(at, bytes)| bytes > loaded || now.duration_since(at) >= PACE) {
+            *before = last.filter(|(_, bytes)| *bytes <= loaded);
+            *last = Some((now, loaded));
+        }
+        let since = before.or(*last);
+        since.map_or(0, |(at, bytes)| {
+            let seconds = now.duration_since(at).as_secs_f64();
+            if seconds < 0.5 { 0 } else { ((loaded - bytes) as f64 / seconds) as u64 }
+        })
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -163,6 +190,7 @@ impl Peer {
             silent_since: Some(Timestamp::now()),
             draining_since: None,
             told: None,
+            pace: Pace::default(),
         }));
         let listening = tokio::spawn(listen(addresses.clone(), caller, callee, heard.clone(), changed));
         Self { addresses, heard, listening }
@@ -270,7 +298,8 @@ async fn reports(
 }
 
 impl Heard {
-    fn take(&mut self, report: Report, channel: Channel) {
+    fn take(&mut self, mut report: Report, channel: Channel) {
+        report.bytes_per_second = self.pace.at(Instant::now(), report.bytes_loaded);
         if self.incarnation != report.incarnation {
             (self.incarnation, self.told, self.draining_since) = (report.incarnation, None, None);
         }
@@ -308,11 +337,21 @@ fn checked(message: v1::ReportResponse) -> Result<Report, Invalid> {
         kv_usage: message.kv_usage.clamp(0.0, 1.0),
         bytes_loaded: message.bytes_loaded,
         bytes_to_load: message.bytes_to_load,
+        bytes_per_second: 0,
+        commit: checked_commit(message.commit)?,
         eligible_workers: message.latencies.is_some().then_some(message.eligible_workers),
         latencies: message.latencies.map(checked_latencies).transpose()?.map(Box::new),
         incarnation: Incarnation(message.callee.map_or(0, |callee| callee.incarnation)),
         age: (message.age_ms > 0).then(|| Duration::from_millis(message.age_ms)),
     })
+}
+
+/// It is written down, and read by who starts.
+fn checked_commit(commit: String) -> Result<String, Invalid> {
+    match commit.is_empty() || is_commit(&commit) {
+        true => Ok(commit),
+        false => Err(Invalid::new("commit", "no name of a commit")),
+    }
 }
 
 fn checked_latencies(message: v1::Latencies) -> Result<Latencies, Invalid> {

@@ -15,6 +15,7 @@ mod lease;
 mod logging;
 mod manifest;
 mod metrics;
+mod model;
 mod namespaces;
 mod objects;
 mod programs;

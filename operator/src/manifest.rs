@@ -187,7 +187,7 @@ mod tests {
     fn the_sample_is_four_workers_and_one_frontend() {
         let deployment = validate(SAMPLE).unwrap();
         assert_eq!((deployment.desired.workers, deployment.frontends), (4, 1));
-        assert_eq!(deployment.model_path, PathBuf::from("/models/tiny-r1"));
+        assert_eq!(deployment.model.argument(), "/models/tiny-r1");
     }
 
     #[test]
@@ -326,12 +326,38 @@ mod tests {
         for (lines, expected) in cases {
             assert_eq!(error(&deployment("m", lines)), expected);
         }
-        for uri in ["hf://a/b", "file://models/m", "file:///../m", "file:///models/..", "/models/m"] {
+        let model = |fields: &str| error(&deployment("m", "").replace("uri: file:///models/m", fields));
+        let misplaced = "spec.model.revision, endpoint and tokenSecretRef are of a hub's repository (hf://), not of file:///m";
+        assert_eq!(model("uri: file:///m, revision: main"), misplaced);
+        assert_eq!(model("uri: file:///m, tokenSecretRef: {name: hub, key: token}"), misplaced);
+        assert_eq!(
+            model("uri: hf://a/b, revision: ../x"),
+            "spec.model.revision (../x) must be a branch, a tag or a commit"
+        );
+        assert!(
+            model("uri: hf://a/b, endpoint: hub.example.com")
+                .starts_with("spec.model.endpoint (hub.example.com)")
+        );
+        assert_eq!(
+            model("uri: hf://a/b, cache: {size: much}"),
+            "spec.model.cache.size (much) must be an amount, such as 80Gi"
+        );
+        for uri in [
+            "hf://a/b/c",
+            "hf://a b",
+            "pvc://Models",
+            "oci://image",
+            "s3://a/b",
+            "file://models/m",
+            "file:///../m",
+            "file:///models/..",
+            "/models/m",
+        ] {
             let message = error(&deployment("m", "").replace("file:///models/m", uri));
             assert_eq!(
                 message,
                 format!(
-                    "spec.model.uri ({uri}) must be file:// and an absolute path without .., such as file:///models/tiny-r1"
+                    "spec.model.uri ({uri}) must be file:///PATH, hf://ORGANISATION/NAME, pvc://CLAIM/PATH or oci://REFERENCE, without .., such as file:///models/tiny-r1"
                 )
             );
         }

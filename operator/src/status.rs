@@ -35,6 +35,8 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
         ready_workers: ready,
         workers: Some(format!("{ready}/{}", desired.workers)),
         experts: experts.known.then(|| format!("{}/{}", experts.resident, experts.all)),
+        loading: words::loading(seen),
+        commit: seen.reports().map(|(_, report)| report.commit.clone()).find(|commit| !commit.is_empty()),
         model: situation.model.clone().filter(|_| has_revision),
         revision: has_revision.then(|| situation.serving.to_string()),
         next_revision: rollout::next_revision(situation),

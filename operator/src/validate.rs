@@ -3,7 +3,6 @@
 //! The rules are those of the CustomResourceDefinition, run here: `up`, `plan` and the operator refuse what the API
 //! server refuses, with its words.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use expertmesh_decide::action::Desired;
@@ -17,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use serde::Serialize;
 
 use crate::api::{self, ModelDeployment, ModelDeploymentSpec, PodFields, Resources};
+use crate::model::ModelOrigin;
 
 /// The time to drain where what is written is none: the default of `spec.serving.drainTimeout`.
 const UNLESS_SAID: Duration = Duration::from_secs(300);
@@ -26,8 +26,7 @@ const UNLESS_SAID: Duration = Duration::from_secs(300);
 pub(crate) struct ValidatedDeployment {
     /// DNS-1035, at most 40 characters; also the name that clients give the model.
     pub(crate) name: String,
-    /// Absolute, without `..` and without a slash at its end: in the image, or below `--root` under `up`.
-    pub(crate) model_path: PathBuf,
+    pub(crate) model: ModelOrigin,
     pub(crate) weights: WeightFormat,
     pub(crate) numerics: Numerics,
     pub(crate) desired: Desired,
@@ -83,6 +82,10 @@ impl ValidatedDeployment {
         let spec = &object.spec;
         resources("spec.workers.resources", &spec.workers.pod.resources)?;
         resources("spec.frontend.resources", &spec.frontend.pod.resources)?;
+        if let Some(cache) = spec.model.cache.as_ref().filter(|cache| amount(&cache.size).is_none()) {
+            let text = format!("spec.model.cache.size ({}) must be an amount, such as 80Gi", cache.size.0);
+            return Err(ValidationError::Rule(text));
+        }
         let drain_timeout = duration("spec.serving.drainTimeout", &spec.serving.drain_timeout)?;
         let autoscaling = spec.autoscaling.as_ref().map(policy).transpose()?;
         Ok(Self::of(name, spec, drain_timeout, autoscaling))
@@ -128,7 +131,7 @@ impl ValidatedDeployment {
                 .and_then(amount)
                 .map(|bytes| bytes as u64),
             name,
-            model_path: Path::new(spec.model.uri.trim_start_matches("file://")).components().collect(),
+            model: ModelOrigin::of(&spec.model),
             weights: spec.model.weights.into(),
             numerics: spec.serving.numerics.into(),
             desired,
@@ -167,11 +170,6 @@ impl ValidatedDeployment {
     pub(crate) fn collector_port(&self) -> Option<u16> {
         let address = self.tracing.as_ref()?.endpoint.trim_end_matches('/');
         Some(address.rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(80))
-    }
-
-    /// The model's directory on a disk on which the image's root is `root`.
-    pub(crate) fn model_below(&self, root: &Path) -> PathBuf {
-        root.join(self.model_path.strip_prefix("/").unwrap_or(&self.model_path))
     }
 }
 

@@ -43,7 +43,17 @@ impl Up {
     }
 
     /// The same by another program than the one of now.
-    pub fn start_of(program: &str, test: &str, (from, to): (&str, &str), options: &[&str]) -> Self {
+    pub fn start_of(program: &str, test: &str, change: (&str, &str), options: &[&str]) -> Self {
+        Self::start_in(program, test, change, (options, &[]))
+    }
+
+    /// The same with variables of its environment.
+    pub fn start_in(
+        program: &str,
+        test: &str,
+        (from, to): (&str, &str),
+        (options, variables): (&[&str], &[(&str, &str)]),
+    ) -> Self {
         let scratch = Scratch::new(test);
         let file = scratch.path().join("model.yaml");
         let sample = std::fs::read_to_string(root().join("deploy/samples/tiny-r1.yaml"));
@@ -54,7 +64,7 @@ impl Up {
         let path = file.to_str().expect("a UTF-8 path").to_string();
         let arguments = ["up", &path, "--root", "tests", "--port", &port.to_string()];
         let arguments = [&arguments, options].concat();
-        let process = Process::spawn(&scratch, "up", program, &arguments);
+        let process = Process::spawn_with(&scratch, "up", program, &arguments, variables);
         let api = Api { url: format!("http://127.0.0.1:{port}"), model: "tiny-r1".into() };
         let mut up = Self { process, api, file, seen: BTreeSet::new(), _scratch: scratch };
         wait_for("expertmesh up to be ready", || {

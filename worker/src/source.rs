@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use expertmesh_engine::{
     Backend, Cache, CpuBackend, DRAWN, LoadOptions, NotBrought, Origin, Supply, fingerprint, fingerprint_of,
@@ -25,6 +26,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::engine::ComputedAs;
 use crate::process::Fatal;
+
+/// How often the file is looked at that says which commit a deployment serves: a kubelet brings changes within a minute or two.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// Which model, and where its packed blobs are kept.
 #[derive(Debug, Clone, clap::Args)]
@@ -89,6 +93,22 @@ impl Args {
     fn cache(&self) -> Result<PathBuf, Fatal> {
         let nowhere = || Fatal::new("NoCache", "neither EXPERTMESH_CACHE nor HOME says where a cache may be");
         self.cache.clone().or_else(cache).ok_or_else(nowhere)
+    }
+}
+
+impl Pinned {
+    /// Waits until the file names another commit than the one that this process serves: it was there before the first one was written down.
+    pub(crate) async fn other_than(self, served: Option<String>) -> Fatal {
+        let (Some(file), Some(served)) = (self.commit, served) else { return std::future::pending().await };
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if let Ok(Some(commit)) = read_commit(&file)
+                && commit != served
+            {
+                let problem = format!("the deployment serves commit {commit}, this process has {served}");
+                return Fatal::new("OtherCommit", problem);
+            }
+        }
     }
 }
 

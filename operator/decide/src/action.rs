@@ -28,6 +28,8 @@ pub enum Action {
     Resize(u32),
     /// Write it durably. Pushes follow as actions of their own.
     Place(Placement),
+    /// Write the model's commit durably: who starts from now on serves it.
+    Pin(String),
     /// Tell one process with `Control.ApplyPlacement`; afterwards its `told` is this placement.
     Push { to: Member, placement: Placement },
     /// `Control.Drain`, without waiting for its end, which the reports show.
@@ -39,6 +41,7 @@ pub enum Action {
 pub enum Kind {
     Resize,
     Place,
+    Pin,
     Push,
     Drain,
 }
@@ -49,6 +52,7 @@ impl Kind {
         match self {
             Self::Resize => "resize",
             Self::Place => "place",
+            Self::Pin => "pin",
             Self::Push => "push",
             Self::Drain => "drain",
         }
@@ -60,6 +64,7 @@ impl Action {
         match self {
             Self::Resize(_) => Kind::Resize,
             Self::Place(_) => Kind::Place,
+            Self::Pin(_) => Kind::Pin,
             Self::Push { .. } => Kind::Push,
             Self::Drain { .. } => Kind::Drain,
         }
@@ -72,6 +77,7 @@ impl fmt::Display for Action {
         match self {
             Self::Resize(size) => write!(f, "running {size} workers"),
             Self::Place(placement) => write!(f, "placing epoch {}", placement.epoch()),
+            Self::Pin(commit) => write!(f, "pinning commit {commit}"),
             Self::Push { to, placement } => write!(f, "telling {to:?} epoch {}", placement.epoch()),
             Self::Drain { slot } => write!(f, "draining worker {slot}"),
         }

@@ -14,12 +14,36 @@ use crate::report::{ModelShape, Report, State};
 pub struct Observation {
     /// The last one written durably; that of no epoch where there is none.
     pub placement: Placement,
+    /// Which commit of its model it serves.
+    pub commit: Commit,
     /// How many slots the fleet was last told to run: 0..size.
     pub size: u32,
     /// Every slot below `size`, whether its process runs yet or not. A process that was told to end (a terminating
     /// pod) is no longer seen: its slot is listed without a report.
     pub workers: BTreeMap<Slot, Seen>,
     pub frontends: Vec<Seen>,
+}
+
+/// Which commit of a hub's repository a fleet serves.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Commit {
+    /// The one that its processes were started with, or the model is on no hub.
+    #[default]
+    Given,
+    /// The first process finds out which it is, before others start.
+    Wanted,
+    /// Written durably: who starts from now on serves it.
+    Known(String),
+}
+
+impl Commit {
+    /// The one that was found out and written.
+    pub fn known(&self) -> Option<&str> {
+        match self {
+            Self::Known(commit) => Some(commit),
+            Self::Given | Self::Wanted => None,
+        }
+    }
 }
 
 /// One worker or frontend, as far as it is known.
@@ -72,6 +96,10 @@ pub enum FailureReason {
     PodSecurity,
     QuotaExceeded,
     ModelNotFound,
+    /// A hub has no such repository, or shows it only to others.
+    SourceNotFound,
+    /// A hub wants to see a token, or another one.
+    SourceUnauthorized,
     /// Nobody hears of the node that it is on.
     NodeLost,
     /// Its container took more memory than it may.
@@ -98,6 +126,8 @@ impl FailureReason {
             Self::PodSecurity,
             Self::QuotaExceeded,
             Self::ModelNotFound,
+            Self::SourceNotFound,
+            Self::SourceUnauthorized,
             Self::NodeLost,
             Self::OomKilled,
             Self::ProcessEnded,
@@ -123,6 +153,8 @@ impl FailureReason {
             Self::ImagePullBackOff => "ImagePullBackOff",
             Self::InvalidImageName => "InvalidImageName",
             Self::ModelNotFound => "ModelNotFound",
+            Self::SourceNotFound => "SourceNotFound",
+            Self::SourceUnauthorized => "SourceUnauthorized",
             Self::OomKilled => "OOMKilled",
             Self::ProcessEnded => "ProcessEnded",
             Self::ReplicasUnschedulable => "ReplicasUnschedulable",

@@ -31,6 +31,10 @@ pub struct Report {
     pub kv_usage: f32,
     pub bytes_loaded: u64,
     pub bytes_to_load: u64,
+    /// How many of them came in a second of late.
+    pub bytes_per_second: u64,
+    /// The commit of its model, where that is on a hub; else empty.
+    pub commit: String,
     /// What a frontend's clients waited for; none of a worker.
     pub latencies: Option<Box<Latencies>>,
     /// Workers that could take a sequence from this frontend now; none of a worker.

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use proptest::prelude::*;
 
 use crate::action::{Action, Decision, Desired};
-use crate::observation::{Member, Observation, Seen};
+use crate::observation::{Commit, Member, Observation, Seen};
 use crate::placement::{imbalance, place};
 use crate::report::{ModelShape, Report, State};
 use crate::step::decide;
@@ -39,12 +39,15 @@ struct Process {
     silent_since: Option<Timestamp>,
     draining_since: Option<Timestamp>,
     address: u32,
+    /// The commit that it serves, where its model is on a hub.
+    commit: String,
 }
 
 struct Simulation {
     now: Timestamp,
     desired: Desired,
     written: Placement,
+    commit: Commit,
     workers: Vec<Process>,
     frontend: Process,
     in_flight: VecDeque<Action>,
@@ -60,6 +63,7 @@ impl Simulation {
             now: Timestamp::from_second(1_800_000_000).unwrap(),
             desired: Desired { workers, min_replicas, drain_timeout: Duration::from_secs(30), paused: false },
             written: Placement::default(),
+            commit: Commit::Given,
             workers: vec![],
             frontend: Process { alive: true, ..Process::default() },
             in_flight: VecDeque::new(),
@@ -92,6 +96,7 @@ impl Simulation {
         let workers = self.workers.iter().enumerate();
         Observation {
             placement: self.written.clone(),
+            commit: self.commit.clone(),
             size: self.workers.len() as u32,
             workers: workers
                 .map(|(slot, worker)| (Slot(slot as u32), seen(format!("w-{slot}"), worker)))
@@ -122,6 +127,7 @@ impl Simulation {
                     // As it is read again.
                     self.written = serde_json::from_str(&serde_json::to_string(&placement).unwrap()).unwrap();
                 }
+                Action::Pin(commit) => self.commit = Commit::Known(commit),
                 // As a fleet does: what is on its way is not sent twice.
                 later if self.in_flight.contains(&later) => {}
                 later => self.in_flight.push_back(later),
@@ -141,12 +147,23 @@ impl Simulation {
         }
         let starting = self.below(5);
         let random = self.below(1000);
+        let commit = self.found();
         self.workers.resize_with(size as usize, || Process {
             alive: true,
             starting,
             address: random,
+            commit: commit.clone(),
             ..Process::default()
         });
+    }
+
+    /// The commit that who starts now serves: the one that is known, or what the branch is at, which is another each time.
+    fn found(&mut self) -> String {
+        match &self.commit {
+            Commit::Given => String::new(),
+            Commit::Known(commit) => commit.clone(),
+            Commit::Wanted => format!("commit-{}", self.below(1000)),
+        }
     }
 
     fn deliver(&mut self) {
@@ -194,7 +211,9 @@ impl Simulation {
         if let Some(worker) = self.workers.get_mut(slot as usize) {
             self.deaths = true;
             let (now, address) = (self.now, worker.address + 1);
+            let commit = worker.commit.clone(); // of its cache, or of the file that says it
             *worker = Process {
+                commit,
                 alive: !forever,
                 starting: 3,
                 silent_since: Some(now),
@@ -307,6 +326,8 @@ impl Process {
                 waiting: 0,
                 bytes_loaded: 0,
                 bytes_to_load: 0,
+                bytes_per_second: 0,
+                commit: self.commit.clone(),
                 kv_usage: 0.0,
                 latencies: None,
                 eligible_workers: None,
@@ -380,6 +401,32 @@ fn a_worker_that_never_comes_back_does_not_hold_up_a_scale_in() {
         }
         assert_eq!(simulation.workers.len(), 2, "worker {dead} is dead");
     }
+}
+
+#[test]
+fn the_first_worker_finds_the_commit_and_all_that_start_later_serve_that_one() {
+    let mut simulation = Simulation::new(4, 1, 7);
+    simulation.commit = Commit::Wanted;
+    while simulation.commit == Commit::Wanted {
+        simulation.tick();
+        assert!(simulation.workers.len() <= 1, "others started before it was known");
+    }
+    simulation.settle();
+    simulation.kill(2, false);
+    simulation.settle();
+    let Commit::Known(commit) = simulation.commit.clone() else { panic!("{:?}", simulation.commit) };
+    assert_eq!(simulation.workers.len(), 4);
+    let served: Vec<_> = simulation.workers.iter().map(|worker| worker.commit.as_str()).collect();
+    assert!(commit.starts_with("commit-") && served.iter().all(|served| *served == commit), "{served:?}");
+}
+
+#[test]
+fn at_zero_a_frontend_finds_the_commit() {
+    let mut simulation = Simulation::new(0, 1, 7);
+    simulation.commit = Commit::Wanted;
+    simulation.frontend.commit = "commit-1".into();
+    simulation.settle();
+    assert_eq!((&simulation.commit, simulation.workers.len()), (&Commit::Known("commit-1".into()), 0));
 }
 
 #[test]

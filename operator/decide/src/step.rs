@@ -16,7 +16,7 @@ use jiff::Timestamp;
 
 use crate::action::{Action, Decision, Desired};
 use crate::drain::keep;
-use crate::observation::{Member, Observation, Seen};
+use crate::observation::{Commit, Member, Observation, Seen};
 use crate::placement::place;
 use crate::report::{ModelShape, Report, State};
 use crate::view::View;
@@ -28,6 +28,9 @@ pub fn decide(desired: &Desired, seen: &Observation, now: Timestamp) -> Decision
     let told = || pushes(seen, &seen.placement);
     if desired.paused {
         return Decision { actions: told(), waiting_for: "spec.paused to become false".into() };
+    }
+    if seen.commit == Commit::Wanted {
+        return view.pin();
     }
     if desired.workers == 0 {
         return view.to_zero();
@@ -93,6 +96,19 @@ impl View<'_> {
         let waiting_for =
             behind.map_or(String::new(), |frontend| format!("{} to follow the placement", frontend.name));
         Decision { actions: pushes(seen, written), waiting_for }
+    }
+
+    /// One process starts, and says which commit its model is at.
+    fn pin(&self) -> Decision {
+        let found = self.all_reports().find(|report| !report.commit.is_empty());
+        if let Some(report) = found {
+            let waiting_for = "the model's commit to be written down".into();
+            return Decision { actions: vec![Action::Pin(report.commit.clone())], waiting_for };
+        }
+        let start = self.seen.size == 0 && self.desired.workers > 0;
+        let who = if self.desired.workers > 0 { "worker 0" } else { "a frontend" };
+        let waiting_for = self.first_failure().unwrap_or_else(|| format!("{who} to find the model's commit"));
+        Decision { actions: start.then_some(Action::Resize(1)).into_iter().collect(), waiting_for }
     }
 
     fn change(&self, target: &BTreeMap<Slot, ExpertSet>) -> Change {

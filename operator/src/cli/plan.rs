@@ -52,7 +52,7 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     deployment.desired.workers = plan.workers.unwrap_or(deployment.desired.workers);
     let (copies, workers) = (deployment.desired.min_replicas, deployment.desired.workers);
     ensure!(copies <= workers, "spec.experts.minReplicas ({copies}) must not be above --workers ({workers})");
-    let directory = deployment.model_below(&plan.root);
+    let directory = deployment.model.here(&plan.root)?.folder;
     let config =
         ModelConfig::read(&directory).with_context(|| format!("the model at {}", directory.display()))?;
     let weights = held_as(&deployment, &directory, &config)?;
@@ -239,10 +239,15 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     let reference = OwnerReference::default();
     let owner = Owner { namespace: "default".into(), name: deployment.name.clone(), reference };
     let revision = Revision::new(&owner, deployment, "");
-    let size = Size { workers: deployment.desired.workers, frontends: deployment.frontends, placement: None };
+    let size = Size {
+        workers: deployment.desired.workers,
+        frontends: deployment.frontends,
+        placement: None,
+        commit: None,
+    };
     let own = objects::of_revision(&owner, &revision, size);
     let around = Around::default();
-    let surroundings = Surroundings { around: &around, operator_namespace: None, collector: None };
+    let surroundings = Surroundings { around: &around, operator_namespace: None, collector: None, hub: None };
     let shared = objects::shared(&owner, Serving::of(&revision.hash, &revision.frontend), surroundings);
     let [worker_budget, frontend_budget] = &shared.disruption_budgets;
     let [workers_policy, frontends_policy] = &shared.network_policies;
@@ -278,7 +283,7 @@ mod tests {
         let mut deployment = manifest::read(&top.join("deploy/samples/tiny-r1.yaml")).unwrap();
         (deployment.desired.workers, deployment.desired.min_replicas) = (workers, copies);
         deployment.weights = weights;
-        let directory = deployment.model_below(&top.join("tests"));
+        let directory = deployment.model.here(&top.join("tests")).unwrap().folder;
         let config = ModelConfig::read(&directory).unwrap();
         let weights = held_as(&deployment, &directory, &config).unwrap();
         let cache = cache(&config, deployment.max_context_tokens);

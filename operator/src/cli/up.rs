@@ -64,8 +64,12 @@ pub(crate) async fn run(up: Up) -> anyhow::Result<ExitCode> {
     let mut stop = Stop::new()?;
     let modified = modified(&up.file);
     let deployment = manifest::read(&up.file)?;
-    let model = deployment.model_below(&up.root);
-    ModelConfig::read(&model).with_context(|| format!("--root {}", up.root.display()))?;
+    let (origin, root) = (deployment.model.clone(), up.root.clone());
+    let model = tokio::task::spawn_blocking(move || origin.here(&root)).await??;
+    ModelConfig::read(&model.folder).with_context(|| format!("--root {}", up.root.display()))?;
+    if deployment.model.token.is_some() && std::env::var_os("HF_TOKEN").is_none() {
+        tracing::warn!("spec.model.tokenSecretRef: there are no Secrets here; HF_TOKEN would be the token");
+    }
     check_ports(up.port, deployment.frontends)?;
     let secrets = &deployment.frontend_secrets;
     if secrets.tls.is_some() {

@@ -14,7 +14,7 @@ use expertmesh_decide::autoscale::autoscaler::Look;
 use expertmesh_decide::autoscale::limits::Change;
 use expertmesh_decide::autoscale::policy::{Policy, Size};
 use expertmesh_decide::autoscale::verdict::Verdict;
-use expertmesh_decide::observation::{Failure, Member, Observation, Seen};
+use expertmesh_decide::observation::{Commit, Failure, Member, Observation, Seen};
 use expertmesh_decide::report::State;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::slot::Slot;
@@ -28,7 +28,8 @@ use tracing::{info, warn};
 use super::Fleet;
 use crate::apply::{ApiError, Writer};
 use crate::objects::Object;
-use crate::objects::names::{COMPONENT, Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
+use crate::objects::names::{COMMIT_KEY, COMPONENT, Component, EXPERTMESH, Owner, PLACEMENT_KEY, query};
+use crate::objects::revision::Revision;
 use crate::objects::workloads::config_map;
 use crate::refusals::Refusals;
 
@@ -43,6 +44,9 @@ pub(crate) struct KubernetesFleet {
     nodes: Nodes,
     streams: Streams,
     autoscaler: SharedAutoscaler,
+    /// Whether the first process finds out which commit the model is at.
+    is_floating: bool,
+    commit: Commit,
     /// Whether nothing was observed yet.
     fresh: bool,
     /// Pods that should have ended long ago, with their nodes, as of the last observation.
@@ -67,7 +71,7 @@ impl KubernetesFleet {
     pub(crate) fn new(
         writer: Writer,
         owner: Owner,
-        revision: &str,
+        revision: &Revision,
         refusals: Arc<Refusals>,
         caller: &Caller,
         changed: impl Fn(Option<&Look>) + Send + 'static,
@@ -77,7 +81,9 @@ impl KubernetesFleet {
         Self {
             writer,
             owner,
-            revision: revision.into(),
+            revision: revision.hash.clone(),
+            is_floating: revision.is_floating(),
+            commit: Commit::Given,
             refusals,
             nodes: Nodes::default(),
             streams,
@@ -138,10 +144,14 @@ impl KubernetesFleet {
     }
 
     /// The written placement; of no epoch where there is none, or none that can be read: whoever follows one reports its
-    /// epoch.
-    async fn placement(&self) -> Result<Placement, ApiError> {
+    /// epoch. Takes note of the written commit.
+    async fn placement(&mut self) -> Result<Placement, ApiError> {
         let map: Option<ConfigMap> = self.get(&self.name()).await?;
-        let text = map.and_then(|map| map.data?.remove(PLACEMENT_KEY)).unwrap_or_default();
+        let mut data = map.and_then(|map| map.data).unwrap_or_default();
+        if self.is_floating {
+            self.commit = data.remove(COMMIT_KEY).map_or(Commit::Wanted, Commit::Known);
+        }
+        let text = data.remove(PLACEMENT_KEY).unwrap_or_default();
         if text.is_empty() {
             return Ok(Placement::default());
         }
@@ -186,6 +196,10 @@ impl KubernetesFleet {
         pods::failure(pod).or_else(|| (!pods::is_started(pod)).then(unprepared).flatten())
     }
 
+    async fn write(&self, what: (Option<&Placement>, Option<&str>)) -> Result<(), ApiError> {
+        self.writer.apply(&self.owner, &config_map(&self.owner, &self.revision, what)).await
+    }
+
     async fn resize(&self, size: u32) -> Result<(), ApiError> {
         let name = self.name();
         let patch = Patch::Merge(serde_json::json!({"spec": {"replicas": size}}));
@@ -219,6 +233,7 @@ impl Fleet for KubernetesFleet {
         let missing = |slot: Slot| refused.as_ref().filter(|_| !ending.contains(&slot));
         let mut seen = Observation {
             placement,
+            commit: self.commit.clone(),
             size,
             workers: Slot::first(size)
                 .map(|slot| (slot, self.worker(slot, by_slot.get(&slot).copied(), missing(slot))))
@@ -255,10 +270,9 @@ impl Fleet for KubernetesFleet {
         for action in actions {
             match action {
                 Action::Resize(size) => self.resize(*size).await?,
-                Action::Place(placement) => {
-                    let placement = config_map(&self.owner, &self.revision, Some(placement));
-                    self.writer.apply(&self.owner, &placement).await?;
-                }
+                Action::Place(placement) => self.write((Some(placement), self.commit.known())).await?,
+                // It comes before the first placement.
+                Action::Pin(commit) => self.write((None, Some(commit))).await?,
                 Action::Push { to, placement } => pushes.push((to, placement)),
                 Action::Drain { slot } => self.streams.drain(*slot).await,
             }

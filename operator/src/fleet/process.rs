@@ -30,6 +30,7 @@ use self::lines::Lines;
 use super::Fleet;
 use crate::api_key::entry;
 use crate::control::Control;
+use crate::model::Here;
 use crate::programs;
 use crate::validate::ValidatedDeployment;
 
@@ -59,7 +60,7 @@ pub(crate) struct Clients {
 /// Workers and frontends that this process started. They end with it.
 pub(crate) struct ProcessFleet {
     program: PathBuf,
-    model: PathBuf,
+    model: Here,
     deployment: ValidatedDeployment,
     clients: Clients,
     state: StateDirectory,
@@ -80,7 +81,7 @@ impl ProcessFleet {
     /// Starts the frontends; workers start with the first [`Action::Resize`].
     pub(crate) fn new(
         deployment: ValidatedDeployment,
-        model: PathBuf,
+        model: Here,
         clients: Clients,
         lines: Lines,
         changed: Arc<Notify>,
@@ -206,7 +207,8 @@ impl ProcessFleet {
         options: &[String],
     ) -> Child {
         self.started += 1;
-        let mut arguments: Vec<OsString> = vec![command.into(), "--model".into(), self.model.clone().into()];
+        let mut arguments: Vec<OsString> =
+            vec![command.into(), "--model".into(), self.model.argument.clone().into()];
         let context =
             self.deployment.max_context_tokens.map(|tokens| ("--max-context-tokens", tokens.to_string()));
         let common = [("--name", name.clone()), ("--metrics", "127.0.0.1:0".into())];
@@ -220,6 +222,7 @@ impl ProcessFleet {
         let files = self.state.path().join(format!("{}-{name}.x", self.started));
         Child::start(Launch {
             program: self.program.clone(),
+            endpoint: self.deployment.model.endpoint.clone(),
             arguments,
             announce: files.with_extension("json"),
             last_words: files.with_extension("txt"),
@@ -276,6 +279,7 @@ impl Fleet for ProcessFleet {
         for action in actions {
             match action {
                 Action::Resize(size) => self.resize(*size),
+                Action::Pin(_) => {} // the commit was found before the first process was started
                 Action::Place(placement) => {
                     self.state.write(placement)?;
                     self.placement = placement.clone();

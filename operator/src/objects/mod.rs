@@ -2,9 +2,11 @@
 
 pub(crate) mod names;
 mod network;
+mod origin;
 mod pods;
 pub(crate) mod policies;
 pub(crate) mod ports;
+mod process;
 pub(crate) mod revision;
 pub(crate) mod workloads;
 
@@ -70,6 +72,8 @@ pub(crate) struct Size<'a> {
     pub(crate) workers: u32,
     pub(crate) frontends: u32,
     pub(crate) placement: Option<&'a Placement>,
+    /// The commit that its model is at, where that had to be found out and was.
+    pub(crate) commit: Option<&'a str>,
 }
 
 pub(crate) fn shared(owner: &Owner, serving: Serving, surroundings: Surroundings) -> Shared {
@@ -89,7 +93,7 @@ pub(crate) fn shared(owner: &Owner, serving: Serving, surroundings: Surroundings
 pub(crate) fn of_revision(owner: &Owner, revision: &Revision, size: Size) -> OfRevision {
     OfRevision {
         record: workloads::controller_revision(owner, revision),
-        placement: workloads::config_map(owner, &revision.hash, size.placement),
+        placement: workloads::config_map(owner, &revision.hash, (size.placement, size.commit)),
         workers: workloads::stateful_set(owner, revision, size.workers),
         frontends: workloads::deployment(owner, revision, size.frontends),
     }

@@ -18,12 +18,17 @@ pub(crate) const REVISION: &str = "expertmesh.dev/revision";
 pub(crate) const UNPROVEN: &str = "expertmesh.dev/unproven";
 /// On the record of a revision of which no worker was ever ready: at zero, it may have been promoted all the same.
 pub(crate) const UNTRIED: &str = "expertmesh.dev/untried";
+/// On pods of a model that is in no folder of their image: its URI.
+pub(crate) const MODEL: &str = "expertmesh.dev/model";
 /// The Secret of each namespace that has the identities of its deployments.
 pub(crate) const IDENTITIES: &str = "expertmesh-identities";
 /// The value of `name`, `managed-by` and `part-of`, and the field manager.
 pub(crate) const EXPERTMESH: &str = "expertmesh";
 /// The key of the placement in its ConfigMap, and the file's name where it is mounted.
 pub(crate) const PLACEMENT_KEY: &str = "placement.json";
+
+/// The key of the model's commit in the same ConfigMap, once it is known, and the file's name.
+pub(crate) const COMMIT_KEY: &str = "commit";
 
 pub(crate) type Labels = BTreeMap<String, String>;
 

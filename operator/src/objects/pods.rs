@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
     EnvVarSource, HTTPGetAction, KeyToPath, ObjectFieldSelector, PodAffinityTerm, PodAntiAffinity,
     PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SeccompProfile,
-    SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume, VolumeMount,
+    SecretVolumeSource, SecurityContext, Toleration, TopologySpreadConstraint, Volume,
     WeightedPodAffinityTerm,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -13,16 +13,16 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::api::PodFields;
-use crate::validate::ValidatedDeployment;
+use crate::model::Origin;
 
-use super::names::{Component, IDENTITIES, Labels, Owner, PLACEMENT_KEY, identity_key, matching};
-use super::ports;
+use super::names::{Component, IDENTITIES, Labels, MODEL, Owner, PLACEMENT_KEY, identity_key, matching};
+use super::process::{PLACEMENT_FOLDER, Process, mount};
+use super::{origin, ports};
 
 /// Time that a pod has beside that to drain, for what is left to do before SIGKILL.
 const TERMINATION_MARGIN_SECONDS: u64 = 30;
 /// How long a pod stays on a node that nobody hears of.
 const UNREACHABLE_SECONDS: i64 = 30;
-const PLACEMENT_FOLDER: &str = "/etc/expertmesh";
 /// The volume with a process's identity, and where it is mounted.
 const IDENTITY: &str = "identity";
 const IDENTITY_FOLDER: &str = "/etc/expertmesh-identity";
@@ -36,21 +36,6 @@ const TLS_FOLDER: &str = "/etc/expertmesh-tls";
 /// Everybody in the container may read, which runs as one user; nobody may write.
 const READABLE: i32 = 0o444;
 
-/// What a pod of workers or of frontends is made from.
-pub(crate) struct Process<'a> {
-    pub(crate) component: Component,
-    pub(crate) deployment: &'a ValidatedDeployment,
-    pub(crate) fields: &'a PodFields,
-    pub(crate) image: &'a str,
-}
-
-impl Process<'_> {
-    /// The time to drain in whole seconds, rounded up.
-    fn drain_seconds(&self) -> u64 {
-        self.deployment.desired.drain_timeout.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)
-    }
-}
-
 pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodTemplateSpec {
     let Process { component, fields, .. } = *process;
     let mut labels = fields.pod_labels.clone();
@@ -58,7 +43,7 @@ pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodT
     PodTemplateSpec {
         metadata: Some(ObjectMeta {
             labels: Some(labels),
-            annotations: Some(annotations(fields)),
+            annotations: Some(annotations(process)),
             ..ObjectMeta::default()
         }),
         spec: Some(PodSpec {
@@ -72,7 +57,7 @@ pub(crate) fn template(owner: &Owner, revision: &str, process: &Process) -> PodT
                     type_: "RuntimeDefault".into(),
                     ..SeccompProfile::default()
                 }),
-                ..PodSecurityContext::default()
+                ..origin::security(process)
             }),
             image_pull_secrets: some_unless_empty(fields.image_pull_secrets.clone()),
             node_selector: Some(fields.node_selector.clone()).filter(|selector| !selector.is_empty()),
@@ -91,14 +76,18 @@ fn grace_seconds(drain_seconds: u64) -> i64 {
     i64::try_from(drain_seconds.saturating_add(TERMINATION_MARGIN_SECONDS)).unwrap_or(i64::MAX)
 }
 
-fn annotations(fields: &PodFields) -> Labels {
+fn annotations(process: &Process) -> Labels {
+    let model = &process.deployment.model;
     let scraped = [
         ("scrape", "true".to_string()),
         ("port", ports::METRICS_NUMBER.to_string()),
         ("path", "/metrics".to_string()),
     ];
-    let mut annotations = fields.pod_annotations.clone();
+    let mut annotations = process.fields.pod_annotations.clone();
     annotations.extend(scraped.map(|(key, value)| (format!("prometheus.io/{key}"), value)));
+    if !matches!(model.origin, Origin::Directory(_)) {
+        annotations.insert(MODEL.into(), model.uri());
+    }
     annotations
 }
 
@@ -117,7 +106,7 @@ fn container(owner: &Owner, process: &Process) -> Container {
         image_pull_policy: Some("IfNotPresent".into()),
         command: Some(vec!["expertmesh-worker".into()]),
         args: Some(arguments),
-        env: Some(vec![pod_name(), identity_folder()]),
+        env: Some([pod_name(), identity_folder()].into_iter().chain(origin::environment(process)).collect()),
         ports: Some(ports),
         resources: resources(process.fields),
         // Loading may take long, but the port that says so is open within moments.
@@ -139,6 +128,7 @@ fn container(owner: &Owner, process: &Process) -> Container {
                 mount("tmp", "/tmp", false),
             ]
             .into_iter()
+            .chain(origin::mounts(process))
             .chain(for_clients(process).map(|secret| mount(secret.volume, secret.folder, true)))
             .collect(),
         ),
@@ -211,18 +201,10 @@ fn limits(process: &Process) -> Vec<String> {
 }
 
 /// What both take alike: the model, the placement, and where they listen.
-fn listening(process: &Process, flag: &str, port: i32) -> [String; 8] {
-    let placement = format!("{PLACEMENT_FOLDER}/{PLACEMENT_KEY}");
-    let model = [
-        "--model".into(),
-        process.deployment.model_path.display().to_string(),
-        "--placement".into(),
-        placement,
-    ];
+fn listening(process: &Process, flag: &str, port: i32) -> Vec<String> {
+    let placement = ["--placement".into(), format!("{PLACEMENT_FOLDER}/{PLACEMENT_KEY}")];
     let addresses = [flag.into(), anywhere(port), "--metrics".into(), anywhere(ports::METRICS_NUMBER)];
-    let [a, b, c, d] = model;
-    let [e, f, g, h] = addresses;
-    [a, b, c, d, e, f, g, h]
+    origin::arguments(process).into_iter().chain(placement).chain(addresses).collect()
 }
 
 fn anywhere(port: i32) -> String {
@@ -271,15 +253,6 @@ fn probe(path: &str, period: i32, failures: i32) -> Probe {
         failure_threshold: Some(failures),
         timeout_seconds: Some(5),
         ..Probe::default()
-    }
-}
-
-fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
-    VolumeMount {
-        name: name.into(),
-        mount_path: path.into(),
-        read_only: Some(read_only),
-        ..VolumeMount::default()
     }
 }
 
@@ -333,7 +306,7 @@ fn volumes(owner: &Owner, revision: &str, process: &Process) -> Vec<Volume> {
         };
         Volume { name: secret.volume.into(), secret: Some(source), ..Volume::default() }
     });
-    volumes.into_iter().chain(for_clients).collect()
+    volumes.into_iter().chain(origin::volumes(process)).chain(for_clients).collect()
 }
 
 /// Little is written there, and it is memory or disk of the node.

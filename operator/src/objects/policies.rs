@@ -93,6 +93,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) operator_namespace: Option<&'a str>,
     /// The port of the collector of traces, where there is one.
     pub(crate) collector: Option<u16>,
+    /// The port of the hub that the model is drawn from, where it is.
+    pub(crate) hub: Option<u16>,
 }
 
 /// Workers: gRPC from the deployment's own pods and the operator, metrics from whoever scrapes; to names, each other, the collector.
@@ -154,7 +156,7 @@ fn policy(
     owner: &Owner,
     component: Component,
     ingress: Vec<NetworkPolicyIngressRule>,
-    Surroundings { around, collector, .. }: Surroundings,
+    Surroundings { around, collector, hub, .. }: Surroundings,
 ) -> NetworkPolicy {
     let name = match component {
         Component::Worker => owner.workers(),
@@ -165,7 +167,9 @@ fn policy(
         to(DNS.into_iter().flat_map(|port| [over("UDP", port), over("TCP", port)]).collect(), Vec::new()),
         to(vec![over("TCP", ports::GRPC_NUMBER)], workers),
     ];
-    egress.extend(collector.map(|port| to(vec![over("TCP", port.into())], Vec::new())));
+    egress.extend(
+        [collector, hub].into_iter().flatten().map(|port| to(vec![over("TCP", port.into())], Vec::new())),
+    );
     egress.extend(around.egress.iter().cloned());
     NetworkPolicy {
         metadata: owner.metadata(name, owner.labels_of(component, None)),

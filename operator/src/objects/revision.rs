@@ -4,11 +4,11 @@
 //! default image gives a new one. What it resolves to is written down once, in a ControllerRevision, and read from there
 //! ever after: an upgrade of the operator restarts nothing.
 
-use std::path::Path;
-
 use expertmesh_model::canonical::{Commas, canonical};
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::numerics::Numerics;
+use expertmesh_source::address::Address;
+use expertmesh_source::located::is_commit;
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use kube::ResourceExt;
@@ -16,9 +16,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::names::{Component, Owner, REVISION, UNPROVEN, UNTRIED};
-use super::pods::{Process, is_encrypted, is_identified, template};
-use crate::api::PodFields;
+use super::names::{Component, MODEL, Owner, REVISION, UNPROVEN, UNTRIED};
+use super::pods::{is_encrypted, is_identified, template};
+use super::process::Process;
+use crate::api::{Cache, PodFields};
 use crate::validate::{FrontendSecrets, ValidatedDeployment};
 
 /// How many ControllerRevisions are kept.
@@ -40,6 +41,9 @@ pub(crate) struct Revision {
     /// noted say nothing, and count as tried.
     #[serde(skip)]
     pub(crate) is_tried: bool,
+    /// The claim that each worker has for what it draws and packs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) cache: Option<Cache>,
     pub(crate) workers: PodTemplateSpec,
     pub(crate) frontend: PodTemplateSpec,
 }
@@ -47,7 +51,7 @@ pub(crate) struct Revision {
 impl Revision {
     /// A new one: `image` is what pods without an image of their own get.
     pub(crate) fn new(owner: &Owner, deployment: &ValidatedDeployment, image: &str) -> Self {
-        let hash = hash(deployment, &deployment.model_path);
+        let hash = hash(deployment, &deployment.model.argument());
         let pod = |component, fields: &PodFields| {
             let image = fields.image.as_deref().unwrap_or(image);
             template(owner, &hash, &Process { component, deployment, fields, image })
@@ -56,6 +60,7 @@ impl Revision {
             number: 1,
             is_proven: false,
             is_tried: false,
+            cache: deployment.model.cache.clone(),
             workers: pod(Component::Worker, &deployment.worker_pod),
             frontend: pod(Component::Frontend, &deployment.frontend_pod),
             hash,
@@ -83,9 +88,20 @@ impl Revision {
 
     /// The URI of its model, as its workers are told it.
     pub(crate) fn model(&self) -> Option<String> {
+        let said =
+            self.workers.metadata.as_ref().and_then(|metadata| metadata.annotations.as_ref()?.get(MODEL));
+        said.cloned().or_else(|| Some(format!("file://{}", self.argument("--model")?)))
+    }
+
+    /// Whether the first of its processes has to find out which commit its model is at.
+    pub(crate) fn is_floating(&self) -> bool {
+        let repository = self.argument("--model").and_then(|model| model.parse().ok());
+        matches!(repository, Some(Address::Hub(repository)) if !is_commit(&repository.revision))
+    }
+
+    fn argument(&self, flag: &str) -> Option<&String> {
         let container = self.workers.spec.as_ref()?.containers.first()?;
-        let mut arguments = container.args.iter().flatten().skip_while(|argument| *argument != "--model");
-        Some(format!("file://{}", arguments.nth(1)?))
+        container.args.iter().flatten().skip_while(|argument| *argument != flag).nth(1)
     }
 
     /// The same, numbered after those that were made before.
@@ -98,12 +114,13 @@ impl Revision {
 /// What a deployment's revision may be recorded as: its name, and the one that it had where its URI ended in a slash and
 /// the slash was hashed.
 pub(crate) fn recorded_as(deployment: &ValidatedDeployment) -> [String; 2] {
-    [hash(deployment, &deployment.model_path), hash(deployment, &deployment.model_path.join(""))]
+    let model = deployment.model.argument();
+    [hash(deployment, &model), hash(deployment, &format!("{model}/"))]
 }
 
 /// `<rev8>`: over what may not mix. A field that a later version adds must be left out at its default, so that it
 /// makes no new revision of what runs.
-fn hash(deployment: &ValidatedDeployment, model: &Path) -> String {
+fn hash(deployment: &ValidatedDeployment, model: &str) -> String {
     let mut parts = json!({
         "drainMilliseconds": deployment.desired.drain_timeout.as_millis().to_string(),
         "frontend": deployment.frontend_pod,
@@ -112,6 +129,9 @@ fn hash(deployment: &ValidatedDeployment, model: &Path) -> String {
         "workers": deployment.worker_pod,
     });
     // Came later; a default is filled in by the API server, whether it was written or not.
+    if let Some(more) = deployment.model.more() {
+        parts["origin"] = more;
+    }
     if deployment.weights != WeightFormat::default() {
         parts["weights"] = json!(deployment.weights.name());
     }

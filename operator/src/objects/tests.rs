@@ -29,6 +29,14 @@ fn owner() -> Owner {
     Owner { namespace: "models".into(), name: "tiny-r1".into(), reference }
 }
 
+/// One of another model.
+fn of_model(fields: &str) -> ValidatedDeployment {
+    let yaml = format!(
+        "apiVersion: expertmesh.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: tiny-r1}}\nspec:\n  model: {{{fields}}}\n"
+    );
+    ValidatedDeployment::new(&serde_yaml::from_str(&yaml).unwrap()).unwrap()
+}
+
 /// The smallest deployment, with `more` merged into its spec.
 fn deployment(more: &str) -> ValidatedDeployment {
     let yaml = format!(
@@ -63,6 +71,7 @@ fn the_objects_of_a_deployment() {
         around: &around,
         operator_namespace: Some("expertmesh-system"),
         collector: Some(4317),
+        hub: None,
     };
     let objects = shared(&owner(), serving, surroundings);
     insta::assert_yaml_snapshot!("service-account", objects.service_account);
@@ -75,12 +84,71 @@ fn the_objects_of_a_deployment() {
 #[test]
 fn the_objects_of_a_revision() {
     let placement = placement();
-    let size = Size { workers: 4, frontends: 1, placement: Some(&placement) };
+    let size = Size { workers: 4, frontends: 1, placement: Some(&placement), commit: None };
     let objects = of_revision(&owner(), &revision("  workers: {replicas: 4}\n"), size);
     insta::assert_yaml_snapshot!("stateful-set", objects.workers);
     insta::assert_yaml_snapshot!("deployment", objects.frontends);
     insta::assert_yaml_snapshot!("placement", objects.placement);
     assert_eq!(Revision::recorded(&objects.record), Some(revision("")));
+}
+
+#[test]
+fn pods_of_a_hubs_model_draw_it_into_a_claim_of_each_worker_at_one_commit() {
+    let deployment = of_model(
+        "uri: 'hf://a/b', endpoint: 'https://hub.example.com', tokenSecretRef: {name: hub, key: token}, \
+         cache: {size: 80Gi, storageClassName: fast}",
+    );
+    let revision = Revision::new(&owner(), &deployment, "expertmesh:1");
+    assert_eq!((revision.model().as_deref(), revision.is_floating()), (Some("hf://a/b"), true));
+    let size = Size { workers: 1, frontends: 0, placement: None, commit: Some("c0ffee") };
+    let objects = of_revision(&owner(), &revision, size);
+    insta::assert_yaml_snapshot!("stateful-set-of-a-hubs-model", objects.workers);
+    insta::assert_yaml_snapshot!("frontend-of-a-hubs-model", objects.frontends.spec.unwrap().template);
+    insta::assert_yaml_snapshot!("placement-with-a-commit", objects.placement.data);
+    assert_eq!(Revision::recorded(&objects.record), Some(revision));
+}
+
+#[test]
+fn what_says_where_a_model_is_makes_another_revision_and_a_plain_folder_keeps_its_own() {
+    let hash = |fields: &str| Revision::new(&owner(), &of_model(fields), "expertmesh:1").hash;
+    assert_eq!(hash("uri: 'file:///models/tiny-r1'"), revision("").hash);
+    let all = [
+        "uri: 'file:///models/tiny-r1'",
+        "uri: 'file:///models/tiny-r1', cache: {size: 1Gi}",
+        "uri: 'hf://a/b'",
+        "uri: 'hf://a/b', revision: v2",
+        "uri: 'hf://a/b', endpoint: 'http://hub'",
+        "uri: 'hf://a/b', tokenSecretRef: {name: hub, key: token}",
+        "uri: 'pvc://a/b'",
+        "uri: 'pvc://b/b'",
+        "uri: 'oci://a/b:1'",
+    ];
+    let hashes: BTreeSet<String> = all.iter().map(|fields| hash(fields)).collect();
+    assert_eq!(hashes.len(), all.len());
+}
+
+#[test]
+fn a_claim_and_an_image_are_mounted_read_only_into_workers_and_frontends() {
+    for fields in ["uri: 'pvc://models/v2/lite'", "uri: 'oci://registry/m:1'"] {
+        let deployment = of_model(fields);
+        let revision = Revision::new(&owner(), &deployment, "expertmesh:1");
+        assert_eq!((revision.model(), revision.is_floating()), (Some(deployment.model.uri()), false));
+        for template in [revision.workers, revision.frontend] {
+            let spec = template.spec.unwrap();
+            let volume = spec.volumes.unwrap().into_iter().find(|volume| volume.name == "model").unwrap();
+            let claim = volume.persistent_volume_claim.map(|claim| (claim.claim_name, claim.read_only));
+            let image = volume.image.and_then(|image| image.reference);
+            assert!(claim == Some(("models".into(), Some(true))) || image.as_deref() == Some("registry/m:1"));
+            let mounts = spec.containers[0].volume_mounts.clone().unwrap();
+            let mount = mounts.iter().find(|mount| mount.name == "model").unwrap();
+            assert_eq!(
+                (mount.mount_path.as_str(), mount.read_only),
+                ("/var/lib/expertmesh/model", Some(true))
+            );
+            let arguments = spec.containers[0].args.clone().unwrap().join(" ");
+            assert!(arguments.contains(&format!("--model {} ", deployment.model.argument())), "{arguments}");
+        }
+    }
 }
 
 #[test]
@@ -256,7 +324,7 @@ fn names_stay_within_what_kubernetes_takes() {
 
 #[test]
 fn a_record_says_of_a_revision_that_it_was_never_ready_nor_tried_until_it_was() {
-    let size = Size { workers: 1, frontends: 1, placement: None };
+    let size = Size { workers: 1, frontends: 1, placement: None, commit: None };
     let mut revision = revision("");
     let record = |revision: &Revision| of_revision(&owner(), revision, size).record;
     let says = |record: &ControllerRevision| {
@@ -292,7 +360,8 @@ fn frontends_mount_the_secrets_that_their_clients_need_and_the_service_has_the_p
     let volumes = revision.workers.spec.unwrap().volumes.unwrap();
     assert!(!volumes.iter().any(|volume| volume.name == "tls"), "workers have no clients");
     let serving = Serving { revision: "1a2b3c4d", is_encrypted: true, is_dual: false };
-    let surroundings = Surroundings { around: &Around::default(), operator_namespace: None, collector: None };
+    let surroundings =
+        Surroundings { around: &Around::default(), operator_namespace: None, collector: None, hub: None };
     insta::assert_yaml_snapshot!(
         "client-service-of-https",
         shared(&owner(), serving, surroundings).client_service.spec

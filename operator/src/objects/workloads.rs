@@ -12,7 +12,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, UNTRIED, matching};
+use super::names::{COMMIT_KEY, Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, UNTRIED, matching};
+use super::origin::{claim, retention};
 use super::revision::Revision;
 
 /// Workers: an ordinal is a slot of the placement. Pods are replaced by whoever deletes them, never by a template's change.
@@ -29,6 +30,8 @@ pub(crate) fn stateful_set(owner: &Owner, revision: &Revision, replicas: u32) ->
             }),
             selector: matching(owner.selector_of(Component::Worker, &revision.hash)),
             template: revision.workers.clone(),
+            volume_claim_templates: revision.cache.as_ref().map(|cache| vec![claim(cache)]),
+            persistent_volume_claim_retention_policy: revision.cache.as_ref().map(retention),
             ..StatefulSetSpec::default()
         }),
         ..StatefulSet::default()
@@ -56,13 +59,19 @@ pub(crate) fn deployment(owner: &Owner, revision: &Revision, replicas: u32) -> D
     }
 }
 
-/// The placement that pods read when they start; empty until there is one.
-pub(crate) fn config_map(owner: &Owner, revision: &str, placement: Option<&Placement>) -> ConfigMap {
+/// The placement that pods read when they start, and the commit that their model is at; empty and absent until there is one.
+pub(crate) fn config_map(
+    owner: &Owner,
+    revision: &str,
+    (placement, commit): (Option<&Placement>, Option<&str>),
+) -> ConfigMap {
     let json = placement.and_then(|placement| serde_json::to_string(placement).ok()).unwrap_or_default();
+    let placement = [(PLACEMENT_KEY.to_string(), json)];
+    let commit = commit.map(|commit| (COMMIT_KEY.to_string(), commit.to_string()));
     ConfigMap {
         metadata: owner
             .metadata(owner.of_revision(revision), owner.labels_of(Component::Worker, Some(revision))),
-        data: Some([(PLACEMENT_KEY.to_string(), json)].into()),
+        data: Some(placement.into_iter().chain(commit).collect()),
         ..ConfigMap::default()
     }
 }

@@ -1,6 +1,7 @@
 //! Decides on each revision, applies its objects, and does what was decided.
 
 use expertmesh_decide::action::{Action, Decision, Desired};
+use expertmesh_decide::observation::Commit;
 use expertmesh_decide::placement::moved;
 use expertmesh_decide::step;
 use jiff::Timestamp;
@@ -74,10 +75,14 @@ async fn advance(
 
 /// What runs now stays as it is: sizes and placements change by actions. What does not exist yet begins with what is desired.
 fn size<'a>(deployment: &ValidatedDeployment, observed: &'a Observed) -> Size<'a> {
-    let seen = &observed.seen;
+    let (seen, desired) = (&observed.seen, deployment.desired.workers);
+    let is_wanted = seen.commit == Commit::Wanted;
+    let begin = if is_wanted { desired.min(1) } else { desired };
     Size {
-        workers: if seen.size > 0 { seen.size } else { deployment.desired.workers },
-        frontends: deployment.frontends,
+        workers: if seen.size > 0 { seen.size } else { begin },
+        // Which commit it is one process finds out: a frontend, where no worker is to run.
+        frontends: if is_wanted { u32::from(desired == 0) } else { deployment.frontends },
+        commit: seen.commit.known(),
         placement: Some(&seen.placement).filter(|placement| !placement.epoch().is_none()),
     }
 }
@@ -87,7 +92,9 @@ fn note(context: &Context, found: &Found, observed: &Observed, action: &Action) 
     let (name, revision) = (&found.owner.name, &observed.revision.hash);
     match action {
         Action::Push { .. } => debug!(name, revision, "{action}"),
-        Action::Resize(_) | Action::Place(_) | Action::Drain { .. } => info!(name, revision, "{action}"),
+        Action::Resize(_) | Action::Place(_) | Action::Pin(_) | Action::Drain { .. } => {
+            info!(name, revision, "{action}")
+        }
     }
     context.metrics.reconciles.acted(action.kind());
     if let Action::Place(placement) = action {

@@ -63,7 +63,7 @@ impl Context {
             let (writer, refusals) = (self.writer.clone(), self.refusals.clone());
             let trusted = revision.is_identified().then(|| self.identities.trusted(owner));
             let caller = Caller { trusted, ..self.caller.clone() };
-            KubernetesFleet::new(writer, owner.clone(), &revision.hash, refusals, &caller, changed)
+            KubernetesFleet::new(writer, owner.clone(), revision, refusals, &caller, changed)
         };
         self.memory.fleet(&key, &owner.reference.uid, &revision.hash, new)
     }

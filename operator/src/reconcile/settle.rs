@@ -30,6 +30,7 @@ pub(super) async fn settle(
         around: &context.around,
         operator_namespace: context.operator_namespace.as_deref(),
         collector: deployment.collector_port(),
+        hub: deployment.model.hub_port(),
     };
     let objects = objects::shared(&found.owner, serving, surroundings);
     context.writer.shared(&found.owner, &objects).await?;

@@ -1,5 +1,5 @@
 use expertmesh_decide::action::Decision;
-use expertmesh_decide::observation::{Failure, FailureReason, Seen};
+use expertmesh_decide::observation::{Commit, Failure, FailureReason, Seen};
 use expertmesh_decide::report::{ModelShape, Report, State};
 use expertmesh_model::expert::ExpertId;
 use expertmesh_proto::epoch::Epoch;
@@ -45,6 +45,8 @@ fn report(state: State, epoch: u64, resident: ExpertSet) -> Report {
         running: 0,
         waiting: 0,
         bytes_loaded: 0,
+        bytes_per_second: 0,
+        commit: String::new(),
         bytes_to_load: 0,
         kv_usage: 0.0,
         latencies: None,
@@ -69,6 +71,7 @@ fn placement(epoch: u64) -> Placement {
 fn healthy() -> Observation {
     let seen = |report| Seen { report: Some(report), ..Seen::default() };
     Observation {
+        commit: Commit::Given,
         placement: placement(3),
         size: 2,
         workers: [

@@ -1,10 +1,12 @@
 //! What is said of processes that fail, or that are not ready yet.
 
 use expertmesh_decide::observation::{Failure, FailureReason, Observation, Seen};
-use expertmesh_decide::report::State;
+use expertmesh_decide::report::{Report, State};
 use expertmesh_proto::slot::Slot;
+use indicatif::DecimalBytes;
 
 use super::condition::{Reason, Verdict};
+use crate::model::MOUNTED;
 
 /// A worker that is not ready and cannot run, and what to do about it.
 pub(crate) fn failing(seen: &Observation) -> Option<String> {
@@ -32,6 +34,11 @@ pub(super) fn first_failure_of_any(seen: &Observation) -> Option<(String, &Failu
     first_failure(seen).or_else(frontend)
 }
 
+/// Whether a model should be where a volume is mounted, and there is not even a directory.
+fn is_unmounted(message: &str) -> bool {
+    message.contains(&format!("no model at {MOUNTED}: no such directory"))
+}
+
 pub(super) fn failed_verdict(who: &str, failure: &Failure) -> Verdict {
     Verdict::no(reason_of(failure), described(who, failure))
 }
@@ -45,7 +52,11 @@ pub(super) fn described(who: &str, failure: &Failure) -> String {
             "; check the image and imagePullSecrets of spec.workers and spec.frontend"
         }
         FailureReason::OomKilled => "; raise the memory limit in resources, or the number of workers",
-        FailureReason::ModelNotFound => "; check spec.model.uri",
+        FailureReason::ModelNotFound if is_unmounted(&failure.message) => {
+            "; its volume is not mounted: oci:// needs image volumes, which container runtimes know from containerd 2.1 and CRI-O 1.31 on"
+        }
+        FailureReason::ModelNotFound | FailureReason::SourceNotFound => "; check spec.model.uri",
+        FailureReason::SourceUnauthorized => "; check spec.model.tokenSecretRef",
         FailureReason::CreateContainerConfigError | FailureReason::FailedMount => {
             "; create what it names, or correct the reference"
         }
@@ -62,6 +73,20 @@ pub(super) fn described(who: &str, failure: &Failure) -> String {
         FailureReason::NodeLost | FailureReason::ProcessEnded | FailureReason::Other(_) => "",
     };
     format!("{who}: {}{advice}", failure.message)
+}
+
+/// How far all workers together are that load, and how fast, such as 31 % 410 MB/s; none where none does.
+pub(super) fn loading(seen: &Observation) -> Option<String> {
+    let loading = seen.reports().map(|(_, report)| report);
+    let loading: Vec<_> = loading.filter(|report| report.state == State::Loading).collect();
+    let sum = |of: fn(&Report) -> u64| loading.iter().map(|report| of(report)).sum::<u64>();
+    let (loaded, all) = (sum(|report| report.bytes_loaded), sum(|report| report.bytes_to_load));
+    let share = loaded.saturating_mul(100).checked_div(all)?;
+    let pace = match sum(|report| report.bytes_per_second) {
+        0 => String::new(),
+        pace => format!(" {}/s", DecimalBytes(pace)),
+    };
+    Some(format!("{share} %{pace}"))
 }
 
 pub(super) fn counted(count: usize, what: &str) -> String {

@@ -105,7 +105,16 @@ impl TestHub {
         files: BTreeMap<String, Vec<u8>>,
         special: impl Fn(&Asked) -> Option<Vec<u8>> + Send + Sync + 'static,
     ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        Self::at("127.0.0.1:0", files, special).expect("a port")
+    }
+
+    /// The same at an address; none where this machine has no such.
+    pub fn at(
+        address: &str,
+        files: BTreeMap<String, Vec<u8>>,
+        special: impl Fn(&Asked) -> Option<Vec<u8>> + Send + Sync + 'static,
+    ) -> Option<Self> {
+        let listener = TcpListener::bind(address).ok()?;
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
         let asked = Arc::new(Mutex::new(vec![]));
         let (special, seen, files): (Arc<Special>, _, _) =
@@ -116,7 +125,7 @@ impl TestHub {
                 std::thread::spawn(move || serve(stream, files, &*special, &seen));
             }
         });
-        Self { endpoint, asked }
+        Some(Self { endpoint, asked })
     }
 
     /// One with the files of a directory.

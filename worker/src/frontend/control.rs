@@ -116,6 +116,7 @@ fn now(server: &Server, placement: &CurrentPlacement, me: &v1::Caller) -> v1::Re
         waiting: server.workers.waiting().borrow().waiting,
         latencies: Some(server.latencies.report(Instant::now())),
         eligible_workers: server.workers.eligible() as u32,
+        commit: server.model.commit.clone(),
         ..v1::ReportResponse::default()
     }
 }

@@ -190,6 +190,7 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     let finding = tokio::task::spawn_blocking(move || source.find_pinned(&pinned));
     let found = finding.await.map_err(|error| Fatal::new("StartFailed", error.to_string()))??;
     let mut model = Model::load(&found.folder, args.served_name.clone(), args.max_context_tokens)?;
+    model.commit = found.commit().unwrap_or_default().to_owned();
     model.contents = Contents::spelling(args.special_tokens_in_content);
     let program = std::env::current_exe().map_err(|error| Fatal::new("StartFailed", error.to_string()))?;
     model.template = model.template.apart(program, &found.folder);
@@ -227,7 +228,9 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     aside.spawn(ends("metrics", serve_probes(probes, registry, server.clone())));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
     let router = routes::router(server.clone()).layer(cors);
+    let commit = found.commit().map(str::to_owned);
     tokio::select! {
+        why = args.pinned.clone().other_than(commit) => Err(why),
         () = serve_http((http, https), router, server, &args, stop) => Ok(()),
         Some(Ok(task)) = aside.join_next() => {
             Err(Fatal::new("TaskStopped", format!("the task {task} ended; its panic, if it had one, is above")))

@@ -28,6 +28,8 @@ pub(crate) struct Model {
     pub(crate) bos: Option<u32>,
     /// What control tokens are that the contents of a chat spell.
     pub(crate) contents: Contents,
+    /// The commit that it is at, where it is on a hub; else empty.
+    pub(crate) commit: String,
     generation: GenerationConfig,
 }
 
@@ -53,6 +55,7 @@ impl Model {
             thinks,
             bos,
             contents: Contents::default(),
+            commit: String::new(),
             generation,
         })
     }

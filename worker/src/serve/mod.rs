@@ -76,6 +76,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     if let Some(path) = &args.announce {
         process::announce(path, addresses)?;
     }
+    let commit = found.commit().map(str::to_owned);
     let (with, so_far) = (args.computed_with, loading.clone());
     let loaded = tokio::select! {
         loaded = loading::for_processor(found.clone(), args.computed_as, with, so_far) => loaded?,
@@ -89,7 +90,10 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         waiting: args.max_waiting.get(),
     };
     let worker = Worker::start(loaded, identity, capacity, placement, &registry)?;
-    let result = worker.serve(services, stop, Duration::from_secs(args.drain_timeout)).await;
+    let result = tokio::select! {
+        result = worker.serve(services, stop, Duration::from_secs(args.drain_timeout)) => result,
+        why = args.pinned.other_than(commit) => Err(why),
+    };
     probes.abort();
     result
 }

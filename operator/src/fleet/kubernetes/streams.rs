@@ -166,8 +166,10 @@ fn decisive(report: Report) -> Report {
         running: u32::from(busy),
         waiting: u32::from(waits),
         resident_bytes: 0,
-        bytes_loaded: 0,
+        bytes_loaded: if report.state == State::Loading { twentieths(&report) } else { 0 },
         bytes_to_load: 0,
+        bytes_per_second: 0,
+        commit: report.commit,
         kv_usage: 0.0,
         latencies: None,
         age: None,
@@ -181,6 +183,11 @@ fn decisive(report: Report) -> Report {
         experts_loading: report.experts_loading,
         incarnation: report.incarnation,
     }
+}
+
+/// How far a worker that loads is, in steps that are worth being told.
+fn twentieths(report: &Report) -> u64 {
+    report.bytes_loaded.saturating_mul(20).checked_div(report.bytes_to_load).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -209,6 +216,8 @@ mod tests {
             kv_usage: 0.0,
             bytes_loaded: 0,
             bytes_to_load: 0,
+            bytes_per_second: 0,
+            commit: String::new(),
             latencies: None,
             eligible_workers: None,
             incarnation: Incarnation(1),

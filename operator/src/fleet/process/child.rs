@@ -33,6 +33,8 @@ pub(super) struct Launch {
     pub(super) name: String,
     pub(super) program: PathBuf,
     pub(super) arguments: Vec<OsString>,
+    /// The hub that it draws from, where it is not the usual one.
+    pub(super) endpoint: Option<String>,
     /// The file into which it writes its addresses once it listens.
     pub(super) announce: PathBuf,
     /// The file into which it writes why it fails, as `Reason: message`.
@@ -219,6 +221,9 @@ fn command(launch: &Launch) -> Command {
         command.arg("--placement").arg(&launch.placement);
     }
     command.env("EXPERTMESH_PARENT_PIPE", "1").env("EXPERTMESH_TERMINATION_LOG", &launch.last_words);
+    if let Some(endpoint) = &launch.endpoint {
+        command.env("HF_ENDPOINT", endpoint);
+    }
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A group of its own: Ctrl-C in the terminal is for us, who end the processes in their order.
     command.process_group(0).kill_on_drop(true);
@@ -289,6 +294,7 @@ mod tests {
             name: "child".into(),
             program: "/bin/sh".into(),
             arguments: vec!["-c".into(), script.into(), "sh".into()],
+            endpoint: None,
             announce: folder.join("announce.json"),
             last_words: folder.join("last-words.txt"),
             placement: folder.join("none.json"),

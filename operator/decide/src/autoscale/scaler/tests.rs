@@ -525,6 +525,8 @@ fn whoever_is_silent_or_tells_no_latencies_makes_a_look_incomplete() {
         shape: None,
         resident: Default::default(),
         resident_bytes: 0,
+        bytes_per_second: 0,
+        commit: String::new(),
         experts_loading: 0,
         running: u32::MAX,
         waiting: 2,
