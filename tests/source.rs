@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use expertmesh_proto::v1::report_response::State;
 use expertmesh_source::testing::{COMMIT, TestHub, answer};
+use expertmesh_tests::http;
 use expertmesh_tests::mesh::{End, Mesh, read, request};
 use expertmesh_tests::process::{Process, Scratch, binary};
 use expertmesh_tests::reference::{Question, reference};
@@ -61,7 +62,7 @@ fn a_model_of_a_hub_is_packed_into_the_bytes_of_one_that_is_here_and_answers_the
     assert!(blobs(&here) == blobs(&drawn), "the bytes differ");
     assert!(!drawn.join(".drawn").exists(), "what was drawn is packed, and gone");
     let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
-    let most = whole + (1 << 20);
+    let most = whole + (256 << 10);
     assert!(
         asked_for(&hub) <= most,
         "{} of {whole} bytes: each but the header's neighbours once",
@@ -180,7 +181,7 @@ async fn workers_of_one_machine_draw_a_model_once_and_answer_as_those_that_had_i
     mesh.share().await;
     let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
     // Each draws the header, and its neighbours.
-    let most = whole + 4 * (1 << 20);
+    let most = whole + 4 * (256 << 10);
     assert!(asked_for(&hub) <= most, "{} of {whole} bytes", asked_for(&hub));
     assert_same_tokens(&mesh, &[0, 3]).await;
 
@@ -190,6 +191,44 @@ async fn workers_of_one_machine_draw_a_model_once_and_answer_as_those_that_had_i
     mesh.share().await;
     assert_same_tokens(&mesh, &[2]).await;
     assert_eq!(hub.asked().len(), before + 1, "one question after the revision: {:?}", hub.asked());
+}
+
+#[tokio::test]
+async fn workers_without_a_common_cache_draw_a_model_once_and_one_that_comes_without_any_is_filled_by_them() {
+    let (caches, hub) = (Scratch::new("hub-caches"), TestHub::of(&tiny_r1()));
+    let flags = ["--cache", &format!("{}/{{slot}}", caches.path().display())];
+    let environment = vec![("HF_ENDPOINT".to_owned(), hub.endpoint.clone())];
+    let mut mesh = Mesh::elsewhere("hub-peers", vec![MODEL.into(); 4], &flags, environment);
+    let two_copies = |slot: u32, expert: u32| (expert / 8) == slot || (expert / 8 + 1) % 4 == slot;
+    mesh.place(two_copies).await;
+    for slot in 0..4 {
+        mesh.until(slot, "ready", |report| report.state() == State::Ready).await;
+    }
+    let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
+    let most = whole * 105 / 100 + 4 * (256 << 10);
+    assert!(asked_for(&hub) <= most, "{} of {whole} bytes by four workers", asked_for(&hub));
+    assert_same_tokens(&mesh, &[0, 1, 2, 3]).await;
+
+    let before = asked_for(&hub);
+    mesh.workers[2].kill();
+    fs::remove_dir_all(caches.path().join("2")).unwrap();
+    mesh.restart(2).await;
+    mesh.place(two_copies).await;
+    mesh.until(2, "ready", |report| report.state() == State::Ready).await;
+    assert_eq!(asked_for(&hub), before, "it drew what its peers have");
+    assert_same_tokens(&mesh, &[2]).await;
+    let metrics = format!("http://{}/metrics", mesh.addresses[2].metrics);
+    wait_for("what was fetched to be counted", || {
+        let (_, text) = http::get(&metrics)?;
+        let of = |name: &str| -> Option<f64> {
+            text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+        };
+        let names = ["expertmesh_worker_drawn_bytes_total ", "expertmesh_worker_fetched_bytes_total "];
+        match names.map(of) {
+            [Some(0.0), Some(fetched)] if fetched > whole as f64 / 3.0 => Ok(()),
+            counted => Err(format!("{counted:?} of {whole} bytes")),
+        }
+    });
 }
 
 #[test]
@@ -205,7 +244,7 @@ fn expertmesh_up_draws_a_hubs_model_once_and_serves_it_when_the_hub_is_gone() {
     };
     serve(&hub.endpoint);
     let whole = fs::metadata(tiny_r1().join(WEIGHTS)).unwrap().len();
-    let most = whole + 4 * (1 << 20);
+    let most = whole + 4 * (256 << 10);
     assert!(asked_for(&hub) <= most, "{} of {whole} bytes by four workers", asked_for(&hub));
     serve("http://127.0.0.1:9");
 }

@@ -14,6 +14,9 @@ use crate::api;
 /// Where a volume with the model is mounted.
 pub(crate) const MOUNTED: &str = "/var/lib/expertmesh/model";
 
+/// The variable that names the hub.
+pub(crate) const ENDPOINT: &str = "HF_ENDPOINT";
+
 /// Where a model is.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Origin {
@@ -81,6 +84,11 @@ impl ModelOrigin {
         }
     }
 
+    /// Whether workers pack it into a cache on disk.
+    pub(crate) fn is_packed_on_disk(&self) -> bool {
+        matches!(self.origin, Origin::Hub(_)) || self.cache.is_some()
+    }
+
     /// Whether somebody has to find out first which commit is meant.
     pub(crate) fn is_floating(&self) -> bool {
         matches!(&self.origin, Origin::Hub(repository) if !is_commit(&repository.revision))
@@ -88,16 +96,7 @@ impl ModelOrigin {
 
     /// The port of the hub that pods draw from.
     pub(crate) fn hub_port(&self) -> Option<u16> {
-        if !matches!(self.origin, Origin::Hub(_)) {
-            return None;
-        }
-        let Some((scheme, rest)) = self.endpoint.as_ref().and_then(|endpoint| endpoint.split_once("://"))
-        else {
-            return Some(443);
-        };
-        let host = rest.split('/').next().unwrap_or_default();
-        let said = host.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-        Some(said.unwrap_or(if scheme == "http" { 80 } else { 443 }))
+        matches!(self.origin, Origin::Hub(_)).then(|| hub_port(self.endpoint.as_deref()))
     }
 
     /// What of it makes another revision, beside where a directory is; none where there is nothing more.
@@ -133,6 +132,14 @@ impl ModelOrigin {
             Origin::Claim { .. } | Origin::Image(_) => Err(NotHere::OfACluster(self.uri())),
         }
     }
+}
+
+/// The port of a hub: where none is named, of the usual one.
+pub(crate) fn hub_port(endpoint: Option<&str>) -> u16 {
+    let Some((scheme, rest)) = endpoint.and_then(|endpoint| endpoint.split_once("://")) else { return 443 };
+    let host = rest.split('/').next().unwrap_or_default();
+    let said = host.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+    said.unwrap_or(if scheme == "http" { 80 } else { 443 })
 }
 
 /// A model as this machine has it.

@@ -36,7 +36,7 @@ pub(crate) fn status(situation: &Situation) -> ModelDeploymentStatus {
         workers: Some(format!("{ready}/{}", desired.workers)),
         experts: experts.known.then(|| format!("{}/{}", experts.resident, experts.all)),
         loading: words::loading(seen),
-        commit: seen.reports().map(|(_, report)| report.commit.clone()).find(|commit| !commit.is_empty()),
+        commit: seen.commit.known().map(str::to_owned).or_else(|| reported_commit(seen)),
         model: situation.model.clone().filter(|_| has_revision),
         revision: has_revision.then(|| situation.serving.to_string()),
         next_revision: rollout::next_revision(situation),
@@ -74,6 +74,11 @@ pub(crate) fn figures(desired: &Desired, frontends: u32, seen: &Observation) -> 
         placement_epoch: seen.placement.epoch().counter,
         placement_imbalance: imbalance(&seen.placement),
     }
+}
+
+/// The commit that a worker says it serves: of a revision that names one.
+fn reported_commit(seen: &Observation) -> Option<String> {
+    seen.reports().map(|(_, report)| report.commit.clone()).find(|commit| !commit.is_empty())
 }
 
 fn signed(count: usize) -> i32 {

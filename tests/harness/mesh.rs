@@ -37,7 +37,7 @@ pub struct Mesh {
     pub epoch: u64,
     /// The slots that the next placement lets go.
     pub draining: BTreeSet<u32>,
-    /// What every process gets beside its own flags.
+    /// What every process gets beside its own flags; `{slot}` is a worker's.
     pub flags: Vec<String>,
     /// Where every process listens, at a port of the kernel's choice.
     pub anywhere: &'static str,
@@ -144,7 +144,8 @@ impl Mesh {
         let model = model.to_str().expect("a UTF-8 path");
         let anywhere = self.anywhere;
         let args = ["serve", "--name", &name, "--model", model, "--listen", anywhere, "--metrics", anywhere];
-        let more = self.flags_of(Component::Worker);
+        let more = self.flags_of(Component::Worker).into_iter();
+        let more: Vec<String> = more.map(|flag| flag.replace("{slot}", &slot.to_string())).collect();
         let flags: Vec<&str> = args.into_iter().chain(more.iter().map(String::as_str)).collect();
         let variables = self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         let variables: Vec<_> = variables.collect();
@@ -167,7 +168,11 @@ impl Mesh {
             Placement::new(Epoch { term: 0, counter: self.epoch }, workers).expect("slots are distinct");
         for slot in 0..self.addresses.len() as u32 {
             let Ok(mut control) = self.control(slot).await else { continue };
-            apply(&mut control, &placement).await.expect("a later placement is taken");
+            match apply(&mut control, &placement).await.map_err(|status| (status.code(), status)) {
+                // One that ends by it may be gone before it has answered.
+                Ok(()) | Err((Code::Unknown | Code::Unavailable, _)) => {}
+                Err((_, status)) => panic!("a later placement is taken: {status:?}"),
+            }
         }
         placement
     }

@@ -6,14 +6,16 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use expertmesh_engine::{
     Backend, Cache, CpuBackend, DRAWN, LoadOptions, NotBrought, Origin, Supply, fingerprint, fingerprint_of,
 };
 use expertmesh_model::config::model::ModelConfig;
+use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_model::fingerprint::ModelFingerprint;
+use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
 use expertmesh_model::numerics::Numerics;
 use expertmesh_model::packed::{COPIED, is_packed};
@@ -23,12 +25,16 @@ use expertmesh_source::hub::{Access, Hub};
 use expertmesh_source::located::{Located, cache, is_commit};
 use expertmesh_source::mirror::Mirror;
 use indicatif::{ProgressBar, ProgressStyle};
+use sha2::{Digest, Sha256};
 
 use crate::engine::ComputedAs;
 use crate::process::Fatal;
 
 /// How often the file is looked at that says which commit a deployment serves: a kubelet brings changes within a minute or two.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// How long it stays known that a hub could not be drawn from.
+const FAILED: Duration = Duration::from_secs(5);
 
 /// Which model, and where its packed blobs are kept.
 #[derive(Debug, Clone, clap::Args)]
@@ -82,7 +88,7 @@ impl Args {
         let warn = |text: String| tracing::warn!("{text}");
         let located = Located::find(&repository, &access, (&cache, &COPIED), warn)?;
         tracing::info!(model = %named, commit = located.commit(), "found");
-        let drawn = Drawn { located, access, mirror: Mutex::default() };
+        let drawn = Drawn { located, access, mirror: Mutex::default(), bytes: Arc::default() };
         Ok(Found {
             folder: drawn.located.folder.clone(),
             elsewhere: Some(Arc::new(drawn)),
@@ -157,21 +163,22 @@ impl Found {
         })
     }
 
-    /// Loads all but the routed experts; `progress` gets (done, total) in bytes.
+    /// Loads all but the routed experts, from the cache that it was opened with; `progress` gets (done, total) in bytes.
     pub(crate) fn load(
         &self,
+        cache: Option<Arc<Cache>>,
         options: &LoadOptions,
         progress: impl Fn(u64, u64) + Sync,
     ) -> Result<CpuBackend, Fatal> {
-        Ok(match self.cache(options)? {
+        Ok(match cache {
             Some(cache) => CpuBackend::cached(cache, options, progress)?,
             None => CpuBackend::load(&self.folder, options, progress)?,
         })
     }
 
-    /// What blobs are packed into, where they are.
-    fn cache(&self, options: &LoadOptions) -> Result<Option<Cache>, Fatal> {
-        let computed = ComputedAs { weights: options.weights, numerics: Numerics::default() };
+    /// Opens what blobs of a format are packed into, where they are.
+    pub(crate) fn open_cache(&self, weights: WeightFormat) -> Result<Option<Arc<Cache>>, Fatal> {
+        let computed = ComputedAs { weights, numerics: Numerics::default() };
         let (directory, origin, fingerprint) = match (&self.elsewhere, &self.cache) {
             (Some(drawn), _) => {
                 let fingerprint = self.fingerprint(computed)?;
@@ -180,27 +187,33 @@ impl Found {
             }
             (None, Some(cache)) if !is_packed(&self.folder) => {
                 let fingerprint = self.fingerprint(computed)?;
-                let local = cache.join("local").join(&fingerprint.weights).join(&fingerprint.format);
+                // Samples do not see a few rows that were changed in place; the files' times do.
+                let files = stamp(&self.folder).map_err(|error| {
+                    Fatal::new("ModelNotFound", format!("{}: {error}", self.folder.display()))
+                })?;
+                let name =
+                    format!("{}-{}-{files}", short(&fingerprint.architecture), short(&fingerprint.weights));
+                let local = cache.join("local").join(name).join(&fingerprint.format);
                 (local, Origin::Directory(self.folder.clone()), fingerprint)
             }
             (None, _) => return Ok(None),
         };
         let tell = Box::new(|text: &str| tracing::warn!("{text}"));
-        Ok(Some(Cache::open(&self.folder, &directory, fingerprint, origin, tell)?))
+        Ok(Some(Arc::new(Cache::open(&self.folder, &directory, fingerprint, origin, tell)?)))
     }
 
     /// The folder that has its small files and its weights' headers.
     pub(crate) fn headers(&self) -> Result<PathBuf, Fatal> {
         match &self.elsewhere {
             None => Ok(self.folder.clone()),
-            Some(drawn) => Ok(drawn.mirror()?.folder().to_owned()),
+            Some(drawn) => Ok(drawn.mirror().map_err(ModelError::from)?.folder().to_owned()),
         }
     }
 
     /// The same, with all weights, and further files where there are such.
     pub(crate) fn whole(&self, more: &[&str]) -> Result<PathBuf, Fatal> {
         if let Some(drawn) = &self.elsewhere {
-            let mirror = drawn.mirror()?;
+            let mirror = drawn.mirror().map_err(ModelError::from)?;
             mirror.add(more)?;
             mirror.bring_all()?;
         }
@@ -208,11 +221,48 @@ impl Found {
     }
 }
 
-/// What a repository's weights are drawn through, in a folder that is gone with it. The hub is not asked before.
+/// The names of a checkpoint's files, and when they were last written, as 16 hexadecimal digits.
+fn stamp(folder: &Path) -> io::Result<String> {
+    let mut files = vec![];
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".safetensors") {
+            let metadata = fs::metadata(entry.path())?;
+            files.push((name, metadata.len(), metadata.modified()?));
+        }
+    }
+    files.sort();
+    let since = |time: SystemTime| time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    let mut hash = Sha256::new();
+    for (name, size, time) in files {
+        hash.update(format!("{name} {size} {}\n", since(time)));
+    }
+    Ok(short(&format!("{:x}", hash.finalize())).to_owned())
+}
+
+/// So much of a hash as tells a few apart.
+fn short(hash: &str) -> &str {
+    hash.get(..16).unwrap_or(hash)
+}
+
+/// What a repository's weights are drawn through, in a folder that is empty after it. The hub is not asked before.
 pub(crate) struct Drawn {
     located: Located,
     access: Access,
-    mirror: Mutex<Option<Arc<Mirror>>>,
+    mirror: Mutex<Opened>,
+    /// Bytes of weights that were drawn.
+    bytes: Arc<AtomicU64>,
+}
+
+/// What became of the last attempt to draw.
+#[derive(Default)]
+enum Opened {
+    #[default]
+    Not,
+    Mirror(Arc<Mirror>),
+    /// Whoever asks soon after need not wait for the same.
+    Failed(NotBrought, Instant),
 }
 
 impl std::fmt::Debug for Drawn {
@@ -228,21 +278,34 @@ impl Drawn {
 
     /// Bytes of weights that were drawn.
     pub(crate) fn bytes(&self) -> u64 {
-        let mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
-        mirror.as_ref().map_or(0, |mirror| mirror.drawn())
+        self.bytes.load(Ordering::Relaxed)
     }
 
-    fn mirror(&self) -> Result<Arc<Mirror>, SourceError> {
-        let mut mirror = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mirror) = &*mirror {
-            return Ok(mirror.clone());
+    fn mirror(&self) -> Result<Arc<Mirror>, NotBrought> {
+        let mut opened = self.mirror.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*opened {
+            Opened::Mirror(mirror) => return Ok(mirror.clone()),
+            Opened::Failed(error, at) if at.elapsed() < FAILED => return Err(error.clone()),
+            Opened::Not | Opened::Failed(..) => {}
         }
         tracing::info!(model = %self.located.repository, "drawing");
-        let hub = Hub::open(self.located.repository.clone(), self.access.clone())?;
-        let within = self.located.folder.join(DRAWN);
-        let drawn = Arc::new(Mirror::somewhere(Arc::new(hub), &self.located.folder, &within)?);
-        *mirror = Some(drawn.clone());
-        Ok(drawn)
+        let folder = &self.located.folder;
+        let open = || {
+            let hub = Hub::open(self.located.repository.clone(), self.access.clone())?;
+            Mirror::somewhere(Arc::new(hub), folder, (&folder.join(DRAWN), self.bytes.clone()))
+        };
+        match open() {
+            Ok(mirror) => {
+                let mirror = Arc::new(mirror);
+                *opened = Opened::Mirror(mirror.clone());
+                Ok(mirror)
+            }
+            Err(error) => {
+                let error = not_brought(&error);
+                *opened = Opened::Failed(error.clone(), Instant::now());
+                Err(error)
+            }
+        }
     }
 }
 
@@ -256,12 +319,11 @@ impl Supply for Drawn {
     }
 
     fn checkpoint(&self) -> Result<PathBuf, NotBrought> {
-        self.mirror().map(|mirror| mirror.folder().to_owned()).map_err(|error| not_brought(&error))
+        Ok(self.mirror()?.folder().to_owned())
     }
 
     fn bring(&self, file: &Path, range: Range<u64>) -> Result<(), NotBrought> {
-        let bring = || self.mirror()?.bring(name(file), range);
-        bring().map_err(|error| not_brought(&error))
+        self.mirror()?.bring(name(file), range).map_err(|error| not_brought(&error))
     }
 
     fn give_back(&self, file: &Path, range: Range<u64>) {
@@ -273,9 +335,9 @@ impl Supply for Drawn {
 
 impl Drop for Drawn {
     fn drop(&mut self) {
-        let mirror = self.mirror.get_mut().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(mirror) = mirror else { return };
-        if let Err(error) = fs::remove_dir_all(mirror.folder()) {
+        let opened = self.mirror.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Opened::Mirror(mirror) = opened else { return };
+        if let Err(error) = mirror.clear() {
             tracing::warn!("{}: {error}", mirror.folder().display());
         }
     }
@@ -291,7 +353,7 @@ pub(crate) fn load(model: &Found, options: &LoadOptions) -> Result<CpuBackend, F
     let bar = ProgressBar::new(0);
     let style = ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}");
     bar.set_style(style.expect("the template is a constant"));
-    let backend = model.load(options, |done, total| {
+    let backend = model.load(model.open_cache(options.weights)?, options, |done, total| {
         bar.set_length(total);
         bar.set_position(done);
     })?;

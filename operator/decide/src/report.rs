@@ -17,7 +17,7 @@ pub struct Report {
     /// Epoch of the placement that it follows; none where it has none.
     pub epoch: Epoch,
     pub placement_hash: String,
-    /// Workers know it once their dense weights are loaded; frontends never do.
+    /// Workers know it once they have found their model; frontends never do.
     pub shape: Option<ModelShape>,
     pub resident: ExpertSet,
     pub resident_bytes: u64,

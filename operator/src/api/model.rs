@@ -19,7 +19,7 @@ pub(crate) struct Model {
     /// a hub, of which each worker draws what it holds. `pvc://CLAIM/PATH`: a folder of a volume that a claim of this namespace names.
     /// `oci://REFERENCE`: an image whose files are the model.
     #[schemars(length(min = 1, max = 1024))]
-    #[x_kube(validation = Rule::new("self.matches('^(file:///[^/]|hf://[A-Za-z0-9_][-A-Za-z0-9_.]*(/[A-Za-z0-9_][-A-Za-z0-9_.]*)?$|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]|$)|oci://[^/ ]+/[^ ]+$)') && !self.contains('/../') && !self.endsWith('/..')").message(Message::Expression(
+    #[x_kube(validation = Rule::new("self.matches('^(file:///[^/]|hf://[A-Za-z0-9_][-A-Za-z0-9_.]{0,95}(/[A-Za-z0-9_][-A-Za-z0-9_.]{0,95})?$|pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]|$)|oci://[^/ ]+/[^ ]+$)') && !self.contains('/../') && !self.endsWith('/..')").message(Message::Expression(
         "'spec.model.uri (' + self + ') must be file:///PATH, hf://ORGANISATION/NAME, pvc://CLAIM/PATH or oci://REFERENCE, without .., such as file:///models/tiny-r1'".into()
     )))]
     pub(crate) uri: String,
@@ -27,7 +27,7 @@ pub(crate) struct Model {
     /// that come later, serve that one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256))]
-    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9_][-A-Za-z0-9_.]*(/[A-Za-z0-9_][-A-Za-z0-9_.]*)*$')").message(Message::Expression(
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9_][-A-Za-z0-9_.]{0,95}(/[A-Za-z0-9_][-A-Za-z0-9_.]{0,95})*$')").message(Message::Expression(
         "'spec.model.revision (' + self + ') must be a branch, a tag or a commit'".into()
     )))]
     pub(crate) revision: Option<String>,
@@ -71,7 +71,7 @@ pub(crate) struct SecretKey {
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Cache {
-    /// At least the dense part and a worker's experts, in the format of `weights`: `expertmesh plan` says how much.
+    /// The dense part, a worker's experts, and those that it may take over, in the format of `weights`: `expertmesh plan` says how much. Nothing leaves it before it ends: what holds all of the model is never full.
     #[schemars(schema_with = "quantity")]
     pub(crate) size: Quantity,
     /// Without it, the cluster's default.
@@ -127,7 +127,7 @@ impl From<Weights> for WeightFormat {
 /// An amount of bytes.
 fn quantity(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
-        "description": "At least the dense part and a worker's experts, in the format of `weights`: `expertmesh plan` says how much.",
+        "description": "The dense part, a worker's experts, and those that it may take over, in the format of `weights`: `expertmesh plan` says how much. Nothing leaves it before it ends: what holds all of the model is never full.",
         "type": "string",
         "maxLength": 64,
         "pattern": "^[0-9]+(\\.[0-9]+)?([KMGTPE]i?|k)?$",

@@ -134,6 +134,7 @@ fn render(
             ),
         ),
         ("memory", memory(shape, (most, with_lost), cache)),
+        ("disk", disk_of(deployment, shape, with_lost)),
         ("imbalance", format!("{imbalance:.2} (most over mean)")),
         ("recovery", recovery(shape.expert_bytes, most, disk)),
     ];
@@ -174,6 +175,19 @@ fn memory(shape: &ModelShape, (most, with_lost): (u64, u64), cache: u64) -> Stri
         HumanBytes(taken),
         HumanBytes(cache),
         HumanBytes(MARGIN),
+    )
+}
+
+/// What a worker's cache on disk takes, where it has one.
+fn disk_of(deployment: &ValidatedDeployment, shape: &ModelShape, with_lost: u64) -> String {
+    if !deployment.model.is_packed_on_disk() {
+        return "nothing: the model is where its processes read it".into();
+    }
+    let all = u64::from(shape.layers - shape.first_moe_layer) * u64::from(shape.experts) * shape.expert_bytes;
+    format!(
+        "model.cache: {{size: {}Mi}} for each worker, with what it takes over where one is lost; {}Mi hold all of the model",
+        (shape.dense_bytes + with_lost).div_ceil(1 << 20),
+        (shape.dense_bytes + all).div_ceil(1 << 20),
     )
 }
 
@@ -247,7 +261,12 @@ fn objects(deployment: &ValidatedDeployment) -> Vec<String> {
     };
     let own = objects::of_revision(&owner, &revision, size);
     let around = Around::default();
-    let surroundings = Surroundings { around: &around, operator_namespace: None, collector: None, hub: None };
+    let surroundings = Surroundings {
+        around: &around,
+        operator_namespace: None,
+        collector: None,
+        hubs: [deployment.model.hub_port(), None],
+    };
     let shared = objects::shared(&owner, Serving::of(&revision.hash, &revision.frontend), surroundings);
     let [worker_budget, frontend_budget] = &shared.disruption_budgets;
     let [workers_policy, frontends_policy] = &shared.network_policies;

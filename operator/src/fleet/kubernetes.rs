@@ -47,6 +47,10 @@ pub(crate) struct KubernetesFleet {
     /// Whether the first process finds out which commit the model is at.
     is_floating: bool,
     commit: Commit,
+    /// The commit that was ever known.
+    recorded: Option<String>,
+    /// The written placement, as of the last observation.
+    placement: Placement,
     /// Whether nothing was observed yet.
     fresh: bool,
     /// Pods that should have ended long ago, with their nodes, as of the last observation.
@@ -84,6 +88,8 @@ impl KubernetesFleet {
             revision: revision.hash.clone(),
             is_floating: revision.is_floating(),
             commit: Commit::Given,
+            recorded: revision.commit.clone(),
+            placement: Placement::default(),
             refusals,
             nodes: Nodes::default(),
             streams,
@@ -149,7 +155,10 @@ impl KubernetesFleet {
         let map: Option<ConfigMap> = self.get(&self.name()).await?;
         let mut data = map.and_then(|map| map.data).unwrap_or_default();
         if self.is_floating {
-            self.commit = data.remove(COMMIT_KEY).map_or(Commit::Wanted, Commit::Known);
+            // Of a revision that ran before, its record knows.
+            let known = data.remove(COMMIT_KEY).or_else(|| self.recorded.clone());
+            self.recorded.clone_from(&known);
+            self.commit = known.map_or(Commit::Wanted, Commit::Known);
         }
         let text = data.remove(PLACEMENT_KEY).unwrap_or_default();
         if text.is_empty() {
@@ -220,6 +229,7 @@ impl Fleet for KubernetesFleet {
         let size =
             set.and_then(|set| set.spec?.replicas).and_then(|size| u32::try_from(size).ok()).unwrap_or(0);
         let placement = self.placement().await?;
+        self.placement = placement.clone();
         let (workers, frontends) = self.pods().await?;
         let now = Timestamp::now();
         self.overdue = workers.iter().filter(|pod| pods::is_overdue(pod, now)).filter_map(overdue).collect();
@@ -271,8 +281,10 @@ impl Fleet for KubernetesFleet {
             match action {
                 Action::Resize(size) => self.resize(*size).await?,
                 Action::Place(placement) => self.write((Some(placement), self.commit.known())).await?,
-                // It comes before the first placement.
-                Action::Pin(commit) => self.write((None, Some(commit))).await?,
+                Action::Pin(commit) => {
+                    let placement = Some(&self.placement).filter(|placement| !placement.epoch().is_none());
+                    self.write((placement, Some(commit))).await?;
+                }
                 Action::Push { to, placement } => pushes.push((to, placement)),
                 Action::Drain { slot } => self.streams.drain(*slot).await,
             }

@@ -18,6 +18,8 @@ pub(crate) const REVISION: &str = "expertmesh.dev/revision";
 pub(crate) const UNPROVEN: &str = "expertmesh.dev/unproven";
 /// On the record of a revision of which no worker was ever ready: at zero, it may have been promoted all the same.
 pub(crate) const UNTRIED: &str = "expertmesh.dev/untried";
+/// On the record of a revision whose model's commit had to be found out: which it is.
+pub(crate) const COMMIT: &str = "expertmesh.dev/commit";
 /// On pods of a model that is in no folder of their image: its URI.
 pub(crate) const MODEL: &str = "expertmesh.dev/model";
 /// The Secret of each namespace that has the identities of its deployments.

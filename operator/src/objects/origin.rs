@@ -12,7 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use super::names::{COMMIT_KEY, Component};
 use super::process::{PLACEMENT_FOLDER, Process, mount};
 use crate::api::{Cache, Retain};
-use crate::model::{MOUNTED, Origin};
+use crate::model::{ENDPOINT, MOUNTED, Origin};
 
 /// The volume that weights are packed into, and where it is mounted.
 const CACHE: &str = "cache";
@@ -41,7 +41,7 @@ pub(super) fn arguments(process: &Process) -> Vec<String> {
 pub(super) fn environment(process: &Process) -> Vec<EnvVar> {
     let model = &process.deployment.model;
     let endpoint = model.endpoint.clone().map(|endpoint| EnvVar {
-        name: "HF_ENDPOINT".into(),
+        name: ENDPOINT.into(),
         value: Some(endpoint),
         ..EnvVar::default()
     });

@@ -1,6 +1,8 @@
 //! NetworkPolicies: one for a deployment's workers and one for its frontends, whatever its revisions. What no rule names is shut, in both
 //! directions.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::api::networking::v1::{
     NetworkPolicy, NetworkPolicyEgressRule, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
     NetworkPolicySpec,
@@ -93,8 +95,8 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) operator_namespace: Option<&'a str>,
     /// The port of the collector of traces, where there is one.
     pub(crate) collector: Option<u16>,
-    /// The port of the hub that the model is drawn from, where it is.
-    pub(crate) hub: Option<u16>,
+    /// The ports of the hubs that the model is drawn from: of the revision that is wanted, and of the one that serves.
+    pub(crate) hubs: [Option<u16>; 2],
 }
 
 /// Workers: gRPC from the deployment's own pods and the operator, metrics from whoever scrapes; to names, each other, the collector.
@@ -156,7 +158,7 @@ fn policy(
     owner: &Owner,
     component: Component,
     ingress: Vec<NetworkPolicyIngressRule>,
-    Surroundings { around, collector, hub, .. }: Surroundings,
+    Surroundings { around, collector, hubs, .. }: Surroundings,
 ) -> NetworkPolicy {
     let name = match component {
         Component::Worker => owner.workers(),
@@ -167,9 +169,8 @@ fn policy(
         to(DNS.into_iter().flat_map(|port| [over("UDP", port), over("TCP", port)]).collect(), Vec::new()),
         to(vec![over("TCP", ports::GRPC_NUMBER)], workers),
     ];
-    egress.extend(
-        [collector, hub].into_iter().flatten().map(|port| to(vec![over("TCP", port.into())], Vec::new())),
-    );
+    let ports: BTreeSet<u16> = collector.into_iter().chain(hubs.into_iter().flatten()).collect();
+    egress.extend(ports.into_iter().map(|port| to(vec![over("TCP", port.into())], Vec::new())));
     egress.extend(around.egress.iter().cloned());
     NetworkPolicy {
         metadata: owner.metadata(name, owner.labels_of(component, None)),

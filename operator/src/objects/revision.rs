@@ -16,10 +16,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::names::{Component, MODEL, Owner, REVISION, UNPROVEN, UNTRIED};
+use super::names::{COMMIT, Component, MODEL, Owner, REVISION, UNPROVEN, UNTRIED};
 use super::pods::{is_encrypted, is_identified, template};
 use super::process::Process;
 use crate::api::{Cache, PodFields};
+use crate::model::{ENDPOINT, hub_port};
 use crate::validate::{FrontendSecrets, ValidatedDeployment};
 
 /// How many ControllerRevisions are kept.
@@ -41,6 +42,9 @@ pub(crate) struct Revision {
     /// noted say nothing, and count as tried.
     #[serde(skip)]
     pub(crate) is_tried: bool,
+    /// The commit that its model is at, where that had to be found out and was.
+    #[serde(skip)]
+    pub(crate) commit: Option<String>,
     /// The claim that each worker has for what it draws and packs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) cache: Option<Cache>,
@@ -60,6 +64,7 @@ impl Revision {
             number: 1,
             is_proven: false,
             is_tried: false,
+            commit: None,
             cache: deployment.model.cache.clone(),
             workers: pod(Component::Worker, &deployment.worker_pod),
             frontend: pod(Component::Frontend, &deployment.frontend_pod),
@@ -73,7 +78,8 @@ impl Revision {
         let written = serde_json::from_value(record.data.as_ref()?.0.clone()).ok()?;
         let lacks = |annotation| record.annotations().contains_key(annotation);
         let (is_proven, is_tried) = (!lacks(UNPROVEN), !lacks(UNTRIED));
-        Some(Self { hash, number: record.revision, is_proven, is_tried, ..written })
+        let commit = record.annotations().get(COMMIT).cloned();
+        Some(Self { hash, number: record.revision, is_proven, is_tried, commit, ..written })
     }
 
     /// Whether its pods have identities.
@@ -97,6 +103,17 @@ impl Revision {
     pub(crate) fn is_floating(&self) -> bool {
         let repository = self.argument("--model").and_then(|model| model.parse().ok());
         matches!(repository, Some(Address::Hub(repository)) if !is_commit(&repository.revision))
+    }
+
+    /// The port of the hub that its pods draw from.
+    pub(crate) fn hub_port(&self) -> Option<u16> {
+        let address = self.argument("--model")?.parse().ok();
+        matches!(address, Some(Address::Hub(_))).then(|| hub_port(self.variable(ENDPOINT)))
+    }
+
+    fn variable(&self, name: &str) -> Option<&str> {
+        let container = self.workers.spec.as_ref()?.containers.first()?;
+        container.env.iter().flatten().find(|variable| variable.name == name)?.value.as_deref()
     }
 
     fn argument(&self, flag: &str) -> Option<&String> {

@@ -71,7 +71,7 @@ fn the_objects_of_a_deployment() {
         around: &around,
         operator_namespace: Some("expertmesh-system"),
         collector: Some(4317),
-        hub: None,
+        hubs: [None, Some(443)],
     };
     let objects = shared(&owner(), serving, surroundings);
     insta::assert_yaml_snapshot!("service-account", objects.service_account);
@@ -295,14 +295,21 @@ fn another_operator_image_is_no_new_revision() {
 
 #[test]
 fn both_kinds_of_pods_pass_pod_security_restricted() {
-    let revision = revision("");
-    for template in [revision.workers, revision.frontend] {
+    let models = [
+        "uri: 'file:///m'",
+        "uri: 'hf://a/b', cache: {size: 1Gi}, tokenSecretRef: {name: hub, key: token}",
+        "uri: 'pvc://a/b'",
+        "uri: 'oci://a/b:1'",
+    ];
+    let revisions = models.map(|fields| Revision::new(&owner(), &of_model(fields), "expertmesh:1"));
+    for template in revisions.into_iter().flat_map(|revision| [revision.workers, revision.frontend]) {
         let pod: Value = serde_json::to_value(template.spec.unwrap()).unwrap();
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
         assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
         for volume in pod["volumes"].as_array().unwrap() {
-            let is_allowed =
-                ["configMap", "emptyDir", "secret"].iter().any(|kind| volume.get(kind).is_some());
+            let is_allowed = ["configMap", "emptyDir", "secret", "persistentVolumeClaim", "image"]
+                .iter()
+                .any(|kind| volume.get(kind).is_some());
             assert!(is_allowed, "{volume}");
         }
         for container in pod["containers"].as_array().unwrap() {
@@ -360,8 +367,12 @@ fn frontends_mount_the_secrets_that_their_clients_need_and_the_service_has_the_p
     let volumes = revision.workers.spec.unwrap().volumes.unwrap();
     assert!(!volumes.iter().any(|volume| volume.name == "tls"), "workers have no clients");
     let serving = Serving { revision: "1a2b3c4d", is_encrypted: true, is_dual: false };
-    let surroundings =
-        Surroundings { around: &Around::default(), operator_namespace: None, collector: None, hub: None };
+    let surroundings = Surroundings {
+        around: &Around::default(),
+        operator_namespace: None,
+        collector: None,
+        hubs: [None, None],
+    };
     insta::assert_yaml_snapshot!(
         "client-service-of-https",
         shared(&owner(), serving, surroundings).client_service.spec

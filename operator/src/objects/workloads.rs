@@ -12,7 +12,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::runtime::RawExtension;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::names::{COMMIT_KEY, Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, UNTRIED, matching};
+use super::names::{
+    COMMIT, COMMIT_KEY, Component, Owner, PLACEMENT_KEY, REVISION, UNPROVEN, UNTRIED, matching,
+};
 use super::origin::{claim, retention};
 use super::revision::Revision;
 
@@ -77,16 +79,17 @@ pub(crate) fn config_map(
 }
 
 /// What the revision is, for good: images and defaults as they were when it was made; and, until it was, that it was never Ready and
-/// never tried.
+/// never tried; and the commit that its model is at.
 pub(crate) fn controller_revision(owner: &Owner, revision: &Revision) -> ControllerRevision {
     let mut labels = owner.labels();
     labels.insert(REVISION.into(), revision.hash.clone());
     let lacks = [(UNPROVEN, !revision.is_proven), (UNTRIED, !revision.is_tried)].into_iter();
-    let lacks: BTreeMap<_, _> =
-        lacks.filter(|(_, lacks)| *lacks).map(|(name, _)| (name.to_string(), "true".to_string())).collect();
+    let lacks = lacks.filter(|(_, lacks)| *lacks).map(|(name, _)| (name.to_string(), "true".to_string()));
+    let commit = revision.commit.clone().map(|commit| (COMMIT.to_string(), commit));
+    let noted: BTreeMap<_, _> = lacks.chain(commit).collect();
     ControllerRevision {
         metadata: ObjectMeta {
-            annotations: (!lacks.is_empty()).then_some(lacks),
+            annotations: (!noted.is_empty()).then_some(noted),
             // Without a component: a StatefulSet adopts records that its selector finds.
             ..owner.metadata(owner.of_revision(&revision.hash), labels)
         },

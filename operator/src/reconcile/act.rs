@@ -78,10 +78,11 @@ fn size<'a>(deployment: &ValidatedDeployment, observed: &'a Observed) -> Size<'a
     let (seen, desired) = (&observed.seen, deployment.desired.workers);
     let is_wanted = seen.commit == Commit::Wanted;
     let begin = if is_wanted { desired.min(1) } else { desired };
+    let is_first = is_wanted && seen.frontends.is_empty();
     Size {
         workers: if seen.size > 0 { seen.size } else { begin },
         // Which commit it is one process finds out: a frontend, where no worker is to run.
-        frontends: if is_wanted { u32::from(desired == 0) } else { deployment.frontends },
+        frontends: if is_first { u32::from(desired == 0) } else { deployment.frontends },
         commit: seen.commit.known(),
         placement: Some(&seen.placement).filter(|placement| !placement.epoch().is_none()),
     }

@@ -190,6 +190,7 @@ mod tests {
             number,
             is_proven: true,
             is_tried,
+            commit: None,
             cache: None,
             workers: Default::default(),
             frontend: Default::default(),

@@ -62,6 +62,7 @@ impl Observed {
         }));
         revision.is_proven |= serves(desired, &seen) || was_ready(found, &revision.hash);
         revision.is_tried |= seen.ready_workers() > 0;
+        revision.commit = seen.commit.known().map(str::to_owned).or(revision.commit);
         Ok(Self { revision, fleet, seen })
     }
 }

@@ -30,7 +30,10 @@ pub(super) async fn settle(
         around: &context.around,
         operator_namespace: context.operator_namespace.as_deref(),
         collector: deployment.collector_port(),
-        hub: deployment.model.hub_port(),
+        hubs: [
+            deployment.model.hub_port(),
+            found.recorded(&plan.serving).and_then(|serving| serving.hub_port()),
+        ],
     };
     let objects = objects::shared(&found.owner, serving, surroundings);
     context.writer.shared(&found.owner, &objects).await?;

@@ -361,3 +361,23 @@ fn what_cannot_be_seen_while_one_authority_follows_another_stays_as_it_was() {
     assert_eq!(told(&unseen, Kind::Ready), told(&before, Kind::Ready));
     assert_eq!((unseen.workers, unseen.observed_generation), (before.workers, before.observed_generation));
 }
+
+#[test]
+fn how_far_a_model_is_and_how_fast_is_told_while_it_loads() {
+    let mut seen = healthy();
+    let told = |seen: &Observation| super::words::loading(seen);
+    assert_eq!(told(&seen), None);
+    for (slot, loaded) in [(0, 100), (1, 520)] {
+        let report = Report {
+            bytes_loaded: loaded * 1_000_000,
+            bytes_to_load: 1_000_000_000,
+            bytes_per_second: 205_000_000,
+            ..report(State::Loading, 3, ExpertSet::default())
+        };
+        seen.workers.get_mut(&Slot(slot)).unwrap().report = Some(report);
+    }
+    assert_eq!(told(&seen).as_deref(), Some("31 % 410.00 MB/s"));
+    seen.workers.get_mut(&Slot(0)).unwrap().report = None;
+    seen.workers.get_mut(&Slot(1)).unwrap().report.as_mut().unwrap().bytes_per_second = 0;
+    assert_eq!(told(&seen).as_deref(), Some("52 %"));
+}

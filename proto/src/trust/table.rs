@@ -11,7 +11,7 @@ pub(crate) fn may(caller: &Identity, callee: &Identity, path: &str) -> bool {
     match path {
         "/expertmesh.v1.Control/Report" => operator || worker || frontend,
         "/expertmesh.v1.Control/ApplyPlacement" | "/expertmesh.v1.Control/Drain" => operator,
-        "/expertmesh.v1.ExpertExchange/Exchange" => worker,
+        "/expertmesh.v1.ExpertExchange/Exchange" | "/expertmesh.v1.Blobs/Fetch" => worker,
         "/expertmesh.v1.Inference/Generate" => frontend,
         _ => false,
     }
@@ -30,6 +30,7 @@ mod tests {
     const PLACE: &str = "/expertmesh.v1.Control/ApplyPlacement";
     const DRAIN: &str = "/expertmesh.v1.Control/Drain";
     const EXCHANGE: &str = "/expertmesh.v1.ExpertExchange/Exchange";
+    const FETCH: &str = "/expertmesh.v1.Blobs/Fetch";
     const GENERATE: &str = "/expertmesh.v1.Inference/Generate";
 
     #[test]
@@ -38,14 +39,15 @@ mod tests {
         let callee = identity("spiffe://one/ns/a/mdep/m/worker");
         let allowed = |caller: &str| -> Vec<&str> {
             let caller = identity(caller);
-            let all = [REPORT, PLACE, DRAIN, EXCHANGE, GENERATE, "/expertmesh.v1.Control/Other", "/x.Y/Z"];
-            all.into_iter().filter(|path| may(&caller, &callee, path)).collect()
+            let other = ["/expertmesh.v1.Control/Other", "/x.Y/Z"];
+            let all = [REPORT, PLACE, DRAIN, EXCHANGE, FETCH, GENERATE].into_iter().chain(other);
+            all.filter(|path| may(&caller, &callee, path)).collect()
         };
         assert_eq!(allowed("spiffe://one/operator"), [REPORT, PLACE, DRAIN]);
-        assert_eq!(allowed("spiffe://one/ns/a/mdep/m/worker"), [REPORT, EXCHANGE]);
+        assert_eq!(allowed("spiffe://one/ns/a/mdep/m/worker"), [REPORT, EXCHANGE, FETCH]);
         assert_eq!(allowed("spiffe://one/ns/a/mdep/m/frontend"), [REPORT, GENERATE]);
         // Of the authority that follows, and is believed already.
-        assert_eq!(allowed("spiffe://two/ns/a/mdep/m/worker"), [REPORT, EXCHANGE]);
+        assert_eq!(allowed("spiffe://two/ns/a/mdep/m/worker"), [REPORT, EXCHANGE, FETCH]);
         for stranger in ["spiffe://one/ns/b/mdep/m/worker", "spiffe://one/ns/a/mdep/n/frontend"] {
             assert!(allowed(stranger).is_empty(), "{stranger}");
         }

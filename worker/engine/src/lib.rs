@@ -36,11 +36,11 @@ pub use fingerprint::{fingerprint, fingerprint_of};
 pub use forward::{Exchange, LocalExchange, Observer, Seen, forward};
 #[cfg(unix)]
 pub use mapping::lost::tell_lost_weights;
-pub use pack::cache::{Cache, Origin, Tell};
+pub use pack::cache::{Cache, Held, Origin, Tell};
 pub use pack::mapped::PackedModel;
 pub use pack::prepare::{PrepareOptions, Prepared, prepare};
 pub use pack::source::unloadable;
-pub use pack::supply::{DRAWN, NotBrought, Supply};
+pub use pack::supply::{DRAWN, NotBrought, Siblings, Sink, Supply};
 pub use pending::Pending;
 pub use reference::forward::{Gated, LayerTrace, Reference, Trace};
 pub use routes::{ExpertGroup, Grouped, Pair, Routes, group};

@@ -261,7 +261,7 @@ impl Http {
                 Err(Failure::Passing { problem }) => (problem, None),
                 Err(Failure::Throttled { problem, wait }) => (problem, Some(wait.unwrap_or(LONGEST / 5))),
             };
-            if attempts == self.attempts || waits == WAITS {
+            if attempts == self.attempts || waits == WAITS.min(2 * self.attempts) {
                 let attempts = attempts + waits;
                 return Err(SourceError::Unreachable { what: what.into(), attempts, problem });
             }

@@ -15,12 +15,19 @@ pub const ENDPOINT: &str = "https://huggingface.co";
 const PAGES: usize = 100;
 
 /// Whom to ask, and as whom.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Access {
     /// `HF_ENDPOINT`: a mirror, or a hub of one's own.
     pub endpoint: Option<String>,
     /// `HF_TOKEN`.
     pub token: Option<String>,
+}
+
+impl std::fmt::Debug for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let token = self.token.as_ref().map(|_| "…"); // no log is to have it
+        f.debug_struct("Access").field("endpoint", &self.endpoint).field("token", &token).finish()
+    }
 }
 
 impl Access {

@@ -57,7 +57,8 @@ impl Located {
         let Commit { name, hub } = commit(repository, access, &home, warn)?;
         let folder = home.join(&name);
         let repository = Repository { id: repository.id.clone(), revision: name };
-        if let Ok(identity) = fs::read_to_string(folder.join(IDENTITY)) {
+        let known = fs::read_to_string(folder.join(IDENTITY)).ok();
+        if let Some(identity) = known.filter(|identity| identity.len() == 64) {
             return Ok(Self { repository, folder, identity });
         }
         let kept = |error: io::Error| SourceError::Sink { what: folder.display().to_string(), error };

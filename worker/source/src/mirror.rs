@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use serde::Deserialize;
@@ -37,7 +38,8 @@ pub struct Mirror {
     folder: PathBuf,
     weights: BTreeMap<String, (RemoteFile, File)>,
     lanes: Lanes,
-    drawn: AtomicU64,
+    /// Bytes that were drawn of weights, headers among them.
+    drawn: Arc<AtomicU64>,
     /// Locked until this is dropped or the process ends.
     _lock: File,
 }
@@ -51,7 +53,11 @@ impl std::fmt::Debug for Mirror {
 impl Mirror {
     /// Makes the folder, or takes one that a killed process left and empties it; then copies what the folder `small` has, and draws the headers
     /// of weights.
-    pub fn new(source: Arc<dyn Source>, small: &Path, folder: &Path) -> Result<Self, SourceError> {
+    pub fn new(
+        source: Arc<dyn Source>,
+        small: &Path,
+        (folder, drawn): (&Path, Arc<AtomicU64>),
+    ) -> Result<Self, SourceError> {
         let kept = |error| SourceError::Sink { what: folder.display().to_string(), error };
         fs::create_dir_all(folder).map_err(kept)?;
         let lock = File::create(folder.join(LOCK)).map_err(kept)?;
@@ -71,7 +77,7 @@ impl Mirror {
             folder: folder.to_owned(),
             weights: BTreeMap::new(),
             lanes: Lanes::default(),
-            drawn: AtomicU64::new(0),
+            drawn,
             _lock: lock,
         };
         for file in weights(&*mirror.source, folder)? {
@@ -85,10 +91,14 @@ impl Mirror {
     }
 
     /// The first folder in `within` that no process draws into.
-    pub fn somewhere(source: Arc<dyn Source>, small: &Path, within: &Path) -> Result<Self, SourceError> {
+    pub fn somewhere(
+        source: Arc<dyn Source>,
+        small: &Path,
+        (within, drawn): (&Path, Arc<AtomicU64>),
+    ) -> Result<Self, SourceError> {
         let mut number = 0;
         loop {
-            match Self::new(source.clone(), small, &within.join(number.to_string())) {
+            match Self::new(source.clone(), small, (&within.join(number.to_string()), drawn.clone())) {
                 Err(SourceError::Sink { error, .. }) if error.to_string() == IN_USE && number < FOLDERS => {
                     number += 1;
                 }
@@ -100,11 +110,6 @@ impl Mirror {
     /// Where the files are.
     pub fn folder(&self) -> &Path {
         &self.folder
-    }
-
-    /// Bytes that were drawn of weights, headers among them.
-    pub fn drawn(&self) -> u64 {
-        self.drawn.load(Ordering::Relaxed)
     }
 
     /// Draws a range of a file of weights into its place.
@@ -121,6 +126,11 @@ impl Mirror {
         self.source.read(file, range.clone(), &mut |at, bytes| holes.write_all_at(bytes, at))?;
         self.drawn.fetch_add(range.end - range.start, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Removes what was drawn; the folder is there for the next.
+    pub fn clear(&self) -> io::Result<()> {
+        empty(&self.folder)
     }
 
     /// Draws further files whole, where there are such.
@@ -210,12 +220,23 @@ fn take(source: &dyn Source, file: &RemoteFile, folder: &Path) -> Result<(), Sou
     write_whole(&folder.join(&file.path), &bytes).map_err(|error| SourceError::Sink { what: what(), error })
 }
 
-/// Writes a file beside its place, whoever else does the same, and puts it there.
+/// Writes a file beside its place, whoever else does the same, and puts it there; durable in the end.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    // Containers that share a volume have one process id.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     let mut partial = path.as_os_str().to_owned();
-    partial.push(format!(".{}", std::process::id()));
-    fs::write(&partial, bytes)?;
-    fs::rename(&partial, path)
+    partial.push(format!(".{}-{now}", std::process::id()));
+    let written = (|| {
+        let mut file = File::create_new(&partial)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&partial, path)?;
+        path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&partial);
+    }
+    written
 }
 
 /// The files of weights, by their names; the folder has their index.
@@ -328,7 +349,7 @@ mod tests {
         let (hub, small) = (Hub::open(repository, access)?, folder.0.join("small"));
         fs::create_dir_all(&small).unwrap();
         draw_small(&hub, &names, &small)?;
-        Mirror::new(Arc::new(hub), &small, &folder.0.join("drawn"))
+        Mirror::new(Arc::new(hub), &small, (&folder.0.join("drawn"), Arc::default()))
     }
 
     fn hub(files: &[(&str, Vec<u8>)]) -> TestHub {
@@ -348,7 +369,7 @@ mod tests {
         assert!(here()[3 << 20..5 << 20] == whole[3 << 20..5 << 20]);
         mirror.give_back(SINGLE, 3 << 20..5 << 20);
         assert!(here()[header..].iter().all(|byte| *byte == 0));
-        assert_eq!(mirror.drawn(), header as u64 + (2 << 20));
+        assert_eq!(mirror.drawn.load(Ordering::Relaxed), header as u64 + (2 << 20));
         assert!(mirror.bring(SINGLE, 0..1 << 40).is_err());
     }
 

@@ -42,7 +42,7 @@ use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -185,10 +185,19 @@ pub(crate) fn run(args: Args) -> Result<ExitCode, Fatal> {
 }
 
 async fn serve(args: Args) -> Result<(), Fatal> {
-    let stop = process::asked_to_stop();
+    let mut stop = Box::pin(process::asked_to_stop());
+    // Probes are answered while a hub is asked, however long that takes.
+    let probes = process::bind("--metrics", args.metrics)?;
+    let (registry, readiness) = (Registry::new(), Arc::new(OnceLock::<Arc<Server>>::new()));
+    let mut aside = JoinSet::new();
+    let at = probes.local_addr().ok();
+    aside.spawn(ends("metrics", serve_probes(probes, registry.clone(), readiness.clone())));
     let (source, pinned) = (args.source.clone(), args.pinned.clone());
     let finding = tokio::task::spawn_blocking(move || source.find_pinned(&pinned));
-    let found = finding.await.map_err(|error| Fatal::new("StartFailed", error.to_string()))??;
+    let found = tokio::select! {
+        found = finding => found.map_err(|error| Fatal::new("StartFailed", error.to_string()))??,
+        () = &mut stop => return Ok(()),
+    };
     let mut model = Model::load(&found.folder, args.served_name.clone(), args.max_context_tokens)?;
     model.commit = found.commit().unwrap_or_default().to_owned();
     model.contents = Contents::spelling(args.special_tokens_in_content);
@@ -196,7 +205,6 @@ async fn serve(args: Args) -> Result<(), Fatal> {
     model.template = model.template.apart(program, &found.folder);
     let placement = CurrentPlacement::load(args.placement.as_deref())?;
     let me = caller(&args, &found)?;
-    let registry = Registry::new();
     let metrics = FrontendMetrics::new(&registry, &model.name);
     let trust = trust::trust(&args.trust, Component::Frontend, &registry)?;
     let callee = trust.as_ref().and_then(|trust| trust.sibling(Component::Worker));
@@ -210,12 +218,11 @@ async fn serve(args: Args) -> Result<(), Fatal> {
 
     let http = process::bind("--listen", args.listen)?;
     let grpc = process::bind("--control", args.control)?;
-    let probes = process::bind("--metrics", args.metrics)?;
     if let Some(path) = &args.announce {
-        process::announce(path, addresses(&http, &grpc, &probes))?;
+        process::announce(path, addresses(&http, &grpc, at))?;
     }
     let control = ControlService { server: server.clone(), placement: placement.clone(), me };
-    let mut aside = JoinSet::new();
+    let _ = readiness.set(server.clone());
     aside.spawn(ends("workers", workers.follow(placement)));
     aside.spawn(ends("control", control::serve(grpc, control, trust)));
     if let (Some(https), Some(folder)) = (https.clone(), args.tls.clone()) {
@@ -225,7 +232,6 @@ async fn serve(args: Args) -> Result<(), Fatal> {
         let server = server.clone();
         aside.spawn(ends("API keys", async move { server.clients.follow(&folder).await }));
     }
-    aside.spawn(ends("metrics", serve_probes(probes, registry, server.clone())));
     tracing::info!(model = server.model.name, listen = %args.listen, "serving");
     let router = routes::router(server.clone()).layer(cors);
     let commit = found.commit().map(str::to_owned);
@@ -282,8 +288,12 @@ async fn serve_http(
     tracing::info!("left");
 }
 
-async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<Server>) {
-    let router = crate::probes::router(registry, Arc::new(move || server.readiness()));
+async fn serve_probes(listener: TcpListener, registry: Registry, server: Arc<OnceLock<Arc<Server>>>) {
+    let readiness = move || match server.get() {
+        Some(server) => server.readiness(),
+        None => Err("finding the model and its files".into()),
+    };
+    let router = crate::probes::router(registry, Arc::new(readiness));
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "the metrics port failed");
     }
@@ -318,7 +328,7 @@ fn https(folder: Option<&Path>, registry: &Registry) -> Result<Option<Https>, Fa
         .map_err(|error| Fatal::new("CertificateInvalid", format!("--tls {}: {error}", folder.display())))
 }
 
-fn addresses(http: &TcpListener, grpc: &TcpListener, probes: &TcpListener) -> Addresses {
+fn addresses(http: &TcpListener, grpc: &TcpListener, metrics: Option<SocketAddr>) -> Addresses {
     let address = |listener: &TcpListener| listener.local_addr().ok();
-    Addresses { http: address(http), grpc: address(grpc), metrics: address(probes) }
+    Addresses { http: address(http), grpc: address(grpc), metrics }
 }

@@ -1,6 +1,7 @@
 //! The mesh: how rows reach the experts that are elsewhere.
 
 pub(crate) mod alive;
+pub(crate) mod blobs;
 pub(crate) mod dispatch;
 pub(crate) mod exchange;
 mod link;

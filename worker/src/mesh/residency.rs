@@ -339,7 +339,9 @@ impl State {
             let mut soon = self.soon.iter().copied().filter(|expert| !self.loading.contains(expert));
             soon.next().filter(|_| self.has_room())
         };
-        let next = self.missing().chain(displaced).find(again).or_else(soon);
+        let mut wanted = self.missing().chain(displaced);
+        let untried = self.missing().find(|expert| !self.failed.contains_key(expert) && again(expert));
+        let next = untried.or_else(|| wanted.find(again)).or_else(soon);
         next.map(|expert| Wish { expert, urgent: false })
     }
 

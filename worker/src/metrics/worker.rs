@@ -94,6 +94,7 @@ pub(crate) struct ExpertMetrics {
     pub(crate) resident_bytes: IntGauge,
     pub(crate) missing: IntGauge,
     pub(crate) drawn: IntCounter,
+    pub(crate) fetched: IntCounter,
     loads: IntCounterVec,
     loaded_bytes: IntCounter,
 }
@@ -120,6 +121,10 @@ impl ExpertMetrics {
             drawn: declare.counter(
                 "expertmesh_worker_drawn_bytes_total",
                 "Bytes of weights drawn from where the model is, headers of files included; 0 where all is in the cache.",
+            ),
+            fetched: declare.counter(
+                "expertmesh_worker_fetched_bytes_total",
+                "Bytes of packed weights that other workers gave from their caches.",
             ),
             loads,
             loaded_bytes: declare

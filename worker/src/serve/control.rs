@@ -23,6 +23,7 @@ use tonic::{Request, Response, Status};
 use super::run::{Command, Shared};
 use crate::identity::Identity;
 use crate::mesh;
+use crate::mesh::blobs::Peers;
 use crate::mesh::relief::Departure;
 use crate::mesh::residency::Residency;
 use crate::mesh::weights::Doubt;
@@ -49,6 +50,8 @@ pub(crate) struct WorkerState {
     pub(crate) commands: SyncSender<Command>,
     /// What weights are drawn by, where the model is elsewhere.
     pub(crate) drawn: Option<Arc<Drawn>>,
+    /// Whose caches are asked before.
+    pub(crate) siblings: Option<Arc<Peers>>,
     began: Instant,
     /// Whether all peers were asked once what they have read.
     greeted: AtomicBool,
@@ -72,7 +75,7 @@ pub(crate) fn shape(config: &ModelConfig, layout: Layout, weights: WeightFormat)
 impl WorkerState {
     pub(crate) fn new(
         identity: Identity,
-        (shape, drawn): (v1::ModelShape, Option<Arc<Drawn>>),
+        (shape, drawn, siblings): (v1::ModelShape, Option<Arc<Drawn>>, Option<Arc<Peers>>),
         placement: CurrentPlacement,
         (residency, mesh): (Arc<Residency>, Arc<mesh::alive::Shared>),
         shared: Arc<Shared>,
@@ -88,6 +91,7 @@ impl WorkerState {
             shared,
             commands,
             drawn,
+            siblings,
             began: Instant::now(),
             greeted: AtomicBool::new(false),
             drained,
@@ -262,6 +266,15 @@ impl WorkerState {
         if !mine.draining && *self.shared.departure.borrow() == Departure::Stays {
             self.set_draining(&turn, false);
         }
+    }
+
+    /// Goes on with what was told before this worker was there: to leave, and what was placed.
+    pub(super) fn goes_on(&self, draining: bool) {
+        if draining {
+            self.set_draining(&self.turn(), true);
+            return;
+        }
+        self.follow();
     }
 
     /// Resolves when something that a report says has changed.

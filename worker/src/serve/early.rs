@@ -42,7 +42,7 @@ impl Early {
         v1::ReportResponse {
             callee: Some(self.identity.caller(0)),
             slot: self.identity.slot.0,
-            state: State::Loading.into(),
+            state: if self.loading.is_draining() { State::Draining } else { State::Loading }.into(),
             reason: self.loading.reason(),
             epoch: placement.epoch().counter,
             term: placement.epoch().term,
@@ -75,6 +75,9 @@ impl Control for EarlyService {
         let placement = Placement::from_proto(placement)?;
         check_experts(&placement, &self.0.shape)?;
         self.0.placement.apply(placement)?;
+        self.0.loading.set_draining(false);
+        // It may have come about meanwhile, and followed what was before.
+        self.0.loading.worker.get().into_iter().for_each(|worker| worker.follow());
         Ok(Response::new(v1::ApplyPlacementResponse {}))
     }
 
@@ -112,6 +115,7 @@ impl Control for EarlyService {
             return ControlService(worker.clone()).drain(request).await;
         }
         self.0.identity.admit(request.into_inner().caller.as_ref())?;
-        Ok(Response::new(v1::DrainResponse {})) // it runs nothing
+        self.0.loading.set_draining(true); // it runs nothing
+        Ok(Response::new(v1::DrainResponse {}))
     }
 }

@@ -27,11 +27,14 @@ pub(super) async fn keep_health(state: Arc<WorkerState>, health: HealthReporter)
 /// Keeps the gauges of the worker at what it is.
 pub(super) async fn keep_gauges(state: Arc<WorkerState>, peers: Arc<Peers>) {
     let mut changes = state.changes();
-    let (metrics, mut drawn) = (state.shared.metrics.clone(), 0);
+    let (metrics, mut drawn, mut fetched) = (state.shared.metrics.clone(), 0, 0);
     loop {
         let by_now = state.drawn.as_ref().map_or(0, |drawn| drawn.bytes());
         metrics.experts.drawn.inc_by(by_now.saturating_sub(drawn));
         drawn = by_now;
+        let by_now = state.siblings.as_ref().map_or(0, |siblings| siblings.fetched());
+        metrics.experts.fetched.inc_by(by_now.saturating_sub(fetched));
+        fetched = by_now;
         let (residency, load) = (state.residency.snapshot(), *state.shared.load.borrow());
         metrics.engine.running.set(load.running.into());
         metrics.engine.waiting.set(load.waiting.into());

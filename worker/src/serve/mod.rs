@@ -24,10 +24,11 @@ use expertmesh_model::layout::budget::Layout;
 use expertmesh_proto::trust::identity::Component;
 
 use self::early::Early;
-use self::loading::Loading;
+use self::loading::{Loaded, Loading};
 use self::services::Services;
 use self::worker::{Capacity, Worker};
 use crate::identity::Identity;
+use crate::mesh::blobs::{BlobService, Peers};
 use crate::placement::CurrentPlacement;
 use crate::probes;
 use crate::process::{self, Addresses, Fatal};
@@ -64,6 +65,15 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     let trust = trust(&args.trust, Component::Worker, &registry)?;
     let identity = Identity { name: args.name.clone(), slot, incarnation, fingerprint, trust };
     let weights = identity.fingerprint.format.parse().unwrap_or(args.computed_as.weights);
+    let cache = tokio::select! {
+        cache = loading::open_cache(&found, weights) => cache?,
+        () = &mut stop => return Ok(ExitCode::SUCCESS),
+    };
+    let peers = Arc::new(Peers::new(identity.clone(), placement.clone()));
+    if let Some(cache) = cache.as_ref().filter(|_| found.elsewhere.is_some()) {
+        cache.ask(peers.clone());
+    }
+    let blobs = BlobService::new(identity.clone(), placement.clone(), cache.clone());
     let early = Early {
         identity: identity.clone(),
         shape: control::shape(&config, Layout::Cpu1, weights),
@@ -72,14 +82,19 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         commit: found.commit().unwrap_or_default().to_owned(),
         began,
     };
-    let services = Services::open(grpc, early);
+    loading.expect(early.shape.dense_bytes);
+    let services = Services::open(grpc, early, blobs).await;
     if let Some(path) = &args.announce {
         process::announce(path, addresses)?;
     }
     let commit = found.commit().map(str::to_owned);
-    let (with, so_far) = (args.computed_with, loading.clone());
+    let options = args.computed_as.with(args.computed_with);
+    let load = async {
+        loading::know_peers(&found, cache.as_deref(), &placement).await;
+        loading::for_processor(found.clone(), cache.clone(), options, loading.clone()).await
+    };
     let loaded = tokio::select! {
-        loaded = loading::for_processor(found.clone(), args.computed_as, with, so_far) => loaded?,
+        loaded = load => loaded?,
         () = &mut stop => return Ok(ExitCode::SUCCESS),
     };
     let capacity = Capacity {
@@ -89,6 +104,7 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         running: args.max_running.get(),
         waiting: args.max_waiting.get(),
     };
+    let loaded = Loaded { peers: Some(peers), ..loaded };
     let worker = Worker::start(loaded, identity, capacity, placement, &registry)?;
     let result = tokio::select! {
         result = worker.serve(services, stop, Duration::from_secs(args.drain_timeout)) => result,

@@ -1,4 +1,4 @@
-//! The gRPC services of a worker: `Control` from the moment its model is known, the others once the worker is there.
+//! The gRPC services of a worker: `Control` and `Blobs` from the moment its model is known, the others once the worker is there.
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};
@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
 use expertmesh_proto::channel::{self, ServeError};
+use expertmesh_proto::v1::blobs_server::BlobsServer;
 use expertmesh_proto::v1::control_server::ControlServer;
 use expertmesh_proto::v1::inference_server::InferenceServer;
 use futures::future::Either;
@@ -18,11 +19,13 @@ use tonic::codegen::Service;
 use tonic::codegen::http::{Request, Response};
 use tonic::server::NamedService;
 use tonic::service::Routes;
+use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use super::early::{Early, EarlyService};
 use super::inference::InferenceService;
 use super::loading::Loading;
+use crate::mesh::blobs::BlobService;
 use crate::mesh::exchange::ExchangeServer;
 
 /// The most bytes of a message of `Inference`: a prompt.
@@ -40,12 +43,16 @@ pub(super) struct Services {
 }
 
 impl Services {
-    pub(super) fn open(grpc: TcpListener, early: Early) -> Self {
+    pub(super) async fn open(grpc: TcpListener, early: Early, blobs: BlobService) -> Self {
         let (health, health_service) = tonic_health::server::health_reporter();
+        for service in ["", InferenceServer::<InferenceService>::NAME] {
+            health.set_service_status(service, ServingStatus::NotServing).await;
+        }
         let (loading, trust) = (early.loading.clone(), early.identity.trust.clone());
         let (exchange, inference) = (Late::default(), Late::default());
         let routes = Routes::new(health_service)
             .add_service(ControlServer::new(EarlyService(Arc::new(early))))
+            .add_service(BlobsServer::new(blobs))
             .add_service(exchange.clone())
             .add_service(inference.clone());
         let (finish, finished) = oneshot::channel::<()>();

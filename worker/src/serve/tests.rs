@@ -31,6 +31,7 @@ use crate::frontend::resume::{Patience, Sequence};
 use crate::frontend::sequence::{Generated, SequenceRequest, Step};
 use crate::frontend::workers::Workers;
 use crate::identity::{Identity, fingerprint_message};
+use crate::mesh::blobs::BlobService;
 use crate::metrics::frontend::FrontendMetrics;
 use crate::placement::CurrentPlacement;
 use crate::process::Fatal;
@@ -75,7 +76,7 @@ fn serve<B: Backend>(
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let result = runtime.block_on(async {
-            let loaded = Loaded { backend, weights: WeightFormat::Native, drawn: None };
+            let loaded = Loaded { backend, weights: WeightFormat::Native, drawn: None, peers: None };
             let early = Early {
                 identity: identity.clone(),
                 shape: shape(loaded.backend.config(), Layout::Cpu1, loaded.weights),
@@ -84,7 +85,8 @@ fn serve<B: Backend>(
                 commit: String::new(),
                 began: Instant::now(),
             };
-            let services = Services::open(TcpListener::from_std(listener).unwrap(), early);
+            let blobs = BlobService::new(identity.clone(), current.clone(), None);
+            let services = Services::open(TcpListener::from_std(listener).unwrap(), early, blobs).await;
             let worker = Worker::start(loaded, identity, CAPACITY, current, &Registry::new())?;
             worker.serve(services, pin!(std::future::pending()), Duration::ZERO).await
         });

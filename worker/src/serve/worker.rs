@@ -83,7 +83,7 @@ impl Worker {
         placement: CurrentPlacement,
         registry: &Registry,
     ) -> Result<Self, Fatal> {
-        let Loaded { backend, weights, drawn } = loaded;
+        let Loaded { backend, weights, drawn, peers: siblings } = loaded;
         let metrics = Arc::new(WorkerMetrics::new(registry));
         let config = backend.config();
         let Capacity { max_context, kv_cache_mib, experts_mib, running, waiting } = capacity;
@@ -107,7 +107,7 @@ impl Worker {
         let (commands, receiver) = sync_channel(COMMANDS);
         let state = WorkerState::new(
             identity.clone(),
-            (shape, drawn.clone()),
+            (shape, drawn.clone(), siblings),
             placement.clone(),
             (residency.clone(), peers.shared.clone()),
             shared.clone(),
@@ -155,7 +155,7 @@ impl Worker {
         let state = self.state.clone();
         services.complete(self.exchange.into_service(), self.inference);
         let _ = services.loading.worker.set(state.clone());
-        state.follow(); // what was placed up to this moment
+        state.goes_on(services.loading.is_draining());
         let Services { health, mut server, finish, .. } = services;
         tokio::spawn(keep_health(state.clone(), health));
         tracing::info!(slot = %state.identity.slot, "worker {} listens", state.identity.name);

@@ -131,7 +131,7 @@ impl CpuBackend {
 
     /// The same of a cache, into which what is missing is packed.
     pub fn cached(
-        cache: Cache,
+        cache: Arc<Cache>,
         options: &LoadOptions,
         progress: impl Fn(u64, u64) + Sync,
     ) -> Result<Self, ModelError> {
@@ -143,7 +143,7 @@ impl CpuBackend {
         let packed = cache.fill(&dense, &advance)?;
         // What was packed was counted piece by piece.
         let mut places = dense.into_iter();
-        Self::of(Source::Cached(Box::new(cache)), config, format, options, |bytes| {
+        Self::of(Source::Cached(cache), config, format, options, |bytes| {
             if places.next().is_none_or(|place| !packed.contains(&place)) {
                 advance(bytes);
             }

@@ -6,8 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
@@ -18,10 +19,12 @@ use expertmesh_model::packed::{Extent, Index, JOURNAL, extents};
 use memmap2::Mmap;
 use rayon::prelude::*;
 
-use super::directory::{Claim, Directory, failed};
+use super::directory::{Claim, Directory};
+use super::durable::failed;
 use super::packing::Packing;
 use super::prepare::identity;
-use super::supply::Supply;
+use super::supply::{Siblings, Sink, Supply};
+use super::turns::{For, Turn};
 use crate::checkpoint::Checkpoint;
 use crate::cpu::blob::Blob;
 use crate::mapping;
@@ -49,11 +52,75 @@ pub struct Cache {
     extents: BTreeMap<Place, Extent>,
     /// The files of blobs, by their names.
     files: HashMap<String, Kept>,
-    written: Mutex<Seen>,
+    seen: Mutex<Seen>,
     origin: Origin,
+    /// Asked before the origin is.
+    siblings: OnceLock<Arc<dyn Siblings>>,
+    /// What threads of this process pack now.
+    packing: Mutex<BTreeSet<Place>>,
     /// Opened where something is packed.
     checkpoint: Mutex<Option<Arc<Checkpoint>>>,
     tell: Tell,
+}
+
+/// Where a sibling's blob goes.
+struct Arriving<'a> {
+    file: &'a File,
+    extent: &'a Extent,
+    /// How many bytes came.
+    at: u64,
+    crc32c: u32,
+}
+
+impl Sink for Arriving<'_> {
+    fn begin(&mut self) {
+        (self.at, self.crc32c) = (0, 0);
+    }
+
+    fn take(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if self.at + bytes.len() as u64 <= self.extent.bytes {
+            self.file.write_all_at(bytes, self.extent.offset + self.at)?;
+        }
+        self.at += bytes.len() as u64; // of one that is too long as well: it is none then
+        self.crc32c = crc32c::crc32c_append(self.crc32c, bytes);
+        Ok(())
+    }
+}
+
+/// A place that a thread of this process packs, until this is dropped.
+struct Ours<'a>(&'a Mutex<BTreeSet<Place>>, Place);
+
+impl<'a> Ours<'a> {
+    fn new(packing: &'a Mutex<BTreeSet<Place>>, place: Place) -> Self {
+        locked(packing).insert(place);
+        Self(packing, place)
+    }
+}
+
+impl Drop for Ours<'_> {
+    fn drop(&mut self) {
+        locked(self.0).remove(&self.1);
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A blob of a cache, verified.
+pub struct Held {
+    blob: Blob,
+    crc32c: u32,
+}
+
+impl Held {
+    pub fn bytes(&self) -> &[u8] {
+        self.blob.bytes()
+    }
+
+    pub fn crc32c(&self) -> u32 {
+        self.crc32c
+    }
 }
 
 /// A file of blobs, as long as it will be: what was not packed is a hole.
@@ -97,14 +164,61 @@ impl Cache {
             directory,
             extents,
             files,
-            written: Mutex::new(Seen { blobs: written, read: 0 }),
+            seen: Mutex::new(Seen { blobs: written, read: 0 }),
             origin,
+            siblings: OnceLock::new(),
+            packing: Mutex::default(),
             checkpoint: Mutex::new(None),
             tell,
         };
         // From here on a line of the journal is news: what it said before may turn out to be damaged.
         cache.look()?;
         Ok(cache)
+    }
+
+    /// Has these asked for blobs before the origin is. The first that are given stay.
+    pub fn ask(&self, siblings: Arc<dyn Siblings>) {
+        let _ = self.siblings.set(siblings);
+    }
+
+    /// Whether all that is no routed expert was packed.
+    pub fn has_dense(&self) -> bool {
+        let seen = self.seen();
+        let is_dense = |place: &&Place| !matches!(place, Place::Expert(..));
+        self.extents.keys().filter(is_dense).all(|place| seen.blobs.contains_key(place))
+    }
+
+    /// Whether the model has such a blob.
+    pub fn knows(&self, place: Place) -> bool {
+        self.extents.contains_key(&place)
+    }
+
+    /// A blob that was packed, whole; none where it was not, or is no more.
+    ///
+    /// # Errors
+    /// `UnknownExpert`, or of the disk.
+    pub fn held(&self, place: Place) -> Result<Option<Held>, ModelError> {
+        let kept = self.kept(place)?;
+        Ok(kept.map(|(blob, crc32c)| Held { blob, crc32c }))
+    }
+
+    /// The same for a sibling, which waits for it: it is packed where nobody packs it, and none where another process does. That one may be
+    /// the sibling itself, with this very directory.
+    ///
+    /// # Errors
+    /// Of the origin, too.
+    pub fn offer(&self, place: Place) -> Result<Option<Held>, ModelError> {
+        if let Some(held) = self.held(place)? {
+            return Ok(Some(held));
+        }
+        let is_ours = locked(&self.packing).contains(&place);
+        let turn = match is_ours {
+            true => Some(self.directory.turns.wait(&For::Place(place))?),
+            false => self.directory.turns.try_now(&For::Place(place))?,
+        };
+        let Some(turn) = turn else { return Ok(None) };
+        let (blob, crc32c) = self.packed_by(turn, place, &|_| ())?;
+        Ok(Some(Held { blob, crc32c }))
     }
 
     /// The format of the blobs; never `native`.
@@ -153,13 +267,27 @@ impl Cache {
 
     /// What no other process has packed by now is packed; its own turn at that.
     fn packed(&self, place: Place, progress: &(dyn Fn(u64) + Sync)) -> Result<(Blob, u32), ModelError> {
-        let _turn = self.directory.turn(place)?;
+        let turn = self.directory.turns.wait(&For::Place(place))?;
+        self.packed_by(turn, place, progress)
+    }
+
+    /// The same by who has the turn.
+    fn packed_by(
+        &self,
+        _turn: Turn,
+        place: Place,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<(Blob, u32), ModelError> {
+        let _ours = Ours::new(&self.packing, place);
         self.look()?;
         if let Some(kept) = self.kept(place)? {
             return Ok(kept);
         }
         let Some(extent) = self.extents.get(&place) else { return Err(unknown(place)) };
         let Kept { path, file, .. } = &self.files[&extent.file];
+        if let Some(crc32c) = self.fetched(place, extent, progress)? {
+            return self.written(place, crc32c);
+        }
         let (checkpoint, plan) = (self.checkpoint()?, Plan::new(&self.config, self.weights));
         let supply = match &self.origin {
             Origin::Directory(_) => None,
@@ -167,10 +295,33 @@ impl Cache {
         };
         let packing = Packing { checkpoint: &checkpoint, supply, progress };
         let crc32c = packing.pack(&plan.parts(place), (path, file), extent)?;
+        self.written(place, crc32c)
+    }
+
+    /// Has a sibling's blob in its place; its checksum, where one of them gave it whole.
+    fn fetched(
+        &self,
+        place: Place,
+        extent: &Extent,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<Option<u32>, ModelError> {
+        let Some(siblings) = self.siblings.get() else { return Ok(None) };
+        let Kept { path, file, .. } = &self.files[&extent.file];
+        let mut sink = Arriving { file, extent, at: 0, crc32c: 0 };
+        let told = siblings.fetch(place, &mut sink).map_err(|error| failed(path, error))?;
+        let is_whole = told == Some(sink.crc32c) && sink.at == extent.bytes;
+        if is_whole {
+            progress(extent.bytes);
+        }
+        Ok(told.filter(|_| is_whole))
+    }
+
+    /// Notes that a blob is in its place.
+    fn written(&self, place: Place, crc32c: u32) -> Result<(Blob, u32), ModelError> {
         self.directory.journal.add(place, crc32c).map_err(|error| self.of_journal(error))?;
         self.seen().blobs.insert(place, crc32c);
-        let what = format!("{place} is not what was written a moment ago");
-        self.kept(place)?.ok_or_else(|| failed(path, what))
+        let what = || failed(&self.directory.path, format!("{place} is not what was written a moment ago"));
+        self.kept(place)?.ok_or_else(what)
     }
 
     /// A blob that was packed, where it is whole.
@@ -207,7 +358,7 @@ impl Cache {
     }
 
     fn checkpoint(&self) -> Result<Arc<Checkpoint>, ModelError> {
-        let mut opened = self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut opened = locked(&self.checkpoint);
         if let Some(checkpoint) = &*opened {
             return Ok(checkpoint.clone());
         }
@@ -224,7 +375,7 @@ impl Cache {
     }
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.seen)
     }
 
     fn of_journal(&self, error: std::io::Error) -> ModelError {

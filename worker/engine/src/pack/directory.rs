@@ -10,17 +10,13 @@ use expertmesh_model::files::{self, FileError};
 use expertmesh_model::layout::plan::Place;
 use expertmesh_model::packed::{COPIED, Extent, INDEX, Identity, Index, JOURNAL, is_packed};
 
-use super::durable::write_whole;
+use super::durable::{failed, write_whole};
 use super::journal::{Journal, Written};
 use super::supply::DRAWN;
+use super::turns::{For, TURNS, Turns};
 
 /// Held alone by who prepares, and together by those who pack blob by blob.
 const LOCK: &str = "packed.lock";
-/// What the names of files begin with that are held while one blob is packed, or the journal begun.
-const TURN: &str = "packed.turn-";
-/// How many such files there are: blobs share them, so that one sometimes waits for another without need.
-const TURNS: usize = 64;
-
 /// How a directory is claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Claim {
@@ -30,14 +26,11 @@ pub(super) enum Claim {
     Together,
 }
 
-pub(super) fn failed(path: &Path, problem: impl ToString) -> ModelError {
-    ModelError::PrepareFailed { path: path.to_owned(), problem: problem.to_string() }
-}
-
 /// A directory, claimed until this is dropped or the process ends.
 pub(super) struct Directory {
     pub(super) path: PathBuf,
     pub(super) journal: Journal,
+    pub(super) turns: Turns,
     _lock: File,
 }
 
@@ -72,7 +65,8 @@ impl Directory {
             TryLockError::WouldBlock => failed(path, "another process prepares it now"),
             TryLockError::Error(error) => failed(&path.join(LOCK), error),
         })?;
-        let _turn = turn(path, 0)?;
+        let turns = Turns::of(path);
+        let _turn = turns.wait(&For::Journal)?;
         let index = Index::read(path)?;
         let journal = Journal::read(path).map_err(|error| failed(&path.join(JOURNAL), error))?;
         let held = index.iter().map(|index| &index.identity);
@@ -89,17 +83,7 @@ impl Directory {
         let journal =
             Journal::open(path, identity, begun).map_err(|error| failed(&path.join(JOURNAL), error))?;
         copy(model, path)?;
-        Ok((Self { path: path.to_owned(), journal, _lock: lock }, written))
-    }
-
-    /// Waits until no process packs a place's blob here; holds others off it until what it returns is dropped.
-    pub(super) fn turn(&self, place: Place) -> Result<File, ModelError> {
-        let number = match place {
-            Place::Ends => 0,
-            Place::Layer(layer) => layer,
-            Place::Expert(layer, expert) => layer + expert as usize,
-        };
-        turn(&self.path, number % TURNS)
+        Ok((Self { path: path.to_owned(), journal, turns, _lock: lock }, written))
     }
 
     /// The files of blobs, by their names, as long as they will be.
@@ -154,8 +138,7 @@ fn copy(model: &Path, to: &Path) -> Result<(), ModelError> {
 fn foreign(directory: &Path) -> io::Result<Option<String>> {
     for entry in fs::read_dir(directory)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
-        let is_ours =
-            [LOCK, DRAWN].contains(&name.as_str()) || name.starts_with(JOURNAL) || name.starts_with(TURN);
+        let is_ours = [LOCK, TURNS, DRAWN].contains(&name.as_str()) || name.starts_with(JOURNAL);
         if !is_ours {
             return Ok(Some(name));
         }
@@ -166,11 +149,4 @@ fn foreign(directory: &Path) -> io::Result<Option<String>> {
 fn open_lock(path: &Path) -> Result<File, ModelError> {
     let opened = File::options().write(true).create(true).truncate(false).open(path);
     opened.map_err(|error| failed(path, error))
-}
-
-fn turn(directory: &Path, number: usize) -> Result<File, ModelError> {
-    let path = directory.join(format!("{TURN}{number:02}"));
-    let file = open_lock(&path)?;
-    file.lock().map_err(|error| failed(&path, error))?;
-    Ok(file)
 }

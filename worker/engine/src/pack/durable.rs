@@ -3,6 +3,13 @@
 use std::path::Path;
 use std::{fs, io};
 
+use expertmesh_model::error::ModelError;
+
+/// What became of a packed model's file that could not be written, or read again.
+pub(super) fn failed(path: &Path, problem: impl ToString) -> ModelError {
+    ModelError::PrepareFailed { path: path.to_owned(), problem: problem.to_string() }
+}
+
 /// Writes a file beside `path` and renames it, both durable in the end.
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;

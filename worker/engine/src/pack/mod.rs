@@ -8,7 +8,7 @@
 //! | `config.json`, `tokenizer.json`, … | copies of the checkpoint's |
 //! | `packed.journal` | the blobs that were written and the index does not name: while `prepare` runs, after it was killed, and in a cache |
 //! | `packed.lock` | locked by the one process that prepares, or by those together that use it as a cache |
-//! | `packed.turn-NN` | locked in a cache while a blob is packed |
+//! | `packed.turns` | in a cache: a byte of it is locked while a blob is packed |
 //!
 //! A blob begins on a page and has the bytes that [`Plan`](expertmesh_model::layout::plan::Plan) says, so that the index states no
 //! shapes. Numerics are not in it either: they say how the same weights are added.
@@ -22,3 +22,4 @@ mod packing;
 pub(crate) mod prepare;
 pub(crate) mod source;
 pub(crate) mod supply;
+mod turns;

@@ -10,7 +10,7 @@ use expertmesh_model::error::ModelError;
 use expertmesh_model::layout::plan::Parts;
 use expertmesh_model::packed::Extent;
 
-use super::directory::failed;
+use super::durable::failed;
 use super::supply::{NotBrought, Supply};
 use crate::checkpoint::Checkpoint;
 use crate::cpu::packing::{pack_pieces, tensors_of};
@@ -47,29 +47,38 @@ impl Packing<'_> {
             at = range.end;
             Ok(())
         };
-        let brought = self.bring(parts)?;
+        let _brought = self.bring(parts)?;
         pack_pieces(self.checkpoint, parts, &mut write)?;
         write(parts.bytes()..parts.bytes(), &|_| ())?;
-        self.checkpoint.release();
-        for (supply, path, range) in brought {
-            supply.give_back(path, range);
-        }
         Ok(crc)
     }
 
     /// Has all that a blob is packed from in its place.
     fn bring(&self, parts: &Parts) -> Result<Brought<'_>, ModelError> {
-        let Some(supply) = self.supply else { return Ok(vec![]) };
         let ranges = self.checkpoint.ranges(&tensors_of(parts));
-        for (path, range) in &ranges {
-            supply.bring(path, range.clone())?;
+        let brought = Brought { checkpoint: self.checkpoint, supply: self.supply, ranges };
+        if let Some(supply) = self.supply {
+            brought.ranges.iter().try_for_each(|(path, range)| supply.bring(path, range.clone()))?;
         }
-        Ok(ranges.into_iter().map(|(path, range)| (supply, path, range)).collect())
+        Ok(brought)
     }
 }
 
-/// Ranges of files that a supply brought.
-type Brought<'a> = Vec<(&'a dyn Supply, &'a Path, Range<u64>)>;
+/// Ranges of files that a supply brings; given back where they were used, and where they were not.
+struct Brought<'a> {
+    checkpoint: &'a Checkpoint,
+    supply: Option<&'a dyn Supply>,
+    ranges: Vec<(&'a Path, Range<u64>)>,
+}
+
+impl Drop for Brought<'_> {
+    fn drop(&mut self) {
+        self.checkpoint.release();
+        for (path, range) in &self.ranges {
+            self.supply.iter().for_each(|supply| supply.give_back(path, range.clone()));
+        }
+    }
+}
 
 impl From<NotBrought> for ModelError {
     fn from(NotBrought { reason, problem }: NotBrought) -> Self {

@@ -19,7 +19,8 @@ use expertmesh_model::numerics::Numerics;
 use expertmesh_model::packed::{CheckpointFingerprint, Extent, Identity, Index, JOURNAL, LAYOUT, extents};
 use rayon::prelude::*;
 
-use super::directory::{Claim, Directory, Opened, failed};
+use super::directory::{Claim, Directory, Opened};
+use super::durable::failed;
 use super::journal::Journal;
 use super::packing::{Packing, checksum};
 use super::supply::Supply;

@@ -1,6 +1,7 @@
 //! Where a backend's blobs come from: a checkpoint, a packed model, or one that grows.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
@@ -20,7 +21,7 @@ pub(crate) enum Source {
     /// A packed model, whose blobs are mapped.
     Packed(PackedModel),
     /// A packed model, whose blobs are packed where they are not there yet.
-    Cached(Box<Cache>),
+    Cached(Arc<Cache>),
 }
 
 impl Source {

@@ -4,17 +4,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use expertmesh_engine::{
-    Backend, Cache, CpuBackend, ExpertStore, LoadOptions, NotBrought, Origin, PrepareOptions, Supply,
-    fingerprint_of, prepare,
+    Backend, Cache, CpuBackend, ExpertStore, LoadOptions, NotBrought, Origin, PrepareOptions, Siblings, Sink,
+    Supply, fingerprint_of, prepare,
 };
 use expertmesh_model::config::model::ModelConfig;
 use expertmesh_model::error::ModelError;
 use expertmesh_model::expert::ExpertId;
 use expertmesh_model::format::WeightFormat;
 use expertmesh_model::layout::budget::Layout;
+use expertmesh_model::layout::plan::Place;
 use expertmesh_model::numerics::Numerics;
 
 use super::packed::{Copied, Out, checkpoint, computed, header, options, with_all_experts};
@@ -34,7 +36,7 @@ fn open(out: &Out, supply: Arc<dyn Supply>, told: &Told) -> Result<Cache, ModelE
 }
 
 fn load(out: &Out, supply: Arc<dyn Supply>, told: &Told) -> Result<CpuBackend, ModelError> {
-    CpuBackend::cached(open(out, supply, told)?, &LoadOptions::default(), |_, _| ())
+    CpuBackend::cached(Arc::new(open(out, supply, told)?), &LoadOptions::default(), |_, _| ())
 }
 
 fn all_experts() -> Vec<ExpertId> {
@@ -156,11 +158,76 @@ fn prepare_waits_for_nobody_and_makes_a_model_of_what_a_cache_has() {
     let options = PrepareOptions { supply: Some(copied.clone()), ..options(FORMAT) };
     let error = prepare(&checkpoint(GOLDEN), &out.0, &options, &|_, _| ()).unwrap_err();
     assert_eq!(out.reported(error).1, "OUT: another process uses it as a cache");
-    let backend = CpuBackend::cached(cache, &LoadOptions::default(), |_, _| ()).unwrap();
+    let backend = CpuBackend::cached(Arc::new(cache), &LoadOptions::default(), |_, _| ()).unwrap();
     let bytes = Layout::Cpu1.dense_bytes(backend.config(), FORMAT);
     drop(backend);
     let prepared = prepare(&checkpoint(GOLDEN), &out.0, &options, &|_, _| ()).unwrap();
     assert_eq!(prepared.kept, bytes);
     assert!(blobs(&out) == expected());
     with_all_experts(load(&out, Arc::new(Gone), &told).unwrap());
+}
+
+/// Another cache, some of whose blobs are not given, or damaged on their way.
+struct Sibling {
+    cache: Cache,
+    /// Which they are, and how often it was asked.
+    gives: fn(Place) -> Gives,
+    asked: AtomicUsize,
+}
+
+#[derive(PartialEq)]
+enum Gives {
+    All,
+    Nothing,
+    /// The last byte is another.
+    Damaged,
+    /// It ends before the last byte.
+    Half,
+}
+
+impl Siblings for Sibling {
+    fn fetch(&self, place: Place, sink: &mut dyn Sink) -> std::io::Result<Option<u32>> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let held = self.cache.offer(place).unwrap().unwrap();
+        let mut bytes = held.bytes().to_vec();
+        sink.begin();
+        sink.take(&bytes[..bytes.len() / 3])?; // by one that breaks off
+        sink.begin();
+        match (self.gives)(place) {
+            Gives::All => {}
+            Gives::Nothing => return Ok(None),
+            Gives::Damaged => *bytes.last_mut().unwrap() ^= 1,
+            Gives::Half => bytes.truncate(bytes.len() / 2),
+        }
+        bytes.chunks(1000).try_for_each(|part| sink.take(part))?;
+        Ok(Some(held.crc32c()))
+    }
+}
+
+#[test]
+fn what_a_sibling_has_is_not_drawn_again_and_what_it_gives_wrong_is() {
+    let told = Told::default();
+    let (theirs, ours) = (Out::new("cache-theirs"), Out::new("cache-ours"));
+    let gives = |place| match place {
+        Place::Expert(_, 0) => Gives::Nothing,
+        Place::Expert(_, 1) => Gives::Damaged,
+        Place::Expert(_, 2) => Gives::Half,
+        _ => Gives::All,
+    };
+    let cache = open(&theirs, Arc::new(Copied::new(GOLDEN, "theirs")), &told).unwrap();
+    let sibling = Arc::new(Sibling { cache, gives, asked: AtomicUsize::new(0) });
+    let copied = Arc::new(Copied::new(GOLDEN, "ours"));
+    let cache = Arc::new(open(&ours, copied.clone(), &told).unwrap());
+    cache.ask(sibling.clone());
+    let backend = CpuBackend::cached(cache.clone(), &LoadOptions::default(), |_, _| ()).unwrap();
+    assert_eq!(*copied.brought.lock().unwrap(), 0, "the dense part was drawn");
+    backend.fill(&all_experts(), &|_| ()).unwrap();
+    let brought = *copied.brought.lock().unwrap();
+    let all = fs::metadata(checkpoint(GOLDEN).join("model.safetensors")).unwrap().len();
+    assert!(0 < brought && brought < all / 2, "{brought} of {all} bytes");
+    assert!(blobs(&ours) == expected(), "the bytes differ");
+    let asked = sibling.asked.load(Ordering::SeqCst);
+    with_all_experts(backend);
+    assert_eq!(sibling.asked.load(Ordering::SeqCst), asked, "what is here is not asked for");
+    assert!(cache.has_dense());
 }
