@@ -31,7 +31,7 @@ pub(crate) struct Model {
         "'spec.model.revision (' + self + ') must be a branch, a tag or a commit'".into()
     )))]
     pub(crate) revision: Option<String>,
-    /// The hub, where it is not https://huggingface.co.
+    /// The hub, where it is not huggingface.co.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
     #[x_kube(validation = Rule::new("self.matches('^https?://[^/ ]+(/[^ ]*)?$')").message(Message::Expression(

@@ -18,6 +18,7 @@ use expertmesh_decide::observation::{Commit, Failure, Member, Observation, Seen}
 use expertmesh_decide::report::State;
 use expertmesh_proto::placement::Placement;
 use expertmesh_proto::slot::Slot;
+use expertmesh_source::located::is_commit;
 use jiff::Timestamp;
 use k8s_openapi::api::apps::v1::StatefulSet;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
@@ -156,7 +157,8 @@ impl KubernetesFleet {
         let mut data = map.and_then(|map| map.data).unwrap_or_default();
         if self.is_floating {
             // Of a revision that ran before, its record knows.
-            let known = data.remove(COMMIT_KEY).or_else(|| self.recorded.clone());
+            let known =
+                data.remove(COMMIT_KEY).filter(|commit| is_commit(commit)).or_else(|| self.recorded.clone());
             self.recorded.clone_from(&known);
             self.commit = known.map_or(Commit::Wanted, Commit::Known);
         }

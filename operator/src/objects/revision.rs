@@ -78,7 +78,7 @@ impl Revision {
         let written = serde_json::from_value(record.data.as_ref()?.0.clone()).ok()?;
         let lacks = |annotation| record.annotations().contains_key(annotation);
         let (is_proven, is_tried) = (!lacks(UNPROVEN), !lacks(UNTRIED));
-        let commit = record.annotations().get(COMMIT).cloned();
+        let commit = record.annotations().get(COMMIT).filter(|commit| is_commit(commit)).cloned();
         Some(Self { hash, number: record.revision, is_proven, is_tried, commit, ..written })
     }
 

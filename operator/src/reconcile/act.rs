@@ -1,7 +1,7 @@
 //! Decides on each revision, applies its objects, and does what was decided.
 
 use expertmesh_decide::action::{Action, Decision, Desired};
-use expertmesh_decide::observation::Commit;
+use expertmesh_decide::observation::{Commit, Seen};
 use expertmesh_decide::placement::moved;
 use expertmesh_decide::step;
 use jiff::Timestamp;
@@ -78,11 +78,15 @@ fn size<'a>(deployment: &ValidatedDeployment, observed: &'a Observed) -> Size<'a
     let (seen, desired) = (&observed.seen, deployment.desired.workers);
     let is_wanted = seen.commit == Commit::Wanted;
     let begin = if is_wanted { desired.min(1) } else { desired };
-    let is_first = is_wanted && seen.frontends.is_empty();
+    let follows = |frontend: &Seen| frontend.report.as_ref().is_some_and(|report| !report.epoch.is_none());
+    let has_served = seen.frontends.iter().any(follows);
     Size {
         workers: if seen.size > 0 { seen.size } else { begin },
         // Which commit it is one process finds out: a frontend, where no worker is to run.
-        frontends: if is_first { u32::from(desired == 0) } else { deployment.frontends },
+        frontends: match is_wanted && !has_served {
+            true => u32::from(desired == 0 || !seen.frontends.is_empty()),
+            false => deployment.frontends,
+        },
         commit: seen.commit.known(),
         placement: Some(&seen.placement).filter(|placement| !placement.epoch().is_none()),
     }

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use expertmesh_engine::{Cache, Held, Siblings, Sink};
@@ -22,8 +22,8 @@ use expertmesh_proto::v1;
 use expertmesh_proto::v1::blobs_client::BlobsClient;
 use expertmesh_proto::v1::blobs_server::Blobs;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
@@ -38,15 +38,20 @@ const ASKED: usize = 3;
 /// The most bytes of a message.
 const PART: usize = 1 << 20;
 /// Messages that wait for a slow reader.
-const AHEAD: usize = 4;
-/// Blobs that are given at the same time; who comes then goes to another, or to the source.
-const GIVEN: usize = 32;
+const AHEAD: usize = 1;
+/// Blobs that are given at the same time, and that are packed for others: each takes a piece of it in memory.
+const GIVEN: usize = 8;
+const PACKED: usize = 2;
 const CONNECT: Connect = Connect { timeout: Duration::from_secs(2), keepalive: None, bulk: true };
 /// How long a process waits for peers that may be starting as it is.
 const STARTING: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_millis(500);
-/// How long the next part may take: an owner may have to draw the blob first.
-const STALL: Duration = Duration::from_secs(120);
+/// Who packs a blob for another says so often that it lives.
+const BEAT: Duration = Duration::from_secs(2);
+/// Who says nothing for so long gives nothing.
+const SILENT: Duration = Duration::from_secs(10);
+/// How long a peer that could not be reached, or fell silent, is not asked again.
+const AVOIDED: Duration = Duration::from_secs(60);
 
 /// The workers that may have a blob, its owner first; empty where the placement puts it nowhere.
 fn holders(placement: &Placement, place: Place) -> Vec<Slot> {
@@ -84,15 +89,27 @@ pub(crate) struct Peers {
     placement: CurrentPlacement,
     runtime: Handle,
     channels: Mutex<BTreeMap<String, Channel>>,
+    /// Until when peers are not asked.
+    avoided: Mutex<BTreeMap<Slot, Instant>>,
     began: Instant,
     fetched: AtomicU64,
+    /// Whether this process ends.
+    ends: watch::Sender<bool>,
 }
 
 impl Peers {
     /// To be called where there is a runtime.
     pub(crate) fn new(identity: Identity, placement: CurrentPlacement) -> Self {
-        let (runtime, began) = (Handle::current(), Instant::now());
-        Self { identity, placement, runtime, channels: Mutex::default(), began, fetched: AtomicU64::new(0) }
+        Self {
+            identity,
+            placement,
+            runtime: Handle::current(),
+            channels: Mutex::default(),
+            avoided: Mutex::default(),
+            began: Instant::now(),
+            fetched: AtomicU64::new(0),
+            ends: watch::Sender::new(false),
+        }
     }
 
     /// Bytes that others gave.
@@ -100,28 +117,29 @@ impl Peers {
         self.fetched.load(Ordering::Relaxed)
     }
 
+    /// Asks nobody any more: the runtime is about to end.
+    pub(crate) fn end(&self) {
+        self.ends.send_replace(true);
+    }
+
     async fn ask(&self, place: Place, sink: &mut dyn Sink) -> io::Result<Option<u32>> {
-        let placement = self.placement.get();
         let mine = self.identity.slot;
-        let holders = holders(&placement, place);
+        let holders = holders(&self.placement.get(), place);
         let owner = holders.first().copied();
         for slot in holders.into_iter().filter(|slot| *slot != mine).take(ASKED) {
-            let addresses = placement.worker(slot).map(|worker| worker.addresses.clone());
-            let Some(address) = addresses.and_then(|addresses| addresses.into_iter().next()) else {
-                continue;
-            };
-            loop {
-                match self.fetch_from(&address, place, sink).await {
+            let is_owner = owner == Some(slot);
+            while !self.is_avoided(slot) {
+                match self.ask_at_each_address(slot, (place, is_owner), sink).await {
                     Ok(crc32c) => return Ok(Some(crc32c)),
                     Err(Failed::Sink(error)) => return Err(error),
+                    Err(Failed::Peer(status)) if status.code() == Code::NotFound => break,
+                    Err(Failed::Peer(status)) if is_owner && self.began.elapsed() < STARTING => {
+                        tracing::debug!(%slot, %place, %status, "not given yet");
+                        sleep(AGAIN).await;
+                    }
                     Err(Failed::Peer(status)) => {
-                        self.lock().remove(&address);
-                        let starts = self.began.elapsed() < STARTING && status.code() == Code::Unavailable;
-                        if !(starts && owner == Some(slot)) {
-                            tracing::debug!(%slot, %place, %status, "not given");
-                            break;
-                        }
-                        tokio::time::sleep(AGAIN).await;
+                        tracing::info!(%slot, %place, %status, "not asked for a minute");
+                        locked(&self.avoided).insert(slot, Instant::now() + AVOIDED);
                     }
                 }
             }
@@ -129,41 +147,80 @@ impl Peers {
         Ok(None)
     }
 
-    async fn fetch_from(&self, address: &str, place: Place, sink: &mut dyn Sink) -> Result<u32, Failed> {
+    fn is_avoided(&self, slot: Slot) -> bool {
+        locked(&self.avoided).get(&slot).is_some_and(|until| Instant::now() < *until)
+    }
+
+    /// Asks a worker where the placement of this moment has it.
+    async fn ask_at_each_address(
+        &self,
+        slot: Slot,
+        what: (Place, bool),
+        sink: &mut dyn Sink,
+    ) -> Result<u32, Failed> {
+        let placement = self.placement.get();
+        let addresses = placement.worker(slot).map(|worker| worker.addresses.clone()).unwrap_or_default();
+        let mut failed = Failed::Peer(Status::not_found("it has no address"));
+        for address in addresses {
+            match self.fetch_from(&address, what, sink).await {
+                Err(Failed::Peer(status)) if status.code() != Code::NotFound => {
+                    locked(&self.channels).remove(&address);
+                    failed = Failed::Peer(status);
+                }
+                answered => return answered,
+            }
+        }
+        Err(failed)
+    }
+
+    async fn fetch_from(
+        &self,
+        address: &str,
+        (place, pack): (Place, bool),
+        sink: &mut dyn Sink,
+    ) -> Result<u32, Failed> {
         let channel = self.channel(address).await?;
         let (layer, expert) = match place {
             Place::Ends => (None, None),
             Place::Layer(layer) => (Some(layer as u32), None),
             Place::Expert(layer, expert) => (Some(layer as u32), Some(expert)),
         };
-        let request = v1::FetchRequest { caller: Some(self.identity.caller(0)), layer, expert };
-        let late = |_| Status::deadline_exceeded("it gives nothing");
-        let opened = timeout(STALL, BlobsClient::new(channel).fetch(request)).await;
-        let mut parts = opened.map_err(late)??.into_inner();
+        let request = v1::FetchRequest { caller: Some(self.identity.caller(0)), layer, expert, pack };
+        let silent = |_| Status::deadline_exceeded("it says nothing");
+        let opened = timeout(SILENT, BlobsClient::new(channel).fetch(request)).await;
+        let mut parts = opened.map_err(silent)??.into_inner();
         let mut crc32c = None;
         sink.begin();
-        while let Some(part) = timeout(STALL, parts.message()).await.map_err(late)?? {
+        while let Some(part) = timeout(SILENT, parts.message()).await.map_err(silent)?? {
+            if part.bytes.is_empty() {
+                continue; // it packs the blob
+            }
             sink.take(&part.bytes).map_err(Failed::Sink)?;
             self.fetched.fetch_add(part.bytes.len() as u64, Ordering::Relaxed);
             crc32c = Some(part.crc32c);
         }
-        crc32c.ok_or_else(|| Failed::Peer(Status::data_loss("an empty blob")))
+        crc32c.ok_or_else(|| Failed::Peer(Status::not_found("an empty blob")))
     }
 
     async fn channel(&self, address: &str) -> Result<Channel, Failed> {
-        if let Some(channel) = self.lock().get(address) {
+        if let Some(channel) = locked(&self.channels).get(address) {
             return Ok(channel.clone());
         }
         let callee = self.identity.peer();
         let connected = connect(address, &CONNECT, callee.as_ref()).await;
         let channel = connected.map_err(|error| Failed::Peer(Status::unavailable(error.to_string())))?;
-        self.lock().insert(address.to_owned(), channel.clone());
+        let placement = self.placement.get();
+        let is_placed =
+            |address: &String| placement.workers().iter().any(|worker| worker.addresses.contains(address));
+        let mut channels = locked(&self.channels);
+        channels.retain(|address, _| is_placed(address));
+        channels.insert(address.to_owned(), channel.clone());
         Ok(channel)
     }
+}
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Channel>> {
-        self.channels.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why a peer's blob did not come.
@@ -181,67 +238,102 @@ impl From<Status> for Failed {
 
 impl Siblings for Peers {
     fn fetch(&self, place: Place, sink: &mut dyn Sink) -> io::Result<Option<u32>> {
-        self.runtime.block_on(self.ask(place, sink))
+        let mut ends = self.ends.subscribe();
+        if *ends.borrow_and_update() {
+            return Ok(None);
+        }
+        self.runtime.block_on(async {
+            tokio::select! {
+                asked = self.ask(place, sink) => asked,
+                _ = ends.changed() => Ok(None),
+            }
+        })
     }
 }
 
 /// Gives blobs of this worker's cache.
-pub(crate) struct BlobService {
+pub(crate) struct BlobService(Arc<Giving>);
+
+struct Giving {
     identity: Identity,
     placement: CurrentPlacement,
     cache: Option<Arc<Cache>>,
-    given: Arc<Semaphore>,
+    given: Semaphore,
+    packed: Semaphore,
 }
 
 impl BlobService {
     /// Without a cache it has nothing to give.
     pub(crate) fn new(identity: Identity, placement: CurrentPlacement, cache: Option<Arc<Cache>>) -> Self {
-        Self { identity, placement, cache, given: Arc::new(Semaphore::new(GIVEN)) }
+        let (given, packed) = (Semaphore::new(GIVEN), Semaphore::new(PACKED));
+        Self(Arc::new(Giving { identity, placement, cache, given, packed }))
     }
 }
+
+type Parts = mpsc::Sender<Result<v1::FetchResponse, Status>>;
 
 #[tonic::async_trait]
 impl Blobs for BlobService {
     type FetchStream = ReceiverStream<Result<v1::FetchResponse, Status>>;
 
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
-        let v1::FetchRequest { caller, layer, expert } = request.into_inner();
-        self.identity.admit_peer(caller.as_ref())?;
+        let v1::FetchRequest { caller, layer, expert, pack } = request.into_inner();
+        self.0.identity.admit_peer(caller.as_ref())?;
         let place = match (layer, expert) {
             (None, None) => Place::Ends,
             (Some(layer), None) => Place::Layer(layer as usize),
             (Some(layer), Some(expert)) => Place::Expert(layer as usize, expert),
             (None, Some(_)) => return Err(Status::invalid_argument("expert: of no layer")),
         };
-        let cache = self.cache.clone().ok_or_else(|| Status::not_found("this worker has no cache"))?;
+        let cache = self.0.cache.clone().ok_or_else(|| Status::not_found("this worker has no cache"))?;
         if !cache.knows(place) {
             return Err(Status::invalid_argument(format!("{place}: the model has none")));
         }
-        let permit = self.given.clone().try_acquire_owned();
-        let permit = permit.map_err(|_| Status::resource_exhausted("it gives as much as it may"))?;
-        let is_owner = owns(&self.placement.get(), place, self.identity.slot);
-        let held = tokio::task::spawn_blocking(move || match is_owner {
-            true => cache.offer(place),
-            false => cache.held(place),
-        });
-        let held = held.await.map_err(|error| Status::internal(error.to_string()))?;
-        let failed = |error: ModelError| Status::internal(error.to_string());
-        let held = held.map_err(failed)?;
-        let held = held.ok_or_else(|| Status::not_found(format!("{place} is not here")))?;
+        // Both have to think so: of two that take each other for the owner, each would wait for the other.
+        let packs = pack && owns(&self.0.placement.get(), place, self.0.identity.slot);
         let (parts, receiver) = mpsc::channel(AHEAD);
+        let giving = self.0.clone();
         tokio::spawn(async move {
-            give(&held, &parts).await;
-            drop(permit);
+            let held = beating(giving.find(cache, place, packs), &parts).await;
+            match held {
+                Ok(held) => giving.give(&held, &parts).await,
+                Err(status) => drop(parts.send(Err(status)).await),
+            }
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 }
 
-async fn give(held: &Held, parts: &mpsc::Sender<Result<v1::FetchResponse, Status>>) {
-    for part in held.bytes().chunks(PART) {
-        let part = v1::FetchResponse { bytes: part.to_vec().into(), crc32c: held.crc32c() };
-        if parts.send(Ok(part)).await.is_err() {
-            return; // nobody reads it any more
+impl Giving {
+    async fn find(&self, cache: Arc<Cache>, place: Place, packs: bool) -> Result<Held, Status> {
+        let _permit = if packs { self.packed.acquire().await.ok() } else { None };
+        let found = tokio::task::spawn_blocking(move || match packs {
+            true => cache.offer(place),
+            false => cache.held(place),
+        });
+        let found = found.await.map_err(|error| Status::internal(error.to_string()))?;
+        let found = found.map_err(|error: ModelError| Status::not_found(error.to_string()))?;
+        found.ok_or_else(|| Status::not_found(format!("{place} is not here")))
+    }
+
+    async fn give(&self, held: &Held, parts: &Parts) {
+        let _permit = beating(self.given.acquire(), parts).await;
+        for part in held.bytes().chunks(PART) {
+            let part = v1::FetchResponse { bytes: part.to_vec().into(), crc32c: held.crc32c() };
+            if parts.send(Ok(part)).await.is_err() {
+                return; // nobody reads it any more
+            }
+        }
+    }
+}
+
+/// Waits, and says meanwhile that this worker lives.
+async fn beating<T>(what: impl Future<Output = T>, parts: &Parts) -> T {
+    let mut what = std::pin::pin!(what);
+    loop {
+        tokio::select! {
+            done = &mut what => return done,
+            () = sleep(BEAT) => drop(parts.try_send(Ok(v1::FetchResponse::default()))),
         }
     }
 }

@@ -95,7 +95,10 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
     };
     let loaded = tokio::select! {
         loaded = load => loaded?,
-        () = &mut stop => return Ok(ExitCode::SUCCESS),
+        () = &mut stop => {
+            peers.end();
+            return Ok(ExitCode::SUCCESS);
+        }
     };
     let capacity = Capacity {
         max_context,
@@ -104,12 +107,13 @@ async fn serve(args: Args) -> Result<ExitCode, Fatal> {
         running: args.max_running.get(),
         waiting: args.max_waiting.get(),
     };
-    let loaded = Loaded { peers: Some(peers), ..loaded };
+    let loaded = Loaded { peers: Some(peers.clone()), ..loaded };
     let worker = Worker::start(loaded, identity, capacity, placement, &registry)?;
     let result = tokio::select! {
         result = worker.serve(services, stop, Duration::from_secs(args.drain_timeout)) => result,
         why = args.pinned.other_than(commit) => Err(why),
     };
     probes.abort();
+    peers.end();
     result
 }

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use super::directory::{Claim, Directory};
 use super::durable::failed;
-use super::packing::Packing;
+use super::packing::{Gate, Packing};
 use super::prepare::identity;
 use super::supply::{Siblings, Sink, Supply};
 use super::turns::{For, Turn};
@@ -31,6 +31,8 @@ use crate::mapping;
 
 /// Blobs that are packed at the same time, where several are wanted at once.
 const LANES: usize = 8;
+/// Those of them that have their tensors, and are made of them: each has 32 MiB in memory, rarely more.
+const PACKED: usize = 3;
 
 /// Where a cache has its weights from.
 #[derive(Debug, Clone)]
@@ -58,6 +60,7 @@ pub struct Cache {
     siblings: OnceLock<Arc<dyn Siblings>>,
     /// What threads of this process pack now.
     packing: Mutex<BTreeSet<Place>>,
+    gate: Gate,
     /// Opened where something is packed.
     checkpoint: Mutex<Option<Arc<Checkpoint>>>,
     tell: Tell,
@@ -168,6 +171,7 @@ impl Cache {
             origin,
             siblings: OnceLock::new(),
             packing: Mutex::default(),
+            gate: Gate::of(PACKED),
             checkpoint: Mutex::new(None),
             tell,
         };
@@ -293,7 +297,7 @@ impl Cache {
             Origin::Directory(_) => None,
             Origin::Supply(supply) => Some(&**supply),
         };
-        let packing = Packing { checkpoint: &checkpoint, supply, progress };
+        let packing = Packing { checkpoint: &checkpoint, supply, gate: Some(&self.gate), progress };
         let crc32c = packing.pack(&plan.parts(place), (path, file), extent)?;
         self.written(place, crc32c)
     }

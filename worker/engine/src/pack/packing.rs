@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use expertmesh_model::error::ModelError;
 use expertmesh_model::layout::plan::Parts;
@@ -23,6 +24,8 @@ pub(super) struct Packing<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     /// Who brings the checkpoint's weights, where they are elsewhere.
     pub(super) supply: Option<&'a dyn Supply>,
+    /// Where several pack at once: each has a piece in memory.
+    pub(super) gate: Option<&'a Gate>,
     /// Gets the bytes of each piece that was written.
     pub(super) progress: &'a (dyn Fn(u64) + Sync),
 }
@@ -48,6 +51,7 @@ impl Packing<'_> {
             Ok(())
         };
         let _brought = self.bring(parts)?;
+        let _turn = self.gate.map(Gate::enter);
         pack_pieces(self.checkpoint, parts, &mut write)?;
         write(parts.bytes()..parts.bytes(), &|_| ())?;
         Ok(crc)
@@ -61,6 +65,35 @@ impl Packing<'_> {
             brought.ranges.iter().try_for_each(|(path, range)| supply.bring(path, range.clone()))?;
         }
         Ok(brought)
+    }
+}
+
+/// Lets a few in at a time.
+pub(super) struct Gate {
+    free: Mutex<usize>,
+    left: Condvar,
+}
+
+/// One that is in, until it is dropped.
+pub(super) struct Entered<'a>(&'a Gate);
+
+impl Gate {
+    pub(super) fn of(places: usize) -> Self {
+        Self { free: Mutex::new(places), left: Condvar::new() }
+    }
+
+    fn enter(&self) -> Entered<'_> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.left.wait_while(free, |free| *free == 0);
+        *waited.unwrap_or_else(PoisonError::into_inner) -= 1;
+        Entered(self)
+    }
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.left.notify_one();
     }
 }
 

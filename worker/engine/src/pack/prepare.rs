@@ -84,6 +84,7 @@ pub fn prepare(
         packing: Packing {
             checkpoint: &checkpoint,
             supply: options.supply.as_deref(),
+            gate: None,
             progress: &|bytes| progress.advance(bytes),
         },
         plan: Plan::new(&config, options.weights),
