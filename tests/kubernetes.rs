@@ -31,7 +31,7 @@ fn a_model_is_applied_serves_the_tokens_of_one_process_and_leaves_nothing_behind
 
     let table = namespace.kubectl(&["get", "mdep"]).unwrap();
     let rows: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
-    assert_eq!(rows[0], ["NAME", "MODEL", "WORKERS", "READY", "EXPERTS", "URL", "AGE"], "{table}");
+    assert_eq!(rows[0], ["NAME", "MODEL", "WORKERS", "READY", "EXPERTS", "LOADING", "URL", "AGE"], "{table}");
     let url = format!("http://tiny-r1.{}.svc", namespace.name);
     assert_eq!(rows[1][..6], ["tiny-r1", "file:///models/tiny-r1", "4/4", "True", "32/32", &url], "{table}");
 
