@@ -316,7 +316,20 @@ impl Changes {
     }
 }
 
-pub(super) fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), Invalid> {
+/// The placement of a request, checked, where its caller may give one to a worker of this model.
+pub(super) fn placed(
+    request: v1::ApplyPlacementRequest,
+    identity: &Identity,
+    shape: &v1::ModelShape,
+) -> Result<Placement, Status> {
+    identity.admit(request.caller.as_ref())?;
+    let placement = request.placement.ok_or_else(|| Invalid::new("placement", "missing"))?;
+    let placement = Placement::from_proto(placement)?;
+    check_experts(&placement, shape)?;
+    Ok(placement)
+}
+
+fn check_experts(placement: &Placement, shape: &v1::ModelShape) -> Result<(), Invalid> {
     let layers = shape.first_moe_layer..shape.layers;
     let mut placed = placement.workers().iter().flat_map(|worker| worker.experts.iter());
     match placed.find(|id| !layers.contains(&id.layer) || id.expert >= shape.experts) {
@@ -335,12 +348,7 @@ impl Control for ControlService {
         &self,
         request: Request<v1::ApplyPlacementRequest>,
     ) -> Result<Response<v1::ApplyPlacementResponse>, Status> {
-        let request = request.into_inner();
-        self.0.identity.admit(request.caller.as_ref())?;
-        let placement = request.placement.ok_or_else(|| Invalid::new("placement", "missing"))?;
-        let placement = Placement::from_proto(placement)?;
-        check_experts(&placement, &self.0.shape)?;
-        self.0.apply(placement)?;
+        self.0.apply(placed(request.into_inner(), &self.0.identity, &self.0.shape)?)?;
         Ok(Response::new(v1::ApplyPlacementResponse {}))
     }
 

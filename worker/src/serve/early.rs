@@ -4,8 +4,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use expertmesh_proto::invalid::Invalid;
-use expertmesh_proto::placement::Placement;
 use expertmesh_proto::v1;
 use expertmesh_proto::v1::control_server::Control;
 use expertmesh_proto::v1::report_response::State;
@@ -14,7 +12,7 @@ use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::control::{ControlService, PERIOD, check_experts};
+use super::control::{ControlService, PERIOD, placed};
 use super::loading::Loading;
 use crate::identity::Identity;
 use crate::placement::CurrentPlacement;
@@ -69,12 +67,7 @@ impl Control for EarlyService {
         if let Some(worker) = self.0.loading.worker.get() {
             return ControlService(worker.clone()).apply_placement(request).await;
         }
-        let request = request.into_inner();
-        self.0.identity.admit(request.caller.as_ref())?;
-        let placement = request.placement.ok_or_else(|| Invalid::new("placement", "missing"))?;
-        let placement = Placement::from_proto(placement)?;
-        check_experts(&placement, &self.0.shape)?;
-        self.0.placement.apply(placement)?;
+        self.0.placement.apply(placed(request.into_inner(), &self.0.identity, &self.0.shape)?)?;
         self.0.loading.set_draining(false);
         // It may have come about meanwhile, and followed what was before.
         self.0.loading.worker.get().into_iter().for_each(|worker| worker.follow());
