@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use expertmesh_proto::v1;
 use expertmesh_proto::v1::report_response::State;
 use expertmesh_source::testing::{COMMIT, TestHub, answer};
 use expertmesh_tests::http;
-use expertmesh_tests::mesh::{End, Mesh, read, request};
+use expertmesh_tests::mesh::{End, Mesh, read, request, test_caller};
 use expertmesh_tests::process::{Process, Scratch, binary};
 use expertmesh_tests::reference::{Question, reference};
 use expertmesh_tests::up::Up;
@@ -270,6 +271,9 @@ async fn a_worker_whose_dense_weights_come_slowly_says_what_its_model_is_and_tak
     assert!(early.reason.starts_with("loading the dense weights: "), "{}", early.reason);
     assert_eq!(early.shape.unwrap().experts, 32);
     assert!(early.bytes_loaded < early.bytes_to_load);
+    let drain = v1::DrainRequest { caller: Some(test_caller()) };
+    mesh.control(0).await.unwrap().drain(drain).await.unwrap();
+    mesh.until(0, "draining", |report| report.state() == State::Draining).await;
     mesh.place(|_, _| true).await;
     let placed = mesh.until(0, "placed", |report| report.experts_loading == 160).await;
     assert_eq!((placed.state(), placed.epoch), (State::Loading, 1));
